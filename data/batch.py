@@ -1,0 +1,177 @@
+"""Sequences packed head to tail into rows of tokens, with one number for each token that is to be predicted.
+
+Samples that continue the same prompt form one document, a tree: the prompt is computed once and every completion sees
+the prompt and itself. A prediction is a triple (predictor, target, columns): the activations at one token of the row
+predict one token, and the last token of a prompt predicts the first token of each of its completions. Losses are
+sums of weighted predictions, already divided by the size of the global batch, so packing never changes them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+COLUMNS = ("weight", "advantage", "old_logp", "reference_logp")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its completion of C tokens; every column has length C."""
+
+    prompt: Ints
+    completion: Ints
+    weight: Floats
+    """What each token counts; 0 for a token that is not to be learned."""
+    advantage: Floats
+    old_logp: Floats
+    reference_logp: Floats
+
+
+def sample(
+    prompt: Sequence[int],
+    completion: Sequence[int],
+    *,
+    weight: float | Floats = 1.0,
+    advantage: float | Floats = 1.0,
+    old_logp: float | Floats = 0.0,
+    reference_logp: float | Floats = 0.0,
+) -> Sample:
+    """A sample whose columns may be given as one number.
+
+    Raises:
+        ValueError: when there is nothing to predict from, or nothing to predict.
+    """
+    if not len(prompt) or not len(completion):
+        raise ValueError(
+            f"a sample needs a prompt and a completion, and has {len(prompt)} and {len(completion)} tokens"
+        )
+    columns = (weight, advantage, old_logp, reference_logp)
+    shaped = [np.broadcast_to(np.asarray(c, np.float32), len(completion)) for c in columns]
+    return Sample(np.asarray(prompt, np.int64), np.asarray(completion, np.int64), *shaped)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """A row of T tokens and K predictions."""
+
+    tokens: Ints
+    positions: Ints
+    documents: tuple[tuple[int, ...], ...]
+    """For each document the tokens of its prompt and of each of its branches; they add up to T, padding included."""
+    predictors: Ints
+    """[K] indices into the row."""
+    targets: Ints
+    """[K] the tokens that are predicted."""
+    weight: Floats
+    advantage: Floats
+    old_logp: Floats
+    reference_logp: Floats
+
+
+@dataclass(frozen=True)
+class Document:
+    """Samples that share a prompt."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def branches(self) -> list[int]:
+        """Tokens of each completion that are read; the last one is only predicted."""
+        return [len(s.completion) - 1 for s in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples[0].prompt) + sum(self.branches)
+
+
+def documents(samples: Sequence[Sample]) -> list[Document]:
+    """Samples grouped by prompt, in order of first appearance."""
+    groups: dict[bytes, list[Sample]] = {}
+    for each in samples:
+        groups.setdefault(each.prompt.tobytes(), []).append(each)
+    return [Document(tuple(group)) for group in groups.values()]
+
+
+def row(chosen: Sequence[Document], length: int) -> TokenBatch:
+    """Documents head to tail, padded to `length` tokens by a document that predicts nothing."""
+    tokens, positions, shapes, predictors = [], [], [], []
+    start = 0
+    for document in chosen:
+        prompt = document.samples[0].prompt
+        tokens.append(prompt)
+        positions.append(np.arange(len(prompt)))
+        last, start = start + len(prompt) - 1, start + len(prompt)
+        for each, branch in zip(document.samples, document.branches, strict=True):
+            tokens.append(each.completion[:-1])
+            positions.append(np.arange(branch) + len(prompt))
+            predictors.append(np.concatenate([[last], np.arange(start, start + branch)]))
+            start += branch
+        shapes.append((len(prompt), *document.branches))
+    spare = length - start
+    assert spare >= 0
+    if spare:
+        tokens.append(np.zeros(spare, np.int64))
+        positions.append(np.arange(spare))
+        shapes.append((spare,))
+    members = [s for d in chosen for s in d.samples]
+    batch = TokenBatch(
+        tokens=np.concatenate(tokens),
+        positions=np.concatenate(positions),
+        documents=tuple(shapes),
+        predictors=_joined(predictors, np.int64),
+        targets=_joined([s.completion for s in members], np.int64),
+        **{c: _joined([getattr(s, c) for s in members], np.float32) for c in COLUMNS},
+    )
+    return _without_silent(batch)
+
+
+def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
+
+
+def _without_silent(batch: TokenBatch) -> TokenBatch:
+    """Predictions of weight 0 cost a row of the vocabulary each and teach nothing."""
+    loud = batch.weight != 0
+    return replace(batch, **{c: getattr(batch, c)[loud] for c in ("predictors", "targets", *COLUMNS)})
+
+
+def pack(chosen: Sequence[Document], *, budget: int, multiple: int = 32, equal: bool = False) -> list[TokenBatch]:
+    """Rows of at most `budget` tokens (more only for one longer document), similar lengths together.
+
+    Args:
+        multiple: rows are padded to a multiple of this many tokens.
+        equal: pad all rows to the same length, as pipeline stages need.
+    """
+    rows: list[list[Document]] = []
+    filled: list[int] = []
+    for document in sorted(chosen, key=len, reverse=True):
+        if not rows or filled[-1] + len(document) > budget:
+            rows.append([])
+            filled.append(0)
+        rows[-1].append(document)
+        filled[-1] += len(document)
+    padded = [-(-n // multiple) * multiple for n in filled]
+    if equal and padded:
+        padded = [max(padded)] * len(padded)
+    return [row(members, length) for members, length in zip(rows, padded, strict=True)]
+
+
+def share(chosen: Sequence[Document], parts: int) -> list[list[Document]]:
+    """Documents for each of `parts` data ranks: longest first, each to the rank with the fewest tokens so far."""
+    shares: list[list[Document]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for document in sorted(chosen, key=len, reverse=True):
+        lightest = load.index(min(load))
+        shares[lightest].append(document)
+        load[lightest] += len(document)
+    return shares
+
+
+def rows_for_ranks(samples: Sequence[Sample], *, ranks: int, budget: int, equal: bool) -> list[list[TokenBatch]]:
+    """A global batch as rows for each data rank; a rank that has no share gets one row that weighs nothing."""
+    silent = replace(samples[0], weight=np.zeros_like(samples[0].weight))
+    shares = share(documents(samples), ranks)
+    return [pack(part or [Document((silent,))], budget=budget, equal=equal) for part in shares]

@@ -1,0 +1,118 @@
+"""A run's checkpoints: `step-000120` folders that appear whole or not at all, and `latest`, a link to the newest."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lockstep.distributed.checkpoint.spec import Piece
+from lockstep.distributed.checkpoint.store import ArrayFolder, write
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+class BadCheckpoint(ValueError):
+    """A folder that is not a whole checkpoint of a version that this program reads."""
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def save(
+    checkpoints: Path,
+    step: int,
+    held: Iterable[tuple[Tensor, Piece]],
+    manifest: dict[str, Any],
+    files: dict[str, str],
+    *,
+    rank: int,
+    barrier: Callable[[], object],
+) -> Path:
+    """Write one checkpoint from all ranks; it takes its final name when every rank's part is on disk.
+
+    Args:
+        held: the parameters of this rank and the pieces in them.
+        manifest: what the checkpoint says of itself; written by rank 0, last.
+        files: text files to keep beside the arrays, such as the tokenizer's.
+        barrier: returns when every rank has called it.
+    """
+    final = checkpoints / step_name(step)
+    partial = checkpoints / f"{final.name}.partial"
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "arrays").mkdir(parents=True)
+    barrier()
+    write(partial / "arrays", held)
+    barrier()
+    if rank == 0:
+        for name, text in files.items():
+            (partial / name).write_text(text)
+        (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step} | manifest, indent=2))
+        _commit(partial, final)
+    barrier()
+    return final
+
+
+def _commit(partial: Path, final: Path) -> None:
+    for file in (p for p in partial.rglob("*") if p.is_file()):
+        _sync(file)
+    _sync(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    link = final.parent / f"latest.{os.getpid()}"
+    link.symlink_to(final.name)
+    link.replace(final.parent / "latest")
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest of a run or of a checkpoints folder.
+
+    Raises:
+        BadCheckpoint: when there is none.
+    """
+    for place in (path, path / "checkpoints"):
+        if (place / "manifest.json").is_file():
+            return place
+        steps = [p for p in place.glob("step-*") if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()]
+        if steps:
+            return max(steps, key=lambda p: int(p.name.split("-")[1]))
+    raise BadCheckpoint(f"{path} holds no checkpoint: give a folder with a manifest.json, or a run that saved one")
+
+
+class Checkpoint:
+    """A `Source` over a saved checkpoint, with what its manifest says."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            BadCheckpoint: when the path holds none, or one of a newer format.
+        """
+        self.path = find(path)
+        self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        if self.manifest.get("format") != FORMAT:
+            raise BadCheckpoint(
+                f"{self.path} has format {self.manifest.get('format')}, and this program reads format {FORMAT}"
+            )
+        self.read = ArrayFolder(self.path / "arrays").read
+
+    def file(self, name: str) -> str | None:
+        """Text of a file beside the arrays, or None."""
+        return (self.path / name).read_text() if (self.path / name).is_file() else None

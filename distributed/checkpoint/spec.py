@@ -1,0 +1,88 @@
+"""Logical tensors and the pieces of them that a process holds.
+
+A logical tensor is what a model has, whatever the layout; a piece is a rectangle of one, lying in a local parameter.
+Saving, loading, conversion and weight sync all speak in pieces, and read through the same `Source`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xxhash
+from ml_dtypes import bfloat16
+from numpy.typing import NDArray
+from torch import Tensor
+
+Box = tuple[tuple[int, int], ...]
+"""Half-open interval [start, stop) on each dim."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a logical tensor and where it lies in a local parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of the whole logical tensor, without padding."""
+    box: Box
+    """Which part of the logical tensor this is."""
+    local: Box
+    """Where that part lies in the parameter; as large as `box`."""
+    tile: tuple[int, ...]
+    """Size of the regular tiles that this piece is one of; the last tile of a dim may be smaller."""
+    owned: bool = True
+    """Whether this rank writes the piece; the other holders have equal copies."""
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The part of the parameter that this piece is."""
+        return parameter.detach()[tuple(slice(a, b) for a, b in self.local)]
+
+
+class Source(Protocol):
+    """Anything that has logical tensors: a checkpoint, a Hugging Face folder, another process's weights."""
+
+    def read(self, name: str, box: Box) -> NDArray[Any]:
+        """The part `box` of a logical tensor.
+
+        Raises:
+            KeyError: when there is no such tensor.
+        """
+        ...
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """The box that covers a tensor of this shape."""
+    return tuple((0, n) for n in shape)
+
+
+def overlap(a: Box, b: Box) -> Box | None:
+    """The common part of two boxes, or None."""
+    common = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return common if all(start < stop for start, stop in common) else None
+
+
+def within(part: Box, outer: Box) -> tuple[slice, ...]:
+    """Slices that select `part` from an array that holds `outer`."""
+    return tuple(slice(p[0] - o[0], p[1] - o[0]) for p, o in zip(part, outer, strict=True))
+
+
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's memory as an array; bfloat16 becomes ml_dtypes.bfloat16."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(bfloat16)
+    return tensor.contiguous().numpy()
+
+
+def to_torch(array: NDArray[Any]) -> Tensor:
+    """The array's memory as a tensor, or a copy of it where the array may not be written."""
+    array = array if array.flags.writeable and array.flags.c_contiguous else np.array(array)
+    if array.dtype == bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def digest(array: NDArray[Any]) -> str:
+    """xxh3-64 of an array's bytes, in hexadecimal."""
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(array).view(np.uint8).data)

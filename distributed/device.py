@@ -1,0 +1,40 @@
+"""Where tensors live, and the seam that lets megatron-core run where there is no accelerator.
+
+megatron-core names the device "cuda" in its schedules and point-to-point communication. `megatron_device` gives it
+the CPU instead, for the length of one call, and only on a host without an accelerator.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def local_device(local_rank: int = 0) -> torch.device:
+    """The accelerator of this rank, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+class _CpuForCuda(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        return args[0] if func is torch.Tensor.cuda else func(*args, **kwargs)
+
+
+@contextmanager
+def megatron_device() -> Iterator[None]:
+    """Within this block megatron-core's "cuda" means the device that the host has."""
+    if torch.cuda.is_available():
+        yield
+        return
+    current = patch.object(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    synchronize = patch.object(torch.cuda, "synchronize", lambda *args, **kwargs: None)
+    with current, synchronize, _CpuForCuda():
+        yield

@@ -1,0 +1,95 @@
+"""The process groups of a layout: the only module that touches megatron-core's global state.
+
+`join` enters the world and hands out a `Groups`; everything else takes the groups that it needs as arguments.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from lockstep.distributed.layout import Layout, LayoutError
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in a layout. Ranks are places on an axis, counted from 0."""
+
+    layout: Layout
+    rank: int
+    tensor: dist.ProcessGroup
+    tensor_rank: int
+    pipeline: dist.ProcessGroup
+    stage: int
+    data: dist.ProcessGroup
+    data_rank: int
+    model: dist.ProcessGroup
+    embedding: dist.ProcessGroup | None
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head and sees the loss."""
+        return self.stage == self.layout.pipeline - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage in this rank's pipeline."""
+        return dist.get_global_rank(self.pipeline, self.layout.pipeline - 1)
+
+
+def join(layout: Layout, *, rank: int, address: str, port: int, timeout_s: float = 600.0) -> Groups:
+    """Enter the world of `layout.processes` ranks that meet at address:port, and form its groups (gloo, or NCCL).
+
+    Raises:
+        LayoutError: when rank does not belong to the layout.
+    """
+    if not 0 <= rank < layout.processes:
+        raise LayoutError(f"rank {rank} does not exist in a layout of {layout.processes} processes")
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(layout.processes))
+    os.environ.setdefault("LOCAL_RANK", str(rank))
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",
+            init_method=f"tcp://{address}:{port}",
+            rank=rank,
+            world_size=layout.processes,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    return _current(layout, rank)
+
+
+def leave() -> None:
+    """Dissolve the groups and leave the world."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and dist.is_nccl_available()
+
+
+def _current(layout: Layout, rank: int) -> Groups:
+    in_embedding = parallel_state.is_rank_in_embedding_group(ignore_virtual=True)
+    return Groups(
+        layout=layout,
+        rank=rank,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        data=parallel_state.get_data_parallel_group(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        model=parallel_state.get_model_parallel_group(),
+        embedding=parallel_state.get_embedding_group() if in_embedding else None,
+    )

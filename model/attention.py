@@ -1,0 +1,133 @@
+"""Causal attention over packed documents.
+
+The block hands its queries, keys and values to an `Attend`; training passes `DocumentAttention`, rollouts a KV cache.
+So one block serves both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LONGEST_IN_FULL = 1024
+"""Documents up to this length are attended to by plain products, longer ones by torch's flash kernel, in tokens."""
+
+
+class Attend(Protocol):
+    """How a block's tokens see each other."""
+
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+        """Mixed values [T, H, E] for T tokens, H query heads, G key-value heads and head width E."""
+        ...
+
+
+class DocumentAttention:
+    """Attention within each of the documents that make up a row, none across.
+
+    A document is a prompt and branches that continue it: a branch sees the prompt and itself, so the samples of a
+    group share the work on their prompt. Prompts and branches are segments; segments of similar size are gathered
+    into one padded batch of queries, each with the keys of its prompt before its own.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[int]], device: torch.device) -> None:
+        """
+        Args:
+            documents: for each the tokens of its prompt and of each of its branches; all add up to T.
+        """
+        segments = _segments(documents)
+        by_size: dict[tuple[int, int], list[_Segment]] = {}
+        for segment in segments:
+            by_size.setdefault((_bucket(segment.length), _bucket(segment.seen)), []).append(segment)
+        self._batches = [_SegmentBatch(members, device) for members in by_size.values()]
+        self._places = _places([s for b in self._batches for s in b.segments], self._batches).to(device)
+
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+        """See `Attend`."""
+        padded = [batch.attend(q_THE, k_TGE, v_TGE) for batch in self._batches]
+        return (padded[0] if len(padded) == 1 else torch.cat(padded)).index_select(0, self._places).view_as(q_THE)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens start … start+length of a row, which also see the `seen` tokens from `prompt` on."""
+
+    start: int
+    length: int
+    prompt: int
+    seen: int
+
+
+def _segments(documents: Sequence[Sequence[int]]) -> list[_Segment]:
+    found, start = [], 0
+    for prompt, *branches in documents:
+        if len(branches) == 1:  # one branch: the document is simply causal
+            prompt, branches = prompt + branches[0], []
+        document, start = start, start + prompt
+        found.append(_Segment(document, prompt, document, 0))
+        for branch in branches:
+            if branch:
+                found.append(_Segment(start, branch, document, prompt))
+            start += branch
+    return found
+
+
+def _bucket(length: int) -> int:
+    """Lengths within an eighth of a power of two share a bucket."""
+    step = max(16, 1 << max(0, length.bit_length() - 3))
+    return -(-length // step) * step
+
+
+class _SegmentBatch:
+    """Segments of similar size as one batch of attention."""
+
+    def __init__(self, segments: list[_Segment], device: torch.device) -> None:
+        self.segments = segments
+        self.queries = max(s.length for s in segments)
+        keys = max(s.seen + s.length for s in segments)
+        start, length, prompt, seen = (
+            torch.tensor([getattr(s, name) for s in segments])[:, None]
+            for name in ("start", "length", "prompt", "seen")
+        )
+        rows, columns = torch.arange(self.queries)[None], torch.arange(keys)[None]
+        own = start + (columns - seen).clamp(max=length - 1)
+        self._q = (start + rows.clamp(max=length - 1)).flatten().to(device)
+        self._k = torch.where(columns < seen, prompt + columns, own).flatten().to(device)
+        hidden = columns[:, None, :] > (seen + rows)[:, :, None]
+        self._bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(device)
+        self._causal = not any(s.seen for s in segments)
+
+    def attend(self, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+        """Mixed values [N · queries, H · E], the padding included."""
+        n, width = len(self.segments), q_THE.shape[2]
+        q = q_THE.index_select(0, self._q).view(n, self.queries, -1, width).transpose(1, 2)
+        k, v = (t.index_select(0, self._k).view(n, -1, t.shape[1], width).transpose(1, 2) for t in (k_TGE, v_TGE))
+        if self.queries > LONGEST_IN_FULL or q.is_cuda:
+            mask = None if self._causal else self._bias[:, None].to(q.dtype)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self._causal, enable_gqa=True)
+        else:
+            mixed = _attend_in_full(q, k, v, self._bias)
+        return mixed.transpose(1, 2).reshape(n * self.queries, -1)
+
+
+def _places(segments: Sequence[_Segment], batches: Sequence[_SegmentBatch]) -> Tensor:
+    """For each of T tokens its row in the batches' padded results, one after the other."""
+    widths = [b.queries for b in batches for _ in b.segments]
+    offsets = [sum(widths[:i]) for i in range(len(widths))]
+    places = torch.empty(sum(s.length for s in segments), dtype=torch.long)
+    for segment, offset in zip(segments, offsets, strict=True):
+        places[segment.start : segment.start + segment.length] = offset + torch.arange(segment.length)
+    return places
+
+
+def _attend_in_full(q_NHLE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, bias_NLS: Tensor) -> Tensor:
+    """Softmax(q·kᵀ/√E + bias)·v in fp32. The query heads of one key-value head stand as rows of one product."""
+    n, heads, length, width = q_NHLE.shape
+    kv_heads, seen = k_NGSE.shape[1:3]
+    q = (q_NHLE.float() * width**-0.5).reshape(n * kv_heads, -1, width)
+    k, v = (t.float().reshape(n * kv_heads, seen, width) for t in (k_NGSE, v_NGSE))
+    scores = torch.bmm(q, k.transpose(1, 2)).view(n, heads, length, seen) + bias_NLS[:, None]
+    mixed = torch.bmm(scores.softmax(-1).view(n * kv_heads, -1, seen), v)
+    return mixed.view(n, heads, length, width).to(q_NHLE.dtype)

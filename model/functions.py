@@ -1,0 +1,97 @@
+"""The block's own arithmetic with its derivatives written out: norm, gated unit, rotary positions.
+
+Each keeps what its backward needs in the compute dtype and makes one pass over memory where autograd would make many;
+on a CPU the block is otherwise bound by these, not by its matrix products.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (wide.mul_(scale) if wide is not x else wide * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, weight, scale = ctx.saved_tensors
+        normed = x.float() * scale
+        dy = gradient.float()
+        d_weight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        dy = dy * weight.float()
+        mean = (dy * normed).mean(-1, keepdim=True)
+        return normed.mul_(mean).sub_(dy).mul_(-scale).to(x.dtype), d_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) · weight over the last dim, reduced in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        torch.mul(gradient, silu, out=d_up)
+        # d silu = σ + silu·(1 − σ)
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        torch.mul(slope.mul_(gradient), up, out=d_gate)
+        return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) · up, where gate and up are the halves of the last dim (Shazeer 2020, "GLU variants")."""
+    return _SwiGLU.apply(gate_up)
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, head_dim] of rotary positions (Su et al. 2021), computed in fp32."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions.float()[:, None, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradients[0], cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
+def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads [T, H, head_dim] turned by their positions: the first half of a head pairs with the second."""
+    return _Rotary.apply(x, *table)

@@ -1,0 +1,71 @@
+"""Keys and values of running sequences, and attention to them.
+
+Sequences occupy slots 0 … n−1 without holes: one that ends hands its slot to the last, so that a decoding step reads
+one contiguous block of the cache.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lockstep.model.attention import DocumentAttention
+
+
+class KVCache:
+    """Room for `slots` sequences of up to `length` tokens each."""
+
+    def __init__(
+        self, *, layers: int, slots: int, length: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        shape = (layers, slots, kv_heads, length, head_dim)
+        self.keys, self.values = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        self.slots, self.length = slots, length
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` tokens of one slot over another."""
+        for cache in (self.keys, self.values):
+            cache[:, target, :, :tokens] = cache[:, source, :, :tokens]
+
+
+class Prefill:
+    """`Attend` for whole prompts, head to tail; each prompt's keys and values go to all slots that continue it."""
+
+    def __init__(self, cache: KVCache, lengths: tuple[int, ...], slots: list[list[int]]) -> None:
+        self._cache, self._lengths = cache, lengths
+        self._slots = [torch.tensor(s) for s in slots]
+        self._documents = DocumentAttention([(n,) for n in lengths], cache.keys.device)
+
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+        """See `Attend`."""
+        start = 0
+        for length, slots in zip(self._lengths, self._slots, strict=True):
+            self._cache.keys[layer, slots, :, :length] = k_TGE[start : start + length].transpose(0, 1)
+            self._cache.values[layer, slots, :, :length] = v_TGE[start : start + length].transpose(0, 1)
+            start += length
+        return self._documents(layer, q_THE, k_TGE, v_TGE)
+
+
+class Decode:
+    """`Attend` for the next token of the sequences in slots 0 … B−1."""
+
+    def __init__(self, cache: KVCache, lengths_B: Tensor) -> None:
+        """
+        Args:
+            lengths_B: tokens already in each slot, which is also the position of the next.
+        """
+        self._cache, self._lengths = cache, lengths_B
+        self._rows = torch.arange(len(lengths_B))
+        self._longest = int(lengths_B.max()) + 1
+        seen = torch.arange(self._longest)[None] <= lengths_B[:, None]
+        self._bias = torch.zeros(seen.shape, dtype=cache.keys.dtype).masked_fill_(~seen, float("-inf"))
+
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+        """See `Attend`. The query heads of one key-value head stand as rows of one product."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys[self._rows, :, self._lengths] = k_TGE
+        values[self._rows, :, self._lengths] = v_TGE
+        batch, heads, width = q_THE.shape
+        q = q_THE.view(batch, k_TGE.shape[1], -1, width)
+        k, v = keys[:batch, :, : self._longest], values[:batch, :, : self._longest]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias[:, None, None, :])
+        return mixed.reshape(batch, heads, width)

@@ -1,0 +1,116 @@
+"""Log-probabilities of given tokens, from activations to vocabulary, split over the tensor axis and in chunks.
+
+Only the compute-dtype logits are kept for the backward; fp32 exists for one chunk at a time.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from torch import Tensor
+
+CHUNK = 256
+"""Tokens whose fp32 logits exist at one time."""
+
+
+def local_logits(hidden_KD: Tensor, weight_VD: Tensor, first: int, vocabulary: int) -> Tensor:
+    """Logits [K, V/tensor] in the compute dtype; rows that pad the vocabulary have probability 0."""
+    logits = F.linear(hidden_KD, weight_VD)
+    if first + weight_VD.shape[0] > vocabulary:
+        logits[:, max(0, vocabulary - first) :] = float("-inf")
+    return logits
+
+
+class _TokenLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_KD: Tensor,
+        weight_VD: Tensor,
+        targets_K: Tensor,
+        vocabulary: int,
+        temperature: float,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        first = group.rank() * weight_VD.shape[0]
+        logits, logp, sums = [], [], []
+        for hidden, targets in zip(hidden_KD.split(CHUNK), targets_K.split(CHUNK), strict=True):
+            chunk = local_logits(hidden, weight_VD, first, vocabulary)
+            log_sum, at_target = _reduced(chunk.float().div_(temperature), targets - first, group)
+            logits.append(chunk)
+            sums.append(log_sum)
+            logp.append(at_target - log_sum)
+        ctx.save_for_backward(hidden_KD, weight_VD, targets_K, *logits, *sums)
+        ctx.first, ctx.temperature = first, temperature
+        return torch.cat(logp) if logp else hidden_KD.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_K,) = gradients
+        hidden_KD, weight_VD, targets_K, *kept = ctx.saved_tensors
+        logits, sums = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+        d_hidden, d_weight = torch.zeros_like(hidden_KD), torch.zeros_like(weight_VD)
+        parts = (
+            zip(
+                hidden_KD.split(CHUNK),
+                d_hidden.split(CHUNK),
+                targets_K.split(CHUNK),
+                gradient_K.split(CHUNK),
+                logits,
+                sums,
+                strict=True,
+            )
+            if logits
+            else ()
+        )
+        for hidden, d_chunk, targets, gradient, chunk, log_sum in parts:
+            d_logits = _d_logits(chunk, log_sum, targets - ctx.first, gradient, ctx.temperature).to(hidden.dtype)
+            torch.mm(d_logits, weight_VD, out=d_chunk)
+            d_weight.addmm_(d_logits.t(), hidden)
+        return d_hidden, d_weight, None, None, None, None
+
+
+def _reduced(scaled: Tensor, local_targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and the target's logit over the whole vocabulary, [K] each."""
+    inside = (local_targets >= 0) & (local_targets < scaled.shape[1])
+    picked = scaled.gather(1, local_targets.clamp(0, scaled.shape[1] - 1)[:, None])[:, 0]
+    at_target = torch.where(inside, picked, torch.zeros_like(picked))
+    log_sum = torch.logsumexp(scaled, dim=1)
+    if group.size() > 1:
+        largest = log_sum.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        summed = torch.stack([(log_sum - largest).exp(), at_target])
+        dist.all_reduce(summed, group=group)
+        log_sum, at_target = summed[0].log() + largest, summed[1]
+    return log_sum, at_target
+
+
+def _d_logits(chunk: Tensor, log_sum: Tensor, local_targets: Tensor, gradient: Tensor, temperature: float) -> Tensor:
+    """(1[target] − softmax) · gradient / temperature."""
+    scale = (gradient / temperature)[:, None]
+    d_logits = chunk.float().div_(temperature).sub_(log_sum[:, None]).exp_().mul_(-scale)
+    inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
+    rows = torch.nonzero(inside)[:, 0]
+    d_logits[rows, local_targets[rows]] += scale[rows, 0]
+    return d_logits
+
+
+def token_logprobs(
+    hidden_KD: Tensor,
+    weight_VD: Tensor,
+    targets_K: Tensor,
+    *,
+    vocabulary: int,
+    group: dist.ProcessGroup,
+    temperature: float = 1.0,
+) -> Tensor:
+    """log softmax(hidden · weightᵀ / temperature)[target] for each of K tokens, in fp32, the same on every tensor rank.
+
+    Args:
+        weight_VD: this rank's rows of the output projection, padding included.
+        targets_K: token ids below `vocabulary`.
+    """
+    hidden_KD = copy_to_tensor_model_parallel_region(hidden_KD, group)
+    return _TokenLogProb.apply(hidden_KD, weight_VD, targets_K, vocabulary, temperature, group)

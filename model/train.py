@@ -1,0 +1,156 @@
+"""A transformer and its optimizer as one thing that learns from rows of tokens: what every trainer process owns."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from lockstep.data.batch import COLUMNS, TokenBatch
+from lockstep.distributed.checkpoint.spec import Source
+from lockstep.distributed.device import local_device
+from lockstep.distributed.engine import Engine, StepResult
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.pipeline import Stage, megatron_config
+from lockstep.model.attention import DocumentAttention
+from lockstep.model.config import ModelConfig
+from lockstep.model.logprobs import token_logprobs
+from lockstep.model.loss import Columns
+from lockstep.model.names import load
+from lockstep.model.transformer import Transformer
+
+Objective = Callable[[Tensor, Columns], tuple[Tensor, dict[str, Tensor]]]
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW (Loshchilov & Hutter 2019) with a constant rate after a linear warm-up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: float = Field(1e-5, gt=0)
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="for matrices only")
+    clip_norm: float = Field(1.0, ge=0, description="bound of the gradient's global norm; 0 for none")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the step numbered from 1."""
+        return self.learning_rate * min(1.0, step / (self.warmup_steps + 1))
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A row of tokens on this rank's device, with its attention and its predictions."""
+
+    tokens: Tensor
+    positions: Tensor
+    predictors_K: Tensor
+    targets_K: Tensor
+    columns: Columns
+    attend: DocumentAttention
+
+
+def to_device(batch: TokenBatch, device: torch.device) -> DeviceBatch:
+    """The batch as tensors."""
+
+    def tensor(name: str) -> Tensor:
+        return torch.tensor(getattr(batch, name)).to(device)
+
+    return DeviceBatch(
+        tokens=tensor("tokens"),
+        positions=tensor("positions"),
+        predictors_K=tensor("predictors"),
+        targets_K=tensor("targets"),
+        columns=Columns(*(tensor(name) for name in COLUMNS)),
+        attend=DocumentAttention(batch.documents, device),
+    )
+
+
+def build(model: ModelConfig, groups: Groups, dtype: torch.dtype, source: Source) -> Stage:
+    """This rank's stage of a transformer, filled from a source."""
+    config = megatron_config(groups, layers=model.layers, width=model.width, heads=model.heads, dtype=dtype)
+    transformer = Transformer(model, groups, config).to(local_device(groups.rank))
+    load(transformer, source)
+    return Stage(transformer, config)
+
+
+def transformer_of(stage: Stage) -> Transformer:
+    """The transformer inside a stage."""
+    assert isinstance(stage.module, Transformer)
+    return stage.module
+
+
+def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW; scales are not decayed."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay}
+    plain = {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}
+    return torch.optim.AdamW(
+        [g for g in (decayed, plain) if g["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+class Trainer:
+    """One rank of the policy: scores rows and learns from them."""
+
+    def __init__(self, stage: Stage, groups: Groups, optimizer: OptimizerConfig, *, temperature: float = 1.0) -> None:
+        """
+        Args:
+            temperature: divides the logits, as it did when the tokens were sampled.
+        """
+        self.stage, self.groups = stage, groups
+        self.transformer = transformer_of(stage)
+        self._temperature = temperature
+        self.engine = Engine(
+            stage,
+            groups,
+            adamw(stage, optimizer),
+            clip_norm=optimizer.clip_norm,
+            tied=self.transformer.tied_over_stages,
+        )
+
+    def step(self, rows: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
+        """One update from this data rank's rows of a global batch."""
+
+        def loss(logp_K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            return objective(logp_K, batch.columns)
+
+        batches = self._on_device(rows)
+        tokens = max(len(r.tokens) for r in rows)
+        return self.engine.step(batches, self._forward, loss, tokens=tokens, learning_rate=learning_rate)
+
+    def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
+        """log p of the tokens that count in each row, [K]; on all but the last pipeline stage an empty list."""
+        tokens = max(len(r.tokens) for r in rows)
+        batches = self._on_device(rows)
+        return self.engine.evaluate(stage or self.stage, batches, self._forward, tokens=tokens)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What parameters and activations are computed in."""
+        return next(self.transformer.parameters()).dtype
+
+    def _on_device(self, rows: Sequence[TokenBatch]) -> list[DeviceBatch]:
+        device = next(self.transformer.parameters()).device
+        return [to_device(row, device) for row in rows]
+
+    def _forward(self, module: nn.Module, batch: DeviceBatch, received: Tensor | None) -> Tensor:
+        assert isinstance(module, Transformer)
+        hidden = module(batch.tokens, batch.positions, batch.attend, received)
+        if not self.groups.is_last_stage:
+            return hidden
+        return token_logprobs(
+            hidden[batch.predictors_K, 0],
+            module.head_weight,
+            batch.targets_K,
+            vocabulary=module.model.vocabulary,
+            group=self.groups.tensor,
+            temperature=self._temperature,
+        )

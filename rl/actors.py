@@ -1,0 +1,347 @@
+"""Ray actors, each with one job: policy workers learn, rollout workers write, verifier workers judge.
+
+A group of actors is what the controller sees. `gather` waits for all and fails with the first that fails, so that a
+dead worker never leaves the others waiting unnoticed.
+"""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from lockstep.data.batch import Sample, TokenBatch, rows_for_ranks
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.engine import StepResult
+from lockstep.distributed.groups import join
+from lockstep.distributed.layout import Layout
+from lockstep.model.config import ModelConfig
+from lockstep.model.names import pieces
+from lockstep.model.train import Objective, OptimizerConfig, Trainer, build, transformer_of
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.sync import Shard, receive, shards_of
+from lockstep.rl.types import Prompt, Rollout
+from lockstep.rl.verifiers.pool import VerifierPool
+from lockstep.rl.verifiers.verdict import Verdict
+
+ENVIRONMENT = {
+    # torch gives large tensors back to the kernel after each operation and faults them in again; a heap that is kept
+    # halves the time of everything that is bound by memory.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_ARENA_MAX": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What worker processes are started with."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class WorkerFailed(RuntimeError):
+    """A worker raised or died; the message begins with which."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """An actor and its name in logs and errors."""
+
+    name: str
+    handle: Any
+
+
+def gather(calls: Sequence[tuple[Worker, Any]]) -> list[Any]:
+    """Results of (worker, call) pairs in order, failing as soon as one of them fails.
+
+    Raises:
+        WorkerFailed: names the worker and carries its own error.
+    """
+    wait_for(calls)
+    return [ray.get(call) for _, call in calls]
+
+
+def wait_for(calls: Sequence[tuple[Worker, Any]]) -> None:
+    """As `gather`, but leaves the results where they are."""
+    names = {call: worker.name for worker, call in calls}
+    waiting = [call for _, call in calls]
+    while waiting:
+        done, waiting = ray.wait(waiting, num_returns=1, fetch_local=False)
+        for call in done:
+            try:
+                ray.get(call)
+            except ray.exceptions.RayTaskError as error:
+                raise WorkerFailed(f"{names[call]}: {error}") from error
+            except ray.exceptions.RayError as error:
+                raise WorkerFailed(f"{names[call]} died: {error}") from error
+
+
+class _Named:
+    """An actor whose log lines say who speaks and at which step."""
+
+    def __init__(self, role: str, rank: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.role, self.rank, self.step = role, rank, 0
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(self._tag)
+        self.log = logging.getLogger("lockstep")
+        self.log.handlers, self.log.propagate = [handler], False
+        self.log.setLevel(logging.INFO)
+
+    def _tag(self, record: logging.LogRecord) -> bool:
+        record.msg = f"[{self.role} {self.rank} step {self.step}] {record.levelname.lower()}: {record.msg}"
+        return True
+
+    def pid(self) -> int:
+        """Process number of this actor."""
+        return os.getpid()
+
+
+@ray.remote(max_restarts=0, num_cpus=0)
+class PolicyWorker(_Named):
+    """One rank of the trainer's world."""
+
+    def __init__(self, layout: Layout, rank: int, threads: int) -> None:
+        super().__init__("policy", rank, threads)
+        self.layout = layout
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a port that is free on it."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
+
+    def start(
+        self, address: str, port: int, checkpoint: Path, dtype: str, optimizer: OptimizerConfig, temperature: float
+    ) -> None:
+        """Join the world and fill this rank's part of the model."""
+        groups = join(self.layout, rank=self.rank, address=address, port=port)
+        source = manager.Checkpoint(checkpoint)
+        self.model = ModelConfig(**source.manifest["model"])
+        self.tokenizer_files = {n: t for n in source.manifest["files"] if (t := source.file(n)) is not None}
+        stage = build(self.model, groups, DTYPES[dtype], source)
+        self.trainer = Trainer(stage, groups, optimizer, temperature=temperature)
+        self.reference: Any = None
+        self.log.info("ready with %s", self.layout)
+
+    def begin_phase(self, *, keep_reference: bool) -> None:
+        """Forget the optimizer's moments; with `keep_reference`, remember the weights as they are now."""
+        self.trainer.engine.forget()
+        if keep_reference:
+            here = _Held(self.trainer.stage)
+            self.reference = build(self.model, self.trainer.groups, self.trainer.dtype, here)
+
+    def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
+        """One gradient step from this data rank's rows; reference log-probabilities are filled in where one is kept."""
+        self.step = step
+        if self.reference is not None:
+            scores = self.trainer.score(rows, self.reference)
+            rows = [replace(r, reference_logp=s.cpu().numpy()) for r, s in zip(rows, scores, strict=False)] or rows
+        return self.trainer.step(rows, objective, learning_rate)
+
+    def shards(self) -> list[Shard]:
+        """The pieces of the weights that this rank owns."""
+        return shards_of(self.trainer.transformer)
+
+    def save(self, checkpoints: Path, step: int, manifest: dict[str, Any]) -> Path:
+        """Write this rank's part of a checkpoint."""
+        return manager.save(
+            checkpoints,
+            step,
+            pieces(self.trainer.transformer),
+            manifest | describe(self.model, self.layout, self.tokenizer_files),
+            self.tokenizer_files,
+            rank=self.rank,
+            barrier=torch.distributed.barrier,
+        )
+
+
+def describe(model: ModelConfig, layout: Layout, files: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint's manifest says of its content."""
+    return {"model": model.model_dump(), "layout": layout.model_dump(), "files": sorted(files)}
+
+
+@ray.remote(max_restarts=0, num_cpus=0)
+class RolloutWorker(_Named):
+    """A whole model with a KV cache that writes completions."""
+
+    def __init__(self, rank: int, threads: int) -> None:
+        super().__init__("rollout", rank, threads)
+
+    def start(self, checkpoint: Path, dtype: str, slots: int, length: int) -> None:
+        """Load the model as weight version 0."""
+        self.engine = load_rollout_engine(checkpoint, dtype=dtype, slots=slots, length=length)[0]
+        self.log.info("ready with %d slots", slots)
+
+    def receive(self, version: int, *shards: list[Shard]) -> None:
+        """Take over new weights."""
+        receive(self.engine.transformer, [s for part in shards for s in part])
+        self.engine.weight_version = self.step = version
+
+    def generate(self, prompts: list[Prompt], sampling: SamplingConfig, samples: int, seed: int) -> list[Rollout]:
+        """Completions of all prompts."""
+        return list(self.engine.generate(prompts, sampling, samples=samples, seed=seed))
+
+
+@ray.remote(max_restarts=0, num_cpus=0)
+class VerifierWorker(_Named):
+    """A pool of processes that judge answers and can be killed."""
+
+    def __init__(self, rank: int, processes: int, deadline_s: float) -> None:
+        super().__init__("verifier", rank, 1)
+        self.pool = VerifierPool(processes, deadline_s)
+
+    def grade(self, pairs: list[tuple[str, str]]) -> list[Verdict]:
+        """Verdicts on (response, answer) pairs."""
+        return self.pool.grade(pairs)
+
+    def close(self) -> None:
+        """End the pool's processes."""
+        self.pool.close()
+
+
+def load_rollout_engine(checkpoint: Path, *, dtype: str, slots: int, length: int) -> tuple[RolloutEngine, Tokenizer]:
+    """A rollout engine over a checkpoint, in a world of this process alone."""
+    source = manager.Checkpoint(checkpoint)
+    tokenizer = Tokenizer({n: t for n in source.manifest["files"] if (t := source.file(n)) is not None})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    groups = join(Layout(), rank=0, address="127.0.0.1", port=port)
+    stage = build(ModelConfig(**source.manifest["model"]), groups, DTYPES[dtype], source)
+    engine = RolloutEngine(transformer_of(stage), slots=slots, length=length, decode=tokenizer.decode)
+    return engine, tokenizer
+
+
+class _Held:
+    """A `Source` over the pieces that a stage itself holds."""
+
+    def __init__(self, stage: Any) -> None:
+        self._shards = {(s.name, s.box): s for s in shards_of(transformer_of(stage), owned_only=False)}
+
+    def read(self, name: str, box: Any) -> np.ndarray:
+        """See `Source`."""
+        return self._shards[name, box].array
+
+
+class Policy:
+    """The trainer's world."""
+
+    def __init__(self, layout: Layout, *, threads: int, row_tokens: int) -> None:
+        self.layout, self._row_tokens = layout, row_tokens
+        self.workers = [
+            Worker(f"policy {rank}", _actor(PolicyWorker, threads).remote(layout, rank, threads))
+            for rank in range(layout.processes)
+        ]
+
+    def start(
+        self, checkpoint: Path, dtype: str, optimizer: OptimizerConfig, temperature: float
+    ) -> list[tuple[Worker, Any]]:
+        """Calls that load the checkpoint, to be gathered."""
+        address, port = gather([(self.workers[0], self.workers[0].handle.address.remote())])[0]
+        return [
+            (w, w.handle.start.remote(address, port, checkpoint, dtype, optimizer, temperature)) for w in self.workers
+        ]
+
+    def begin_phase(self, *, keep_reference: bool) -> None:
+        """See `PolicyWorker.begin_phase`."""
+        gather([(w, w.handle.begin_phase.remote(keep_reference=keep_reference)) for w in self.workers])
+
+    def update(self, step: int, samples: Sequence[Sample], objective: Objective, learning_rate: float) -> StepResult:
+        """One gradient step on a global batch."""
+        layout = self.layout
+        equal = layout.pipeline > 1
+        rows = rows_for_ranks(samples, ranks=layout.data, budget=self._row_tokens, equal=equal)
+        data_rank = [(rank // layout.tensor) % layout.data for rank in range(layout.processes)]
+        calls = [
+            (w, w.handle.update.remote(step, rows[data_rank[rank]], objective, learning_rate))
+            for rank, w in enumerate(self.workers)
+        ]
+        return gather(calls)[0]
+
+    def shards(self) -> list[Any]:
+        """References to every rank's pieces of the weights."""
+        calls = [(w, w.handle.shards.remote()) for w in self.workers]
+        wait_for(calls)
+        return [call for _, call in calls]
+
+    def save(self, checkpoints: Path, step: int, manifest: dict[str, Any]) -> Path:
+        """Write a checkpoint from all ranks."""
+        return gather([(w, w.handle.save.remote(checkpoints, step, manifest)) for w in self.workers])[0]
+
+
+class Rollouts:
+    """Rollout workers that share the prompts."""
+
+    def __init__(self, workers: int, *, threads: int) -> None:
+        self.workers = [
+            Worker(f"rollout {rank}", _actor(RolloutWorker, threads).remote(rank, threads)) for rank in range(workers)
+        ]
+        self.version = 0
+
+    def start(self, checkpoint: Path, dtype: str, slots: int, length: int) -> list[tuple[Worker, Any]]:
+        """Calls that load the checkpoint, to be gathered."""
+        return [(w, w.handle.start.remote(checkpoint, dtype, slots, length)) for w in self.workers]
+
+    def receive(self, shards: list[Any]) -> None:
+        """Give every worker the next version of the weights."""
+        self.version += 1
+        gather([(w, w.handle.receive.remote(self.version, *shards)) for w in self.workers])
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig, samples: int, seed: int) -> list[Rollout]:
+        """Completions of all prompts, in the order of (prompt, sample)."""
+        count = len(self.workers)
+        calls = [
+            (w, w.handle.generate.remote(list(prompts[i::count]), sampling, samples, seed))
+            for i, w in enumerate(self.workers)
+            if prompts[i::count]
+        ]
+        found = [rollout for part in gather(calls) for rollout in part]
+        order = {p.index: i for i, p in enumerate(prompts)}
+        return sorted(found, key=lambda r: (order[r.prompt.index], r.sample))
+
+
+class Verifiers:
+    """Verifier workers that share the answers."""
+
+    def __init__(self, workers: int, processes: int, deadline_s: float) -> None:
+        self.workers = [
+            Worker(
+                f"verifier {rank}",
+                _actor(VerifierWorker, 1).remote(rank, processes, deadline_s),
+            )
+            for rank in range(workers)
+        ]
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        """Verdicts on (response, answer) pairs, in order."""
+        count = len(self.workers)
+        calls = [(w, w.handle.grade.remote(list(pairs[i::count]))) for i, w in enumerate(self.workers)]
+        verdicts: list[Any] = [None] * len(pairs)
+        for i, part in enumerate(gather(calls)):
+            verdicts[i::count] = part
+        return verdicts
+
+    def close(self) -> None:
+        """End all grading processes."""
+        gather([(w, w.handle.close.remote()) for w in self.workers])
+
+
+def _actor(kind: Any, threads: int) -> Any:
+    """The actor class, to be started in a process with this many threads."""
+    return kind.options(runtime_env={"env_vars": ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}})
+
+
+def threads_for(processes: int) -> int:
+    """Threads of each of `processes` that work at the same time on this machine."""
+    return max(1, (os.cpu_count() or 1) // processes)

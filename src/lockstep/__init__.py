@@ -1,0 +1,1 @@
+"""Lockstep: language models trained with the same numbers in any layout."""

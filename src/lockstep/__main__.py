@@ -1,0 +1,5 @@
+"""`python -m lockstep` is the `lockstep` command."""
+
+from lockstep.cluster.cli import main
+
+main()
