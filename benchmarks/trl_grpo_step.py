@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves its own choice")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the weights")
-    parser.add_argument("--micro-batch", type=int, default=COMPLETIONS_PER_STEP, help="completions a backward pass")
+    parser.add_argument("--micro-batch", type=int, default=8, help="completions a backward pass")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, TRL's default")
     return parser.parse_args()
 

@@ -28,14 +28,21 @@ def _not_drawn(weight: Tensor) -> Tensor:
     return weight
 
 
+def _marked(layer: nn.Module, dim: int) -> nn.Module:
+    """The layer with its weight marked as split along `dim`, so that gradient norms count every part."""
+    tensor_parallel.set_tensor_model_parallel_attributes(layer.weight, True, dim, 1)
+    return layer
+
+
 def _column(inputs: int, outputs: int, config: TransformerConfig) -> nn.Module:
-    return tensor_parallel.ColumnParallelLinear(
+    layer = tensor_parallel.ColumnParallelLinear(
         inputs, outputs, config=config, init_method=_not_drawn, bias=False, gather_output=False
     )
+    return _marked(layer, 0)
 
 
 def _row(inputs: int, outputs: int, config: TransformerConfig) -> nn.Module:
-    return tensor_parallel.RowParallelLinear(
+    layer = tensor_parallel.RowParallelLinear(
         inputs,
         outputs,
         config=config,
@@ -44,6 +51,7 @@ def _row(inputs: int, outputs: int, config: TransformerConfig) -> nn.Module:
         input_is_parallel=True,
         skip_bias_add=False,
     )
+    return _marked(layer, 1)
 
 
 class Norm(nn.Module):
@@ -122,9 +130,10 @@ class Transformer(nn.Module):
         rows = padded_vocabulary(model.vocabulary, groups.layout.tensor)
         self.has_embedding = groups.is_first_stage or (model.tied and groups.is_last_stage)
         if self.has_embedding:
-            self.embedding = tensor_parallel.VocabParallelEmbedding(
+            embedding = tensor_parallel.VocabParallelEmbedding(
                 rows, model.width, init_method=_not_drawn, config=config
             )
+            self.embedding = _marked(embedding, 0)
         self.blocks = nn.ModuleDict({str(i): Block(model, groups, config) for i in self.layers})
         if groups.is_last_stage:
             self.norm = Norm(model.width, model.norm_eps, config.params_dtype)

@@ -1,0 +1,94 @@
+"""Any layout, the same numbers: losses, norms and weights of a few steps against one process."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lockstep.data.batch import Sample, rows_for_ranks, sample
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
+from lockstep.model.formats.huggingface import HuggingFaceFolder
+from lockstep.model.loss import nll
+from lockstep.model.names import pieces
+from lockstep.model.train import OptimizerConfig, Trainer, build, transformer_of
+from tests.worlds import Worlds
+
+LAYOUTS = [
+    Layout(),
+    Layout(tensor=2),
+    Layout(pipeline=2),
+    Layout(data=2),
+    Layout(pipeline=4),
+    Layout(tensor=2, data=2),
+    Layout(tensor=2, pipeline=2),
+    Layout(pipeline=2, data=2),
+]
+
+
+def global_batch(vocabulary: int, seed: int) -> list[Sample]:
+    """Groups of samples that share prompts, of mixed lengths, weighted to a mean over tokens."""
+    draw = np.random.default_rng(seed)
+    samples = []
+    for _ in range(5):
+        prompt = draw.integers(0, vocabulary, draw.integers(1, 20))
+        for _ in range(draw.integers(1, 4)):
+            samples.append(sample(prompt, draw.integers(0, vocabulary, draw.integers(1, 15)), weight=1 / 100))
+    return samples
+
+
+def train(groups: Groups, folder: Path, steps: int, row_tokens: int) -> tuple[list[tuple[float, float]], Any]:
+    """Losses, norms and the owned pieces of the weights after some steps."""
+    source = HuggingFaceFolder(folder)
+    stage = build(source.config, groups, torch.float32, source)
+    trainer = Trainer(stage, groups, OptimizerConfig(learning_rate=1e-3))
+    history = []
+    for step in range(steps):
+        batch = global_batch(source.config.vocabulary, step % 2)
+        layout = groups.layout
+        rows = rows_for_ranks(batch, ranks=layout.data, budget=row_tokens, equal=layout.pipeline > 1)
+        result = trainer.step(rows[groups.data_rank], nll, 1e-3)
+        history.append((result.values["loss"], result.grad_norm))
+    held = pieces(transformer_of(stage))
+    return history, [(p.name, p.box, p.view(t).clone().numpy()) for t, p in held if p.owned]
+
+
+@pytest.fixture(scope="module")
+def alone(worlds: Worlds, tiny_folder: Path) -> Any:
+    return worlds.run(Layout(), train, tiny_folder, 4, 64)[0]
+
+
+def assembled(parts: list[Any], shapes: dict[str, Any]) -> dict[str, np.ndarray]:
+    whole = {name: np.full(array.shape, np.nan, np.float32) for name, array in shapes.items()}
+    for name, box, array in (piece for part in parts for piece in part):
+        target = whole[name][tuple(slice(a, b) for a, b in box)]
+        assert np.isnan(target).all(), f"{name} {box} was written twice"
+        target[:] = array
+    return whole
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_layout_trains_to_the_same_numbers(layout: Layout, alone: Any, worlds: Worlds, tiny_folder: Path) -> None:
+    results = worlds.run(layout, train, tiny_folder, 4, 64)
+    history, held = alone
+    for rank, (other, _) in enumerate(results):
+        np.testing.assert_allclose(other, history, rtol=2e-5, err_msg=f"rank {rank}")
+    expected = {name: array for name, _, array in held}
+    for name, array in assembled([part for _, part in results], expected).items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("row_tokens", [1, 40, 1000])
+def test_the_size_of_a_micro_batch_changes_no_number(
+    row_tokens: int, alone: Any, worlds: Worlds, tiny_folder: Path
+) -> None:
+    history, _ = worlds.run(Layout(), train, tiny_folder, 4, row_tokens)[0]
+    np.testing.assert_allclose(history, alone[0], rtol=2e-6)
+
+
+def test_training_learned_something(alone: Any) -> None:
+    losses = [loss for loss, _ in alone[0]]
+    assert losses[2] < losses[0]
+    assert losses[3] < losses[1]
