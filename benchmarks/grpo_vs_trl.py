@@ -10,12 +10,27 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import venv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from lockstep.cluster.convert import QUICKSTART_MODEL, to_lockstep
+from lockstep.cluster.jobs import ray_cluster
+from lockstep.data.batch import sample
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.layout import Layout
+from lockstep.model.loss import Clip, token_loss
+from lockstep.model.train import OptimizerConfig
+from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather
+from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.types import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_PACKAGES = ["trl==1.16.*", "transformers==5.23.*", "accelerate", "datasets", "gguf"]
@@ -41,13 +56,56 @@ def main() -> None:
 
 
 def lockstep_step_seconds(lengths: list[list[int]], prompts: list[list[str]]) -> list[float]:
-    """Wall seconds of each step: rollout, reward, backward pass, optimizer step, weights back into the rollout engine.
+    """Wall seconds of each step: rollouts, verdicts, backward pass, optimizer step, weights to the rollout workers.
 
-    prompts[s] are the user messages of step s, to be put into the model's chat template. lengths[s] holds, for each of
-    them in turn, the lengths in tokens of its completions, the end-of-message token included where there was one.
-    Replay the first step once beforehand, unrecorded: TRL's warm-up is left out too.
+    Args:
+        lengths: for each step, prompt by prompt, the tokens of each completion, the end-of-message token included.
+        prompts: for each step the user messages, to be put into the model's chat template.
+
+    The first step is replayed once beforehand, unrecorded: TRL's warm-up is left out too.
     """
-    raise NotImplementedError("the side of Lockstep is not written yet: run with --trl-only")
+    with tempfile.TemporaryDirectory() as folder, ray_cluster(None):
+        system = _System(to_lockstep(QUICKSTART_MODEL, Path(folder)))
+        system.step(prompts[0], lengths[0])
+        return [system.step(p, n) for p, n in zip(prompts, lengths, strict=True)]
+
+
+class _System:
+    """The actors of a run, as the quickstart places them."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.optimizer = OptimizerConfig(learning_rate=2e-5)
+        self.policy = Policy(Layout(data=2), threads=1, row_tokens=2048)
+        self.rollouts, self.verifiers = Rollouts(2, threads=1), Verifiers(1, 1, 2.0)
+        calls = self.policy.start(checkpoint, "bfloat16", self.optimizer, 1.0)
+        gather(calls + self.rollouts.start(checkpoint, "bfloat16", 64, 256))
+        files = Checkpoint(checkpoint).manifest["files"]
+        self.tokenizer = Tokenizer({name: (checkpoint / name).read_text() for name in files})
+
+    def step(self, messages: list[str], lengths: list[int]) -> float:
+        """Seconds of one step; all completions are trained on, as TRL does, whatever their rewards."""
+        start = time.perf_counter()
+        group = len(lengths) // len(messages)
+        texts = [self.tokenizer.chat([{"role": "user", "content": m}]) for m in messages]
+        prompts = [Prompt(i, t, tuple(self.tokenizer.encode(t)), "0") for i, t in enumerate(texts)]
+        sampling = SamplingConfig(max_new_tokens=max(lengths), exact_lengths=tuple(lengths))
+        rollouts = self.rollouts.generate(prompts, sampling, group, 0)
+        assert [len(r.tokens) for r in rollouts] == lengths
+        self.verifiers.grade([(r.text, r.prompt.answer) for r in rollouts])
+        samples = [
+            sample(
+                r.prompt.tokens,
+                r.tokens,
+                weight=1 / sum(lengths),
+                advantage=1.0 if i % 2 else -1.0,
+                old_logp=np.asarray(r.logp, np.float32),
+            )
+            for i, r in enumerate(rollouts)
+        ]
+        objective = partial(token_loss, clip=Clip(), kl_beta=0.0, has_reference=False)
+        self.policy.update(1, samples, objective, self.optimizer.learning_rate)
+        self.rollouts.receive(self.policy.shards())
+        return time.perf_counter() - start
 
 
 def trl_steps(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +20,14 @@ app = typer.Typer(
     help="Train language models with the same numbers in any layout, in rollout and trainer.",
 )
 out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlight=False)
+
+RAY_SETTINGS = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+}
+"""Read by Ray when it is imported: workers' lines come through as they were written, each saying who speaks."""
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in --set rl.group_size=8.")]
 
@@ -29,7 +39,7 @@ def _sentences(command: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             err.print(f"[red]error:[/red] {_plain(error)}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
@@ -40,7 +50,7 @@ def _sentences(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _plain(error: Exception) -> str:
-    return " ".join(str(error).split()).replace("[", r"\[")
+    return escape(" ".join(str(error).split()))
 
 
 @app.command()
@@ -52,7 +62,7 @@ def train(
 ) -> None:
     """Run all phases of a recipe and print what it brought.
 
-    Example: lockstep train recipes/quickstart.toml --set layout.data=4 --set rl.steps=20
+    Example: lockstep train recipes/quickstart.toml --set layout.data=4
     """
     from lockstep.cluster import jobs
     from lockstep.cluster.config import load_recipe
@@ -85,14 +95,18 @@ def generate(
 ) -> None:
     """Answer a prompt.
 
-    Example: lockstep generate runs/quickstart "What is 12 + 34?" --temperature 0.7 --top-p 0.9 --stop "."
+    Example: lockstep generate runs/quickstart "What is 12 + 34?" --top-p 0.9
     """
+    from lockstep.cluster.config import validation_sentence
     from lockstep.cluster.inference import generate as generate_text
     from lockstep.rl.rollout.sampler import SamplingConfig
 
-    sampling = SamplingConfig(
-        temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(stop or ())
-    )
+    try:
+        sampling = SamplingConfig(
+            temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(stop or ())
+        )
+    except ValidationError as error:
+        raise ValueError(validation_sentence(error, SamplingConfig)) from error
     out.print(
         generate_text(checkpoint, prompt, sampling, seed=seed, chat=chat, dtype=dtype), markup=False, highlight=False
     )
@@ -110,7 +124,7 @@ def evaluate(
 ) -> None:
     """Greedy exact match on the held-out problems of a task, with a 95% interval.
 
-    Example: lockstep eval runs/quickstart --task recipes/quickstart.toml --set task.held_out=100
+    Example: lockstep eval runs/quickstart --task recipes/quickstart.toml
     """
     from lockstep.cluster.inference import evaluate as evaluate_task
 
@@ -169,7 +183,7 @@ def submit(
 ) -> None:
     """Run a recipe as a Ray job, follow its log, and end with its exit code.
 
-    Example: lockstep submit recipes/quickstart.toml --address http://127.0.0.1:8265
+    Example: lockstep submit recipes/quickstart.toml --address http://head:8265
     """
     from lockstep.cluster.config import load_recipe
     from lockstep.cluster.submit import submit as submit_job
@@ -179,6 +193,8 @@ def submit(
 
 def main() -> None:
     """Entry point of the `lockstep` command."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    warnings.filterwarnings("ignore", module=r"megatron\.")
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     sys.exit(app())

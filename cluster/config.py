@@ -4,8 +4,11 @@ Any key can be overridden as `section.key=value`. What is wrong is said in one s
 given, what is allowed and the nearest valid key.
 """
 
+import copy
 import difflib
+import itertools
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -58,6 +61,12 @@ class VerifierConfig(_Section):
     deadline: float = Field(2.0, gt=0, description="seconds that one answer may take")
 
 
+class EvaluationConfig(_Section):
+    """Greedy exact match on held-out problems, before and after each phase."""
+
+    max_new_tokens: int = Field(64, ge=1)
+
+
 class Recipe(_Section):
     """Everything that a run depends on."""
 
@@ -71,13 +80,14 @@ class Recipe(_Section):
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     supervised: SupervisedConfig | None = None
     rl: RLConfig | None = None
 
     @property
     def folder(self) -> Path:
         """Where the run goes."""
-        return Path(self.run.format(name=self.name))
+        return Path(self.run.replace("{name}", self.name))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -91,24 +101,30 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             f"there is no recipe {path}: give the path of a .toml file, for example recipes/quickstart.toml"
         )
     try:
-        values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}): give a recipe that can") from error
+    except ValueError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
-    for override in overrides:
-        _apply(values, override)
-    return parse(values)
+    return parse(values, overrides)
 
 
-def parse(values: dict[str, Any]) -> Recipe:
-    """A recipe from plain values.
+def parse(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from plain values and `key=value` overrides.
 
     Raises:
         RecipeError: one sentence on the first thing that is wrong.
     """
+    values = copy.deepcopy(values)
+    for override in overrides:
+        _apply(values, override)
+    for key, value in _leaves(values):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"{key}={value} is not allowed: give a finite number")
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        raise RecipeError(_sentence(error.errors(include_url=False)[0])) from error
+        raise RecipeError(validation_sentence(error, Recipe)) from error
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -116,53 +132,95 @@ def to_toml(recipe: Recipe) -> str:
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
+def validation_sentence(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first thing that is wrong, as one sentence; it names the key, what was given and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        return f"{key} is not a key of this recipe{_nearest(place, model)}"
+    reason = str(first.get("ctx", {}).get("error", "")) or first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] in ("model_type", "model_attributes_type"):
+        reason = f"it is a section with the keys {', '.join(_siblings([*place, ''], model))}"
+    return f"{key}={json.dumps(first['input'], default=str)} is not allowed: {reason}" if place else reason
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
-    if not separator or not name.strip():
+    *sections, last = (part.strip() for part in name.split("."))
+    if not separator or not all([*sections, last]):
         raise RecipeError(f"--set {override!r} is not of the form section.key=value, for example --set rl.group_size=8")
-    *sections, last = name.strip().split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise RecipeError(f"--set {override!r}: {section} is a value, not a section")
-    values[last] = _value(text.strip())
+    values[last] = _value(text.strip(), wants_text=_annotation([*sections, last]) is str)
 
 
-def _value(text: str) -> Any:
+def _value(text: str, *, wants_text: bool) -> Any:
     """TOML where it parses, else the text itself, so that strings need no quotes."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if wants_text and not isinstance(value, str) else value
 
 
-def _sentence(error: Any) -> str:
-    place = [str(part) for part in error["loc"]]
-    key = ".".join(place)
-    if error["type"] == "extra_forbidden":
-        return f"{key} is not a key of this recipe{_nearest(place)}"
-    given = json.dumps(error.get("input"), default=str)
-    reason = str(error.get("ctx", {}).get("error", "")) or error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}={given} is not allowed: {reason}" if place else reason
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
-def _nearest(place: list[str]) -> str:
-    known = list(_keys(Recipe))
-    wanted = ".".join(place)
-    matches = difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)
-    same_end = [k for k in known if k.split(".")[-1] == place[-1]]
-    best = (same_end or matches)[0]
-    siblings = [k for k in known if k.rsplit(".", 1)[:-1] == place[:-1] or (len(place) == 1 and "." not in k)]
-    return f"; the nearest is {best}" + (f", and keys here are {', '.join(siblings)}" if siblings else "")
+def _nearest(place: Sequence[str], model: type[BaseModel]) -> str:
+    """The key that was probably meant: the fewest edits of its last part, then the longest way in common."""
+
+    def distance(key: str) -> tuple[int, int, int, float]:
+        parts = key.split(".")
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, place, strict=False)))
+        likeness = difflib.SequenceMatcher(None, parts[-1], place[-1]).ratio()
+        return _edits(parts[-1], place[-1]), -common, abs(len(parts) - len(place)), -likeness
+
+    siblings = _siblings(place, model)
+    return f"; the nearest is {min(_keys(model), key=distance)}" + (
+        f", and keys here are {', '.join(siblings)}" if siblings else ""
+    )
+
+
+def _edits(a: str, b: str) -> int:
+    """Levenshtein's distance: letters to insert, drop or replace."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
+
+
+def _siblings(place: Sequence[str], model: type[BaseModel]) -> list[str]:
+    return [key for key in _keys(model) if key.split(".")[:-1] == list(place[:-1])]
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    """Every key and every section, dotted."""
     for name, field in model.model_fields.items():
+        yield prefix + name
         inner = _section_type(field.annotation)
-        if inner is None:
-            yield prefix + name
-        else:
+        if inner is not None:
             yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _annotation(place: Sequence[str]) -> Any:
+    """The type of a key; None where there is no such key."""
+    model: type[BaseModel] | None = Recipe
+    annotation: Any = None
+    for part in place:
+        field = model.model_fields.get(part) if model else None
+        annotation = field.annotation if field else None
+        model = _section_type(annotation)
+    return annotation
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

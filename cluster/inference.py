@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lockstep.cluster.config import load_recipe
+from lockstep.cluster.config import load_recipe, parse
 from lockstep.cluster.convert import open_source, to_lockstep
 from lockstep.cluster.report import wilson
 from lockstep.data.problems import TaskConfig, make_split
@@ -76,7 +76,6 @@ def evaluate(
 
 
 def _task(task: str, overrides: Sequence[str]) -> tuple[TaskConfig, int]:
-    if task.endswith(".toml"):
-        recipe = load_recipe(Path(task), overrides)
-        return recipe.task, recipe.seed
-    return TaskConfig(generator=task), 0
+    values = {"task": {"generator": task}}
+    recipe = load_recipe(Path(task), overrides) if task.endswith(".toml") else parse(values, overrides)
+    return recipe.task, recipe.seed

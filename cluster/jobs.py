@@ -5,11 +5,12 @@ import os
 import platform
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from rich.console import Console
 
@@ -29,22 +30,74 @@ from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.types import Scored
 from lockstep.rl.verifiers.verdict import Outcome
 
+SHUTDOWN_S = 5.0
+"""How long processes may take to end by themselves when a run ends."""
+
+
+class Interruption:
+    """The first Ctrl-C or SIGTERM ends a run as KeyboardInterrupt; later ones are ignored, so that cleaning up ends."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> "Interruption":
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self._interrupted = False
+        self.listen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Take the signals over; again after something else took them, as `ray.init` does."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, *_: object) -> None:
+        if not self._interrupted:
+            self._interrupted = True
+            raise KeyboardInterrupt
+
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
     """A connection to the Ray cluster at `address`, or to one that is started here and stopped at the end."""
     joined = address or os.environ.get("RAY_ADDRESS")
-    ray.init(
-        address=joined,
-        include_dashboard=False if joined is None else None,
-        log_to_driver=True,
-        logging_level=logging.ERROR,
-        configure_logging=True,
-    )
     try:
+        _connect(joined)
         yield
     finally:
+        started = [] if joined else psutil.Process().children(recursive=True)
         ray.shutdown()
+        _end(started)
+
+
+def _connect(address: str | None) -> None:
+    """`ray.init`; once more where a busy machine does not start a cluster within the 30 s that Ray grants it."""
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False if address is None else None,
+                log_to_driver=True,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
+            return
+        except Exception as error:
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """Wait for processes, then kill those that stay: actors may outlive the daemons that started them."""
+    _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_S)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=SHUTDOWN_S)
 
 
 def check(recipe: Recipe) -> None:
@@ -71,29 +124,17 @@ def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Pa
     """
     check(recipe)
     split = make_split(recipe.task, recipe.seed)
-    with RunFolder.create(recipe.folder, to_toml(recipe), recipe.name) as run:
-        _describe(run, split)
+    with Interruption() as interruption:
+        run = RunFolder.create(recipe.folder, to_toml(recipe), recipe.name)
         try:
-            with Progress(console) as progress, _terminates(), ray_cluster(address):
-                _run_phases(recipe, split, run, progress)
+            with run, Progress(console) as progress:
+                _describe(run, split)
+                with ray_cluster(address):
+                    interruption.listen()
+                    _run_phases(recipe, split, run, progress)
         finally:
             write_report(recipe.folder)
-    write_report(recipe.folder)
     return recipe.folder
-
-
-@contextmanager
-def _terminates() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _describe(run: RunFolder, split: Split) -> None:
@@ -174,9 +215,8 @@ class _Phases:
 
     def measure(self, stage: str) -> None:
         """Greedy accuracy on the held-out problems."""
-        sampling = self._recipe.rl.sampling if self._recipe.rl else None
         self._progress.say(f"measuring held-out accuracy ({stage})")
-        scored = self._controller.evaluate(sampling.max_new_tokens if sampling else 64)
+        scored = self._controller.evaluate(self._recipe.evaluation.max_new_tokens)
         row = _evaluation(stage, self._steps, scored)
         self._rows.append(row)
         self._run.evaluation(stage, [_answer_row(s) for s in scored])

@@ -1,11 +1,17 @@
-"""A recipe as a job on a running Ray head: thin, the same recipe and the same program over there."""
+"""A recipe as a job on a running Ray head: thin, the same recipe and the same program over there.
+
+The package travels with the job. Paths in the recipe do not: they are made absolute, and mean the head's files.
+"""
 
 import asyncio
+import os
 import shlex
+import sys
 import tempfile
 from pathlib import Path
 
 import ray.job_submission as jobs
+from ray.exceptions import AuthenticationError
 from rich.console import Console
 
 import lockstep
@@ -13,7 +19,7 @@ from lockstep.cluster.config import Recipe, to_toml
 
 
 class NoHead(ValueError):
-    """No Ray head answers at the address."""
+    """No Ray head answers at the address, or it refuses."""
 
 
 def submit(recipe: Recipe, address: str, console: Console) -> int:
@@ -23,19 +29,18 @@ def submit(recipe: Recipe, address: str, console: Console) -> int:
         0 when the job succeeded, 1 otherwise.
 
     Raises:
-        NoHead: when nothing answers at the address.
+        NoHead: when nothing answers at the address, or the head wants a token that is not given.
     """
-    try:
-        client = jobs.JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise NoHead(
-            f"no Ray head answers at {address}: start one with `ray start --head`, or correct --address"
-        ) from error
+    client = _client(address)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "recipe.toml").write_text(to_toml(recipe))
+        (Path(folder) / "recipe.toml").write_text(to_toml(with_absolute_paths(recipe)), encoding="utf-8")
         job = client.submit_job(
-            entrypoint=f"python -m lockstep train recipe.toml --set {shlex.quote(f'run={recipe.folder.resolve()}')}",
-            runtime_env={"working_dir": folder, "py_modules": [str(Path(lockstep.__file__).parent)]},
+            entrypoint=f"{_python()} -m lockstep train recipe.toml",
+            runtime_env={
+                "working_dir": folder,
+                "py_modules": [str(Path(lockstep.__file__).parent)],
+                "excludes": ["__pycache__"],
+            },
         )
     console.print(f"job {job}")
     try:
@@ -48,6 +53,44 @@ def submit(recipe: Recipe, address: str, console: Console) -> int:
     return 0 if status is jobs.JobStatus.SUCCEEDED else 1
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with its run folder, and its model and problems where they are files here, as absolute paths."""
+    source, generator = recipe.model.source, recipe.task.generator
+    return recipe.model_copy(
+        update={
+            "run": str(recipe.folder.resolve()),
+            "model": recipe.model.model_copy(update={"source": _absolute(source)}),
+            "task": recipe.task.model_copy(update={"generator": _absolute(generator)}),
+        }
+    )
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _client(address: str) -> jobs.JobSubmissionClient:
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(variable, None)  # Ray would prefer it to the address that was asked for
+    try:
+        return jobs.JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise NoHead(
+            f"the Ray head at {address} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the head's own"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise NoHead(
+            f"no Ray head answers at {address} ({error}): start one with `ray start --head`, or correct --address"
+        ) from error
+
+
+def _python() -> str:
+    """This interpreter where the head has it, too; elsewhere whatever `python` is there."""
+    here = shlex.quote(sys.executable)
+    return f"$([ -x {here} ] && echo {here} || echo python)"
+
+
 async def _follow(client: jobs.JobSubmissionClient, job: str, console: Console) -> None:
     async for text in client.tail_job_logs(job):
-        console.print(text, end="", markup=False, highlight=False)
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 HELD_OUT_SHARE = 5
 """One problem in this many belongs to the held-out side."""
 
+_BETWEEN_SEEDS = 1_000_003
+
 
 class BadProblems(ValueError):
     """Problems that cannot be made or read."""
@@ -102,7 +104,9 @@ def _stream(task: TaskConfig, seed: int) -> Iterator[tuple[str, str]]:
     for batch in count():
         if batch == 4:  # a small space of problems may hold fewer than were asked for
             return
-        settings = task.settings | {"seed": seed + batch, "size": per_round}
+        # reasoning-gym draws problem i from seed + i, so rounds and seeds must lie further apart than a round is long
+        first = seed * _BETWEEN_SEEDS + batch * per_round
+        settings = task.settings | {"seed": first % (1 << 31), "size": per_round}
         try:
             made = reasoning_gym.create_dataset(task.generator, **settings)
         except (TypeError, ValueError, AssertionError) as error:
@@ -113,10 +117,13 @@ def _stream(task: TaskConfig, seed: int) -> Iterator[tuple[str, str]]:
 def _rows(path: Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         raise BadProblems(f"task.generator={str(path)!r}: there is no such file")
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    lines = path.read_text().removesuffix("\n").split("\n")  # splitlines would also split inside of strings
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             question, answer = row["question"], row["answer"]
+            if not (isinstance(question, str) and isinstance(answer, str)):
+                raise TypeError("both must be strings")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise BadProblems(f"{path}:{number}: needs JSON with the fields question and answer ({error!r})") from error
         yield question, answer.rsplit("####", 1)[-1].strip()

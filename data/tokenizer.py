@@ -27,7 +27,10 @@ class Tokenizer:
         if "tokenizer.json" not in files:
             raise BadTokenizer("the checkpoint has no tokenizer.json: convert it from a folder that has one")
         self.files = files
-        self._fast = FastTokenizer.from_str(files["tokenizer.json"])
+        try:
+            self._fast = FastTokenizer.from_str(files["tokenizer.json"])
+        except Exception as error:  # `tokenizers` raises nothing narrower
+            raise BadTokenizer(f"tokenizer.json cannot be read: {error}") from error
         settings: dict[str, Any] = json.loads(files.get("tokenizer_config.json", "{}"))
         self._names = {k: _content(settings.get(k)) for k in ("bos_token", "eos_token", "pad_token")}
         template = files.get("chat_template.jinja") or settings.get("chat_template")

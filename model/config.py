@@ -37,6 +37,17 @@ class ModelConfig(BaseModel):
         return self.layers * block + embeddings + self.width
 
 
+_NEEDED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+
+
 def from_huggingface(config: dict[str, Any]) -> ModelConfig:
     """A `config.json` of Llama's architecture.
 
@@ -57,6 +68,9 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
     for feature, present in lacking.items():
         if present:
             raise UnknownModel(f"this checkpoint uses {feature}, which is not supported")
+    missing = [name for name in _NEEDED if name not in config]
+    if missing:
+        raise UnknownModel(f"config.json lacks {', '.join(missing)}")
     heads = config["num_attention_heads"]
     eos = config.get("eos_token_id")
     return ModelConfig(

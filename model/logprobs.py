@@ -38,7 +38,7 @@ class _TokenLogProb(torch.autograd.Function):
         logits, logp, sums = [], [], []
         for hidden, targets in zip(hidden_KD.split(CHUNK), targets_K.split(CHUNK), strict=True):
             chunk = local_logits(hidden, weight_VD, first, vocabulary)
-            log_sum, at_target = _reduced(chunk.float().div_(temperature), targets - first, group)
+            log_sum, at_target = _reduced(_scaled(chunk, temperature), targets - first, group)
             logits.append(chunk)
             sums.append(log_sum)
             logp.append(at_target - log_sum)
@@ -72,6 +72,11 @@ class _TokenLogProb(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None
 
 
+def _scaled(chunk: Tensor, temperature: float) -> Tensor:
+    """The logits in fp32 over the temperature: always a copy, because the backward needs them as they are."""
+    return chunk.to(torch.float32, copy=True).div_(temperature)
+
+
 def _reduced(scaled: Tensor, local_targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and the target's logit over the whole vocabulary, [K] each."""
     inside = (local_targets >= 0) & (local_targets < scaled.shape[1])
@@ -90,7 +95,7 @@ def _reduced(scaled: Tensor, local_targets: Tensor, group: dist.ProcessGroup) ->
 def _d_logits(chunk: Tensor, log_sum: Tensor, local_targets: Tensor, gradient: Tensor, temperature: float) -> Tensor:
     """(1[target] − softmax) · gradient / temperature."""
     scale = (gradient / temperature)[:, None]
-    d_logits = chunk.float().div_(temperature).sub_(log_sum[:, None]).exp_().mul_(-scale)
+    d_logits = _scaled(chunk, temperature).sub_(log_sum[:, None]).exp_().mul_(-scale)
     inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
     rows = torch.nonzero(inside)[:, 0]
     d_logits[rows, local_targets[rows]] += scale[rows, 0]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,21 +25,23 @@ Objective = Callable[[Tensor, Columns], tuple[Tensor, dict[str, Tensor]]]
 
 
 class OptimizerConfig(BaseModel):
-    """AdamW (Loshchilov & Hutter 2019) with a constant rate after a linear warm-up."""
+    """AdamW (Loshchilov & Hutter 2019); the rate rises linearly, then stays or falls linearly to 0."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     learning_rate: float = Field(1e-5, gt=0)
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
+    schedule: Literal["constant", "linear"] = Field("constant", description="of the rate after the warm-up")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="for matrices only")
     clip_norm: float = Field(1.0, ge=0, description="bound of the gradient's global norm; 0 for none")
 
-    def rate(self, step: int) -> float:
-        """Learning rate of the step numbered from 1."""
-        return self.learning_rate * min(1.0, step / (self.warmup_steps + 1))
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step, numbered from 1, in a phase of so many steps."""
+        left = 1.0 if self.schedule == "constant" else (steps + 1 - step) / max(1, steps - self.warmup_steps)
+        return self.learning_rate * min(1.0, step / (self.warmup_steps + 1), left)
 
 
 @dataclass(frozen=True)

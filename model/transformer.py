@@ -29,8 +29,15 @@ def _not_drawn(weight: Tensor) -> Tensor:
 
 
 def _marked(layer: nn.Module, dim: int) -> nn.Module:
-    """The layer with its weight marked as split along `dim`, so that gradient norms count every part."""
-    tensor_parallel.set_tensor_model_parallel_attributes(layer.weight, True, dim, 1)
+    """The layer with its weight marked as split along `dim`, so that gradient norms count every part.
+
+    megatron-core marks weights only where it also draws them, and newer versions always.
+    """
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    if not hasattr(weight, "tensor_model_parallel"):
+        tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
+    assert weight.tensor_model_parallel
     return layer
 
 
@@ -130,9 +137,7 @@ class Transformer(nn.Module):
         rows = padded_vocabulary(model.vocabulary, groups.layout.tensor)
         self.has_embedding = groups.is_first_stage or (model.tied and groups.is_last_stage)
         if self.has_embedding:
-            embedding = tensor_parallel.VocabParallelEmbedding(
-                rows, model.width, init_method=_not_drawn, config=config
-            )
+            embedding = tensor_parallel.VocabParallelEmbedding(rows, model.width, init_method=_not_drawn, config=config)
             self.embedding = _marked(embedding, 0)
         self.blocks = nn.ModuleDict({str(i): Block(model, groups, config) for i in self.layers})
         if groups.is_last_stage:

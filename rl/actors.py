@@ -47,6 +47,10 @@ ENVIRONMENT = {
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+GRACE_S = 3.0
+"""After the first failure, how long others may take to be heard."""
+
+
 class WorkerFailed(RuntimeError):
     """A worker raised or died; the message begins with which."""
 
@@ -72,16 +76,25 @@ def gather(calls: Sequence[tuple[Worker, Any]]) -> list[Any]:
 def wait_for(calls: Sequence[tuple[Worker, Any]]) -> None:
     """As `gather`, but leaves the results where they are."""
     names = {call: worker.name for worker, call in calls}
-    waiting = [call for _, call in calls]
+    waiting = list(names)
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, fetch_local=False)
-        for call in done:
-            try:
-                ray.get(call)
-            except ray.exceptions.RayTaskError as error:
-                raise WorkerFailed(f"{names[call]}: {error}") from error
-            except ray.exceptions.RayError as error:
-                raise WorkerFailed(f"{names[call]} died: {error}") from error
+        if all(_error(call) is None for call in done):
+            continue
+        # The peers of a worker that died fail, too, and may do so first: the death is the cause.
+        more = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S, fetch_local=False)[0] if waiting else []
+        errors = {call: error for call in [*done, *more] if (error := _error(call)) is not None}
+        cause = min(errors, key=lambda call: isinstance(errors[call], ray.exceptions.RayTaskError))
+        died = "" if isinstance(errors[cause], ray.exceptions.RayTaskError) else " died"
+        raise WorkerFailed(f"{names[cause]}{died}: {errors[cause]}") from errors[cause]
+
+
+def _error(call: Any) -> Exception | None:
+    try:
+        ray.get(call)
+    except ray.exceptions.RayError as error:
+        return error
+    return None
 
 
 class _Named:

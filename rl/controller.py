@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from lockstep.data.batch import Sample, sample
+from lockstep.data.batch import Sample, documents, sample
 from lockstep.data.problems import Problem, Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.model.loss import nll
@@ -59,10 +59,9 @@ class Controller:
             started = self._clock()
             prompts = self._draw(self._train, config.problems_per_step, step, "sft")
             samples = _weighted([self._demonstration(p) for p in prompts])
-            result = self._policy.update(step, samples, nll, config.optimizer.rate(step))
+            result = self._policy.update(step, samples, nll, config.optimizer.rate(step, config.steps))
             seconds = self._clock() - started
-            tokens = sum(len(s.prompt) + len(s.completion) for s in samples)
-            speed = {"train_tokens_per_second": tokens / seconds, "step_seconds": seconds}
+            speed = {"train_tokens_per_second": _computed(samples) / seconds, "step_seconds": seconds}
             yield StepRecord("sft", step, result.values | {"grad_norm": result.grad_norm} | speed)
         self._rollouts.receive(self._policy.shards())
 
@@ -81,19 +80,27 @@ class Controller:
             groups = [with_advantages(g, scale_by_deviation=config.advantage == "grpo") for g in groups]
             scored = [s for g in groups for s in g]
             kept = [s for g in groups if teaches(g) for s in g if s.advantage is not None]
-            learned = self._learn(step, kept, config)
+            samples = _weighted([_sample(s) for s in kept])
+            learned = self._learn(step, samples, config)
             clock.lap("train")
             if learned:
                 self._rollouts.receive(self._policy.shards())
             clock.lap("sync")
-            metrics = learned | _summary(scored, kept, len(groups), clock.seconds)
-            yield StepRecord("rl", step, metrics | {"weight_version": self._rollouts.version}, tuple(scored))
+            metrics = (
+                learned
+                | _summary(scored, clock.seconds)
+                | {
+                    "skipped_groups": float(len(groups) - len({s.rollout.prompt.index for s in kept})),
+                    "train_tokens_per_second": _computed(samples) / clock.seconds["train"],
+                    "weight_version": self._rollouts.version,
+                }
+            )
+            yield StepRecord("rl", step, metrics, tuple(scored))
 
-    def _learn(self, step: int, kept: Sequence[Scored], config: RLConfig) -> dict[str, float]:
-        if not kept:
+    def _learn(self, step: int, samples: Sequence[Sample], config: RLConfig) -> dict[str, float]:
+        if not samples:
             return {}
-        samples = _weighted([_sample(s) for s in kept])
-        result = self._policy.update(step, samples, config.objective, config.optimizer.rate(step))
+        result = self._policy.update(step, samples, config.objective, config.optimizer.rate(step, config.steps))
         return result.values | {"grad_norm": result.grad_norm}
 
     def _scored(self, prompts: Sequence[Prompt], sampling: SamplingConfig, samples: int, seed: int) -> list[Scored]:
@@ -144,6 +151,11 @@ def _weighted(samples: list[Sample]) -> list[Sample]:
     return [replace(s, weight=s.weight / np.float32(total)) for s in samples]
 
 
+def _computed(samples: Sequence[Sample]) -> int:
+    """Tokens that a step computes: a prompt counts once, however many samples continue it."""
+    return sum(len(document) for document in documents(samples))
+
+
 class _Stopwatch:
     """Seconds of each lap by name."""
 
@@ -156,22 +168,17 @@ class _Stopwatch:
         self.seconds[name], self._last = now - self._last, now
 
 
-def _summary(
-    scored: Sequence[Scored], kept: Sequence[Scored], groups: int, seconds: dict[str, float]
-) -> dict[str, float]:
+def _summary(scored: Sequence[Scored], seconds: dict[str, float]) -> dict[str, float]:
+    """What a step's rollouts say; the entropy is estimated by −log p of the tokens that were drawn."""
     rewards = [r for s in scored if (r := s.verdict.reward) is not None]
     lengths = [len(s.rollout.tokens) for s in scored]
     logp = [p for s in scored for p in s.rollout.logp]
-    trained = sum(len(s.rollout.tokens) + len(s.rollout.prompt.tokens) for s in kept)
-    useful = len({s.rollout.prompt.index for s in kept})
     return {
         "reward": float(np.mean(rewards)) if rewards else float("nan"),
         "entropy": -float(np.mean(logp)),
         "completion_tokens": float(np.mean(lengths)),
         "ungradable": float(sum(s.verdict.outcome is Outcome.ungradable for s in scored)),
-        "skipped_groups": float(groups - useful),
         "rollout_tokens_per_second": sum(lengths) / seconds["rollout"],
-        "train_tokens_per_second": trained / seconds["train"],
         "step_seconds": sum(seconds.values()),
         **{f"{name}_seconds": value for name, value in seconds.items()},
     }

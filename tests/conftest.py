@@ -1,14 +1,22 @@
 """What tests share: gloo worlds, a tiny random model in Hugging Face's format, and its tokenizer."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.worlds import Worlds
 
+if TYPE_CHECKING:
+    from lockstep.distributed.groups import Groups
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("patient", deadline=None)  # a loaded machine is no bug
+settings.load_profile("patient")
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -22,6 +30,19 @@ def worlds() -> Iterator[Worlds]:
     worlds = Worlds()
     yield worlds
     worlds.close()
+
+
+@pytest.fixture(scope="module")
+def groups() -> "Iterator[Groups]":
+    """A world of this process alone, left before the next module begins."""
+    from lockstep.distributed.groups import join, leave
+    from lockstep.distributed.layout import Layout
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    yield join(Layout(), rank=0, address="127.0.0.1", port=port)
+    leave()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from typing import Any
 
 from lockstep.distributed.layout import Layout
 
-
 Members = list[tuple[Any, Connection]]
 
 

@@ -47,7 +47,8 @@ def save(
     final = checkpoints / step_name(step)
     partial = checkpoints / f"{final.name}.partial"
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for interrupted in checkpoints.glob("step-*.partial"):
+            shutil.rmtree(interrupted, ignore_errors=True)
         (partial / "arrays").mkdir(parents=True)
     barrier()
     write(partial / "arrays", held)
@@ -62,9 +63,8 @@ def save(
 
 
 def _commit(partial: Path, final: Path) -> None:
-    for file in (p for p in partial.rglob("*") if p.is_file()):
-        _sync(file)
-    _sync(partial)
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)

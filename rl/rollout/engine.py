@@ -57,16 +57,18 @@ class RolloutEngine:
     ) -> Iterator[Rollout]:
         """`samples` completions of each prompt, each as soon as it ends.
 
-        Sample s of the prompt with index i is drawn from random numbers that depend on (seed, i, s, position) only.
+        Sample s of the prompt with index i has the number i · samples + s, and is drawn from random numbers that
+        depend on (seed, that number, position) only.
 
         Raises:
             PromptTooLong: before anything runs.
         """
         longest = max((len(p.tokens) for p in prompts), default=0)
-        if longest + sampling.max_new_tokens > self._cache.length:
+        new = max((sampling.max_new_tokens, *sampling.exact_lengths))
+        if longest + new > self._cache.length:
             raise PromptTooLong(
-                f"a prompt of {longest} tokens and {sampling.max_new_tokens} new ones need a context of "
-                f"{longest + sampling.max_new_tokens}, and rollouts have {self._cache.length}"
+                f"a prompt of {longest} tokens and {new} new ones need a context of {longest + new}, "
+                f"and rollouts have {self._cache.length}"
             )
         waiting = deque(Running(p, p.index * samples + s) for p in prompts for s in range(samples))
         running: list[Running] = []
@@ -122,6 +124,9 @@ class RolloutEngine:
             sequence.finish_reason = self._reason(sequence, sampling)
 
     def _reason(self, sequence: Running, sampling: SamplingConfig) -> str | None:
+        if sampling.exact_lengths:
+            wanted = sampling.exact_lengths[sequence.sample % len(sampling.exact_lengths)]
+            return "length" if len(sequence.tokens) >= wanted else None
         if sequence.tokens[-1] in self.transformer.model.eos_tokens:
             return "stop"
         if sampling.stop and any(stop in self._decode_text(sequence.tokens) for stop in sampling.stop):

@@ -22,6 +22,9 @@ class SamplingConfig(BaseModel):
     top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0 for all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens of this total probability")
     max_new_tokens: int = Field(64, ge=1)
+    exact_lengths: tuple[int, ...] = Field(
+        (), description="for measurements: how many tokens each sample has, whatever it says; in turn"
+    )
     stop: tuple[str, ...] = Field((), description="end a completion that contains one of these strings")
 
 

@@ -1,0 +1,137 @@
+"""Every command does what its help says, and every mistake of the user ends with one sentence and exit code 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from lockstep.cluster.cli import app
+from tests.cluster.commands import Command, write_recipe
+
+COMMANDS = ("train", "generate", "eval", "convert", "report", "submit")
+
+
+def lockstep(*arguments: str) -> Result:
+    """The command, in this process."""
+    return CliRunner().invoke(app, list(arguments))
+
+
+def refused(*arguments: str) -> str:
+    """The one sentence that a command ends with."""
+    result = lockstep(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_on_a_line_of_its_own(command: str) -> None:
+    result = lockstep(command, "--help")
+    assert result.exit_code == 0
+    lines = [line.strip() for line in result.output.splitlines()]
+    place = next(i for i, line in enumerate(lines) if line.startswith(f"Example: lockstep {command} "))
+    assert lines[place - 1] == lines[place + 1] == ""
+
+
+def test_a_bad_recipe_is_refused_and_nothing_is_written(tmp_path: Path, tiny_folder: Path) -> None:
+    recipe = str(write_recipe(tmp_path, tiny_folder))
+    before = sorted(tmp_path.rglob("*"))
+    for override, words in (
+        ("rl.group_sise=8", "the nearest is rl.group_size"),
+        ("layout.tensor=3", "layout.tensor=3 does not divide"),
+        ("layout.pipeline=9", "layout.pipeline=9"),
+        ("task.generator=nothing.jsonl", "there is no such file"),
+        ("task.generator=chain_sums", "chain_sums"),
+        (f"model.source={tmp_path}", "holds no checkpoint"),
+    ):
+        assert words in refused("train", recipe, "--set", override)
+    assert "there is no recipe" in refused("train", str(tmp_path / "missing.toml"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_generate_answers_with_every_option(tiny_folder: Path) -> None:
+    options = ["--temperature", "0.7", "--top-k", "9", "--top-p", "0.9", "--max-new-tokens", "8", "--seed", "3"]
+    first, again = (
+        lockstep("generate", str(tiny_folder), "12 + 34 =", *options, "--dtype", "float32") for _ in range(2)
+    )
+    assert first.exit_code == 0, first.output
+    assert len(first.stdout) > 1
+    assert first.stdout == again.stdout
+    stop = first.stdout.strip()[0]
+    stopped = lockstep("generate", str(tiny_folder), "12 + 34 =", *options, "--dtype", "float32", "--stop", stop)
+    assert stop in stopped.stdout
+    assert len(stopped.stdout) < len(first.stdout)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--temperature", "-1", "--temperature"),
+        ("--temperature", "nan", "temperature"),
+        ("--temperature", "hot", "--temperature"),
+        ("--top-p", "0", "top_p=0.0 is not allowed"),
+        ("--top-p", "2", "top_p=2.0 is not allowed"),
+        ("--max-new-tokens", "0", "--max-new-tokens"),
+        ("--max-new-tokens", "100000", "context"),
+        ("--dtype", "float16", "use bfloat16 or float32"),
+    ],
+)
+def test_a_bad_option_is_refused(tiny_folder: Path, option: str, value: str, words: str) -> None:
+    result = lockstep("generate", str(tiny_folder), "hello", option, value)
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert "pydantic" not in result.stderr
+
+
+def test_eval_prints_accuracy_with_its_interval(tiny_folder: Path, tmp_path: Path) -> None:
+    recipe, rows = str(write_recipe(tmp_path, tiny_folder)), tmp_path / "rows.jsonl"
+    short = ["--max-new-tokens", "4", "--dtype", "float32"]
+    result = lockstep("eval", str(tiny_folder), "--task", recipe, "--output", str(rows), *short)
+    assert result.exit_code == 0, result.output
+    assert "of 4 correct" in result.stdout
+    assert "95% interval" in result.stdout
+    assert len([json.loads(line) for line in rows.read_text().splitlines()]) == 4
+    problems = str(tmp_path / "problems.jsonl")
+    result = lockstep("eval", str(tiny_folder), "--task", problems, "--set", "task.held_out=3", *short)
+    assert "of 3 correct" in result.stdout, result.output
+    assert "chain_sums" in refused("eval", str(tiny_folder), "--task", "chain_sums")
+
+
+def test_a_model_converts_there_and_back_unchanged(tiny_folder: Path, tmp_path: Path) -> None:
+    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    assert lockstep("convert", str(tiny_folder), ours).exit_code == 0
+    assert lockstep("convert", ours, theirs, "--to", "hf").exit_code == 0
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (tiny_folder, theirs))
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert (Path(theirs) / "tokenizer.json").read_text() == (tiny_folder / "tokenizer.json").read_text()
+    assert "exists" in refused("convert", str(tiny_folder), ours)
+    assert "exists" in refused("convert", str(tiny_folder), theirs, "--to", "hf")
+    assert "use lockstep or hf" in refused("convert", str(tiny_folder), str(tmp_path / "x"), "--to", "onnx")
+    assert "use bfloat16 or float32" in refused("convert", str(tiny_folder), str(tmp_path / "x"), "--dtype", "int8")
+
+
+def test_an_unknown_model_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "neither a folder nor a .gguf file" in refused("convert", "no/such", str(tmp_path / "x"))
+    assert "neither a folder nor a .gguf file" in refused("generate", "a/b/c/d", "hello")
+    assert "there is no file" in refused("generate", str(tmp_path / "missing.gguf"), "hello")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_report_of_what_is_no_run_is_one_sentence(tmp_path: Path) -> None:
+    assert "holds no summary.json" in refused("report", str(tmp_path))
+    assert "is not a folder" in refused("report", str(tmp_path / "missing"))
+
+
+def test_the_command_prints_the_answer_and_no_warnings(tiny_folder: Path, tmp_path: Path) -> None:
+    options = ["--max-new-tokens", "4", "--dtype", "float32"]
+    command = Command(tmp_path / "log", "generate", str(tiny_folder), "12 + 34 =", *options)
+    assert command.wait() == 0, command.output
+    assert "Warning" not in command.output
+    assert "WARNING" not in command.output
+    assert command.output == lockstep("generate", str(tiny_folder), "12 + 34 =", *options).stdout

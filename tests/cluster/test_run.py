@@ -1,0 +1,98 @@
+"""A recipe runs from a model to a report, in any layout, and its losses do not depend on which."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from lockstep.cluster.config import load_recipe, to_toml
+from tests.cluster.commands import Command, metrics, overrides, summary, write_recipe
+
+LAYOUTS = {
+    "data": ("layout.data=2",),
+    "tensor": ("layout.data=1", "layout.tensor=2"),
+    "pipeline": ("layout.data=1", "layout.pipeline=2"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    recipe: Path
+    set: tuple[str, ...]
+    output: str
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, Run]:
+    """Runs that have ended, by layout."""
+    return {}
+
+
+@pytest.fixture(params=LAYOUTS)
+def run(
+    request: pytest.FixtureRequest,
+    finished: dict[str, Run],
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_folder: Path,
+) -> Run:
+    """A run of the tiny recipe with another layout, the same for all tests."""
+    name: str = request.param
+    if name not in finished:
+        folder = tmp_path_factory.mktemp("run")
+        recipe = write_recipe(folder, tiny_folder)
+        command = Command(folder / "log", "train", str(recipe), *overrides(*LAYOUTS[name]))
+        try:
+            assert command.wait() == 0, command.output
+            finished[name] = Run(folder / "tiny", recipe, LAYOUTS[name], command.output)
+        finally:
+            command.kill()
+    return finished[name]
+
+
+def test_a_run_leaves_a_whole_folder(run: Run) -> None:
+    names = {p.name for p in run.folder.iterdir()}
+    wanted = {"recipe.toml", "summary.json", "metrics.jsonl", "report.html", "tensorboard", "rollouts", "checkpoints"}
+    assert names >= wanted
+    resolved = load_recipe(run.folder / "recipe.toml")
+    assert resolved == load_recipe(run.recipe, run.set)
+    assert tomllib.loads(to_toml(resolved)) == tomllib.loads((run.folder / "recipe.toml").read_text())
+    assert any(p.name.startswith("events.out") for p in (run.folder / "tensorboard").iterdir())
+    assert (run.folder / "checkpoints" / "latest").resolve().name == "step-000018"
+    assert summary(run.folder)["status"] == "finished"
+    rows = pq.read_table(run.folder / "rollouts" / "step-000001.parquet").to_pylist()
+    assert len(rows) == 16
+    assert {row["outcome"] for row in rows} == {"correct", "incorrect"}, "RL had nothing to learn from"
+
+
+def test_reinforcement_updates_the_policy(run: Run) -> None:
+    first, second = metrics(run.folder, "rl")
+    assert first["grad_norm"] > 0
+    assert second["weight_version"] == 1 + first["weight_version"]
+    assert [line["stage"] for line in metrics(run.folder, "eval")] == ["before", "supervised", "after"]
+
+
+def test_the_screen_shows_steps_workers_and_the_report(run: Run) -> None:
+    for words in ("sft  16/16", "rl   2/2", "[policy 1 step 0] info: ready", "[rollout 0 step 0]", "report: "):
+        assert words in run.output
+    for noise in ("\x1b[", "pid=", "Warning"):
+        assert noise not in run.output
+
+
+def test_supervised_losses_agree_with_the_first_layout(run: Run, finished: dict[str, Run]) -> None:
+    losses = [line["loss"] for line in metrics(run.folder, "sft")]
+    assert len(losses) == 16
+    assert losses == pytest.approx([line["loss"] for line in metrics(finished["data"].folder, "sft")], abs=1e-4)
+
+
+@pytest.mark.parametrize("run", ["tensor"], indirect=True)
+def test_a_sharded_checkpoint_generates_and_is_evaluated(run: Run, tmp_path: Path) -> None:
+    task = ["--task", str(run.recipe), "--max-new-tokens", "4", "--dtype", "float32"]
+    command = Command(tmp_path / "log", "eval", str(run.folder), *task)
+    assert command.wait() == 0, command.output
+    after = metrics(run.folder, "eval")[-1]
+    assert f"{after['correct']} of {after['total']} correct" in command.output

@@ -1,0 +1,148 @@
+"""A recipe that is submitted runs on the head's cluster, with the code that was sent."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lockstep.cluster.config import parse
+from lockstep.cluster.submit import with_absolute_paths
+from tests.cluster.commands import Command, overrides, summary, until, write_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running Ray head."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    folder: Path
+
+    def answers(self) -> bool:
+        """Whether its dashboard takes jobs."""
+        try:
+            with urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=5) as reply:
+                return bool(reply.status == 200)
+        except (OSError, urllib.error.URLError):
+            return False
+
+
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head whose own environment does not know this repository."""
+    folder = Path(tempfile.mkdtemp(prefix="ls", dir="/tmp"))  # sockets below it have names of 107 bytes at most
+    port, dashboard = free_port(), free_port()
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--temp-dir={folder}", "--num-cpus=4", "--include-dashboard=true", "--disable-usage-stats"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with (folder / "head.log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=environment | {"RAY_AUTH_MODE": "disabled"},
+        )
+    head = Head(process, f"http://127.0.0.1:{dashboard}", folder)
+    try:
+        until(lambda: head.answers() or process.poll() is not None, 200)
+        assert process.poll() is None, (folder / "head.log").read_text()
+        yield head
+    finally:
+        everything = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for one in everything:
+            if one.is_running():
+                one.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Path:
+    """A copy of the package, its links kept, in which the driver and the workers say something else."""
+    copy = tmp_path / "copy"
+    for name in ("cluster", "data", "distributed", "model", "rl", "src"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, old, new in (
+        ("cluster/jobs.py", '"measuring held-out', 'f"sent to {__file__}: measuring held-out'),
+        ("rl/actors.py", 'info("ready with', 'info("sent, and ready with'),
+    ):
+        text = (copy / file).read_text().replace(f"f{old}", old)
+        assert old in text
+        (copy / file).write_text(text.replace(old, new))
+    return copy / "src"
+
+
+def submit(log: Path, *arguments: str, address: str, **environment: str) -> tuple[int, str]:
+    """Exit code and output of `lockstep submit`."""
+    command = Command(log, "submit", *arguments, "--address", address, **environment)
+    try:
+        return command.wait(280), command.output
+    finally:
+        command.kill()
+
+
+def test_a_job_runs_on_the_head_with_the_code_that_was_sent(
+    head: Head, changed: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_folder)
+    short = overrides("supervised.steps=2", "rl.steps=1", "layout.data=1")
+    code, output = submit(tmp_path / "log", str(recipe), *short, address=head.address, PYTHONPATH=str(changed))
+    assert code == 0, output
+    assert "sft  2/2" in output
+    assert "measuring held-out accuracy" in output
+    assert f"sent to {head.folder}" in output
+    assert "[policy 0 step 0] info: sent, and ready" in output
+    assert "succeeded" in output
+    assert summary(tmp_path / "tiny")["status"] == "finished"
+    assert head.answers(), "the job took the head down"
+
+
+def test_a_job_that_fails_fails_the_command(head: Head, tmp_path: Path, tiny_folder: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_folder)
+    code, output = submit(tmp_path / "log", str(recipe), *overrides("layout.tensor=3"), address=head.address)
+    assert code == 1, output
+    assert "layout.tensor=3 does not divide" in output
+    assert str(ROOT) not in output
+    assert "failed" in output
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_no_head_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    code, output = submit(tmp_path / "log", str(write_recipe(tmp_path, tiny_folder)), address=address)
+    assert code == 2
+    assert output.startswith(f"error: no Ray head answers at {address} (")
+    assert output.endswith("start one with `ray start --head`, or correct --address\n")
+    assert output.count("\n") == 1
+
+
+def test_paths_are_sent_absolute_and_names_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    sent = with_absolute_paths(parse({"model": {"source": "model"}, "name": "n", "task": {"generator": "chain_sum"}}))
+    assert sent.model.source == str(tmp_path / "model")
+    assert sent.run == str(tmp_path / "runs" / "n")
+    assert sent.task.generator == "chain_sum"

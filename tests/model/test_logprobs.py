@@ -1,0 +1,97 @@
+"""Log-probabilities in chunks and over the tensor axis against log_softmax of the whole logits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
+from lockstep.model.logprobs import CHUNK, local_logits, token_logprobs
+from lockstep.model.transformer import padded_vocabulary
+from tests.worlds import Worlds
+
+WIDTH = 12
+SIZES = [(0, 31), (1, 31), (5, 2), (CHUNK, 30), (CHUNK + 3, 31), (2 * CHUNK + 1, 7)]
+
+
+def problem(tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, WIDTH, generator=generator)
+    weight = torch.randn(vocabulary, WIDTH, generator=generator)
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    return hidden, weight, targets, torch.randn(tokens, generator=generator)
+
+
+def naive(tokens: int, vocabulary: int, temperature: float) -> list[Tensor]:
+    """Values and gradients of activations and weight, in fp64."""
+    hidden, weight, targets, slope = (t.double() if t.is_floating_point() else t for t in problem(tokens, vocabulary))
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logp = (hidden @ weight.t() / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return [logp.detach(), *torch.autograd.grad(logp, (hidden, weight), slope)]
+
+
+def ours(groups: Groups, tokens: int, vocabulary: int, temperature: float, dtype: torch.dtype) -> list[Tensor]:
+    """As `naive`, with this rank's rows of the weight; what lies in the padding must not matter."""
+    hidden, whole, targets, slope = problem(tokens, vocabulary)
+    rows = padded_vocabulary(vocabulary, groups.layout.tensor)
+    padded = torch.cat((whole, torch.full((rows - vocabulary, WIDTH), 50.0)))
+    weight = padded.chunk(groups.layout.tensor)[groups.tensor_rank].to(dtype).requires_grad_()
+    hidden = hidden.to(dtype).requires_grad_()
+    logp = token_logprobs(hidden, weight, targets, vocabulary=vocabulary, group=groups.tensor, temperature=temperature)
+    return [logp.detach(), *torch.autograd.grad(logp, (hidden, weight), slope)]
+
+
+def on_rank(groups: Groups, *args: Any) -> list[Any]:
+    return [t.numpy() for t in ours(groups, *args)]
+
+
+def check(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for name, a, b in zip(("log p", "d hidden", "d weight"), found, expected, strict=True):
+        assert a.shape == b.shape, name
+        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+        assert torch.allclose(a.double(), b, rtol=tolerance, atol=tolerance * scale), name
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), SIZES)
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_one_rank_equals_log_softmax(tokens: int, vocabulary: int, temperature: float, groups: Groups) -> None:
+    found = ours(groups, tokens, vocabulary, temperature, torch.float32)
+    check(found, naive(tokens, vocabulary, temperature), 2e-5)
+    assert found[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_bfloat16_stays_near(temperature: float, groups: Groups) -> None:
+    found = ours(groups, 40, 31, temperature, torch.bfloat16)
+    check(found, naive(40, 31, temperature), 0.06)
+    assert found[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary", "temperature"), [(*size, t) for size in SIZES for t in (1.0, 0.5)])
+def test_two_tensor_ranks_equal_one(tokens: int, vocabulary: int, temperature: float, worlds: Worlds) -> None:
+    ranks = worlds.run(Layout(tensor=2), on_rank, tokens, vocabulary, temperature, torch.float32)
+    first, second = ([torch.from_numpy(a) for a in rank] for rank in ranks)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    weight = torch.cat((first[2], second[2]))
+    assert not weight[vocabulary:].any()
+    check([first[0], first[1], weight[:vocabulary]], naive(tokens, vocabulary, temperature), 2e-5)
+
+
+def test_a_second_backward_gives_the_same_gradient(groups: Groups) -> None:
+    hidden, weight, targets, slope = problem(9, 31)
+    hidden.requires_grad_()
+    logp = token_logprobs(hidden, weight, targets, vocabulary=31, group=groups.tensor, temperature=0.5)
+    first, second = (torch.autograd.grad(logp, hidden, slope, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_padding_has_probability_zero() -> None:
+    hidden, weight, _, _ = problem(3, 8)
+    logits = local_logits(hidden, weight, 8, 13)
+    assert torch.isneginf(logits[:, 5:]).all()
+    assert torch.equal(logits[:, :5], (hidden @ weight.t())[:, :5])
+    assert torch.isneginf(local_logits(hidden, weight, 16, 13)).all()
