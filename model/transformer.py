@@ -37,7 +37,7 @@ def _marked(layer: nn.Module, dim: int) -> nn.Module:
     assert isinstance(weight, nn.Parameter)
     if not hasattr(weight, "tensor_model_parallel"):
         tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
-    assert weight.tensor_model_parallel
+    assert vars(weight)["tensor_model_parallel"]
     return layer
 
 
@@ -148,7 +148,9 @@ class Transformer(nn.Module):
     @property
     def tied_over_stages(self) -> nn.Parameter | None:
         """The embedding, where first and last stage each hold a copy that must stay equal."""
-        return self.embedding.weight if self.model.tied and self.has_embedding else None
+        weight = self.embedding.weight if self.model.tied and self.has_embedding else None
+        assert weight is None or isinstance(weight, nn.Parameter)
+        return weight
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, received: Tensor | None = None) -> Tensor:
         """Activations [T, 1, width] after this stage's blocks; normed by the last stage, ready for `head_weight`.
