@@ -1,5 +1,6 @@
 """The command line: thin; every command is one call into the package, and every user error is one sentence."""
 
+import logging
 import os
 import sys
 import warnings
@@ -197,4 +198,5 @@ def main() -> None:
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it speaks of compilers that nothing needs
     sys.exit(app())

@@ -80,14 +80,16 @@ def _has_cuda() -> bool:
 
 
 def _current(layout: Layout, rank: int) -> Groups:
-    in_embedding = parallel_state.is_rank_in_embedding_group(ignore_virtual=True)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    # Not is_rank_in_embedding_group: it remembers the ranks of a world that this process has left.
+    in_embedding = stage in (0, layout.pipeline - 1)
     return Groups(
         layout=layout,
         rank=rank,
         tensor=parallel_state.get_tensor_model_parallel_group(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
-        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        stage=stage,
         data=parallel_state.get_data_parallel_group(),
         data_rank=parallel_state.get_data_parallel_rank(),
         model=parallel_state.get_model_parallel_group(),

@@ -6,6 +6,7 @@ dead worker never leaves the others waiting unnoticed.
 
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -86,7 +87,8 @@ def wait_for(calls: Sequence[tuple[Worker, Any]]) -> None:
         errors = {call: error for call in [*done, *more] if (error := _error(call)) is not None}
         cause = min(errors, key=lambda call: isinstance(errors[call], ray.exceptions.RayTaskError))
         died = "" if isinstance(errors[cause], ray.exceptions.RayTaskError) else " died"
-        raise WorkerFailed(f"{names[cause]}{died}: {errors[cause]}") from errors[cause]
+        words = re.sub("\x1b\\[[0-9;]*m", "", str(errors[cause]))  # Ray colours them wherever they go
+        raise WorkerFailed(f"{names[cause]}{died}: {words}") from errors[cause]
 
 
 def _error(call: Any) -> Exception | None:

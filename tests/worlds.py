@@ -1,6 +1,7 @@
 """Real gloo worlds for tests: processes that are started once and form a new world for each call."""
 
 import multiprocessing
+import multiprocessing.connection
 import socket
 import traceback
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from lockstep.distributed.layout import Layout
+
+TIMEOUT_S = 120
 
 Members = list[tuple[Any, Connection]]
 
@@ -26,12 +29,17 @@ class Worlds:
             port = probe.getsockname()[1]
         for rank, (_, pipe) in enumerate(members):
             pipe.send((layout, rank, port, function, args))
-        answers = [pipe.recv() for _, pipe in members]
-        failures = [text for ok, text in answers if not ok]
-        if failures:
-            self._end(layout.processes)  # a rank that raised leaves its world half joined
-            raise AssertionError("\n".join(failures))
-        return [value for _, value in answers]
+        ranks = {pipe: rank for rank, (_, pipe) in enumerate(members)}
+        answers: dict[int, Any] = {}
+        while len(answers) < len(members):
+            waiting = [pipe for pipe, rank in ranks.items() if rank not in answers]
+            for pipe in multiprocessing.connection.wait(waiting, timeout=TIMEOUT_S) or [None]:
+                ok, value = pipe.recv() if pipe else (False, f"no answer from {len(waiting)} ranks in {TIMEOUT_S} s")
+                if not ok:  # the others may wait for the rank that raised, for ever
+                    self._end(layout.processes)
+                    raise AssertionError(value)
+                answers[ranks[pipe]] = value
+        return [answers[rank] for rank in range(len(members))]
 
     def close(self) -> None:
         """End all processes."""

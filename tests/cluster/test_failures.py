@@ -76,7 +76,8 @@ def test_an_error_inside_a_worker_is_shown_in_its_own_words(tmp_path: Path) -> N
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=1)
     try:
         policy = Policy(Layout(), threads=1, row_tokens=64)
-        with pytest.raises(WorkerFailed, match=r"(?s)policy 0: .*BadCheckpoint.*nothing holds no checkpoint"):
+        with pytest.raises(WorkerFailed, match=r"(?s)policy 0: .*BadCheckpoint.*nothing holds no checkpoint") as caught:
             gather(policy.start(tmp_path / "nothing", "float32", OptimizerConfig(), 1.0))
+        assert "\x1b" not in str(caught.value)
     finally:
         ray.shutdown()

@@ -79,7 +79,7 @@ def test_reinforcement_updates_the_policy(run: Run) -> None:
 def test_the_screen_shows_steps_workers_and_the_report(run: Run) -> None:
     for words in ("sft  16/16", "rl   2/2", "[policy 1 step 0] info: ready", "[rollout 0 step 0]", "report: "):
         assert words in run.output
-    for noise in ("\x1b[", "pid=", "Warning"):
+    for noise in ("\x1b[", "pid=", "Warning", "DeepSpeed"):
         assert noise not in run.output
 
 
