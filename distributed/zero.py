@@ -22,6 +22,9 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from lockstep.distributed.groups import Groups
 
+# DeepSpeed would compile its shared-memory collectives at start-up, and fail where there is no C++ compiler.
+deepspeed.ops.__compatible_ops__ = {}
+
 
 class _Grid:
     """What DeepSpeed asks of its `mpu`. Its "model parallel" means tensor × pipeline."""
