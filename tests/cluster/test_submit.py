@@ -33,8 +33,11 @@ class Head:
     def answers(self) -> bool:
         """Whether its dashboard takes jobs."""
         try:
-            with urllib.request.urlopen(f"{self.address}/api/jobs/", timeout=5) as reply:
-                return bool(reply.status == 200)
+            for page in ("version", "jobs/"):  # a client asks for both, and each is served by a part that starts alone
+                with urllib.request.urlopen(f"{self.address}/api/{page}", timeout=5) as reply:
+                    if reply.status != 200:
+                        return False
+            return True
         except (OSError, urllib.error.URLError):
             return False
 
