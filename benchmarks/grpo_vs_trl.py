@@ -79,8 +79,7 @@ class _System:
         self.rollouts, self.verifiers = Rollouts(2, threads=1), Verifiers(1, 1, 2.0)
         calls = self.policy.start(checkpoint, "bfloat16", self.optimizer, 1.0)
         gather(calls + self.rollouts.start(checkpoint, "bfloat16", 64, 256))
-        files = Checkpoint(checkpoint).manifest["files"]
-        self.tokenizer = Tokenizer({name: (checkpoint / name).read_text() for name in files})
+        self.tokenizer = Tokenizer(Checkpoint(checkpoint).files)
 
     def step(self, messages: list[str], lengths: list[int]) -> float:
         """Seconds of one step; all completions are trained on, as TRL does, whatever their rewards."""

@@ -45,8 +45,7 @@ def open_source(name: str) -> tuple[Source, ModelConfig, dict[str, str]]:
         return folder, folder.config, huggingface.read_tokenizer(path)
     if path.is_dir():
         checkpoint = manager.Checkpoint(path)
-        files = {n: t for n in checkpoint.manifest["files"] if (t := checkpoint.file(n)) is not None}
-        return checkpoint, ModelConfig(**checkpoint.manifest["model"]), files
+        return checkpoint, ModelConfig(**checkpoint.manifest["model"]), checkpoint.files
     return open_source(str(_from_hub(name)))
 
 
@@ -86,7 +85,7 @@ def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Pa
     source, model, files = open_source(name)
     destination.mkdir(parents=True, exist_ok=True)
     held = tensors(source, model, dtype)
-    manifest = describe(model, Layout(), files)
+    manifest = describe(model, Layout())
     return manager.save(destination, 0, held, manifest, files, rank=0, barrier=lambda: None)
 
 

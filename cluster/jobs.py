@@ -156,8 +156,7 @@ def _run_phases(recipe: Recipe, split: Split, run: RunFolder, progress: Progress
     start = to_lockstep(recipe.model.source, recipe.folder / "model")
     progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
     policy, rollouts, verifiers = _start_actors(recipe, start)
-    source = manager.Checkpoint(start)
-    tokenizer = Tokenizer({n: t for n in source.manifest["files"] if (t := source.file(n)) is not None})
+    tokenizer = Tokenizer(manager.Checkpoint(start).files)
     controller = Controller(
         policy, rollouts, verifiers, tokenizer=tokenizer, task=recipe.task, split=split, seed=recipe.seed
     )

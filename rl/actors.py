@@ -143,7 +143,7 @@ class PolicyWorker(_Named):
         groups = join(self.layout, rank=self.rank, address=address, port=port)
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
-        self.tokenizer_files = {n: t for n in source.manifest["files"] if (t := source.file(n)) is not None}
+        self.tokenizer_files = source.files
         stage = build(self.model, groups, DTYPES[dtype], source)
         self.trainer = Trainer(stage, groups, optimizer, temperature=temperature)
         self.reference: Any = None
@@ -174,16 +174,16 @@ class PolicyWorker(_Named):
             checkpoints,
             step,
             pieces(self.trainer.transformer),
-            manifest | describe(self.model, self.layout, self.tokenizer_files),
+            manifest | describe(self.model, self.layout),
             self.tokenizer_files,
             rank=self.rank,
             barrier=torch.distributed.barrier,
         )
 
 
-def describe(model: ModelConfig, layout: Layout, files: dict[str, str]) -> dict[str, Any]:
+def describe(model: ModelConfig, layout: Layout) -> dict[str, Any]:
     """What a checkpoint's manifest says of its content."""
-    return {"model": model.model_dump(), "layout": layout.model_dump(), "files": sorted(files)}
+    return {"model": model.model_dump(), "layout": layout.model_dump()}
 
 
 @ray.remote(max_restarts=0, num_cpus=0)
@@ -228,7 +228,7 @@ class VerifierWorker(_Named):
 def load_rollout_engine(checkpoint: Path, *, dtype: str, slots: int, length: int) -> tuple[RolloutEngine, Tokenizer]:
     """A rollout engine over a checkpoint, in a world of this process alone."""
     source = manager.Checkpoint(checkpoint)
-    tokenizer = Tokenizer({n: t for n in source.manifest["files"] if (t := source.file(n)) is not None})
+    tokenizer = Tokenizer(source.files)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

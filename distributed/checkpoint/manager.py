@@ -56,7 +56,8 @@ def save(
     if rank == 0:
         for name, text in files.items():
             (partial / name).write_text(text)
-        (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "step": step} | manifest, indent=2))
+        own = {"format": FORMAT, "step": step, "files": sorted(files)}
+        (partial / "manifest.json").write_text(json.dumps(own | manifest, indent=2))
         _commit(partial, final)
     barrier()
     return final
@@ -113,6 +114,8 @@ class Checkpoint:
             )
         self.read = ArrayFolder(self.path / "arrays").read
 
-    def file(self, name: str) -> str | None:
-        """Text of a file beside the arrays, or None."""
-        return (self.path / name).read_text() if (self.path / name).is_file() else None
+    @property
+    def files(self) -> dict[str, str]:
+        """Name and text of the files that the manifest lists, such as the tokenizer's, where they are there."""
+        listed = (self.path / name for name in self.manifest["files"])
+        return {path.name: path.read_text() for path in listed if path.is_file()}

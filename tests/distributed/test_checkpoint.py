@@ -99,7 +99,7 @@ def test_every_part_of_every_tensor_is_written_once(
         assert (count == 1).all(), tensor
     stored = Checkpoint(folder / name)
     assert {p.name for p in (stored.path / "arrays").iterdir()} == set(logical_tensors(MODELS[name]))
-    assert stored.file("note.txt") == "ä"
+    assert stored.files == {"note.txt": "ä"}
 
 
 def save_alone(checkpoints: Path, step: int, value: float = 1.0, **arrays: torch.Tensor) -> Path:
@@ -144,7 +144,7 @@ def test_latest_points_to_the_newest(tmp_path: Path) -> None:
         assert (run / "checkpoints" / "latest").readlink() == Path(saved.name)
         for path in (saved, run, run / "checkpoints", run / "checkpoints" / "latest"):
             found = Checkpoint(path)
-            assert found.manifest == {"format": 1, "step": step, "kind": "test"}
+            assert found.manifest == {"format": 1, "step": step, "files": [], "kind": "test"}
             assert (found.read("w", ((1, 3), (0, 2))) == step).all()
     assert sorted(p.name for p in (run / "checkpoints").iterdir() if not p.is_symlink()) == [
         "step-000005",
