@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
+
+from lockstep.model.linear import PackedWeight, linear
 
 CHUNK = 256
 """Tokens whose fp32 logits exist at one time."""
 
 
-def local_logits(hidden_KD: Tensor, weight_VD: Tensor, first: int, vocabulary: int) -> Tensor:
+def local_logits(hidden_KD: Tensor, weight_VD: Tensor | PackedWeight, first: int, vocabulary: int) -> Tensor:
     """Logits [K, V/tensor] in the compute dtype; rows that pad the vocabulary have probability 0."""
-    logits = F.linear(hidden_KD, weight_VD)
-    if first + weight_VD.shape[0] > vocabulary:
+    logits = linear(hidden_KD, weight_VD)
+    if first + logits.shape[1] > vocabulary:
         logits[:, max(0, vocabulary - first) :] = float("-inf")
     return logits
 

@@ -16,49 +16,12 @@ from lockstep.distributed.layout import check_divides, stage_layers
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
 from lockstep.model.functions import rms_norm, rotary, rotary_table, swiglu
+from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
     """The vocabulary with rows of padding, so that it divides by the tensor degree."""
     return -(-vocabulary // tensor) * tensor
-
-
-def _not_drawn(weight: Tensor) -> Tensor:
-    """Weights are filled afterwards, through the slice map."""
-    return weight
-
-
-def _marked(layer: nn.Module, dim: int) -> nn.Module:
-    """The layer with its weight marked as split along `dim`, so that gradient norms count every part.
-
-    megatron-core marks weights only where it also draws them, and newer versions always.
-    """
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    if not hasattr(weight, "tensor_model_parallel"):
-        tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
-    assert vars(weight)["tensor_model_parallel"]
-    return layer
-
-
-def _column(inputs: int, outputs: int, config: TransformerConfig) -> nn.Module:
-    layer = tensor_parallel.ColumnParallelLinear(
-        inputs, outputs, config=config, init_method=_not_drawn, bias=False, gather_output=False
-    )
-    return _marked(layer, 0)
-
-
-def _row(inputs: int, outputs: int, config: TransformerConfig) -> nn.Module:
-    layer = tensor_parallel.RowParallelLinear(
-        inputs,
-        outputs,
-        config=config,
-        init_method=_not_drawn,
-        bias=False,
-        input_is_parallel=True,
-        skip_bias_add=False,
-    )
-    return _marked(layer, 1)
 
 
 class Norm(nn.Module):
@@ -79,14 +42,14 @@ class Attention(nn.Module):
         super().__init__()
         tensor = groups.layout.tensor
         self.heads, self.kv_heads, self.head_dim = model.heads // tensor, model.kv_heads // tensor, model.head_dim
-        self.qkv = _column(model.width, (model.heads + 2 * model.kv_heads) * model.head_dim, config)
-        self.out = _row(model.heads * model.head_dim, model.width, config)
+        self.qkv = ColumnLinear(model.width, (model.heads + 2 * model.kv_heads) * model.head_dim, config)
+        self.out = RowLinear(model.heads * model.head_dim, model.width, config)
 
     def forward(self, x_T1D: Tensor, table: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
-        heads_THE = self.qkv(x_T1D)[0].view(x_T1D.shape[0], -1, self.head_dim)
+        heads_THE = self.qkv(x_T1D).view(x_T1D.shape[0], -1, self.head_dim)
         turned, v = heads_THE.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         q, k = rotary(turned, table).split([self.heads, self.kv_heads], dim=1)
-        return self.out(attend(layer, q, k, v).reshape(x_T1D.shape[0], 1, -1))[0]
+        return self.out(attend(layer, q, k, v).reshape(x_T1D.shape[0], 1, -1))
 
 
 class MLP(nn.Module):
@@ -94,11 +57,11 @@ class MLP(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
         super().__init__()
-        self.gate_up = _column(model.width, 2 * model.intermediate, config)
-        self.down = _row(model.intermediate, model.width, config)
+        self.gate_up = ColumnLinear(model.width, 2 * model.intermediate, config)
+        self.down = RowLinear(model.intermediate, model.width, config)
 
     def forward(self, x_T1D: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x_T1D)[0]))[0]
+        return self.down(swiglu(self.gate_up(x_T1D)))
 
 
 class Block(nn.Module):
@@ -137,13 +100,24 @@ class Transformer(nn.Module):
         rows = padded_vocabulary(model.vocabulary, groups.layout.tensor)
         self.has_embedding = groups.is_first_stage or (model.tied and groups.is_last_stage)
         if self.has_embedding:
-            embedding = tensor_parallel.VocabParallelEmbedding(rows, model.width, init_method=_not_drawn, config=config)
-            self.embedding = _marked(embedding, 0)
+            self.embedding = tensor_parallel.VocabParallelEmbedding(
+                rows, model.width, init_method=not_drawn, config=config
+            )
+            mark(self.embedding.weight, 0)
         self.blocks = nn.ModuleDict({str(i): Block(model, groups, config) for i in self.layers})
         if groups.is_last_stage:
             self.norm = Norm(model.width, model.norm_eps, config.params_dtype)
             if not model.tied:
-                self.head = _column(model.width, rows, config)
+                self.head = ColumnLinear(model.width, rows, config)
+        self._packed_head: PackedWeight | None = None
+
+    def pack(self) -> None:
+        """Reorder the weights as they are now for inference; call it again whenever they have changed."""
+        for module in self.modules():
+            if isinstance(module, ColumnLinear | RowLinear):
+                module.pack()
+        if self.groups.is_last_stage:
+            self._packed_head = packed(self.head_weight)
 
     @property
     def tied_over_stages(self) -> nn.Parameter | None:
@@ -173,3 +147,8 @@ class Transformer(nn.Module):
         weight = self.embedding.weight if self.model.tied else self.head.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def inference_head(self) -> Tensor | PackedWeight:
+        """`head_weight`, packed if it has been."""
+        return self.head_weight if self._packed_head is None else self._packed_head

@@ -29,7 +29,7 @@ from lockstep.model.names import pieces
 from lockstep.model.train import Objective, OptimizerConfig, Trainer, build, transformer_of
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampler import SamplingConfig
-from lockstep.rl.sync import Shard, receive, shards_of
+from lockstep.rl.sync import Shard, shards_of
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.verifiers.pool import VerifierPool
 from lockstep.rl.verifiers.verdict import Verdict
@@ -200,8 +200,8 @@ class RolloutWorker(_Named):
 
     def receive(self, version: int, *shards: list[Shard]) -> None:
         """Take over new weights."""
-        receive(self.engine.transformer, [s for part in shards for s in part])
-        self.engine.weight_version = self.step = version
+        self.engine.receive(version, [s for part in shards for s in part])
+        self.step = version
 
     def generate(self, prompts: list[Prompt], sampling: SamplingConfig, samples: int, seed: int) -> list[Rollout]:
         """Completions of all prompts."""

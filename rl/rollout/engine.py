@@ -12,6 +12,7 @@ from lockstep.model.logprobs import local_logits
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.sampler import SamplingConfig, draw, uniforms
 from lockstep.rl.rollout.sequence import Sequence as Running
+from lockstep.rl.sync import Shard, receive
 from lockstep.rl.types import Prompt, Rollout
 
 
@@ -50,6 +51,17 @@ class RolloutEngine:
             dtype=next(transformer.parameters()).dtype,
         )
         self.weight_version = 0
+        transformer.pack()
+
+    def receive(self, version: int, shards: Sequence[Shard]) -> None:
+        """Take over new weights.
+
+        Raises:
+            WeightsDiffer: when a tensor is missing or its bits differ.
+        """
+        receive(self.transformer, shards)
+        self.transformer.pack()
+        self.weight_version = version
 
     @torch.inference_mode()
     def generate(
@@ -113,7 +125,7 @@ class RolloutEngine:
         self._extend(running, self._logits(hidden), sampling, seed)
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
-        return local_logits(hidden_BD, self.transformer.head_weight, 0, self.transformer.model.vocabulary)
+        return local_logits(hidden_BD, self.transformer.inference_head, 0, self.transformer.model.vocabulary)
 
     def _extend(self, sequences: list[Running], logits_BV: Tensor, sampling: SamplingConfig, seed: int) -> None:
         numbers = uniforms(seed, [s.sample for s in sequences], [len(s.tokens) for s in sequences])

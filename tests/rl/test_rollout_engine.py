@@ -11,11 +11,13 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.groups import Groups
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.formats.huggingface import HuggingFaceFolder, read_tokenizer
+from lockstep.model.linear import PackedWeight
 from lockstep.model.logprobs import local_logits, token_logprobs
 from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.engine import PromptTooLong, RolloutEngine
 from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.sync import shards_of
 from lockstep.rl.types import Prompt, Rollout
 
 LENGTHS = [3, 40, 1, 12, 25, 7, 2]
@@ -201,3 +203,30 @@ def test_the_context_of_the_model_bounds_the_cache(transformer: Transformer, tok
     prompt = Prompt(0, "", (5,) * 250, "")
     with pytest.raises(PromptTooLong, match="rollouts have 256"):
         list(engine.generate([prompt], SamplingConfig(max_new_tokens=7), samples=1, seed=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_weights_give_the_same_logits_and_follow_new_ones(
+    dtype: torch.dtype, tiny_folder: Path, groups: Groups, tokenizer: Tokenizer, prompts: list[Prompt]
+) -> None:
+    source = HuggingFaceFolder(tiny_folder)
+    worker, policy = (transformer_of(build(source.config, groups, dtype, source)) for _ in range(2))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+    engine = engine_of(worker, tokenizer, slots=4)
+    assert isinstance(worker.inference_head, PackedWeight)
+    engine.receive(1, shards_of(policy))
+    text = torch.tensor(prompts[1].tokens)
+    attend = DocumentAttention([[len(text)]], text.device)
+
+    def logits(of: Transformer) -> Tensor:
+        hidden = of(text, torch.arange(len(text)), attend)
+        return local_logits(hidden[:, 0], of.inference_head, 0, of.model.vocabulary).float()
+
+    with torch.no_grad():
+        found, expected = logits(worker), logits(policy)
+    scale = expected.std()
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+    hidden = worker(text, torch.arange(len(text)), attend)
+    assert hidden.requires_grad, "training must not go through packed weights"
