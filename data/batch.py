@@ -170,8 +170,34 @@ def share(chosen: Sequence[Document], parts: int) -> list[list[Document]]:
     return shares
 
 
-def rows_for_ranks(samples: Sequence[Sample], *, ranks: int, budget: int, equal: bool) -> list[list[TokenBatch]]:
-    """A global batch as rows for each data rank; a rank that has no share gets one row that weighs nothing."""
-    silent = replace(samples[0], weight=np.zeros_like(samples[0].weight))
-    shares = share(documents(samples), ranks)
-    return [pack(part or [Document((silent,))], budget=budget, equal=equal) for part in shares]
+@dataclass(frozen=True)
+class RowRules:
+    """What a layout asks of the rows of a global batch."""
+
+    ranks: int = 1
+    """Shares that the batch is split into."""
+    budget: int = 2048
+    """Tokens of a row at most, unless one document alone is longer."""
+    multiple: int = 32
+    """Rows are padded to a multiple of this many tokens."""
+    equal: bool = False
+    """Whether all rows of a rank have the same length."""
+    count: int = 1
+    """Every rank has a multiple of this many rows."""
+    in_step: bool = False
+    """Whether all ranks have the same number of rows."""
+
+
+def rows_for_ranks(samples: Sequence[Sample], rules: RowRules) -> list[list[TokenBatch]]:
+    """A global batch as rows for each rank; where rows are missing, rows that weigh nothing stand in."""
+    silent = Document((sample([0], [0], weight=0.0),))
+    shares = share(documents(samples), rules.ranks)
+    packed = [
+        pack(part or [silent], budget=rules.budget, multiple=rules.multiple, equal=rules.equal) for part in shares
+    ]
+    most = max(map(len, packed)) if rules.in_step else 0
+    for rows in packed:
+        wanted = -(-max(most, len(rows)) // rules.count) * rules.count
+        length = len(rows[0].tokens) if rules.equal else rules.multiple
+        rows += [row([silent], length)] * (wanted - len(rows))
+    return packed

@@ -1,6 +1,7 @@
 """Gradient steps on any module in any layout: micro-batches in, one update out. Blind to what is being optimised."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,11 @@ class Engine:
         self._tied = tied if groups.layout.pipeline > 1 else None
         if self._tied is not None and not groups.is_first_stage:
             replicate(self._tied)
-        self._zero = ZeroOptimizer(stage, optimizer, groups, clip_norm)
+        self._zero = ZeroOptimizer(stage.module, optimizer, groups, clip_norm)
+        self._trained = {n: p for n, p in stage.module.named_parameters() if p.requires_grad and p is not self._tied}
+        self._reached: set[str] = set()
+        for name, parameter in self._trained.items():
+            parameter.register_hook(lambda _, name=name: self._reached.add(name))
 
     def step(
         self, batches: Sequence[Any], forward: Forward, loss: Loss, *, tokens: int, learning_rate: float
@@ -61,14 +66,18 @@ class Engine:
         Raises:
             MissingGradient: when a trainable parameter received no gradient.
         """
-        replicas = self.groups.layout.data
+        holders = dist.get_world_size(self.groups.replicas)
 
         def share(result: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
             value, report = loss(result, batch)
-            return value * replicas, report
+            return value * holders, report
 
-        reports = run_forward_backward(self.stage, batches, forward, share, tokens=tokens)
-        self._finish_gradients()
+        self._reached.clear()
+        with self._tied_apart():
+            reports = run_forward_backward(self.stage, batches, self._watched(forward), share, tokens=tokens)
+        missing = sorted(self._trained.keys() - self._reached)
+        if missing:
+            raise MissingGradient(f"{missing[0]} received no gradient on rank {self.groups.rank}")
         norm = self._zero.step(learning_rate)
         return StepResult(self._reduced(reports), norm)
 
@@ -80,14 +89,38 @@ class Engine:
         """Results of a forward pass of `stage` for this data rank's micro-batches; empty but on the last stage."""
         return run_forward(stage, batches, forward, tokens=tokens)
 
-    def _finish_gradients(self) -> None:
-        if self._tied is not None and self.groups.embedding is not None:
-            gradient = self._zero.gradient(self._tied)
-            assert gradient is not None
-            dist.all_reduce(gradient, group=self.groups.embedding)
-        for name, parameter in self.stage.named_parameters():
-            if parameter.requires_grad and self._zero.gradient(parameter) is None:
-                raise MissingGradient(f"{name} received no gradient on rank {self.groups.rank}")
+    def _watched(self, forward: Forward) -> Forward:
+        """The forward pass, telling ZeRO when gradients are about to flow back through it."""
+
+        def watched(module: nn.Module, batch: Any, received: Tensor | None, chunk: int) -> Tensor:
+            result = forward(module, batch, received, chunk)
+            result.register_hook(lambda _: self._zero.begin_backward())
+            return result
+
+        return watched
+
+    @contextmanager
+    def _tied_apart(self) -> Iterator[None]:
+        """Collect the gradient of weights tied over stages apart from ZeRO, and hand it over once, summed over stages.
+
+        ZeRO-2 reduces each gradient as it appears; this one is not whole before all micro-batches of both stages are.
+        """
+        tied = self._tied
+        if tied is None:
+            yield
+            return
+        owner, name = _owner(self.stage.module, tied)
+        stand_in = nn.Parameter(tied.detach())
+        vars(stand_in).update(vars(tied))
+        owner._parameters[name] = stand_in
+        try:
+            yield
+        finally:
+            owner._parameters[name] = tied
+        gradient = torch.zeros_like(tied) if stand_in.grad is None else stand_in.grad
+        dist.all_reduce(gradient, group=self.groups.embedding)
+        self._zero.begin_backward()
+        torch.autograd.backward([tied], [gradient])
 
     def _reduced(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
         """Reported values over all micro-batches and data ranks, sent from the last stage to all stages."""
@@ -97,9 +130,14 @@ class Engine:
             columns = {n: torch.stack([r[n].detach().double() for r in reports]) for n in names}
             sums = torch.stack([column.sum() for column in columns.values()])
             peaks = torch.stack([column.max() for column in columns.values()])
-            dist.all_reduce(sums, group=self.groups.data)
-            dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=self.groups.data)
+            dist.all_reduce(sums, group=self.groups.replicas)
+            dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=self.groups.replicas)
             values = torch.where(torch.tensor([n.endswith("_max") for n in names]), peaks.cpu(), sums.cpu())
             shared = [dict(zip(names, values.tolist(), strict=True))]
         dist.broadcast_object_list(shared, src=self.groups.last_stage_rank, group=self.groups.pipeline)
         return shared[0]
+
+
+def _owner(module: nn.Module, parameter: nn.Parameter) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the name that it has there."""
+    return next((m, n) for m in module.modules() for n, p in m._parameters.items() if p is parameter)

@@ -23,9 +23,19 @@ class Groups:
     tensor_rank: int
     pipeline: dist.ProcessGroup
     stage: int
-    data: dist.ProcessGroup
+    context: dist.ProcessGroup
+    context_rank: int
     data_rank: int
+    """Which share of a batch this rank computes, of `layout.replicas`."""
+    expert: dist.ProcessGroup
+    """Ranks that hold different experts of the same layers."""
+    expert_rank: int
+    replicas: dist.ProcessGroup
+    """Ranks that hold the same weights, experts aside: the context, expert and data axes together."""
+    expert_replicas: dist.ProcessGroup
+    """Ranks that hold the same experts."""
     model: dist.ProcessGroup
+    """The tensor and pipeline axes together."""
     embedding: dist.ProcessGroup | None
 
     @property
@@ -42,6 +52,16 @@ class Groups:
     def last_stage_rank(self) -> int:
         """Global rank of the last stage in this rank's pipeline."""
         return dist.get_global_rank(self.pipeline, self.layout.pipeline - 1)
+
+    @property
+    def owns_replicated(self) -> bool:
+        """Whether this rank speaks for all that hold the same weights, experts aside."""
+        return dist.get_rank(self.replicas) == 0
+
+    @property
+    def owns_experts(self) -> bool:
+        """Whether this rank speaks for all that hold the same experts."""
+        return dist.get_rank(self.expert_replicas) == 0
 
 
 def join(layout: Layout, *, rank: int, address: str, port: int, timeout_s: float = 600.0) -> Groups:
@@ -62,7 +82,13 @@ def join(layout: Layout, *, rank: int, address: str, port: int, timeout_s: float
             world_size=layout.processes,
             timeout=datetime.timedelta(seconds=timeout_s),
         )
-    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    parallel_state.initialize_model_parallel(
+        layout.tensor,
+        layout.pipeline,
+        layout.virtual if layout.virtual > 1 else None,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+    )
     return _current(layout, rank)
 
 
@@ -90,8 +116,13 @@ def _current(layout: Layout, rank: int) -> Groups:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         stage=stage,
-        data=parallel_state.get_data_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        context_rank=parallel_state.get_context_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        replicas=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert_replicas=parallel_state.get_expert_data_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
         embedding=parallel_state.get_embedding_group() if in_embedding else None,
     )

@@ -7,6 +7,7 @@ axis, so losses are multiplied by its size and gradients become sums over the gl
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("LOCAL_RANK", "0")
 
 import deepspeed
+import deepspeed.moe.layer
+from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 
 from lockstep.distributed.groups import Groups
@@ -26,15 +28,19 @@ from lockstep.distributed.groups import Groups
 deepspeed.ops.__compatible_ops__ = {}
 
 
+EXPERTS = "experts"
+"""DeepSpeed's name for the group of parameters that differ over the expert axis."""
+
+
 class _Grid:
-    """What DeepSpeed asks of its `mpu`. Its "model parallel" means tensor × pipeline."""
+    """What DeepSpeed asks of its `mpu`; "model" there means tensor × pipeline, and "data" all replicas."""
 
     def __init__(self, groups: Groups) -> None:
         axes = {
             "model": groups.model,
             "tensor_model": groups.tensor,
             "pipeline_model": groups.pipeline,
-            "data": groups.data,
+            "data": groups.replicas,
         }
         for axis, group in axes.items():
             setattr(self, f"get_{axis}_parallel_group", lambda group=group: group)
@@ -42,36 +48,81 @@ class _Grid:
             setattr(self, f"get_{axis}_parallel_world_size", lambda group=group: dist.get_world_size(group))
 
 
+class _HasExperts(deepspeed.moe.layer.MoE):
+    """Tells DeepSpeed, which looks for its own layer, that a module has experts; it computes nothing."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = 0
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups exist already."""
+
+
 def replicate(parameter: nn.Parameter) -> None:
     """Mark a copy of a parameter that another stage owns, so that the gradient norm counts it once."""
     parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
 
+def as_expert(parameter: nn.Parameter) -> None:
+    """Mark a parameter that differs over the expert axis, so that it is reduced over its own replicas only."""
+    parameter.allreduce, parameter.group_name = False, EXPERTS  # type: ignore[attr-defined]
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    """Whether `as_expert` marked the parameter."""
+    return not getattr(parameter, "allreduce", True)
+
+
 class ZeroOptimizer:
-    """An optimizer whose state is split over the data axis as `layout.zero` says."""
+    """An optimizer whose state is split over the replicas as `layout.zero` says."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, groups: Groups, clip_norm: float) -> None:
         deepspeed_logger.setLevel(logging.WARNING)
-        dtype = next(module.parameters()).dtype
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": clip_norm,
-            "managed_gradient_accumulation": False,
-            "bf16": {"enabled": dtype == torch.bfloat16},
-            "zero_optimization": {"stage": groups.layout.zero, "overlap_comm": False},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": None,
-        }
+        self._groups, self._clip_norm = groups, clip_norm
+        self._bfloat16 = next(module.parameters()).dtype == torch.bfloat16
+        self._plain = groups.layout.zero == 0 and not self._bfloat16
+        if any(is_expert(p) for p in module.parameters()):
+            module.add_module("_has_experts", _HasExperts())
+            deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERTS] = groups.expert
+            deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = groups.expert_replicas
         parameters = [p for p in module.parameters() if p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=config
+            model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=self._config()
         )
+        self._parameters = parameters
+        self._norm = 0.0
+        if self._plain:
+            optimizer.register_step_pre_hook(lambda *_: self._clip())
+        elif groups.layout.zero in (1, 2) and not groups.layout.offload:
+            self._engine.optimizer.scaled_global_norm = self._partitioned_norm
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The gradient that will be reduced, wherever DeepSpeed accumulates it."""
-        accumulated = getattr(parameter, "grad_accum", None)
-        return parameter.grad if accumulated is None else accumulated
+    def _config(self) -> dict[str, Any]:
+        layout = self._groups.layout
+        zero: dict[str, Any] = {"stage": layout.zero, "overlap_comm": False}
+        if layout.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0 if self._plain else self._clip_norm,
+            "managed_gradient_accumulation": False,
+            "bf16": {"enabled": self._bfloat16},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+        }
+
+    def begin_backward(self) -> None:
+        """To be called by autograd when gradients are about to reach the module.
+
+        DeepSpeed's own forward pass would arrange for this; and without a forward pass between two backward passes,
+        as at the end of a pipeline's schedule, it would take them for one.
+        """
+        if self._groups.layout.zero:
+            self._engine.optimizer.clear_backward_seen_flag()
+            self._engine._backward_prologue()
 
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""
@@ -84,6 +135,51 @@ class ZeroOptimizer:
         """Reduce, clip, update, and forget the gradients. Returns the global norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._groups.layout.zero == 0 and self._bfloat16:
+            self._engine.optimizer.update_hp_grads(clear_lp_grads=True)
         self._engine.step()
+        if self._plain:
+            return self._norm
         norm: Any = self._engine.get_global_grad_norm()
         return float(norm if norm is not None else 0.0)
+
+    def _clip(self) -> None:
+        """Without ZeRO, DeepSpeed clips fp32 gradients but does not say by which norm."""
+        shares = [(p, p.grad, self._holders(p)) for p in self._parameters if p.grad is not None]
+        self._norm = float(self._world_norm(shares))
+        if self._clip_norm and self._norm > self._clip_norm:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._clip_norm / (self._norm + 1e-6))
+
+    def _holders(self, parameter: nn.Parameter) -> int:
+        groups = self._groups
+        return dist.get_world_size(groups.expert_replicas if is_expert(parameter) else groups.replicas)
+
+    def _partitioned_norm(self) -> Tensor:
+        """The norm of gradients that are split over replicas; experts count like all others, unlike in DeepSpeed."""
+        optimizer: Any = self._engine.optimizer
+        shares = [
+            (parameter, gradient, 1)
+            for group in range(len(optimizer.bit16_groups))
+            for gradient, parameter in zip(
+                (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False)),
+                optimizer.params_in_partition[group],
+                strict=False,
+            )
+        ]
+        return self._world_norm(shares)
+
+    def _world_norm(self, shares: Sequence[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
+        """√Σg² over every distinct element in the world.
+
+        Args:
+            shares: parameters, their gradients or parts of them, and how many ranks hold the same part.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        for parameter, gradient, holders in shares:
+            split = getattr(parameter, "tensor_model_parallel", False)
+            if (split or self._groups.tensor_rank == 0) and not getattr(parameter, "ds_pipe_replicated", False):
+                total += torch.linalg.vector_norm(gradient.float()).double().square() / holders
+        dist.all_reduce(total)
+        return total.sqrt().float()

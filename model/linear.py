@@ -3,9 +3,17 @@
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from lockstep.distributed.groups import Groups
 
 
 class PackedWeight:
@@ -52,6 +60,8 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
         """See the class."""
         if self._packed is None or torch.is_grad_enabled():
             return super().forward(x)[0]
+        if self.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, group=self.tp_group)
         return self._packed(x)
 
 
@@ -79,7 +89,12 @@ class RowLinear(tensor_parallel.RowParallelLinear):
         """See the class."""
         if self._packed is None or torch.is_grad_enabled():
             return super().forward(x)[0]
-        return reduce_from_tensor_model_parallel_region(self._packed(x), self.tp_group)
+        reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if self.sequence_parallel
+            else reduce_from_tensor_model_parallel_region
+        )
+        return reduce(self._packed(x), group=self.tp_group)
 
 
 def not_drawn(weight: Tensor) -> Tensor:
@@ -95,3 +110,16 @@ def mark(weight: nn.Parameter, dim: int) -> None:
     if not hasattr(weight, "tensor_model_parallel"):
         tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
     assert vars(weight)["tensor_model_parallel"]
+
+
+def sequence_group(groups: Groups) -> ProcessGroup | None:
+    """The tensor group, where its ranks split activations between matrices; None otherwise."""
+    return groups.tensor if groups.layout.sequence else None
+
+
+def summed_over(weight: Tensor, parts: ProcessGroup | None) -> Tensor:
+    """The weight; its gradient is summed over ranks that each apply it to a part of the work.
+
+    In the graph, and not after the backward pass, because ZeRO may have reduced and freed the gradient by then.
+    """
+    return weight if parts is None else copy_to_tensor_model_parallel_region(weight, parts)

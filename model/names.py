@@ -41,7 +41,7 @@ def logical_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
     """Every piece that this rank holds. Copies that another rank or stage owns have `owned=False`."""
     groups, shapes = transformer.groups, logical_tensors(transformer.model)
-    replica, tensor, rank = groups.data_rank == 0, groups.layout.tensor, groups.tensor_rank
+    replica, tensor, rank = groups.owns_replicated, groups.layout.tensor, groups.tensor_rank
     for path, parameter in transformer.named_parameters():
         names, split = _logical_names(path)
         offset = 0

@@ -8,11 +8,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from lockstep.data.batch import COLUMNS, TokenBatch
+from lockstep.data.batch import COLUMNS, RowRules, TokenBatch
 from lockstep.distributed.checkpoint.spec import Source
 from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine, StepResult
 from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage, megatron_config
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.config import ModelConfig
@@ -54,6 +55,18 @@ class DeviceBatch:
     targets_K: Tensor
     columns: Columns
     attend: DocumentAttention
+
+
+def row_rules(layout: Layout, budget: int) -> RowRules:
+    """How a global batch is cut into rows for a layout."""
+    return RowRules(
+        ranks=layout.replicas,
+        budget=budget,
+        multiple=layout.row_multiple,
+        equal=layout.pipeline > 1,
+        count=layout.pipeline if layout.virtual > 1 else 1,
+        in_step=layout.in_step,
+    )
 
 
 def to_device(batch: TokenBatch, device: torch.device) -> DeviceBatch:
@@ -114,7 +127,7 @@ class Trainer:
         self.engine = Engine(
             stage,
             groups,
-            adamw(stage, optimizer),
+            adamw(stage.module, optimizer),
             clip_norm=optimizer.clip_norm,
             tied=self.transformer.tied_over_stages,
         )
@@ -144,16 +157,17 @@ class Trainer:
         device = next(self.transformer.parameters()).device
         return [to_device(row, device) for row in rows]
 
-    def _forward(self, module: nn.Module, batch: DeviceBatch, received: Tensor | None) -> Tensor:
+    def _forward(self, module: nn.Module, batch: DeviceBatch, received: Tensor | None, chunk: int) -> Tensor:
         assert isinstance(module, Transformer)
-        hidden = module(batch.tokens, batch.positions, batch.attend, received)
-        if not self.groups.is_last_stage:
-            return hidden
-        return token_logprobs(
-            hidden[batch.predictors_K, 0],
-            module.head_weight,
-            batch.targets_K,
-            vocabulary=module.model.vocabulary,
-            group=self.groups.tensor,
-            temperature=self._temperature,
-        )
+
+        def logp(hidden_T1D: Tensor) -> Tensor:
+            return token_logprobs(
+                hidden_T1D[batch.predictors_K, 0],
+                module.head_weight,
+                batch.targets_K,
+                vocabulary=module.model.vocabulary,
+                group=self.groups.tensor,
+                temperature=self._temperature,
+            )
+
+        return module(batch.tokens, batch.positions, batch.attend, received, chunk=chunk, finish=logp)

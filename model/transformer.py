@@ -4,19 +4,30 @@ Tokens stand on the first dim, [T, 1, width] between blocks, as megatron-core's 
 a batch of one. The same block serves training, which passes documents, and rollouts, which pass a KV cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lockstep.distributed.groups import Groups
-from lockstep.distributed.layout import check_divides, stage_layers
+from lockstep.distributed.layout import check_divides, ranges, stage_layers
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
 from lockstep.model.functions import rms_norm, rotary, rotary_table, swiglu
-from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed
+from lockstep.model.linear import (
+    ColumnLinear,
+    PackedWeight,
+    RowLinear,
+    mark,
+    not_drawn,
+    packed,
+    sequence_group,
+    summed_over,
+)
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
@@ -27,12 +38,16 @@ def padded_vocabulary(vocabulary: int, tensor: int) -> int:
 class Norm(nn.Module):
     """Root-mean-square norm with a learned scale."""
 
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, parts: ProcessGroup | None = None) -> None:
+        """
+        Args:
+            parts: the tensor group, where each of its ranks norms tokens of its own.
+        """
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width, dtype=dtype)), eps
+        self.weight, self.eps, self._parts = nn.Parameter(torch.ones(width, dtype=dtype)), eps, parts
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, summed_over(self.weight, self._parts), self.eps)
 
 
 class Attention(nn.Module):
@@ -46,10 +61,11 @@ class Attention(nn.Module):
         self.out = RowLinear(model.heads * model.head_dim, model.width, config)
 
     def forward(self, x_T1D: Tensor, table: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
-        heads_THE = self.qkv(x_T1D).view(x_T1D.shape[0], -1, self.head_dim)
+        projected = self.qkv(x_T1D)
+        heads_THE = projected.view(projected.shape[0], -1, self.head_dim)
         turned, v = heads_THE.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         q, k = rotary(turned, table).split([self.heads, self.kv_heads], dim=1)
-        return self.out(attend(layer, q, k, v).reshape(x_T1D.shape[0], 1, -1))
+        return self.out(attend(layer, q, k, v).reshape(projected.shape[0], 1, -1))
 
 
 class MLP(nn.Module):
@@ -69,14 +85,24 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, groups: Groups, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = Norm(model.width, model.norm_eps, config.params_dtype)
+        parts = sequence_group(groups)
+        self.attention_norm = Norm(model.width, model.norm_eps, config.params_dtype, parts)
         self.attention = Attention(model, groups, config)
-        self.mlp_norm = Norm(model.width, model.norm_eps, config.params_dtype)
+        self.mlp_norm = Norm(model.width, model.norm_eps, config.params_dtype, parts)
         self.mlp = MLP(model, config)
 
     def forward(self, x_T1D: Tensor, table: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
         x_T1D = x_T1D + self.attention(self.attention_norm(x_T1D), table, attend, layer)
         return x_T1D + self.mlp(self.mlp_norm(x_T1D))
+
+
+def _layers(model: ModelConfig, groups: Groups) -> list[range]:
+    """Layers of each of this rank's virtual stages."""
+    layout = groups.layout
+    block = (model.parameters - model.width * (1 + (1 if model.tied else 2) * model.vocabulary)) / model.layers
+    head = model.vocabulary * model.width / block
+    balanced = stage_layers(model.layers, layout.chunks, first=min(1.0, head), last=head)
+    return (ranges(layout.stages) if layout.stages else balanced)[groups.stage :: layout.pipeline]
 
 
 class Transformer(nn.Module):
@@ -96,7 +122,7 @@ class Transformer(nn.Module):
             layers=model.layers,
         )
         self.model, self.groups = model, groups
-        self.layers: Sequence[int] = stage_layers(model.layers, groups.layout.pipeline)[groups.stage]
+        self.layers = _layers(model, groups)
         rows = padded_vocabulary(model.vocabulary, groups.layout.tensor)
         self.has_embedding = groups.is_first_stage or (model.tied and groups.is_last_stage)
         if self.has_embedding:
@@ -104,9 +130,9 @@ class Transformer(nn.Module):
                 rows, model.width, init_method=not_drawn, config=config
             )
             mark(self.embedding.weight, 0)
-        self.blocks = nn.ModuleDict({str(i): Block(model, groups, config) for i in self.layers})
+        self.blocks = nn.ModuleDict({str(i): Block(model, groups, config) for part in self.layers for i in part})
         if groups.is_last_stage:
-            self.norm = Norm(model.width, model.norm_eps, config.params_dtype)
+            self.norm = Norm(model.width, model.norm_eps, config.params_dtype, sequence_group(groups))
             if not model.tied:
                 self.head = ColumnLinear(model.width, rows, config)
         self._packed_head: PackedWeight | None = None
@@ -126,20 +152,38 @@ class Transformer(nn.Module):
         assert weight is None or isinstance(weight, nn.Parameter)
         return weight
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, received: Tensor | None = None) -> Tensor:
-        """Activations [T, 1, width] after this stage's blocks; normed by the last stage, ready for `head_weight`.
+    def forward(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        received: Tensor | None = None,
+        *,
+        chunk: int = 0,
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Activations [T, 1, width] after the blocks of a stage; normed by the last stage, ready for `head_weight`.
 
         Args:
             received: activations of the stage before; the first stage embeds the tokens instead.
+            chunk: which of this rank's virtual stages to run.
+            finish: what the last stage makes of its activations; inside, because ZeRO-3 lends weights for a forward.
         """
         x = received
-        if self.groups.is_first_stage:
+        if self.groups.is_first_stage and chunk == 0:
             x = self.embedding(tokens_T[:, None])
+            if self.groups.layout.sequence:
+                x = scatter_to_sequence_parallel_region(x, self.groups.tensor)
         assert x is not None
         table = rotary_table(positions_T, self.model.head_dim, self.model.rope_theta, x.dtype)
-        for index, block in self.blocks.items():
-            x = block(x, table, attend, int(index))
-        return self.norm(x) if self.groups.is_last_stage else x
+        for index in self.layers[chunk]:
+            x = self.blocks[str(index)](x, table, attend, index)
+        if not (self.groups.is_last_stage and chunk == len(self.layers) - 1):
+            return x
+        x = self.norm(x)
+        if self.groups.layout.sequence:
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.groups.tensor)
+        return finish(x) if finish else x
 
     @property
     def head_weight(self) -> Tensor:

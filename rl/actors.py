@@ -26,7 +26,7 @@ from lockstep.distributed.groups import join
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.names import pieces
-from lockstep.model.train import Objective, OptimizerConfig, Trainer, build, transformer_of
+from lockstep.model.train import Objective, OptimizerConfig, Trainer, build, row_rules, transformer_of
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampler import SamplingConfig
 from lockstep.rl.sync import Shard, shards_of
@@ -275,11 +275,9 @@ class Policy:
     def update(self, step: int, samples: Sequence[Sample], objective: Objective, learning_rate: float) -> StepResult:
         """One gradient step on a global batch."""
         layout = self.layout
-        equal = layout.pipeline > 1
-        rows = rows_for_ranks(samples, ranks=layout.data, budget=self._row_tokens, equal=equal)
-        data_rank = [(rank // layout.tensor) % layout.data for rank in range(layout.processes)]
+        rows = rows_for_ranks(samples, row_rules(layout, self._row_tokens))
         calls = [
-            (w, w.handle.update.remote(step, rows[data_rank[rank]], objective, learning_rate))
+            (w, w.handle.update.remote(step, rows[layout.data_rank(rank)], objective, learning_rate))
             for rank, w in enumerate(self.workers)
         ]
         return gather(calls)[0]

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.data.batch import COLUMNS, Document, Sample, TokenBatch, documents, pack, rows_for_ranks, sample, share
+from lockstep.data.batch import (
+    COLUMNS,
+    Document,
+    RowRules,
+    Sample,
+    TokenBatch,
+    documents,
+    pack,
+    rows_for_ranks,
+    sample,
+    share,
+)
 
 PROMPTS = ([1], [2, 3], [2, 3, 4], [1, 1, 1, 1, 1, 1, 1])
 
@@ -115,14 +126,14 @@ def test_ranks_share_all_documents_evenly(samples: list[Sample], parts: int) -> 
 
 @given(many_samples, st.integers(1, 6), st.booleans())
 def test_rows_of_all_ranks_hold_the_global_batch(samples: list[Sample], ranks: int, equal: bool) -> None:
-    rows = rows_for_ranks(samples, ranks=ranks, budget=20, equal=equal)
+    rows = rows_for_ranks(samples, RowRules(ranks=ranks, budget=20, equal=equal))
     assert len(rows) == ranks
     assert all(rows)
     assert predictions([row for part in rows for row in part]) == naive_predictions(samples)
 
 
 def test_a_rank_without_documents_gets_a_silent_row() -> None:
-    rows = rows_for_ranks([sample([1, 2], [3, 4]), sample([1, 2], [5])], ranks=3, budget=64, equal=False)
+    rows = rows_for_ranks([sample([1, 2], [3, 4]), sample([1, 2], [5])], RowRules(ranks=3, budget=64))
     assert [sum(len(r.targets) for r in part) for part in rows] == [3, 0, 0]
     assert all(len(part) == 1 and len(part[0].tokens) for part in rows)
 

@@ -13,7 +13,7 @@ from lockstep.distributed.layout import Layout
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.loss import nll
 from lockstep.model.names import pieces
-from lockstep.model.train import OptimizerConfig, Trainer, build, transformer_of
+from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
 from tests.worlds import Worlds
 
 LAYOUTS = [
@@ -25,6 +25,13 @@ LAYOUTS = [
     Layout(tensor=2, data=2),
     Layout(tensor=2, pipeline=2),
     Layout(pipeline=2, data=2),
+    Layout(data=2, zero=0),
+    Layout(data=2, zero=2),
+    Layout(data=2, zero=3),
+    Layout(tensor=2, sequence=True),
+    Layout(pipeline=2, virtual=2),
+    Layout(pipeline=2, data=2, zero=2),
+    Layout(pipeline=2, stages=(1, 3)),
 ]
 
 
@@ -47,8 +54,7 @@ def train(groups: Groups, folder: Path, steps: int, row_tokens: int) -> tuple[li
     history = []
     for step in range(steps):
         batch = global_batch(source.config.vocabulary, step % 2)
-        layout = groups.layout
-        rows = rows_for_ranks(batch, ranks=layout.data, budget=row_tokens, equal=layout.pipeline > 1)
+        rows = rows_for_ranks(batch, row_rules(groups.layout, row_tokens))
         result = trainer.step(rows[groups.data_rank], nll, 1e-3)
         history.append((result.values["loss"], result.grad_norm))
     held = pieces(transformer_of(stage))
