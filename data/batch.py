@@ -138,6 +138,24 @@ def _without_silent(batch: TokenBatch) -> TokenBatch:
     return replace(batch, **{c: getattr(batch, c)[loud] for c in ("predictors", "targets", *COLUMNS)})
 
 
+def part(batch: TokenBatch, places: Ints) -> TokenBatch:
+    """What a rank computes of a row that is split over ranks: the tokens at `places`, and what is predicted from them.
+
+    `documents` still describes the whole row, which attention needs.
+    """
+    inside = np.full(len(batch.tokens), -1, np.int64)
+    inside[places] = np.arange(len(places))
+    local = inside[batch.predictors]
+    held = local >= 0
+    return replace(
+        batch,
+        tokens=batch.tokens[places],
+        positions=batch.positions[places],
+        predictors=local[held],
+        **{c: getattr(batch, c)[held] for c in ("targets", *COLUMNS)},
+    )
+
+
 def pack(chosen: Sequence[Document], *, budget: int, multiple: int = 32, equal: bool = False) -> list[TokenBatch]:
     """Rows of at most `budget` tokens (more only for one longer document), similar lengths together.
 

@@ -81,7 +81,8 @@ def run_forward_backward(
     Returns:
         What `loss` reported for each micro-batch; empty on all but the last stage.
     """
-    scale = float(len(batches))  # the schedule divides by the number of micro-batches; a sum must stay a sum
+    # The schedule divides by the number of micro-batches and multiplies by the context degree; a sum must stay a sum.
+    scale = len(batches) / stage.config.context_parallel_size
 
     def finish(batch: Any, result: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, report = loss(result, batch)

@@ -16,10 +16,22 @@ LONGEST_IN_FULL = 1024
 """Documents up to this length are attended to by plain products, longer ones by torch's flash kernel, in tokens."""
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer scores what its tokens see."""
+
+    scale: float | None = None
+    cap: float | None = None
+    window: int | None = None
+
+
+PLAIN = Scoring()
+
+
 class Attend(Protocol):
     """How a block's tokens see each other."""
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """Mixed values [T, H, E] for T tokens, H query heads, G key-value heads and head width E."""
         ...
 
@@ -44,7 +56,7 @@ class DocumentAttention:
         self._batches = [_SegmentBatch(members, device) for members in by_size.values()]
         self._places = _places([s for b in self._batches for s in b.segments], self._batches).to(device)
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """See `Attend`."""
         padded = [batch.attend(q_THE, k_TGE, v_TGE) for batch in self._batches]
         return (padded[0] if len(padded) == 1 else torch.cat(padded)).index_select(0, self._places).view_as(q_THE)
@@ -99,7 +111,7 @@ class _SegmentBatch:
         self._bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(device)
         self._causal = not any(s.seen for s in segments)
 
-    def attend(self, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+    def attend(self, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """Mixed values [N · queries, H · E], the padding included."""
         n, width = len(self.segments), q_THE.shape[2]
         q = q_THE.index_select(0, self._q).view(n, self.queries, -1, width).transpose(1, 2)

@@ -1,22 +1,26 @@
 """A transformer and its optimizer as one thing that learns from rows of tokens: what every trainer process owns."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from lockstep.data.batch import COLUMNS, RowRules, TokenBatch
+from lockstep.data.batch import COLUMNS, Ints, RowRules, TokenBatch, part
 from lockstep.distributed.checkpoint.spec import Source
+from lockstep.distributed.context import held_places
 from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine, StepResult
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage, megatron_config
-from lockstep.model.attention import DocumentAttention
+from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
+from lockstep.model.context import attention
 from lockstep.model.logprobs import token_logprobs
 from lockstep.model.loss import Columns
 from lockstep.model.names import load
@@ -47,14 +51,14 @@ class OptimizerConfig(BaseModel):
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A row of tokens on this rank's device, with its attention and its predictions."""
+    """This rank's part of a row of tokens on its device, with its attention and its predictions."""
 
     tokens: Tensor
     positions: Tensor
     predictors_K: Tensor
     targets_K: Tensor
     columns: Columns
-    attend: DocumentAttention
+    attend: Attend
 
 
 def row_rules(layout: Layout, budget: int) -> RowRules:
@@ -69,11 +73,13 @@ def row_rules(layout: Layout, budget: int) -> RowRules:
     )
 
 
-def to_device(batch: TokenBatch, device: torch.device) -> DeviceBatch:
-    """The batch as tensors."""
+def to_device(batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.device) -> DeviceBatch:
+    """This rank's part of a row, as tensors."""
+    attend = attention(batch.documents, groups, kv_heads, device)
+    local = part(batch, _places(batch, groups))
 
     def tensor(name: str) -> Tensor:
-        return torch.tensor(getattr(batch, name)).to(device)
+        return torch.tensor(getattr(local, name)).to(device)
 
     return DeviceBatch(
         tokens=tensor("tokens"),
@@ -81,8 +87,15 @@ def to_device(batch: TokenBatch, device: torch.device) -> DeviceBatch:
         predictors_K=tensor("predictors"),
         targets_K=tensor("targets"),
         columns=Columns(*(tensor(name) for name in COLUMNS)),
-        attend=DocumentAttention(batch.documents, device),
+        attend=attend,
     )
+
+
+def _places(batch: TokenBatch, groups: Groups) -> Ints:
+    """Places of the row's tokens that this context rank computes."""
+    if groups.layout.context == 1:
+        return np.arange(len(batch.tokens))
+    return held_places(len(batch.tokens), groups.layout.context, groups.context_rank).numpy()
 
 
 def build(model: ModelConfig, groups: Groups, dtype: torch.dtype, source: Source) -> Stage:
@@ -132,21 +145,42 @@ class Trainer:
             tied=self.transformer.tied_over_stages,
         )
 
-    def step(self, rows: Sequence[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
-        """One update from this data rank's rows of a global batch."""
+    def step(
+        self,
+        rows: Sequence[TokenBatch],
+        objective: Objective,
+        learning_rate: float,
+        reference: Stage | None = None,
+    ) -> StepResult:
+        """One update from this data rank's rows of a global batch.
+
+        Args:
+            reference: a second model, whose log-probabilities become the reference's.
+        """
+        batches, tokens = self._on_device(rows), _longest(rows)
+        if reference is not None:
+            scores = self.engine.evaluate(reference, batches, self._forward, tokens=tokens)
+            batches = [_with_reference(b, s) for b, s in zip(batches, scores, strict=False)] or batches
 
         def loss(logp_K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
             return objective(logp_K, batch.columns)
 
-        batches = self._on_device(rows)
-        tokens = max(len(r.tokens) for r in rows)
         return self.engine.step(batches, self._forward, loss, tokens=tokens, learning_rate=learning_rate)
 
     def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
         """log p of the tokens that count in each row, [K]; on all but the last pipeline stage an empty list."""
-        tokens = max(len(r.tokens) for r in rows)
         batches = self._on_device(rows)
-        return self.engine.evaluate(stage or self.stage, batches, self._forward, tokens=tokens)
+        found = self.engine.evaluate(stage or self.stage, batches, self._forward, tokens=_longest(rows))
+        return [self._whole(row, logp) for row, logp in zip(rows, found, strict=False)]
+
+    def _whole(self, row: TokenBatch, logp: Tensor) -> Tensor:
+        """The row's log-probabilities from those of every context rank."""
+        if self.groups.layout.context == 1:
+            return logp
+        whole = logp.new_zeros(len(row.targets))
+        whole[torch.from_numpy(np.isin(row.predictors, _places(row, self.groups))).to(logp.device)] = logp
+        dist.all_reduce(whole, group=self.groups.context)
+        return whole
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,7 +189,7 @@ class Trainer:
 
     def _on_device(self, rows: Sequence[TokenBatch]) -> list[DeviceBatch]:
         device = next(self.transformer.parameters()).device
-        return [to_device(row, device) for row in rows]
+        return [to_device(row, self.groups, self.transformer.model.kv_heads, device) for row in rows]
 
     def _forward(self, module: nn.Module, batch: DeviceBatch, received: Tensor | None, chunk: int) -> Tensor:
         assert isinstance(module, Transformer)
@@ -171,3 +205,11 @@ class Trainer:
             )
 
         return module(batch.tokens, batch.positions, batch.attend, received, chunk=chunk, finish=logp)
+
+
+def _longest(rows: Sequence[TokenBatch]) -> int:
+    return max(len(row.tokens) for row in rows)
+
+
+def _with_reference(batch: DeviceBatch, logp_K: Tensor) -> DeviceBatch:
+    return replace(batch, columns=replace(batch.columns, reference_logp=logp_K))

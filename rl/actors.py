@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +157,9 @@ class PolicyWorker(_Named):
             self.reference = build(self.model, self.trainer.groups, self.trainer.dtype, here)
 
     def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
-        """One gradient step from this data rank's rows; reference log-probabilities are filled in where one is kept."""
+        """One gradient step from this data rank's rows, compared with the reference where one is kept."""
         self.step = step
-        if self.reference is not None:
-            scores = self.trainer.score(rows, self.reference)
-            rows = [replace(r, reference_logp=s.cpu().numpy()) for r, s in zip(rows, scores, strict=False)] or rows
-        return self.trainer.step(rows, objective, learning_rate)
+        return self.trainer.step(rows, objective, learning_rate, self.reference)
 
     def shards(self) -> list[Shard]:
         """The pieces of the weights that this rank owns."""

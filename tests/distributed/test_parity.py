@@ -32,6 +32,11 @@ LAYOUTS = [
     Layout(pipeline=2, virtual=2),
     Layout(pipeline=2, data=2, zero=2),
     Layout(pipeline=2, stages=(1, 3)),
+    Layout(context=2),
+    Layout(context=4),
+    Layout(context=2, context_by="ring"),
+    Layout(tensor=2, sequence=True, context=2),
+    Layout(pipeline=2, context=2, zero=2),
 ]
 
 
