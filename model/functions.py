@@ -4,6 +4,7 @@ Each keeps what its backward needs in the compute dtype and makes one pass over 
 on a CPU the block is otherwise bound by these, not by its matrix products.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,6 +63,17 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up, where gate and up are the halves of the last dim (Shazeer 2020, "GLU variants")."""
     return _SwiGLU.apply(gate_up)
+
+
+def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) · up, where gate and up are the halves of the last dim (Shazeer 2020, "GLU variants")."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
+def soft_capped(scores: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(scores / cap) (Gemma 2's report, section 2); the scores themselves without a cap."""
+    return scores if cap is None else scores.div(cap).tanh().mul(cap)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
