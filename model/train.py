@@ -156,4 +156,5 @@ class Trainer:
             vocabulary=module.model.vocabulary,
             group=self.groups.tensor,
             temperature=self._temperature,
+            cap=module.model.logit_cap,
         )

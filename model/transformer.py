@@ -6,6 +6,7 @@ a batch of one.
 
 from collections.abc import Sequence
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from lockstep.distributed.layout import check_divides, stage_layers
 from lockstep.model.attention import Attend
 from lockstep.model.block import Block, Norm
 from lockstep.model.config import ModelConfig
-from lockstep.model.functions import rotary_table
 from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed
 
 
@@ -42,6 +42,7 @@ class Transformer(nn.Module):
         )
         self.model, self.groups = model, groups
         self.layers: Sequence[int] = stage_layers(model.layers, groups.layout.pipeline)[groups.stage]
+        self._ropes = {rope for i in self.layers if (rope := model.rope_of(i))}
         rows = padded_vocabulary(model.vocabulary, groups.layout.tensor)
         self.has_embedding = groups.is_first_stage or (model.tied and groups.is_last_stage)
         if self.has_embedding:
@@ -49,9 +50,11 @@ class Transformer(nn.Module):
                 rows, model.width, init_method=not_drawn, config=config
             )
             mark(self.embedding.weight, 0)
-        self.blocks = nn.ModuleDict({str(i): Block(model, groups, config) for i in self.layers})
+        if groups.is_first_stage and model.rope is None:
+            self.positions = nn.Embedding(model.context, model.width, dtype=config.params_dtype)
+        self.blocks = nn.ModuleDict({str(i): Block(model, groups, config, i) for i in self.layers})
         if groups.is_last_stage:
-            self.norm = Norm(model.width, model.norm_eps, config.params_dtype)
+            self.norm = Norm(model, model.width, config.params_dtype)
             if not model.tied:
                 self.head = ColumnLinear(model.width, rows, config)
         self._packed_head: PackedWeight | None = None
@@ -79,12 +82,18 @@ class Transformer(nn.Module):
         """
         x = received
         if self.groups.is_first_stage:
-            x = self.embedding(tokens_T[:, None])
+            x = self._embedded(tokens_T, positions_T)
         assert x is not None
-        table = rotary_table(positions_T, self.model.head_dim, self.model.rope_theta, x.dtype)
+        tables = {rope: rope.table(positions_T, self.model.head_dim, x.dtype) for rope in self._ropes}
         for index, block in self.blocks.items():
-            x = block(x, table, attend, int(index))
+            x = block(x, tables, attend, int(index))
         return self.norm(x) if self.groups.is_last_stage else x
+
+    def _embedded(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        x = self.embedding(tokens_T[:, None])
+        if self.model.embedding_scale != 1:  # rounded to the compute dtype first, as the models were trained
+            x = x * torch.tensor(self.model.embedding_scale, dtype=x.dtype)
+        return x if self.model.rope else x + self.positions(positions_T)[:, None]
 
     @property
     def head_weight(self) -> Tensor:
