@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lockstep.model.functions import soft_capped
+
 LONGEST_IN_FULL = 1024
 """Documents up to this length are attended to by plain products, longer ones by torch's flash kernel, in tokens."""
 
@@ -21,8 +23,11 @@ class Scoring:
     """How a layer scores what its tokens see."""
 
     scale: float | None = None
+    """What q·k is multiplied by; None for 1/√E."""
     cap: float | None = None
+    """Scores s become cap · tanh(s / cap)."""
     window: int | None = None
+    """Tokens that a token sees, itself included: position p sees p − window + 1 … p of its document. None for all."""
 
 
 PLAIN = Scoring()
@@ -58,7 +63,7 @@ class DocumentAttention:
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """See `Attend`."""
-        padded = [batch.attend(q_THE, k_TGE, v_TGE) for batch in self._batches]
+        padded = [batch.attend(q_THE, k_TGE, v_TGE, scoring) for batch in self._batches]
         return (padded[0] if len(padded) == 1 else torch.cat(padded)).index_select(0, self._places).view_as(q_THE)
 
 
@@ -93,35 +98,56 @@ def _bucket(length: int) -> int:
 
 
 class _SegmentBatch:
-    """Segments of similar size as one batch of attention."""
+    """Segments of similar size as one batch of attention.
+
+    A row of keys holds the seen tokens and the segment's own, so that its column is a key's position in the document.
+    """
 
     def __init__(self, segments: list[_Segment], device: torch.device) -> None:
         self.segments = segments
         self.queries = max(s.length for s in segments)
-        keys = max(s.seen + s.length for s in segments)
+        self._keys = max(s.seen + s.length for s in segments)
         start, length, prompt, seen = (
             torch.tensor([getattr(s, name) for s in segments])[:, None]
             for name in ("start", "length", "prompt", "seen")
         )
-        rows, columns = torch.arange(self.queries)[None], torch.arange(keys)[None]
+        rows, columns = torch.arange(self.queries)[None], torch.arange(self._keys)[None]
         own = start + (columns - seen).clamp(max=length - 1)
         self._q = (start + rows.clamp(max=length - 1)).flatten().to(device)
         self._k = torch.where(columns < seen, prompt + columns, own).flatten().to(device)
-        hidden = columns[:, None, :] > (seen + rows)[:, :, None]
-        self._bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(device)
+        self._position_NL, self._last_N1 = seen + rows, seen + length - 1
+        self._device = device
+        self._biases: dict[int | None, Tensor] = {None: self._made_bias(None)}
         self._causal = not any(s.seen for s in segments)
 
-    def attend(self, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
+    def attend(self, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring) -> Tensor:
         """Mixed values [N · queries, H · E], the padding included."""
         n, width = len(self.segments), q_THE.shape[2]
         q = q_THE.index_select(0, self._q).view(n, self.queries, -1, width).transpose(1, 2)
         k, v = (t.index_select(0, self._k).view(n, -1, t.shape[1], width).transpose(1, 2) for t in (k_TGE, v_TGE))
-        if self.queries > LONGEST_IN_FULL or q.is_cuda:
-            mask = None if self._causal else self._bias[:, None].to(q.dtype)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self._causal, enable_gqa=True)
+        window = None if scoring.window is None or scoring.window >= self._keys else scoring.window
+        if scoring.cap is None and (self.queries > LONGEST_IN_FULL or q.is_cuda):
+            causal = self._causal and window is None
+            mask = None if causal else self._bias(window)[:, None].to(q.dtype)
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=causal, scale=scoring.scale, enable_gqa=True
+            )
         else:
-            mixed = _attend_in_full(q, k, v, self._bias)
+            mixed = attend_in_full(q, k, v, self._bias(window), scoring)
         return mixed.transpose(1, 2).reshape(n * self.queries, -1)
+
+    def _bias(self, window: int | None) -> Tensor:
+        """0 where the token of a row [N, L] sees the column's key [S], −∞ elsewhere."""
+        if window not in self._biases:
+            self._biases[window] = self._made_bias(window)
+        return self._biases[window]
+
+    def _made_bias(self, window: int | None) -> Tensor:
+        columns = torch.arange(self._keys)
+        hidden = columns > self._position_NL[:, :, None]
+        if window is not None:  # a row of padding sees what the last token does: a row of −∞ would give NaN
+            hidden |= columns <= self._position_NL.minimum(self._last_N1)[:, :, None] - window
+        return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(self._device)
 
 
 def _places(segments: Sequence[_Segment], batches: Sequence[_SegmentBatch]) -> Tensor:
@@ -134,12 +160,16 @@ def _places(segments: Sequence[_Segment], batches: Sequence[_SegmentBatch]) -> T
     return places
 
 
-def _attend_in_full(q_NHLE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, bias_NLS: Tensor) -> Tensor:
-    """Softmax(q·kᵀ/√E + bias)·v in fp32. The query heads of one key-value head stand as rows of one product."""
+def attend_in_full(
+    q_NHLE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, bias_NLS: Tensor, scoring: Scoring = PLAIN
+) -> Tensor:
+    """softmax(cap(q·kᵀ·scale) + bias)·v in fp32. The query heads of one key-value head stand as rows of one product."""
     n, heads, length, width = q_NHLE.shape
     kv_heads, seen = k_NGSE.shape[1:3]
-    q = (q_NHLE.float() * width**-0.5).reshape(n * kv_heads, -1, width)
+    scale = width**-0.5 if scoring.scale is None else scoring.scale
+    q = (q_NHLE.float() * scale).reshape(n * kv_heads, -1, width)
     k, v = (t.float().reshape(n * kv_heads, seen, width) for t in (k_NGSE, v_NGSE))
-    scores = torch.bmm(q, k.transpose(1, 2)).view(n, heads, length, seen) + bias_NLS[:, None]
+    scores = soft_capped(torch.bmm(q, k.transpose(1, 2)), scoring.cap)
+    scores = scores.view(n, heads, length, seen) + bias_NLS[:, None]
     mixed = torch.bmm(scores.softmax(-1).view(n * kv_heads, -1, seen), v)
     return mixed.view(n, heads, length, width).to(q_NHLE.dtype)

@@ -1,19 +1,35 @@
-"""The shape of a transformer, read from and written to the words of a Hugging Face `config.json`."""
+"""The shape of a transformer: one field for each thing in which model families differ."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lockstep.model.rope import Rope
 
 
 class UnknownModel(ValueError):
     """A model that Lockstep's block does not describe."""
 
 
+def refuse(feature: str, present: Any) -> None:
+    """Refuse a checkpoint in which an unsupported feature is present."""
+    if present:
+        raise UnknownModel(f"this checkpoint uses {feature}, which is not supported")
+
+
+def need(words: dict[str, Any], *names: str) -> None:
+    """Refuse a `config.json`, or a part of one, that lacks some of these words."""
+    missing = [name for name in names if words.get(name) is None]
+    if missing:
+        raise UnknownModel(f"config.json lacks {', '.join(missing)}")
+
+
 class ModelConfig(BaseModel):
-    """A decoder-only transformer of the Llama family."""
+    """A decoder-only transformer. The defaults are Llama's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    family: str = Field("llama", description="Hugging Face's model_type: the words of its files, not its arithmetic")
     layers: int = Field(ge=1)
     width: int = Field(ge=1)
     heads: int = Field(ge=1)
@@ -22,94 +38,86 @@ class ModelConfig(BaseModel):
     intermediate: int = Field(ge=1)
     vocabulary: int = Field(ge=2)
     context: int = Field(ge=1, description="longest sequence, in tokens")
-    rope_theta: float = 10000.0
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = Field(True, description="whether the activation multiplies a second projection")
+    biases: tuple[Literal["qkv", "out", "mlp"], ...] = Field((), description="linear layers that have biases")
+    norm: Literal["rms", "rms_offset", "layer"] = Field("rms", description="rms_offset scales by 1 + its weight")
+    norm_at: Literal["before", "after", "around"] = Field("before", description="attention and the feed-forward layer")
     norm_eps: float = 1e-5
+    qk_norm: Literal["head", "width"] | None = Field(
+        None, description="norm of queries and keys: of each head alone, or of all heads together"
+    )
+    query_scalar: float | None = Field(None, gt=0, description="scores are divided by its root; None: by head_dim's")
+    attention_cap: float | None = Field(None, gt=0, description="scores s become cap · tanh(s / cap)")
+    logit_cap: float | None = Field(None, gt=0, description="logits likewise")
+    window: int | None = Field(None, ge=1, description="tokens that a layer sees, its own included; None: all")
+    full_layers: tuple[int, ...] = Field((), description="layers that see all tokens in spite of the window")
+    rope: Rope | None = Field(Rope(), description="None: learned positions, added to the embedding")
+    window_rope: Rope | None = Field(None, description="of the layers with a window, where it is another")
+    unrotated_layers: tuple[int, ...] = Field((), description="layers without rotary positions")
+    embedding_scale: float = Field(1.0, gt=0, description="what embeddings are multiplied by")
     tied: bool = True
     bos_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _reads_version_0_1(cls, given: Any) -> Any:
+        """Checkpoints of version 0.1 say `rope_theta`, and `rope` was not there."""
+        if isinstance(given, dict) and "rope_theta" in given:
+            rest = {name: value for name, value in given.items() if name != "rope_theta"}
+            return {"rope": {"theta": given["rope_theta"]}} | rest
+        return given
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "ModelConfig":
+        named = {*self.full_layers, *self.unrotated_layers}
+        faults: dict[str, Any] = {
+            f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}": self.heads % self.kv_heads,
+            f"head_dim={self.head_dim} is odd, and rotary positions turn pairs": self.rope and self.head_dim % 2,
+            f"qk_norm={self.qk_norm!r} needs norm='rms'{', or rms_offset' if self.qk_norm == 'head' else ''}": (
+                self.norm not in {None: (self.norm,), "head": ("rms", "rms_offset"), "width": ("rms",)}[self.qk_norm]
+            ),
+            "rope is None, and window_rope or unrotated_layers is given": (
+                self.rope is None and (self.window_rope or self.unrotated_layers)
+            ),
+            "window is None, and full_layers or window_rope is given": (
+                self.window is None and (self.full_layers or self.window_rope)
+            ),
+            f"full_layers or unrotated_layers names a layer outside 0 … {self.layers - 1}": (
+                not named <= set(range(self.layers))
+            ),
+        }
+        for fault, present in faults.items():
+            if present:
+                raise UnknownModel(f"there is no such model: {fault}")
+        return self
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer sees, its own included; None for all."""
+        return None if layer in self.full_layers else self.window
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """Rotary positions of a layer, if it has any."""
+        if layer in self.unrotated_layers:
+            return None
+        return self.rope if self.window_of(layer) is None else self.window_rope or self.rope
+
     @property
     def parameters(self) -> int:
         """Number of parameters; a tied head is counted once."""
-        attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
-        block = attention + 3 * self.width * self.intermediate + 2 * self.width
+        norm = self.width * (2 if self.norm == "layer" else 1)
+        block = sum(
+            (
+                2 * self.width * self.head_dim * (self.heads + self.kv_heads),
+                (3 if self.gated else 2) * self.width * self.intermediate,
+                (4 if self.norm_at == "around" else 2) * norm,
+                {None: 0, "head": 2, "width": self.heads + self.kv_heads}[self.qk_norm] * self.head_dim,
+                ("qkv" in self.biases) * self.head_dim * (self.heads + 2 * self.kv_heads),
+                ("out" in self.biases) * self.width,
+                ("mlp" in self.biases) * (self.intermediate * (2 if self.gated else 1) + self.width),
+            )
+        )
         embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
-        return self.layers * block + embeddings + self.width
-
-
-_NEEDED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
-
-
-def from_huggingface(config: dict[str, Any]) -> ModelConfig:
-    """A `config.json` of Llama's architecture.
-
-    Raises:
-        UnknownModel: for another architecture, or a feature that the block lacks.
-    """
-    kind = config.get("model_type")
-    if kind != "llama":
-        raise UnknownModel(f"model_type={kind!r} is not supported: use a checkpoint whose model_type is 'llama'")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    lacking = {
-        "rope scaling": scaling != "default",
-        "attention_bias": config.get("attention_bias", False),
-        "mlp_bias": config.get("mlp_bias", False),
-        f"hidden_act={config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
-    }
-    for feature, present in lacking.items():
-        if present:
-            raise UnknownModel(f"this checkpoint uses {feature}, which is not supported")
-    missing = [name for name in _NEEDED if name not in config]
-    if missing:
-        raise UnknownModel(f"config.json lacks {', '.join(missing)}")
-    heads = config["num_attention_heads"]
-    eos = config.get("eos_token_id")
-    return ModelConfig(
-        layers=config["num_hidden_layers"],
-        width=config["hidden_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate=config["intermediate_size"],
-        vocabulary=config["vocab_size"],
-        context=config["max_position_embeddings"],
-        rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
-        norm_eps=config["rms_norm_eps"],
-        tied=config.get("tie_word_embeddings", False),
-        bos_token=config.get("bos_token_id"),
-        eos_tokens=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-    )
-
-
-def to_huggingface(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` that `transformers` reads."""
-    eos = list(config.eos_tokens)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": config.layers,
-        "hidden_size": config.width,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate,
-        "vocab_size": config.vocabulary,
-        "max_position_embeddings": config.context,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tied,
-        "hidden_act": "silu",
-        "bos_token_id": config.bos_token,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
+        positions = self.context * self.width if self.rope is None else 0
+        return self.layers * block + embeddings + positions + norm

@@ -4,6 +4,7 @@ Each keeps what its backward needs in the compute dtype and makes one pass over 
 on a CPU the block is otherwise bound by these, not by its matrix products.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,12 +65,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_up)
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, head_dim] of rotary positions (Su et al. 2021), computed in fp32."""
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions.float()[:, None, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) · up, where gate and up are the halves of the last dim (Shazeer 2020, "GLU variants")."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
+def soft_capped(scores: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(scores / cap) (Gemma 2's report, section 2); the scores themselves without a cap."""
+    return scores if cap is None else scores.div(cap).tanh().mul(cap)
 
 
 class _Rotary(torch.autograd.Function):

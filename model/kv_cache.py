@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.model.attention import DocumentAttention
+from lockstep.model.attention import PLAIN, DocumentAttention, Scoring, attend_in_full
 
 
 class KVCache:
@@ -35,14 +35,14 @@ class Prefill:
         self._slots = [torch.tensor(s) for s in slots]
         self._documents = DocumentAttention([(n,) for n in lengths], cache.keys.device)
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """See `Attend`."""
         start = 0
         for length, slots in zip(self._lengths, self._slots, strict=True):
             self._cache.keys[layer, slots, :, :length] = k_TGE[start : start + length].transpose(0, 1)
             self._cache.values[layer, slots, :, :length] = v_TGE[start : start + length].transpose(0, 1)
             start += length
-        return self._documents(layer, q_THE, k_TGE, v_TGE)
+        return self._documents(layer, q_THE, k_TGE, v_TGE, scoring)
 
 
 class Decode:
@@ -56,16 +56,33 @@ class Decode:
         self._cache, self._lengths = cache, lengths_B
         self._rows = torch.arange(len(lengths_B))
         self._longest = int(lengths_B.max()) + 1
-        seen = torch.arange(self._longest)[None] <= lengths_B[:, None]
-        self._bias = torch.zeros(seen.shape, dtype=cache.keys.dtype).masked_fill_(~seen, float("-inf"))
+        self._masks: dict[int | None, tuple[int, Tensor]] = {}
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """See `Attend`. The query heads of one key-value head stand as rows of one product."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys[self._rows, :, self._lengths] = k_TGE
         values[self._rows, :, self._lengths] = v_TGE
         batch, heads, width = q_THE.shape
+        first, bias = self._mask(scoring.window)
         q = q_THE.view(batch, k_TGE.shape[1], -1, width)
-        k, v = keys[:batch, :, : self._longest], values[:batch, :, : self._longest]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias[:, None, None, :])
+        k, v = keys[:batch, :, first : self._longest], values[:batch, :, first : self._longest]
+        if scoring.cap is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None, :], scale=scoring.scale)
+        else:
+            mixed = attend_in_full(q, k, v, bias[:, None, :], scoring)
         return mixed.reshape(batch, heads, width)
+
+    def _mask(self, window: int | None) -> tuple[int, Tensor]:
+        """The first position that any sequence sees, and 0 or −∞ [B, S] for the positions from there on."""
+        if window is not None and window >= self._longest:
+            window = None
+        if window not in self._masks:
+            first = 0 if window is None else max(0, int(self._lengths.min()) + 1 - window)
+            positions, last = torch.arange(first, self._longest)[None], self._lengths[:, None]
+            hidden = positions > last
+            if window is not None:
+                hidden |= positions <= last - window
+            bias = torch.zeros(hidden.shape, dtype=self._cache.keys.dtype).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = first, bias
+        return self._masks[window]

@@ -44,12 +44,19 @@ def linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     return weight(x) if isinstance(weight, PackedWeight) else F.linear(x, weight)
 
 
-class ColumnLinear(tensor_parallel.ColumnParallelLinear):
-    """[…, inputs] → […, outputs / tensor]: this rank's rows of the weight."""
+def biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x + bias, where there is one."""
+    return x if bias is None else x + bias
 
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig) -> None:
-        super().__init__(inputs, outputs, config=config, init_method=not_drawn, bias=False, gather_output=False)
+
+class ColumnLinear(tensor_parallel.ColumnParallelLinear):
+    """[…, inputs] → […, outputs / tensor]: this rank's rows of the weight and of the bias."""
+
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, *, bias: bool = False) -> None:
+        super().__init__(inputs, outputs, config=config, init_method=not_drawn, bias=bias, gather_output=False)
         mark(self.weight, 0)
+        if bias:
+            mark(self.bias, 0)
         self._packed: PackedWeight | None = None
 
     def pack(self) -> None:
@@ -62,21 +69,21 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
             return super().forward(x)[0]
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
-        return self._packed(x)
+        return biased(self._packed(x), self.bias)
 
 
 class RowLinear(tensor_parallel.RowParallelLinear):
-    """[…, inputs / tensor] → […, outputs]: this rank's columns of the weight, and the sum over the tensor axis."""
+    """[…, inputs / tensor] → […, outputs]: this rank's columns of the weight, the sum over tensor ranks, the bias."""
 
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig) -> None:
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, *, bias: bool = False) -> None:
         super().__init__(
             inputs,
             outputs,
             config=config,
             init_method=not_drawn,
-            bias=False,
+            bias=bias,
             input_is_parallel=True,
-            skip_bias_add=False,
+            skip_bias_add=True,
         )
         mark(self.weight, 1)
         self._packed: PackedWeight | None = None
@@ -88,13 +95,15 @@ class RowLinear(tensor_parallel.RowParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         if self._packed is None or torch.is_grad_enabled():
-            return super().forward(x)[0]
+            out, bias = super().forward(x)
+            parts = self.tp_group if self.sequence_parallel else None
+            return out if bias is None else out + summed_over(bias, parts)
         reduce = (
             reduce_scatter_to_sequence_parallel_region
             if self.sequence_parallel
             else reduce_from_tensor_model_parallel_region
         )
-        return reduce(self._packed(x), group=self.tp_group)
+        return biased(reduce(self._packed(x), group=self.tp_group), self.bias)
 
 
 def not_drawn(weight: Tensor) -> Tensor:

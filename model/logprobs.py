@@ -10,15 +10,22 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+from lockstep.model.functions import soft_capped
 from lockstep.model.linear import PackedWeight, linear
 
 CHUNK = 256
 """Tokens whose fp32 logits exist at one time."""
 
 
-def local_logits(hidden_KD: Tensor, weight_VD: Tensor | PackedWeight, first: int, vocabulary: int) -> Tensor:
-    """Logits [K, V/tensor] in the compute dtype; rows that pad the vocabulary have probability 0."""
-    logits = linear(hidden_KD, weight_VD)
+def local_logits(
+    hidden_KD: Tensor, weight_VD: Tensor | PackedWeight, first: int, vocabulary: int, cap: float | None = None
+) -> Tensor:
+    """Logits [K, V/tensor] in the compute dtype; rows that pad the vocabulary have probability 0.
+
+    Args:
+        cap: logits s become cap · tanh(s / cap) (Gemma 2).
+    """
+    logits = soft_capped(linear(hidden_KD, weight_VD), cap)
     if first + logits.shape[1] > vocabulary:
         logits[:, max(0, vocabulary - first) :] = float("-inf")
     return logits
@@ -33,18 +40,19 @@ class _TokenLogProb(torch.autograd.Function):
         targets_K: Tensor,
         vocabulary: int,
         temperature: float,
+        cap: float | None,
         group: dist.ProcessGroup,
     ) -> Tensor:
         first = group.rank() * weight_VD.shape[0]
         logits, logp, sums = [], [], []
         for hidden, targets in zip(hidden_KD.split(CHUNK), targets_K.split(CHUNK), strict=True):
-            chunk = local_logits(hidden, weight_VD, first, vocabulary)
+            chunk = local_logits(hidden, weight_VD, first, vocabulary, cap)
             log_sum, at_target = _reduced(_scaled(chunk, temperature), targets - first, group)
             logits.append(chunk)
             sums.append(log_sum)
             logp.append(at_target - log_sum)
         ctx.save_for_backward(hidden_KD, weight_VD, targets_K, *logits, *sums)
-        ctx.first, ctx.temperature = first, temperature
+        ctx.first, ctx.temperature, ctx.cap = first, temperature, cap
         return torch.cat(logp) if logp else hidden_KD.new_zeros(0, dtype=torch.float32)
 
     @staticmethod
@@ -67,10 +75,13 @@ class _TokenLogProb(torch.autograd.Function):
             else ()
         )
         for hidden, d_chunk, targets, gradient, chunk, log_sum in parts:
-            d_logits = _d_logits(chunk, log_sum, targets - ctx.first, gradient, ctx.temperature).to(hidden.dtype)
+            d_logits = _d_logits(chunk, log_sum, targets - ctx.first, gradient, ctx.temperature)
+            if ctx.cap is not None:  # tanh' = 1 − tanh²; a row of padding is −∞ and has no slope
+                d_logits *= 1 - (chunk.float() / ctx.cap).clamp(-1, 1).square()
+            d_logits = d_logits.to(hidden.dtype)
             torch.mm(d_logits, weight_VD, out=d_chunk)
             d_weight.addmm_(d_logits.t(), hidden)
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _scaled(chunk: Tensor, temperature: float) -> Tensor:
@@ -111,12 +122,14 @@ def token_logprobs(
     vocabulary: int,
     group: dist.ProcessGroup,
     temperature: float = 1.0,
+    cap: float | None = None,
 ) -> Tensor:
     """log softmax(hidden · weightᵀ / temperature)[target] for each of K tokens, in fp32, the same on every tensor rank.
 
     Args:
         weight_VD: this rank's rows of the output projection, padding included.
         targets_K: token ids below `vocabulary`.
+        cap: see `local_logits`.
     """
     hidden_KD = copy_to_tensor_model_parallel_region(hidden_KD, group)
-    return _TokenLogProb.apply(hidden_KD, weight_VD, targets_K, vocabulary, temperature, group)
+    return _TokenLogProb.apply(hidden_KD, weight_VD, targets_K, vocabulary, temperature, cap, group)

@@ -1,7 +1,10 @@
 """The slice map: which part of which logical tensor each local parameter holds.
 
-Logical tensors have Hugging Face's names and unpadded shapes: q, k, v, gate and up apart, the vocabulary without
-padding, a tied head recorded once. Everything that moves tensors goes through `pieces`.
+Logical tensors have the names of Hugging Face's Llama files and unpadded shapes: q, k, v, gate and up apart, the
+vocabulary without padding, a tied head recorded once. What Llama lacks has the name that most families give it
+(`mlp.up_proj` alone without a gate, `self_attn.q_norm`, `model.embed_positions`); the norms of a block are named as
+Gemma 2 and OLMo 2 do. Everything that moves tensors goes through `pieces`; families whose files say other words are
+translated where those are read and written.
 """
 
 from collections.abc import Iterator
@@ -15,27 +18,63 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.transformer import Transformer, padded_vocabulary
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+POSITIONS = "model.embed_positions.weight"
+
+_NORMS = {
+    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "after": {"attention_after": "post_attention_layernorm", "mlp_after": "post_feedforward_layernorm"},
+    "around": {
+        "attention_norm": "input_layernorm",
+        "attention_after": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_after": "post_feedforward_layernorm",
+    },
+}
+"""By `norm_at`: logical names of a block's norms."""
 
 
 def logical_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every logical tensor of a model."""
-    q, kv, width = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.width
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocabulary, width)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocabulary, model.width)}
+    if model.rope is None:
+        shapes[POSITIONS] = (model.context, model.width)
+    block = _block_tensors(model)
     for layer in range(model.layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {
-            prefix + "input_layernorm.weight": (width,),
-            prefix + "self_attn.q_proj.weight": (q, width),
-            prefix + "self_attn.k_proj.weight": (kv, width),
-            prefix + "self_attn.v_proj.weight": (kv, width),
-            prefix + "self_attn.o_proj.weight": (width, q),
-            prefix + "post_attention_layernorm.weight": (width,),
-            prefix + "mlp.gate_proj.weight": (model.intermediate, width),
-            prefix + "mlp.up_proj.weight": (model.intermediate, width),
-            prefix + "mlp.down_proj.weight": (width, model.intermediate),
-        }
-    shapes[NORM] = (width,)
-    return shapes if model.tied else shapes | {HEAD: (model.vocabulary, width)}
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
+    shapes |= _norm_tensors(model, NORM.removesuffix(".weight"))
+    return shapes if model.tied else shapes | {HEAD: (model.vocabulary, model.width)}
+
+
+def _block_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    q, kv, width = model.heads * model.head_dim, model.kv_heads * model.head_dim, model.width
+    linear = {
+        "self_attn.q_proj": (q, width, "qkv"),
+        "self_attn.k_proj": (kv, width, "qkv"),
+        "self_attn.v_proj": (kv, width, "qkv"),
+        "self_attn.o_proj": (width, q, "out"),
+        "mlp.gate_proj": (model.intermediate, width, "mlp"),
+        "mlp.up_proj": (model.intermediate, width, "mlp"),
+        "mlp.down_proj": (width, model.intermediate, "mlp"),
+    }
+    if not model.gated:
+        del linear["mlp.gate_proj"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (outputs, inputs, kind) in linear.items():
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if kind in model.biases:
+            shapes[f"{name}.bias"] = (outputs,)
+    if model.qk_norm is not None:
+        one = model.qk_norm == "head"
+        shapes["self_attn.q_norm.weight"] = (model.head_dim if one else q,)
+        shapes["self_attn.k_norm.weight"] = (model.head_dim if one else kv,)
+    for name in _NORMS[model.norm_at].values():
+        shapes |= _norm_tensors(model, name)
+    return shapes
+
+
+def _norm_tensors(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
+    parts = ("weight", "bias") if model.norm == "layer" else ("weight",)
+    return {f"{name}.{part}": (model.width,) for part in parts}
 
 
 def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
@@ -43,7 +82,7 @@ def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
     groups, shapes = transformer.groups, logical_tensors(transformer.model)
     replica, tensor, rank = groups.owns_replicated, groups.layout.tensor, groups.tensor_rank
     for path, parameter in transformer.named_parameters():
-        names, split = _logical_names(path)
+        names, split = _logical_names(path, transformer.model)
         offset = 0
         for name in names:
             shape = shapes[name]
@@ -57,21 +96,31 @@ def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
                 yield parameter, part
 
 
-def _logical_names(path: str) -> tuple[list[str], int | None]:
+def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None]:
     """Logical tensors that lie one after the other in a parameter, and the dim that the tensor axis splits."""
+    path, part = path.rsplit(".", 1)
     if not path.startswith("blocks."):
-        names = {"embedding.weight": EMBEDDING, "head.weight": HEAD, "norm.weight": NORM}
-        return [names[path]], None if path == "norm.weight" else 0
-    _, layer, rest = path.split(".", 2)
-    inside, split = {
-        "attention_norm.weight": (["input_layernorm"], None),
-        "attention.qkv.weight": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], 0),
-        "attention.out.weight": (["self_attn.o_proj"], 1),
-        "mlp_norm.weight": (["post_attention_layernorm"], None),
-        "mlp.gate_up.weight": (["mlp.gate_proj", "mlp.up_proj"], 0),
-        "mlp.down.weight": (["mlp.down_proj"], 1),
-    }[rest]
-    return [f"model.layers.{layer}.{name}.weight" for name in inside], split
+        name, split = {
+            "embedding": ("model.embed_tokens", 0),
+            "positions": ("model.embed_positions", None),
+            "norm": ("model.norm", None),
+            "head": ("lm_head", 0),
+        }[path]
+        return [f"{name}.{part}"], split
+    _, layer, place = path.split(".", 2)
+    qk_split = 0 if model.qk_norm == "width" else None
+    within: dict[str, tuple[list[str], int | None]] = {
+        "attention.qkv": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], 0),
+        "attention.qk_norm.q": (["self_attn.q_norm"], qk_split),
+        "attention.qk_norm.k": (["self_attn.k_norm"], qk_split),
+        "attention.out": (["self_attn.o_proj"], 1 if part == "weight" else None),
+        "mlp.gate_up": (["mlp.gate_proj", "mlp.up_proj"], 0),
+        "mlp.up": (["mlp.up_proj"], 0),
+        "mlp.down": (["mlp.down_proj"], 1 if part == "weight" else None),
+        **{norm: ([name], None) for norm, name in _NORMS[model.norm_at].items()},
+    }
+    names, split = within[place]
+    return [f"model.layers.{layer}.{name}.{part}" for name in names], split
 
 
 def _copy(name: str, shape: tuple[int, ...], owned: bool) -> Piece:
@@ -105,12 +154,14 @@ class RandomWeights:
 
     def __init__(self, model: ModelConfig, seed: int, deviation: float = 0.02) -> None:
         self._shapes, self._seed, self._deviation = logical_tensors(model), seed, deviation
+        self._scale = 0 if model.norm == "rms_offset" else 1
 
     def read(self, name: str, box: Box) -> np.ndarray:
-        """See `Source`. Matrices are normal with the given standard deviation, scales are 1."""
+        """See `Source`. Matrices are normal with the given standard deviation, norms scale by 1, biases are 0."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            return np.ones([b - a for a, b in box], np.float32)
+            value = 0 if name.endswith(".bias") else self._scale
+            return np.full([b - a for a, b in box], value, np.float32)
         generator = np.random.default_rng([self._seed, *name.encode()])
         drawn = generator.standard_normal(shape, dtype=np.float32) * np.float32(self._deviation)
         return drawn[tuple(slice(a, b) for a, b in box)]

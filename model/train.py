@@ -202,6 +202,7 @@ class Trainer:
                 vocabulary=module.model.vocabulary,
                 group=self.groups.tensor,
                 temperature=self._temperature,
+                cap=module.model.logit_cap,
             )
 
         return module(batch.tokens, batch.positions, batch.attend, received, chunk=chunk, finish=logp)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lockstep.distributed.checkpoint.spec import Box
 from lockstep.model.config import ModelConfig, UnknownModel
+from lockstep.model.rope import Rope
 
 _BLOCK = {
     "input_layernorm": "attn_norm",
@@ -39,7 +40,7 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            UnknownModel: for an architecture other than llama.
+            UnknownModel: for an architecture other than llama, or scaled rotary positions.
         """
         reader = GGUFReader(path)
         self._fields: dict[str, Any] = dict(reader.fields.items())
@@ -47,6 +48,9 @@ class GGUFFile:
         architecture = self._value("general.architecture")
         if architecture != "llama":
             raise UnknownModel(f"{path} has architecture {architecture!r}: only 'llama' is supported in GGUF files")
+        scaling = self._value("llama.rope.scaling.type", "none")
+        if "rope_freqs.weight" in self._tensors or scaling != "none":
+            raise UnknownModel(f"{path} scales its rotary positions: convert the model's Hugging Face folder instead")
         self.config = self._config()
         self._dequantised = lru_cache(maxsize=2)(self._dequantise)
 
@@ -80,7 +84,7 @@ class GGUFFile:
             intermediate=self._value("llama.feed_forward_length"),
             vocabulary=self._value("llama.vocab_size", len(self._value("tokenizer.ggml.tokens"))),
             context=self._value("llama.context_length"),
-            rope_theta=self._value("llama.rope.freq_base", 10000.0),
+            rope=Rope(theta=self._value("llama.rope.freq_base", 10000.0)),
             norm_eps=float(f"{self._value('llama.attention.layer_norm_rms_epsilon'):.6g}"),
             tied="output.weight" not in self._tensors,
             bos_token=self._value("tokenizer.ggml.bos_token_id", None),

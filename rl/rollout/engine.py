@@ -125,7 +125,8 @@ class RolloutEngine:
         self._extend(running, self._logits(hidden), sampling, seed)
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
-        return local_logits(hidden_BD, self.transformer.inference_head, 0, self.transformer.model.vocabulary)
+        model = self.transformer.model
+        return local_logits(hidden_BD, self.transformer.inference_head, 0, model.vocabulary, model.logit_cap)
 
     def _extend(self, sequences: list[Running], logits_BV: Tensor, sampling: SamplingConfig, seed: int) -> None:
         numbers = uniforms(seed, [s.sample for s in sequences], [len(s.tokens) for s in sequences])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lockstep.model import attention
-from lockstep.model.attention import DocumentAttention
+from lockstep.model.attention import PLAIN, DocumentAttention, Scoring
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH = 6, 2, 4
@@ -25,7 +25,21 @@ some_documents = st.lists(
 )
 
 
-def visible(documents: Documents) -> Tensor:
+some_scorings = st.builds(
+    Scoring,
+    scale=st.none() | st.just(0.7),
+    cap=st.none() | st.just(1.5),
+    window=st.none() | st.integers(1, 90),
+)
+
+
+def positions(documents: Documents) -> Tensor:
+    """[T]: a branch goes on where its prompt ends."""
+    spans = [span for p, *branches in documents for span in [(0, p), *((p, p + b) for b in branches)]]
+    return torch.cat([torch.arange(*span) for span in spans])
+
+
+def visible(documents: Documents, window: int | None = None) -> Tensor:
     """[T, T]: whether the row's token sees the column's."""
     total = sum(map(sum, documents))
     mask = torch.zeros(total, total, dtype=torch.bool)
@@ -40,13 +54,18 @@ def visible(documents: Documents) -> Tensor:
                 mask[start + i, first : first + prompt] = True
                 mask[start + i, start : start + i + 1] = True
             start += branch
+    if window is not None:
+        place = positions(documents)
+        mask &= place[:, None] - place[None] < window
     return mask
 
 
-def dense(documents: Documents, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> Tensor:
+def dense(documents: Documents, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
     k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k_TGE, v_TGE))
-    scores = torch.einsum("the,she->hts", q_THE, k) / WIDTH**0.5
-    scores = scores.masked_fill(~visible(documents), float("-inf"))
+    scores = torch.einsum("the,she->hts", q_THE, k) * (scoring.scale or WIDTH**-0.5)
+    if scoring.cap:
+        scores = scoring.cap * torch.tanh(scores / scoring.cap)
+    scores = scores.masked_fill(~visible(documents, scoring.window), float("-inf"))
     return torch.einsum("hts,she->the", scores.softmax(-1), v)
 
 
@@ -57,12 +76,12 @@ def inputs(documents: Documents, dtype: torch.dtype) -> list[Tensor]:
     return [(2 * torch.randn(s, generator=generator)).to(dtype).requires_grad_() for s in shapes]
 
 
-def check(documents: Documents, dtype: torch.dtype, tolerance: float) -> None:
+def check(documents: Documents, dtype: torch.dtype, tolerance: float, scoring: Scoring = PLAIN) -> None:
     """Equal values and gradients; the dense version computes in fp64."""
     given_inputs = inputs(documents, dtype)
     wide = [x.detach().double().requires_grad_() for x in given_inputs]
-    ours = DocumentAttention(documents, CPU)(0, *given_inputs)
-    naive = dense(documents, *wide)
+    ours = DocumentAttention(documents, CPU)(0, *given_inputs, scoring)
+    naive = dense(documents, *wide, scoring)
     assert ours.dtype == dtype
     assert torch.allclose(ours.double(), naive, rtol=tolerance, atol=tolerance)
     slope = torch.randn(naive.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -83,6 +102,14 @@ def test_trees_equal_a_dense_mask(documents: Documents) -> None:
     check(documents, torch.float32, 2e-5)
 
 
+@settings(deadline=None, max_examples=40)
+@given(some_documents, some_scorings)
+@example([[5, 9, 0, 3], [1]], Scoring(window=1))
+@example([[40, 30, 2], [70]], Scoring(window=33, cap=1.5))
+def test_scales_caps_and_windows_equal_a_dense_mask(documents: Documents, scoring: Scoring) -> None:
+    check(documents, torch.float32, 2e-5, scoring)
+
+
 @pytest.fixture
 def only_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "LONGEST_IN_FULL", 0)
@@ -95,6 +122,19 @@ def only_flash(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_flash_kernel_equals_a_dense_mask(documents: Documents, only_flash: None) -> None:
     check(documents, torch.float32, 2e-5)
+
+
+@pytest.mark.parametrize("window", [1, 6, 40])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_long_documents_have_scales_caps_and_windows_too(window: int, cap: float | None, only_flash: None) -> None:
+    check([[9], [33], [20, 5, 30]], torch.float32, 2e-5, Scoring(scale=0.7, cap=cap, window=window))
+
+
+def test_one_attention_serves_layers_of_several_kinds() -> None:
+    documents, tensors = [[30, 4, 5]], inputs([[30, 4, 5]], torch.float32)
+    attend = DocumentAttention(documents, CPU)
+    for scoring in (PLAIN, Scoring(window=4), PLAIN, Scoring(window=9), Scoring(window=4, cap=2.0)):
+        assert torch.allclose(attend(0, *tensors, scoring), dense(documents, *tensors, scoring), atol=2e-5)
 
 
 @pytest.mark.parametrize("documents", [[[9], [33]], [[5, 3, 0, 7], [6, 2, 8], [40]]], ids=str)

@@ -17,8 +17,9 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.groups import leave
 from lockstep.model.attention import DocumentAttention
-from lockstep.model.config import ModelConfig, UnknownModel, from_huggingface
-from lockstep.model.config import to_huggingface as to_huggingface_config
+from lockstep.model.config import ModelConfig, UnknownModel
+from lockstep.model.families import from_huggingface
+from lockstep.model.families import to_huggingface as to_huggingface_config
 from lockstep.model.formats.gguf import GGUFFile
 from lockstep.model.formats.huggingface import BadFolder, HuggingFaceFolder, read_tokenizer
 from lockstep.model.logprobs import local_logits
@@ -101,11 +102,11 @@ def test_configs_survive_a_round_trip(folder: Path) -> None:
     [
         ({"model_type": "mixtral"}, "model_type='mixtral' is not supported"),
         ({"model_type": None}, "model_type=None is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "uses rope scaling"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "uses rope scaling"),
-        ({"attention_bias": True}, "uses attention_bias"),
-        ({"mlp_bias": True}, "uses mlp_bias"),
-        ({"hidden_act": "gelu"}, "uses hidden_act=gelu"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope scaling 'longrope' is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
+        ({"partial_rotary_factor": 0.5}, "uses partial_rotary_factor"),
+        ({"quantization_config": {"bits": 4}}, "uses quantization_config"),
+        ({"hidden_act": "relu2"}, "uses hidden_act=relu2"),
     ],
 )
 def test_models_that_the_block_does_not_describe_are_refused(
@@ -191,7 +192,8 @@ def test_gguf_logits_equal_those_of_transformers(ours: tuple[RolloutEngine, Toke
         )
         found = local_logits(hidden[:, 0], engine.transformer.head_weight, 0, engine.transformer.model.vocabulary)
         expected = theirs(tokens[None]).logits[0]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # Over 30 layers in fp32 each of the two is about 1e-4 from the same model in fp64.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-4)
 
 
 @needs_gguf
@@ -232,6 +234,19 @@ def test_gguf_tokenizer_equals_that_of_transformers() -> None:
     assert tokenizer.chat(messages) == reference.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
+
+
+def test_gguf_with_scaled_rotary_positions_is_refused(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "scaled.gguf", "llama")
+    writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnknownModel, match="scales its rotary positions: convert the model's Hugging Face folder"):
+        GGUFFile(tmp_path / "scaled.gguf")
 
 
 @needs_gguf

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.model.functions import rms_norm, rotary, rotary_table, swiglu
+from lockstep.model.functions import gated, rms_norm, rotary, soft_capped, swiglu
+from lockstep.model.rope import Rope
 
 LOOSE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 3e-2)}
 DTYPES = pytest.mark.parametrize("dtype", LOOSE, ids=str)
@@ -60,6 +61,22 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @DTYPES
+@SHAPES
+def test_gated(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def naive(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gate * 0.5 * (1 + torch.erf(gate / 2**0.5)) * up
+
+    check(lambda x: gated(x, F.gelu), naive, [normal(shape, dtype, 7)])
+
+
+def test_soft_capped() -> None:
+    scores = normal((5, 7), torch.float32, 8)
+    check(lambda x: soft_capped(x, 0.8), lambda x: 0.8 * torch.tanh(x / 0.8), [scores])
+    assert soft_capped(scores, None) is scores
+
+
+@DTYPES
 @pytest.mark.parametrize(("heads", "width"), [(1, 2), (3, 8)])
 def test_rotary(heads: int, width: int, dtype: torch.dtype) -> None:
     positions = torch.tensor([0, 1, 2, 0, 100, 7])
@@ -71,13 +88,13 @@ def test_rotary(heads: int, width: int, dtype: torch.dtype) -> None:
         turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
         return torch.cat((turned.real, turned.imag), dim=-1)
 
-    table = rotary_table(positions, width, 5000.0, dtype)
+    table = Rope(theta=5000.0).table(positions, width, dtype)
     check(lambda x: rotary(x, table), naive, [normal((6, heads, width), dtype, 3)])
 
 
 def test_rotary_of_a_part_of_a_larger_tensor() -> None:
     whole = normal((4, 5, 8), torch.float32, 4)
-    table = rotary_table(torch.arange(4), 8, 100.0, torch.float32)
+    table = Rope(theta=100.0).table(torch.arange(4), 8, torch.float32)
     part = whole[:, 1:4]
     assert torch.equal(rotary(part, table), rotary(part.contiguous(), table))
 
@@ -86,7 +103,7 @@ def test_derivatives_by_finite_differences() -> None:
     gate_up = normal((3, 1, 6), torch.float64, 5)
     assert torch.autograd.gradcheck(swiglu, (gate_up,))
     heads = normal((3, 2, 4), torch.float64, 6)
-    cos, sin = rotary_table(torch.arange(3), 4, 100.0, torch.float64)
+    cos, sin = Rope(theta=100.0).table(torch.arange(3), 4, torch.float64)
     assert torch.autograd.gradcheck(lambda x: rotary(x, (cos, sin)), (heads,))
 
 

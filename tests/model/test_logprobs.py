@@ -89,6 +89,24 @@ def test_a_second_backward_gives_the_same_gradient(groups: Groups) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(("padding", "temperature"), [(0, 1.0), (2, 0.7)])
+def test_soft_capped_logits(padding: int, temperature: float, groups: Groups) -> None:
+    hidden, weight, targets, slope = problem(9, 31)
+    wide = [t.double().requires_grad_() for t in (hidden, weight)]
+    capped = 1.2 * torch.tanh(wide[0] @ wide[1].t() / 1.2)
+    expected = (capped / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    padded = torch.cat((weight, torch.full((padding, WIDTH), 50.0))).requires_grad_()
+    hidden.requires_grad_()
+    logp = token_logprobs(hidden, padded, targets, vocabulary=31, group=groups.tensor, temperature=temperature, cap=1.2)
+    d_hidden, d_weight = torch.autograd.grad(logp, (hidden, padded), slope)
+    assert not d_weight[31:].any()
+    check(
+        [logp.detach(), d_hidden, d_weight[:31]],
+        [expected.detach(), *torch.autograd.grad(expected, wide, slope.double())],
+        2e-5,
+    )
+
+
 def test_padding_has_probability_zero() -> None:
     hidden, weight, _, _ = problem(3, 8)
     logits = local_logits(hidden, weight, 8, 13)
