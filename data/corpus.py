@@ -5,6 +5,7 @@ decides its content. A run that is killed goes on from the parts that are finish
 in order, into the same bytes that one process writes without interruption.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,8 +14,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from glob import escape
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -114,14 +117,15 @@ def tokenize(
         return _note(output)
     parts = _parts(files, folder, how, chunk_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.partial"):
-        stale.unlink()
-    todo = [p for p in parts if not p.done]
-    progress(len(parts) - len(todo), len(parts))
-    for number, _ in enumerate(_run(todo, how, workers), start=len(parts) - len(todo) + 1):
-        progress(number, len(parts))
-    _join(parts, files, output, how, made_by)
-    shutil.rmtree(folder)
+    with _alone(folder):
+        for stale in (*folder.glob("*.partial"), *output.parent.glob(f"{escape(output.name)}.*.partial")):
+            stale.unlink()
+        todo = [p for p in parts if not p.done]
+        progress(len(parts) - len(todo), len(parts))
+        for number, _ in enumerate(_run(todo, how, workers), start=len(parts) - len(todo) + 1):
+            progress(number, len(parts))
+        _join(parts, files, output, how, made_by)
+        shutil.rmtree(folder)
     return _note(output)
 
 
@@ -138,6 +142,17 @@ def texts(inputs: Sequence[Path], reading: Reading, on_bad: OnBad, skipped: list
                     skipped.append(_stop_or_skip(document, on_bad))
                 else:
                     yield document
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuses to work in a folder that another run works in; a run that is killed leaves it free."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadCorpus(f"another run is at work in {folder}: wait for it or end it") from error
+        yield
 
 
 def _stop_or_skip(bad: Bad, on_bad: OnBad) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lockstep.data.batch import TokenBatch
 from lockstep.data.mixture import Mixture
@@ -44,6 +44,13 @@ class PretrainingConfig(BaseModel):
         0.0, ge=0, allow_inf_nan=False, description="documents of each store kept for evaluation: a share or a number"
     )
     on_bad: Literal["stop", "skip"] = Field("stop", description="what to do about a document that cannot be used")
+
+    @field_validator("held_out")
+    @classmethod
+    def _share_or_number(cls, value: float) -> float:
+        if value > 1 and value != round(value):
+            raise ValueError("give a share below 1 or a whole number of documents")
+        return value
 
 
 @dataclass(frozen=True)

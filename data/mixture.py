@@ -55,6 +55,7 @@ class Mixture:
         """Exact, they add up to 1."""
         ticket = count()
         heap = [(w, next(ticket), _Node(source)) for source, w in enumerate(self.shares)]
+        heapq.heapify(heap)
         while len(heap) > 1:  # weights that are equal join in order, so the tree is a function of the weights
             (a, _, light), (b, _, heavy) = heapq.heappop(heap), heapq.heappop(heap)
             heapq.heappush(heap, (a + b, next(ticket), _join(heavy, light, b / (a + b))))
