@@ -123,13 +123,15 @@ def _from_json(chunk: Chunk, name: str) -> Iterator[str | Bad]:
 
 def _field(line: bytes, path: Path, offset: int, name: str) -> str | Bad:
     """The text of a JSON line; the reason of a bad one does not yet say where it is."""
-    text = _decoded(line, path, offset)
+    text = _decoded(line.removesuffix(b"\n"), path, offset)
     if isinstance(text, Bad):
         return Bad(text.reason.removeprefix(f"{path}, "))
     try:
         row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return Bad("the line is empty" if not text.strip() else f"not valid JSON ({error})")
+    except json.JSONDecodeError as error:
+        return Bad(f"not valid JSON ({error.msg} at column {error.colno})" if text.strip() else "the line is empty")
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        return Bad(f"not readable JSON ({error})")
     if not isinstance(row, dict):
         return Bad(f"a JSON object with the field {name!r} is needed, and this is {type(row).__name__}")
     found = row.get(name)

@@ -115,7 +115,11 @@ def check(row: TokenBatch, budget: int, multiple: int) -> None:
 def read_order(rows_of_ranks: Sequence[Sequence[TokenBatch]]) -> list[tuple[int, ...]]:
     """Samples of a global batch in order, from the rows of all ranks: sample i went to rank i mod ranks."""
     queues = [
-        [tuple(row.tokens[i : i + LENGTH].tolist()) for row in rows for i in range(0, len(row.tokens) - LENGTH + 1, LENGTH)]
+        [
+            tuple(row.tokens[i : i + LENGTH].tolist())
+            for row in rows
+            for i in range(0, len(row.tokens) - LENGTH + 1, LENGTH)
+        ]
         for rows in rows_of_ranks
     ]
     return [queues[i % len(queues)][i // len(queues)] for i in range(BATCH)]

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from lockstep.data.packing import Stream, scrambled, split
 from lockstep.data.store import BadStore, Note, Store, StoreWriter
 
-
 # Reckoned with Python's integers, apart from numpy.
 PINNED_BITS = [15902450069126510388, 3218355300484720975, 9348236017539013067]
 PINNED_ORDER = [6, 1, 0, 5, 2, 7, 3, 4, 1, 6, 3, 7, 4, 5, 0, 2]
@@ -38,7 +37,10 @@ def naive_epoch(store: Store, seed: int, epoch: int) -> list[list[int]]:
 
 @settings(max_examples=40)
 @given(
-    st.lists(st.integers(0, 7), min_size=1, max_size=9).filter(any), st.integers(0, 2**63), st.integers(0, 40), st.data()
+    st.lists(st.integers(0, 7), min_size=1, max_size=9).filter(any),
+    st.integers(0, 2**63),
+    st.integers(0, 40),
+    st.data(),
 )
 def test_any_cut_is_a_part_of_the_naive_stream(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seed: int, first: int, data: st.DataObject

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from lockstep.data.text import Bad, BadText, Reading, cut, documents, find_files
 
 LINE = Reading(separator="--")
-some_text = st.text(st.sampled_from("ab \n\"\\é😀\u2028\x00"), max_size=12)
+some_text = st.text(st.sampled_from('ab \n"\\é😀\u2028\x00'), max_size=12)
 
 
-def read(path: Path, reading: Reading = Reading(), size: int = 1 << 20) -> list[str | Bad]:  # noqa: B008
+WHOLE = Reading()
+
+
+def read(path: Path, reading: Reading = WHOLE, size: int = 1 << 20) -> list[str | Bad]:
     return [d for chunk in cut(path, reading, size) for d in documents(chunk, reading)]
 
 
-def reasons(path: Path, reading: Reading = Reading(), size: int = 1 << 20) -> list[str]:  # noqa: B008
+def reasons(path: Path, reading: Reading = WHOLE, size: int = 1 << 20) -> list[str]:
     """What is said of the bad rows, with the file's path left out."""
     found = read(path, reading, size)
     assert any(isinstance(d, str) for d in found)
@@ -77,7 +80,7 @@ def test_parquet_in_any_chunks(tmp_path: Path, kind: pa.DataType) -> None:
     assert len(cut(path, Reading(), 1 << 20)) == 1
 
 
-@pytest.mark.parametrize("size", [1, 30, 1 << 20])
+@pytest.mark.parametrize("size", [9, 30, 1 << 20])
 def test_bad_json_lines(tmp_path: Path, size: int) -> None:
     path = tmp_path / "a.jsonl"
     lines = [
@@ -91,24 +94,24 @@ def test_bad_json_lines(tmp_path: Path, size: int) -> None:
         b'["text"]',
         b'{"text": "\xff"}',
         b'{"text": "\\ud800"}',
-        b"[" * 100_000,
+        b"[" * 5000,
         b'{"text": "good"}',
     ]
     path.write_bytes(b"\n".join(lines) + b"\n")
+    offset = path.read_bytes().index(b"\xff")
     found = reasons(path, size=size)
-    assert found[9].startswith("FILE:11: not valid JSON (")
+    assert found[9].startswith("FILE:11: not readable JSON (")
     assert found[:9] == [
-        "FILE:2: not valid JSON (Expecting value: line 1 column 11 (char 10))",
+        "FILE:2: not valid JSON (Expecting value at column 10)",
         "FILE:3: the line is empty",
         "FILE:4: no text in the field 'text'; the row has 'title', 'id'",
         "FILE:5: no text in the field 'text'; the row has no fields",
         "FILE:6: no text in the field 'text'; the row has 'text'",
         "FILE:7: the field 'text' is no text but int",
         "FILE:8: a JSON object with the field 'text' is needed, and this is list",
-        "FILE:9: byte 119: not valid UTF-8 (invalid start byte)",
+        f"FILE:9: byte {offset}: not valid UTF-8 (invalid start byte)",
         "FILE:10: the field 'text' holds half of a surrogate pair",
     ]
-    assert path.read_bytes()[119] == 0xFF
 
 
 def test_bad_text(tmp_path: Path) -> None:
