@@ -195,7 +195,7 @@ class Store:
                 f"{self.bin} goes on after byte {needed}, where its index ends: the two belong to different stores"
             )
         count = there // self.dtype.itemsize
-        return np.memmap(self.bin, self.dtype, "r", shape=(count,)) if count else np.zeros(0, self.dtype)
+        return np.asarray(np.memmap(self.bin, self.dtype, "r", shape=(count,))) if count else np.zeros(0, self.dtype)
 
 
 def stranger(store: Store, place: int, token: int, vocabulary: int) -> str:
