@@ -26,7 +26,8 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from lockstep.data.store import BadStore, Note, SourceNote, Store, StoreWriter, beside, prefix, read_note
+from lockstep.data.store import BadStore, Note, SourceNote, Store, beside, prefix, read_note
+from lockstep.data.store_writer import StoreWriter
 from lockstep.data.text import Bad, BadText, Chunk, Reading, cut, documents, find_files
 from lockstep.data.tokenizer import BadTokenizer, Tokenizer
 
@@ -238,7 +239,7 @@ def _tokenizer(how: Tokenization) -> Tokenizer:
 def _make(how: Tokenization, part: Part) -> None:
     """Tokenize one chunk."""
     tokenizer = _tokenizer(how)
-    writer = StoreWriter(part.path, vocabulary=tokenizer.vocabulary)
+    writer = StoreWriter(part.path, vocabulary=tokenizer.numbers)
     bad: list[str] = []
     try:
         for group in _batched(_good(documents(part.chunk, how.reading), how.on_bad, bad), _TOGETHER):
@@ -256,7 +257,7 @@ def _described(
 ) -> Note:
     return Note(
         tokenizer=_tokenizer(how).digest,
-        vocabulary=_tokenizer(how).vocabulary,
+        vocabulary=_tokenizer(how).numbers,
         end=how.end,
         made_by=made_by,
         documents=writer.documents,
@@ -281,7 +282,7 @@ def _batched(items: Iterator[str], size: int) -> Iterator[list[str]]:
 
 def _join(parts: Sequence[Part], files: Sequence[Path], output: Path, how: Tokenization, made_by: str) -> None:
     """All parts as one store."""
-    writer = StoreWriter(output, vocabulary=_tokenizer(how).vocabulary)
+    writer = StoreWriter(output, vocabulary=_tokenizer(how).numbers)
     rows, skipped = dict.fromkeys(map(str, files), 0), dict.fromkeys(map(str, files), 0)
     examples: list[str] = []
     try:

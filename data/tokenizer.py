@@ -44,6 +44,11 @@ class Tokenizer:
         """Number of tokens, special ones included."""
         return self._fast.get_vocab_size()
 
+    @cached_property
+    def numbers(self) -> int:
+        """One more than the highest number of a token; tokenizers that leave numbers out have fewer tokens."""
+        return 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
+
     @property
     def eos(self) -> int | None:
         """The token that ends a text, if there is one."""

@@ -244,6 +244,18 @@ def test_the_end_of_a_document_can_be_named(files: dict[str, str], tokenizer: To
         tokenization(nameless)
 
 
+def test_numbers_that_a_tokenizer_leaves_out_cost_no_token(tmp_path: Path, files: dict[str, str]) -> None:
+    values = json.loads(files["tokenizer.json"])
+    values["model"]["vocab"]["w"] = 70_000
+    sparse = Tokenizer({**files, "tokenizer.json": json.dumps(values)})
+    write_rows(tmp_path / "a.jsonl", 5)
+    note = tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenization(sparse))
+    store = Store(tmp_path / "out")
+    assert (note.vocabulary, store.dtype.itemsize) == (70_001, 4)
+    assert 70_000 in store.document(1)
+    assert decoded(store, sparse)[1].startswith("row 1 was")
+
+
 def test_a_dead_worker_is_one_sentence(tmp_path: Path, how: Tokenization, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path / "a.jsonl", 60)
     monkeypatch.setattr(corpus, "_start_worker", killed_worker)

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from lockstep.data.batch import TokenBatch
 from lockstep.data.loader import BadBlend, BlendPart, PretrainingConfig, PretrainingData, Share
 from lockstep.data.prefetch import Prefetch
-from lockstep.data.store import BadStore, Note, Store, StoreWriter
+from lockstep.data.store import BadStore, Note, Store
+from lockstep.data.store_writer import StoreWriter
 
 VOCABULARY = 1 << 20
 BATCH = 6

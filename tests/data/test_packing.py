@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.data.packing import Stream, scrambled, split
-from lockstep.data.store import BadStore, Note, Store, StoreWriter
+from lockstep.data.store import BadStore, Note, Store
+from lockstep.data.store_writer import StoreWriter
 
 # Reckoned with Python's integers, apart from numpy.
 PINNED_BITS = [15902450069126510388, 3218355300484720975, 9348236017539013067]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from lockstep.data.store import BLOCK, BadStore, Note, SourceNote, Store, StoreWriter
+from lockstep.data.store import BLOCK, BadStore, Note, SourceNote, Store
+from lockstep.data.store_writer import StoreWriter
 
 Documents = Sequence[Sequence[int]]
 NOTE = Note("d1", 300, 0, "m1")
@@ -82,6 +83,12 @@ def test_an_abandoned_store_leaves_nothing(tmp_path: Path) -> None:
     writer.add(np.array([7, 8]), np.array([2]))
     writer.abandon()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("token", [-1, 300, 1 << 16])
+def test_a_token_outside_of_the_vocabulary_is_not_written(tmp_path: Path, token: int) -> None:
+    with pytest.raises(BadStore, match=f"^tokens {min(token, 5)} to {max(token, 5)} are not in a vocabulary of 300$"):
+        StoreWriter(tmp_path / "s", vocabulary=300).add(np.array([5, token]), np.array([2]))
 
 
 def refusal(path: Path) -> str:
