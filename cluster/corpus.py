@@ -65,7 +65,7 @@ def tokenize(
         )
     _say_skipped(note.skipped, note.examples)
     out.print(
-        f"wrote {prefix(output)}: {note.tokens} tokens in {note.documents} documents from {note.rows} rows, "
+        f"{prefix(output)}: {note.tokens} tokens in {note.documents} documents from {note.rows} rows, "
         f"{note.skipped} skipped"
     )
 

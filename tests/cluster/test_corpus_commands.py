@@ -56,7 +56,7 @@ def test_from_text_to_a_tokenizer_to_a_store(tmp_path: Path, text: Path) -> None
     store, tokenizer = Store(tmp_path / "out" / "s"), Tokenizer(tokenizer_files(str(tmp_path / "tok")))
     found = [tokenizer.decode(store.document(i)[:-1].tolist()) for i in range(store.documents)]
     assert found == [*(f"row {i}" for i in range(20)), "one\n", "two\n", "three", "four"]
-    assert made.stdout == (f"wrote {tmp_path}/out/s: {store.tokens} tokens in 24 documents from 24 rows, 0 skipped\n")
+    assert made.stdout == (f"{tmp_path}/out/s: {store.tokens} tokens in 24 documents from 24 rows, 0 skipped\n")
     assert lockstep(*command).stdout == made.stdout
 
 
