@@ -4,15 +4,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.markup import escape
+
+from lockstep.cluster import corpus
+from lockstep.cluster.console import err, out, sentences
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train language models with the same numbers in any layout, in rollout and trainer.",
 )
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlight=False)
+app.add_typer(corpus.app, name="data")
 
 RAY_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -33,29 +32,8 @@ RAY_SETTINGS = {
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in --set rl.group_size=8.")]
 
 
-def _sentences(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of the user are printed as one sentence, with exit code 2; Ctrl-C ends with 130."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError) as error:
-            err.print(f"[red]error:[/red] {_plain(error)}")
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as error:
-            err.print("interrupted")
-            raise typer.Exit(130) from error
-
-    return wrapped
-
-
-def _plain(error: Exception) -> str:
-    return escape(" ".join(str(error).split()))
-
-
 @app.command()
-@_sentences
+@sentences
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.toml.")],
     overrides: Overrides = None,
@@ -81,7 +59,7 @@ def train(
 
 
 @app.command()
-@_sentences
+@sentences
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
@@ -114,7 +92,7 @@ def generate(
 
 
 @app.command("eval")
-@_sentences
+@sentences
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
     task: Annotated[str, typer.Option(help="A recipe whose task to use, a reasoning-gym data set, or a .jsonl file.")],
@@ -134,7 +112,7 @@ def evaluate(
 
 
 @app.command()
-@_sentences
+@sentences
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint, a Hugging Face folder or Hub name, or a .gguf file.")],
     destination: Annotated[Path, typer.Argument(help="A folder that does not exist.")],
@@ -162,7 +140,7 @@ def _check_dtype(dtype: str | None) -> None:
 
 
 @app.command()
-@_sentences
+@sentences
 def report(run: Annotated[Path, typer.Argument(help="A run's folder, finished or not.")]) -> None:
     """Write a run's report.html again and print its table.
 
@@ -176,7 +154,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder, finished or
 
 
 @app.command()
-@_sentences
+@sentences
 def submit(
     recipe: Annotated[Path, typer.Argument(help="A recipe; it is sent as it is here.")],
     address: Annotated[str, typer.Option(help="The dashboard of a running Ray head.")] = "http://127.0.0.1:8265",

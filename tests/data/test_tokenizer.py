@@ -1,5 +1,6 @@
 """Our tokenizer against the one of `transformers`, on the same files."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lockstep.data.tokenizer import BadTokenizer, Tokenizer
+from lockstep.data.tokenizer import BadTokenizer, Tokenizer, train_tokenizer
 from lockstep.model.formats.huggingface import read_tokenizer
 
 TEXTS = [
@@ -69,6 +70,39 @@ def test_bytes_that_are_no_character_become_replacement_characters(ours: Tokeniz
     ids = ours.encode("é")
     assert len(ids) == 2
     assert ours.decode(ids[:1]) == "\ufffd"
+
+
+def test_many_texts_are_encoded_like_each_alone(ours: Tokenizer) -> None:
+    assert ours.encode_all(TEXTS) == [ours.encode(text) for text in TEXTS]
+    assert ours.encode_all([]) == []
+
+
+def test_a_learned_tokenizer_returns_every_text(tmp_path: Path) -> None:
+    files = train_tokenizer(["naïve café 2024"] * 9, 290, special=["<|im_start|>"])
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    learned, reference = Tokenizer(files), AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        check(text, learned, reference)
+    assert 258 < learned.vocabulary <= 290
+    assert (learned.eos, learned.token("<|im_start|>")) == (0, 1)
+    assert len(learned.encode("2024")) == 4
+    assert train_tokenizer(iter(["naïve café 2024"] * 9), 290, special=["<|im_start|>"]) == files
+    with pytest.raises(
+        BadTokenizer, match="a vocabulary of 257 cannot hold 256 bytes and 2 special tokens: ask for 258"
+    ):
+        train_tokenizer([], 257, special=["<|im_start|>"])
+    with pytest.raises(BadTokenizer, match="special tokens must differ"):
+        train_tokenizer([], 500, special=["a", "a"])
+
+
+def test_the_digest_is_that_of_what_tokens_mean(ours: Tokenizer, tiny_folder: Path) -> None:
+    files = read_tokenizer(tiny_folder)
+    values = json.loads(files["tokenizer.json"])
+    values["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    assert Tokenizer({"tokenizer.json": json.dumps(values)}).digest == ours.digest
+    values["added_tokens"][0]["content"] = "<|end|>"
+    assert Tokenizer({"tokenizer.json": json.dumps(values)}).digest != ours.digest
 
 
 def test_a_tokenizer_without_its_file_is_refused() -> None:
