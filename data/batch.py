@@ -205,6 +205,10 @@ class RowRules:
     in_step: bool = False
     """Whether all ranks have the same number of rows."""
 
+    def rows(self, needed: int) -> int:
+        """How many rows a rank has that needs so many."""
+        return -(-needed // self.count) * self.count
+
 
 def rows_for_ranks(samples: Sequence[Sample], rules: RowRules) -> list[list[TokenBatch]]:
     """A global batch as rows for each rank; where rows are missing, rows that weigh nothing stand in."""
@@ -215,7 +219,7 @@ def rows_for_ranks(samples: Sequence[Sample], rules: RowRules) -> list[list[Toke
     ]
     most = max(map(len, packed)) if rules.in_step else 0
     for rows in packed:
-        wanted = -(-max(most, len(rows)) // rules.count) * rules.count
+        wanted = rules.rows(max(most, len(rows)))
         length = len(rows[0].tokens) if rules.equal else rules.multiple
         rows += [row([silent], length)] * (wanted - len(rows))
     return packed

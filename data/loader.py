@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from lockstep.data.batch import TokenBatch
+from lockstep.data.batch import RowRules, TokenBatch
 from lockstep.data.mixture import Mixture
 from lockstep.data.packing import Cut, Stream, split
 from lockstep.data.store import BadStore, Store
@@ -51,20 +51,6 @@ class PretrainingConfig(BaseModel):
         if value > 1 and value != round(value):
             raise ValueError("give a share below 1 or a whole number of documents")
         return value
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of a global batch that one data rank gets, and the rows it gets it in."""
-
-    rank: int = 0
-    ranks: int = 1
-    row_tokens: int = 2048
-    """Samples share a row of up to so many tokens; a longer sample has a row for itself."""
-    equal: bool = False
-    """Rows are as many and as long on every data rank, as pipeline stages and experts need."""
-    multiple: int = 32
-    """Rows are padded to a multiple of this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -145,18 +131,18 @@ class PretrainingData:
             found += int((stop - first - self._sources[source].train.pieces(first, stop)).sum())
         return found
 
-    def rows(self, samples: range, share: Share) -> list[TokenBatch]:
+    def rows(self, samples: range, rules: RowRules, rank: int = 0) -> list[TokenBatch]:
         """A data rank's rows of the global batch of these samples; sample i of the batch goes to rank i mod ranks.
 
         The weights of all predictions of all ranks add up to 1.
         """
         sources, numbers = self.mixture.take(samples.start, samples.stop)
-        mine = slice(share.rank, None, share.ranks)
+        mine = slice(rank, None, rules.ranks)
         cuts = [self._cut(s, k) for s, k in zip(sources[mine].tolist(), numbers[mine].tolist(), strict=True)]
-        most = -(-len(samples) // share.ranks)
-        return _rows(cuts, share, length=self.config.length, most=most, predictions=self.predictions(samples))
+        most = -(-len(samples) // rules.ranks)
+        return _rows(cuts, rules, length=self.config.length, most=most, predictions=self.predictions(samples))
 
-    def held_out_rows(self, share: Share) -> list[TokenBatch]:
+    def held_out_rows(self, rules: RowRules, rank: int = 0) -> list[TokenBatch]:
         """A data rank's rows of all held-out documents, in stored order, each token read once.
 
         Neighbouring documents share samples as in training. The weights of all predictions of all ranks add up to 1.
@@ -168,9 +154,9 @@ class PretrainingData:
             for first in range(0, stream.tokens, length)
         ]
         predictions = sum(stream.tokens - stream.documents for stream in (s.held_out for s in self._sources))
-        cuts = [stream.cut(first, stop) for stream, first, stop in spans[share.rank :: share.ranks]]
-        most = -(-len(spans) // share.ranks)
-        return _rows(cuts, share, length=length, most=most, predictions=predictions) if spans else []
+        cuts = [stream.cut(first, stop) for stream, first, stop in spans[rank :: rules.ranks]]
+        most = -(-len(spans) // rules.ranks)
+        return _rows(cuts, rules, length=length, most=most, predictions=predictions) if spans else []
 
     def _cut(self, source: int, number: int) -> Cut:
         first = number * self.config.length
@@ -208,21 +194,19 @@ def _open(config: PretrainingConfig, number: int, *, seed: int, vocabulary: int,
     return source
 
 
-def _rows(cuts: Sequence[Cut], share: Share, *, length: int, most: int, predictions: int) -> list[TokenBatch]:
+def _rows(cuts: Sequence[Cut], rules: RowRules, *, length: int, most: int, predictions: int) -> list[TokenBatch]:
     """Samples head to tail in rows.
 
     Args:
         most: samples of the data rank that has most.
     """
-    together = max(1, share.row_tokens // length)
+    together = max(1, rules.budget // length)
     weight = 1 / max(1, predictions)
-    groups = [cuts[i : i + together] for i in range(0, len(cuts), together)]
-    if share.equal:
-        groups += [[]] * (-(-most // together) - len(groups))
-        tokens = length * min(together, most)
-    else:
-        groups, tokens = groups or [[]], 1
-    return [_row(g, tokens, length=length, multiple=share.multiple, weight=weight) for g in groups]
+    groups = [cuts[i : i + together] for i in range(0, len(cuts), together)] or [[]]
+    wanted = rules.rows(max(len(groups), -(-most // together) if rules.in_step else 0))
+    groups += [[]] * (wanted - len(groups))
+    tokens = length * min(together, most) if rules.equal else 1
+    return [_row(g, tokens, length=length, multiple=rules.multiple, weight=weight) for g in groups]
 
 
 def _row(cuts: Sequence[Cut], tokens: int, *, length: int, multiple: int, weight: float) -> TokenBatch:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lockstep.data.batch import TokenBatch
-from lockstep.data.loader import BadBlend, BlendPart, PretrainingConfig, PretrainingData, Share
+from lockstep.data.batch import RowRules, TokenBatch
+from lockstep.data.loader import BadBlend, BlendPart, PretrainingConfig, PretrainingData
 from lockstep.data.prefetch import Prefetch
 from lockstep.data.store import BadStore, Note, Store
 from lockstep.data.store_writer import StoreWriter
@@ -84,8 +84,8 @@ SHARES = [(ranks, row, equal) for ranks in (1, 2, 4, 7) for row in (1, 25, 60) f
 @pytest.mark.parametrize(("ranks", "row_tokens", "equal"), SHARES)
 def test_any_layout_gets_the_same_predictions(data: PretrainingData, ranks: int, row_tokens: int, equal: bool) -> None:
     for step in range(12):
-        shares = [Share(rank, ranks, row_tokens, equal, multiple=4) for rank in range(ranks)]
-        by_rank = [data.rows(batch(step), share) for share in shares]
+        rules = RowRules(ranks, row_tokens, multiple=4, equal=equal, in_step=equal)
+        by_rank = [data.rows(batch(step), rules, rank) for rank in range(ranks)]
         rows = [row for each in by_rank for row in each]
         expected = naive_predictions(data, batch(step))
         assert predictions(rows) == expected
@@ -135,8 +135,8 @@ def test_a_run_that_changes_its_layout_reads_samples_in_order(
     for ranks, row_tokens, steps in legs:
         resumed = PretrainingData(config, seed=3, vocabulary=VOCABULARY)
         for _ in range(steps):
-            shares = [Share(rank, ranks, row_tokens, multiple=1) for rank in range(ranks)]
-            found += read_order([resumed.rows(batch(step), share) for share in shares])
+            rules = RowRules(ranks, row_tokens, multiple=1)
+            found += read_order([resumed.rows(batch(step), rules, rank) for rank in range(ranks)])
             step += 1
     assert found == [tuple(data.sample(n).tokens[:-1].tolist()) for n in range(step * BATCH)]
 
@@ -156,12 +156,12 @@ def test_samples_follow_each_other_without_gap(config: PretrainingConfig, data: 
 
 
 def test_held_out_documents_are_read_once_and_never_trained_on(data: PretrainingData) -> None:
-    trained = inputs(row for step in range(60) for row in data.rows(batch(step), Share()))
+    trained = inputs(row for step in range(60) for row in data.rows(batch(step), RowRules()))
     held_out = held_out_tokens(data)
     assert not set(trained) & set(held_out)
     for ranks, row_tokens, equal in SHARES:
-        shares = [Share(rank, ranks, row_tokens, equal, multiple=4) for rank in range(ranks)]
-        by_rank = [data.held_out_rows(share) for share in shares]
+        rules = RowRules(ranks, row_tokens, multiple=4, equal=equal, in_step=equal)
+        by_rank = [data.held_out_rows(rules, rank) for rank in range(ranks)]
         rows = [row for each in by_rank for row in each]
         assert inputs(rows) == Counter(held_out)
         assert Counter(t for row in rows for t in row.targets.tolist()) == held_out_targets(data)
@@ -203,7 +203,7 @@ def test_the_order_depends_on_seed_and_blend_alone(config: PretrainingConfig, da
 def test_batches_of_nothing_but_single_tokens_predict_nothing(tmp_path: Path) -> None:
     blend = (BlendPart(path=str(make_store(tmp_path / "s", [1] * 30))),)
     data = PretrainingData(PretrainingConfig(blend=blend, length=4), seed=0, vocabulary=VOCABULARY)
-    rows = data.rows(range(3), Share(row_tokens=8))
+    rows = data.rows(range(3), RowRules(budget=8))
     assert data.predictions(range(3)) == 0
     assert [len(row.targets) for row in rows] == [0, 0]
     assert [len(row.tokens) for row in rows] == [32, 32]
@@ -214,11 +214,11 @@ def test_one_document_longer_than_many_samples(tmp_path: Path) -> None:
     data = PretrainingData(PretrainingConfig(blend=blend, length=4), seed=0, vocabulary=VOCABULARY)
     assert np.concatenate([data.sample(n).tokens[:-1] for n in range(17)]).tolist() == [*range(33), *range(33), 0, 1]
     assert data.predictions(range(9)) == 9 * 4 - 1
-    assert data.held_out_rows(Share()) == []
+    assert data.held_out_rows(RowRules()) == []
 
 
 def test_steps_are_prefetched(data: PretrainingData) -> None:
-    with Prefetch(lambda step: data.rows(batch(step), Share()), range(5, 9)) as steps:
+    with Prefetch(lambda step: data.rows(batch(step), RowRules()), range(5, 9)) as steps:
         for step, rows in enumerate(steps, start=5):
             assert predictions(rows) == naive_predictions(data, batch(step))
 
