@@ -60,6 +60,30 @@ def train(
 
 @app.command()
 @sentences
+def parity(
+    recipe: Annotated[Path, typer.Argument(help="A recipe that trains on text, as recipes/parity-tiny.toml.")],
+    layouts: Annotated[list[str], typer.Option("--layouts", help='A layout, as "tensor=2,zero=2"; more may follow.')],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[LAYOUT]...", help="More layouts.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to compare.")] = 20,
+    overrides: Overrides = None,
+) -> None:
+    """Train in each layout and compare with one process; the exit code is 1 where a layout computes something else.
+
+    Example: lockstep parity recipes/parity-tiny.toml --layouts "tensor=2,sequence=true" "pipeline=2,virtual=2"
+    """
+    from lockstep.cluster.config import load_recipe
+    from lockstep.cluster.parity import compare, table
+
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that are started
+    resolved = load_recipe(recipe, overrides or [])
+    found = compare(resolved, [*layouts, *(more or [])], steps, lambda line: err.print(line, markup=False))
+    out.print(table(found))
+    if not found.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+@sentences
 def generate(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
     prompt: Annotated[str, typer.Argument(help="What to answer.")],

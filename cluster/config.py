@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lockstep.data.problems import TaskConfig
 from lockstep.distributed.layout import Layout
+from lockstep.model.config import ModelConfig
+from lockstep.model.pretrain import PretrainConfig
 from lockstep.rl.recipes import RLConfig, SupervisedConfig
 
 
@@ -36,6 +38,8 @@ class SourceConfig(_Section):
     source: str = Field(
         "smollm2-135m-instruct", description="a checkpoint, a Hugging Face folder or Hub name, or a .gguf file"
     )
+    config: ModelConfig | None = Field(None, description="start from random weights of this shape instead")
+    tokenizer: str | None = Field(None, description="for random weights: a folder, checkpoint or .gguf file with one")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
@@ -81,8 +85,15 @@ class Recipe(_Section):
     rollout: RolloutConfig = RolloutConfig()
     verifier: VerifierConfig = VerifierConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    pretrain: PretrainConfig | None = None
     supervised: SupervisedConfig | None = None
     rl: RLConfig | None = None
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_training(self) -> "Recipe":
+        if self.pretrain and (self.supervised or self.rl):
+            raise ValueError("a recipe trains on text, with [pretrain], or on problems, with [supervised] and [rl]")
+        return self
 
     @property
     def folder(self) -> Path:
@@ -125,6 +136,21 @@ def parse(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise RecipeError(validation_sentence(error, Recipe)) from error
+
+
+def parse_layout(text: str) -> Layout:
+    """A layout from its keys, as in "tensor=2,sequence=true".
+
+    Raises:
+        RecipeError: one sentence on what is wrong.
+    """
+    values: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in text.replace(";", ",").split(","))):
+        _apply(values, part)
+    try:
+        return Layout.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise RecipeError(f"--layouts {text!r}: {validation_sentence(error, Layout)}") from error
 
 
 def to_toml(recipe: Recipe) -> str:

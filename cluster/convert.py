@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.cluster.config import SourceConfig
+from lockstep.cluster.corpus import tokenizer_files
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.spec import Piece, Source, to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats import huggingface
 from lockstep.model.formats.gguf import GGUFFile
-from lockstep.model.names import logical_tensors
+from lockstep.model.names import RandomWeights, logical_tensors
 from lockstep.rl.actors import DTYPES, describe
 
 QUICKSTART_MODEL = "smollm2-135m-instruct"
@@ -47,6 +49,18 @@ def open_source(name: str) -> tuple[Source, ModelConfig, dict[str, str]]:
         checkpoint = manager.Checkpoint(path)
         return checkpoint, ModelConfig(**checkpoint.manifest["model"]), checkpoint.files
     return open_source(str(_from_hub(name)))
+
+
+def starting_point(config: SourceConfig, seed: int) -> tuple[Source, ModelConfig, dict[str, str]]:
+    """The model that a recipe starts from: one that exists, or random weights of a given shape.
+
+    Raises:
+        BadSource: says what was given and what can be given.
+    """
+    if config.config is None:
+        return open_source(config.source)
+    files = tokenizer_files(config.tokenizer) if config.tokenizer else {}
+    return RandomWeights(config.config, seed), config.config, files
 
 
 def _packaged_model() -> Path:
@@ -82,11 +96,16 @@ def tensors(source: Source, model: ModelConfig, dtype: str | None) -> Iterator[t
 
 def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:
     """Convert a model into our sharded checkpoint `destination/step-000000`."""
-    source, model, files = open_source(name)
+    return write_checkpoint(*open_source(name), destination, dtype=dtype)
+
+
+def write_checkpoint(
+    source: Source, model: ModelConfig, files: dict[str, str], destination: Path, *, dtype: str | None = None
+) -> Path:
+    """A model as our sharded checkpoint `destination/step-000000`."""
     destination.mkdir(parents=True, exist_ok=True)
     held = tensors(source, model, dtype)
-    manifest = describe(model, Layout())
-    return manager.save(destination, 0, held, manifest, files, rank=0, barrier=lambda: None)
+    return manager.save(destination, 0, held, describe(model, Layout()), files, rank=0, barrier=lambda: None)
 
 
 def to_huggingface(name: str, destination: Path, *, dtype: str | None = None) -> Path:

@@ -21,6 +21,7 @@ FIELDS: Mapping[str, str] = {
     "kl": "kl {:.2g}",
     "rollout_tokens_per_second": "rollout {:,.0f} tok/s",
     "train_tokens_per_second": "train {:,.0f} tok/s",
+    "mfu": "{:.0%} of peak",
 }
 REMEMBERED_STEPS = 20
 

@@ -15,16 +15,18 @@ import ray
 from rich.console import Console
 
 from lockstep.cluster.config import Recipe, to_toml
-from lockstep.cluster.convert import open_source, to_lockstep
+from lockstep.cluster.convert import starting_point, write_checkpoint
 from lockstep.cluster.display import Progress
+from lockstep.cluster.pretraining import run_pretraining
 from lockstep.cluster.records import RunFolder
 from lockstep.cluster.report import write_report
+from lockstep.data.loader import PretrainingData
 from lockstep.data.problems import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
-from lockstep.distributed.layout import check_divides
 from lockstep.model.config import ModelConfig
 from lockstep.model.train import OptimizerConfig
+from lockstep.model.transformer import check_layout
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.types import Scored
@@ -100,20 +102,18 @@ def _end(processes: Sequence[psutil.Process]) -> None:
     psutil.wait_procs(alive, timeout=SHUTDOWN_S)
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse, before anything is written, a layout that the model does not divide by, and problems that do not exist.
+def check(recipe: Recipe) -> ModelConfig:
+    """Refuse, before anything is written, a layout that the model does not divide by, and text that cannot be read.
 
     Raises:
         ValueError: one sentence on what does not fit.
     """
-    _, model, _ = open_source(recipe.model.source)
-    _check_layout(recipe, model)
-
-
-def _check_layout(recipe: Recipe, model: ModelConfig) -> None:
-    check_divides(
-        recipe.layout, heads=model.heads, kv_heads=model.kv_heads, intermediate=model.intermediate, layers=model.layers
-    )
+    _, model, files = starting_point(recipe.model, recipe.seed)
+    check_layout(recipe.layout, model)
+    if recipe.pretrain and recipe.pretrain.data:
+        tokenizer = Tokenizer(files).digest if files else None
+        PretrainingData(recipe.pretrain.data, seed=recipe.seed, vocabulary=model.vocabulary, tokenizer=tokenizer)
+    return model
 
 
 def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Path:
@@ -123,7 +123,7 @@ def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Pa
         ValueError: when the recipe does not fit its model; nothing is written then.
     """
     check(recipe)
-    split = make_split(recipe.task, recipe.seed)
+    split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
     with Interruption() as interruption:
         run = RunFolder.create(recipe.folder, to_toml(recipe), recipe.name)
         try:
@@ -131,29 +131,35 @@ def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Pa
                 _describe(run, split)
                 with ray_cluster(address):
                     interruption.listen()
-                    _run_phases(recipe, split, run, progress)
+                    if split is None:
+                        run_pretraining(recipe, run, progress)
+                    else:
+                        _run_phases(recipe, split, run, progress)
         finally:
             write_report(recipe.folder)
     return recipe.folder
 
 
-def _describe(run: RunFolder, split: Split) -> None:
+def _describe(run: RunFolder, split: Split | None) -> None:
     packages = ("torch", "megatron-core", "deepspeed", "ray", "tensorstore")
     run.update(
         software={"python": platform.python_version()} | {p: version(p) for p in packages},
         machine={"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
-        split={
-            "train": len(split.train),
-            "held_out": len(split.held_out),
-            "overlap": split.overlap,
-            "method": split.method,
-        },
     )
+    if split is not None:
+        run.update(
+            split={
+                "train": len(split.train),
+                "held_out": len(split.held_out),
+                "overlap": split.overlap,
+                "method": split.method,
+            }
+        )
 
 
 def _run_phases(recipe: Recipe, split: Split, run: RunFolder, progress: Progress) -> None:
     progress.say(f"converting {recipe.model.source} into {recipe.folder / 'model'}")
-    start = to_lockstep(recipe.model.source, recipe.folder / "model")
+    start = write_checkpoint(*starting_point(recipe.model, recipe.seed), recipe.folder / "model")
     progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
     policy, rollouts, verifiers = _start_actors(recipe, start)
     tokenizer = Tokenizer(manager.Checkpoint(start).files)

@@ -6,6 +6,7 @@ template `report.html.j2` lays it out.
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -119,6 +120,8 @@ def summary_table(run: Path) -> Table:
     folder = RunFolder.open(run)
     records = folder.metrics()
     table = Table(title=str(folder.summary()["name"]), caption=_facts_lines(folder, records), caption_justify="left")
+    if _of(records, "pretrain"):
+        return _loss_rows(table, _of(records, "held_out"))
     table.add_column("held-out")
     for heading in ("accuracy", "95% interval", "correct", "ungradable", "gain"):
         table.add_column(heading, justify="right")
@@ -127,6 +130,15 @@ def summary_table(run: Path) -> Table:
         interval, gain = f"{low:.1%} – {high:.1%}", "" if stage.gain is None else f"{_gained(stage.gain)} points"
         correct = f"{stage.correct}/{stage.total}"
         table.add_row(stage.name, _percent(stage.accuracy), interval, correct, str(stage.ungradable), gain)
+    return table
+
+
+def _loss_rows(table: Table, records: Sequence[Record]) -> Table:
+    for heading in ("step", "held-out loss", "perplexity"):
+        table.add_column(heading, justify="right")
+    for record in records:
+        loss, perplexity = (number(_value(record, key)) for key in ("loss", "perplexity"))
+        table.add_row(str(_count(record, "step")), loss, perplexity)
     return table
 
 
@@ -178,6 +190,14 @@ def _facts(folder: RunFolder, records: Sequence[Record]) -> dict[str, str]:
     """Steps, wall time and speed, as heading and words."""
     summary = folder.summary()
     seconds = max([_value(summary, "seconds", 0.0), *(_value(record, "time", 0.0) for record in records)])
+    if steps := _of(records, "pretrain"):
+        speed, share = (_middle(_column(steps, key)) for key in ("train_tokens_per_second", "mfu"))
+        return {
+            "steps": str(len(steps)),
+            "wall time": duration(seconds),
+            "train speed": f"{number(speed)} tokens/s",
+            "share of the measured peak": _percent(share),
+        }
     facts = {"RL steps": str(len(_of(records, "rl"))), "wall time": duration(seconds)}
     if supervised := _of(records, "sft"):
         facts = {"supervised steps": str(len(supervised))} | facts
@@ -185,6 +205,11 @@ def _facts(folder: RunFolder, records: Sequence[Record]) -> dict[str, str]:
         speed = _speed(summary, records, f"{name}_tokens_per_second")
         facts[f"{name} speed"] = f"{number(speed)} tokens/s" if math.isfinite(speed) else "not measured"
     return facts
+
+
+def _middle(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.median(finite) if finite else math.nan
 
 
 def _facts_lines(folder: RunFolder, records: Sequence[Record]) -> str:
@@ -204,6 +229,8 @@ def _speed(summary: Record, records: Sequence[Record], key: str) -> float:
 
 def _charts(records: Sequence[Record]) -> list[Chart]:
     rl, sft = _of(records, "rl"), _of(records, "sft")
+    if text := _of(records, "pretrain"):
+        return _pretrain_charts(text, _of(records, "held_out"))
     charts = [
         _accuracy_chart(records),
         _chart("Reward", rl, {"reward": "reward"}, "mean reward", "Mean over the completions of each step."),
@@ -216,6 +243,21 @@ def _charts(records: Sequence[Record]) -> list[Chart]:
     if sft:
         charts.append(_chart("Supervised loss", sft, {"loss": "loss"}, "nats per token", "", x_label="supervised step"))
     return charts
+
+
+def _pretrain_charts(text: Sequence[Record], held_out: Sequence[Record]) -> list[Chart]:
+    of = {
+        "Loss": (text, "loss", "nats per token"),
+        "Held-out loss": (held_out, "loss", "nats per token"),
+        "Gradient norm": (text, "grad_norm", "before clipping"),
+        "Learning rate": (text, "learning_rate", ""),
+        "Speed": (text, "train_tokens_per_second", "tokens per second"),
+    }
+    return [
+        _chart(title, records, {key: title.lower()}, unit, "", title == "Speed", "step")
+        for title, (records, key, unit) in of.items()
+        if records
+    ]
 
 
 def _chart(
@@ -307,6 +349,8 @@ def _missing(
     records: Sequence[Record], stages: Sequence[Stage], evaluations: Sequence[str], recipe: str | None
 ) -> list[str]:
     """Sentences about what a whole run would have left and this one has not, or not yet."""
+    if _of(records, "pretrain"):
+        return [] if recipe is not None else [f"There is no {RECIPE}."]
     measured = {stage.name for stage in stages}
     expected = [name for name in STAGES if name != "supervised" or _of(records, "sft")]
     sentences = [f"There is no held-out measurement “{name}”." for name in expected if name not in measured]

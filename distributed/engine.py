@@ -1,7 +1,7 @@
 """Gradient steps on any module in any layout: micro-batches in, one update out. Blind to what is being optimised."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,15 @@ class Engine:
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""
         self._zero.forget()
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Within this block the module's parameters hold their values, whatever the ZeRO stage."""
+        return self._zero.whole_weights()
+
+    def measure(self, batches: Sequence[Any], forward: Forward, loss: Loss, *, tokens: int) -> dict[str, float]:
+        """What `loss` reports over the global batch, without a gradient; see `StepResult.values`."""
+        results = run_forward(self.stage, batches, forward, tokens=tokens)
+        return self._reduced([loss(r, b)[1] for r, b in zip(results, batches, strict=False)])
 
     def evaluate(self, stage: Stage, batches: Sequence[Any], forward: Forward, *, tokens: int) -> list[Tensor]:
         """Results of a forward pass of `stage` for this data rank's micro-batches; empty but on the last stage."""

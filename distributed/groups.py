@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lockstep.distributed.layout import Layout, LayoutError
 
@@ -64,20 +65,30 @@ class Groups:
         return dist.get_rank(self.expert_replicas) == 0
 
 
-def join(layout: Layout, *, rank: int, address: str, port: int, timeout_s: float = 600.0) -> Groups:
-    """Enter the world of `layout.processes` ranks that meet at address:port, and form its groups (gloo, or NCCL).
+def host_meeting(address: str) -> TCPStore:
+    """A place for the ranks of a world to meet, on a free port of this host; it lasts as long as it is held."""
+    return TCPStore(address, 0, is_master=True, wait_for_workers=False)
+
+
+def meeting_at(address: str, port: int) -> TCPStore:
+    """The meeting that another process hosts."""
+    return TCPStore(address, port, is_master=False)
+
+
+def join(layout: Layout, *, rank: int, meeting: Store, timeout_s: float = 600.0) -> Groups:
+    """Enter the world of `layout.processes` ranks that share a meeting, and form its groups (gloo, or NCCL).
 
     Raises:
         LayoutError: when rank does not belong to the layout.
     """
     if not 0 <= rank < layout.processes:
         raise LayoutError(f"rank {rank} does not exist in a layout of {layout.processes} processes")
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(layout.processes))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(layout.processes))
     os.environ.setdefault("LOCAL_RANK", str(rank))
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",
-            init_method=f"tcp://{address}:{port}",
+            store=meeting,
             rank=rank,
             world_size=layout.processes,
             timeout=datetime.timedelta(seconds=timeout_s),
@@ -90,6 +101,11 @@ def join(layout: Layout, *, rank: int, address: str, port: int, timeout_s: float
         expert_model_parallel_size=layout.expert,
     )
     return _current(layout, rank)
+
+
+def alone() -> Groups:
+    """The groups of a world of this process alone."""
+    return join(Layout(), rank=0, meeting=HashStore())
 
 
 def leave() -> None:

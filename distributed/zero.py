@@ -7,7 +7,8 @@ axis, so losses are multiplied by its size and gradients become sums over the gl
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ class ZeroOptimizer:
     def _config(self) -> dict[str, Any]:
         layout = self._groups.layout
         zero: dict[str, Any] = {"stage": layout.zero, "overlap_comm": False}
+        if layout.zero == 3:
+            zero["stage3_param_persistence_threshold"] = 0  # small weights are split, too: one way for all
         if layout.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         return {
@@ -123,6 +126,15 @@ class ZeroOptimizer:
         if self._groups.layout.zero:
             self._engine.optimizer.clear_backward_seen_flag()
             self._engine._backward_prologue()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Within this block parameters hold their values, which ZeRO-3 splits over replicas otherwise."""
+        if self._groups.layout.zero < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters(self._parameters):
+            yield
 
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""

@@ -1,5 +1,6 @@
 """A transformer and its optimizer as one thing that learns from rows of tokens: what every trainer process owns."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -30,13 +31,17 @@ Objective = Callable[[Tensor, Columns], tuple[Tensor, dict[str, Tensor]]]
 
 
 class OptimizerConfig(BaseModel):
-    """AdamW (Loshchilov & Hutter 2019); the rate rises linearly, then stays or falls linearly to 0."""
+    """AdamW (Loshchilov & Hutter 2019); the rate rises linearly, then follows its schedule."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     learning_rate: float = Field(1e-5, gt=0)
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
-    schedule: Literal["constant", "linear"] = Field("constant", description="of the rate after the warm-up")
+    schedule: Literal["constant", "linear", "cosine", "stable"] = Field(
+        "constant", description="of the rate after the warm-up; stable falls linearly at the end only"
+    )
+    decay_share: float = Field(0.2, gt=0, le=1, description="share of all steps in which a stable rate falls")
+    final_share: float = Field(0.0, ge=0, le=1, description="what is left of the rate when it has fallen")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
@@ -44,9 +49,19 @@ class OptimizerConfig(BaseModel):
     clip_norm: float = Field(1.0, ge=0, description="bound of the gradient's global norm; 0 for none")
 
     def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a step, numbered from 1, in a phase of so many steps."""
-        left = 1.0 if self.schedule == "constant" else (steps + 1 - step) / max(1, steps - self.warmup_steps)
-        return self.learning_rate * min(1.0, step / (self.warmup_steps + 1), left)
+        """Learning rate of a step, numbered from 1, in a phase of so many steps.
+
+        Cosine: Loshchilov & Hutter 2017, eq. 5, without restarts. Stable: warmup-stable-decay, Hu et al. 2024, eq. 1.
+        """
+        left = (steps + 1 - step) / max(1, steps - self.warmup_steps)
+        if self.schedule == "cosine":
+            left = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left))
+        elif self.schedule == "stable":
+            left = (steps + 1 - step) / max(1.0, self.decay_share * steps)
+        elif self.schedule == "constant":
+            left = 1.0
+        fallen = self.final_share + (1 - self.final_share) * min(1.0, left)
+        return self.learning_rate * min(fallen, step / (self.warmup_steps + 1))
 
 
 @dataclass(frozen=True)
@@ -166,6 +181,14 @@ class Trainer:
             return objective(logp_K, batch.columns)
 
         return self.engine.step(batches, self._forward, loss, tokens=tokens, learning_rate=learning_rate)
+
+    def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
+        """What an objective reports over this data rank's rows of a global batch and all others', without an update."""
+
+        def loss(logp_K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            return objective(logp_K, batch.columns)
+
+        return self.engine.measure(self._on_device(rows), self._forward, loss, tokens=_longest(rows))
 
     def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
         """log p of the tokens that count in each row, [K]; on all but the last pipeline stage an empty list."""

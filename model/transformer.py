@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lockstep.distributed.groups import Groups
-from lockstep.distributed.layout import check_divides, ranges, stage_layers
+from lockstep.distributed.layout import Layout, check_divides, ranges, stage_layers
 from lockstep.model.attention import Attend
 from lockstep.model.block import Block, Norm
 from lockstep.model.config import ModelConfig
@@ -23,6 +23,17 @@ from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, n
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
     """The vocabulary with rows of padding, so that it divides by the tensor degree."""
     return -(-vocabulary // tensor) * tensor
+
+
+def check_layout(layout: Layout, model: ModelConfig) -> None:
+    """Refuse a layout that does not fit a model.
+
+    Raises:
+        LayoutError: names the degree that was given and the degrees that would work.
+    """
+    check_divides(
+        layout, heads=model.heads, kv_heads=model.kv_heads, intermediate=model.intermediate, layers=model.layers
+    )
 
 
 def _layers(model: ModelConfig, groups: Groups) -> list[range]:
@@ -43,13 +54,7 @@ class Transformer(nn.Module):
             LayoutError: when heads, widths or layers do not divide by the layout.
         """
         super().__init__()
-        check_divides(
-            groups.layout,
-            heads=model.heads,
-            kv_heads=model.kv_heads,
-            intermediate=model.intermediate,
-            layers=model.layers,
-        )
+        check_layout(groups.layout, model)
         self.model, self.groups = model, groups
         self.layers = _layers(model, groups)
         held = [i for part in self.layers for i in part]

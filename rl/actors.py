@@ -7,7 +7,6 @@ dead worker never leaves the others waiting unnoticed.
 import logging
 import os
 import re
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +18,16 @@ import ray
 import torch
 
 from lockstep.data.batch import Sample, TokenBatch, rows_for_ranks
+from lockstep.data.loader import PretrainingConfig, PretrainingData
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.engine import StepResult
-from lockstep.distributed.groups import join
+from lockstep.distributed.groups import alone, host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
+from lockstep.model.flops import peak_flops
 from lockstep.model.names import pieces
+from lockstep.model.pretrain import PretrainConfig, Pretraining
 from lockstep.model.train import Objective, OptimizerConfig, Trainer, build, row_rules, transformer_of
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampler import SamplingConfig
@@ -129,18 +131,17 @@ class PolicyWorker(_Named):
         super().__init__("policy", rank, threads)
         self.layout = layout
 
-    def address(self) -> tuple[str, int]:
-        """This node's address and a port that is free on it."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+    def host(self) -> tuple[str, int]:
+        """Host the ranks' meeting; returns this node's address and the port."""
+        address = ray.util.get_node_ip_address()
+        self._meeting = host_meeting(address)
+        return address, self._meeting.port
 
     def start(
         self, address: str, port: int, checkpoint: Path, dtype: str, optimizer: OptimizerConfig, temperature: float
     ) -> None:
         """Join the world and fill this rank's part of the model."""
-        groups = join(self.layout, rank=self.rank, address=address, port=port)
+        groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
@@ -161,21 +162,46 @@ class PolicyWorker(_Named):
         self.step = step
         return self.trainer.step(rows, objective, learning_rate, self.reference)
 
+    def open_text(self, config: PretrainConfig, data: PretrainingConfig, seed: int, row_tokens: int) -> None:
+        """Open the text to train on and begin to read ahead."""
+        tokenizer = Tokenizer(self.tokenizer_files).digest if self.tokenizer_files else None
+        text = PretrainingData(data, seed=seed, vocabulary=self.model.vocabulary, tokenizer=tokenizer)
+        self.pretraining = Pretraining(self.trainer, config, text, row_rules(self.layout, row_tokens))
+
+    def pretrain(self, step: int) -> StepResult:
+        """One gradient step on text."""
+        self.step = step
+        return self.pretraining.step(step)
+
+    def held_out_loss(self) -> float | None:
+        """See `Pretraining`."""
+        return self.pretraining.held_out_loss()
+
+    def close_text(self) -> None:
+        """End the reading ahead."""
+        self.pretraining.close()
+
+    def peak_flops(self) -> float:
+        """Operations per second of this rank's matrix products, while the others measure theirs."""
+        return peak_flops(self.trainer.dtype, next(self.trainer.transformer.parameters()).device)
+
     def shards(self) -> list[Shard]:
         """The pieces of the weights that this rank owns."""
-        return shards_of(self.trainer.transformer)
+        with self.trainer.engine.whole_weights():
+            return shards_of(self.trainer.transformer)
 
     def save(self, checkpoints: Path, step: int, manifest: dict[str, Any]) -> Path:
         """Write this rank's part of a checkpoint."""
-        return manager.save(
-            checkpoints,
-            step,
-            pieces(self.trainer.transformer),
-            manifest | describe(self.model, self.layout),
-            self.tokenizer_files,
-            rank=self.rank,
-            barrier=torch.distributed.barrier,
-        )
+        with self.trainer.engine.whole_weights():
+            return manager.save(
+                checkpoints,
+                step,
+                pieces(self.trainer.transformer),
+                manifest | describe(self.model, self.layout),
+                self.tokenizer_files,
+                rank=self.rank,
+                barrier=torch.distributed.barrier,
+            )
 
 
 def describe(model: ModelConfig, layout: Layout) -> dict[str, Any]:
@@ -226,11 +252,7 @@ def load_rollout_engine(checkpoint: Path, *, dtype: str, slots: int, length: int
     """A rollout engine over a checkpoint, in a world of this process alone."""
     source = manager.Checkpoint(checkpoint)
     tokenizer = Tokenizer(source.files)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    groups = join(Layout(), rank=0, address="127.0.0.1", port=port)
-    stage = build(ModelConfig(**source.manifest["model"]), groups, DTYPES[dtype], source)
+    stage = build(ModelConfig(**source.manifest["model"]), alone(), DTYPES[dtype], source)
     engine = RolloutEngine(transformer_of(stage), slots=slots, length=length, decode=tokenizer.decode)
     return engine, tokenizer
 
@@ -260,7 +282,7 @@ class Policy:
         self, checkpoint: Path, dtype: str, optimizer: OptimizerConfig, temperature: float
     ) -> list[tuple[Worker, Any]]:
         """Calls that load the checkpoint, to be gathered."""
-        address, port = gather([(self.workers[0], self.workers[0].handle.address.remote())])[0]
+        address, port = gather([(self.workers[0], self.workers[0].handle.host.remote())])[0]
         return [
             (w, w.handle.start.remote(address, port, checkpoint, dtype, optimizer, temperature)) for w in self.workers
         ]
@@ -268,6 +290,10 @@ class Policy:
     def begin_phase(self, *, keep_reference: bool) -> None:
         """See `PolicyWorker.begin_phase`."""
         gather([(w, w.handle.begin_phase.remote(keep_reference=keep_reference)) for w in self.workers])
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """What a method of `PolicyWorker` returns on every rank."""
+        return gather([(w, getattr(w.handle, method).remote(*args)) for w in self.workers])
 
     def update(self, step: int, samples: Sequence[Sample], objective: Objective, learning_rate: float) -> StepResult:
         """One gradient step on a global batch."""

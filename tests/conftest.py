@@ -1,7 +1,6 @@
 """What tests share: gloo worlds, a tiny random model in Hugging Face's format, and its tokenizer."""
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from tests.worlds import Worlds
-
 if TYPE_CHECKING:
     from lockstep.distributed.groups import Groups
+    from lockstep.distributed.worlds import Worlds
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("patient", deadline=None)  # a loaded machine is no bug
@@ -25,23 +23,20 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def worlds() -> Iterator[Worlds]:
+def worlds() -> "Iterator[Worlds]":
     """Real gloo worlds of any layout."""
-    worlds = Worlds()
-    yield worlds
-    worlds.close()
+    from lockstep.distributed.worlds import Worlds
+
+    with Worlds() as worlds:
+        yield worlds
 
 
 @pytest.fixture(scope="module")
 def groups() -> "Iterator[Groups]":
     """A world of this process alone, left before the next module begins."""
-    from lockstep.distributed.groups import join, leave
-    from lockstep.distributed.layout import Layout
+    from lockstep.distributed.groups import alone, leave
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    yield join(Layout(), rank=0, address="127.0.0.1", port=port)
+    yield alone()
     leave()
 
 

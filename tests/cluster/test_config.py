@@ -48,7 +48,7 @@ def nested(key: str, value: object) -> dict[str, object]:
         ("layout.data=two", ['layout.data="two"', "valid integer"]),
         ("layout.data=true", ["layout.data=true", "valid integer"]),
         ("layout.data=2.5", ["layout.data=2.5", "integer"]),
-        ("layout=3", ["layout=3", "layout.tensor, layout.pipeline, layout.data"]),
+        ("layout=3", ["layout=3", "layout.tensor, layout.sequence, layout.pipeline"]),
         ("rl.group_size=1", ["rl.group_size=1", "greater than or equal to 2"]),
         ("rl.advantage=ppo", ['rl.advantage="ppo"', "'grpo' or 'dr_grpo'"]),
         ("model.dtype=float16", ['model.dtype="float16"', "'bfloat16' or 'float32'"]),

@@ -19,10 +19,10 @@ from lockstep.distributed.checkpoint.spec import Box, Piece, digest, overlap, to
 from lockstep.distributed.checkpoint.store import LARGEST_CHUNK, ArrayFolder, chunk_shape
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig
 from lockstep.model.names import RandomWeights, logical_tensors, pieces
 from lockstep.model.train import build, transformer_of
-from tests.worlds import Worlds
 
 SIZES: dict[str, Any] = {"width": 12, "heads": 4, "kv_heads": 2, "head_dim": 4, "intermediate": 10, "context": 8}
 MODELS = {

@@ -10,11 +10,11 @@ import torch
 from lockstep.data.batch import Sample, rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.loss import nll
 from lockstep.model.names import pieces
 from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
-from tests.worlds import Worlds
 
 LAYOUTS = [
     Layout(),
@@ -62,8 +62,9 @@ def train(groups: Groups, folder: Path, steps: int, row_tokens: int) -> tuple[li
         rows = rows_for_ranks(batch, row_rules(groups.layout, row_tokens))
         result = trainer.step(rows[groups.data_rank], nll, 1e-3)
         history.append((result.values["loss"], result.grad_norm))
-    held = pieces(transformer_of(stage))
-    return history, [(p.name, p.box, p.view(t).clone().numpy()) for t, p in held if p.owned]
+    with trainer.engine.whole_weights():
+        held = pieces(transformer_of(stage))
+        return history, [(p.name, p.box, p.view(t).clone().numpy()) for t, p in held if p.owned]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from lockstep.data.batch import rows_for_ranks, sample
 from lockstep.distributed.checkpoint.spec import Box, Source, to_torch, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface, to_huggingface
@@ -26,13 +27,12 @@ from lockstep.model.logprobs import local_logits, token_logprobs
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights, logical_tensors, pieces
 from lockstep.model.rope import Rope
-from lockstep.model.train import OptimizerConfig, Trainer, build, transformer_of
+from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampler import SamplingConfig
 from lockstep.rl.sync import Shard, Shards, shards_of
 from lockstep.rl.types import Prompt
-from tests.worlds import Worlds
 
 SIZES = dict(
     vocab_size=101,
@@ -193,7 +193,7 @@ def trained(groups: Groups, folder: Path) -> list[tuple[float, float]]:
     trainer = Trainer(stage, groups, OptimizerConfig())
     answers = [(text(5, seed=i // 2), text(8 + i, seed=10 + i)) for i in range(6)]
     batch = [sample(prompt.numpy(), answer.numpy(), weight=1 / 60) for prompt, answer in answers]
-    rows = rows_for_ranks(batch, ranks=1, budget=40, equal=groups.layout.pipeline > 1)[0]
+    rows = rows_for_ranks(batch, row_rules(groups.layout, 40))[0]
     results = [trainer.step(rows, nll, 1e-3) for _ in range(2)]
     return [(result.values["loss"], result.grad_norm) for result in results]
 

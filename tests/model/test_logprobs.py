@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
 from lockstep.model.logprobs import CHUNK, local_logits, token_logprobs
 from lockstep.model.transformer import padded_vocabulary
-from tests.worlds import Worlds
 
 WIDTH = 12
 SIZES = [(0, 31), (1, 31), (5, 2), (CHUNK, 30), (CHUNK + 3, 31), (2 * CHUNK + 1, 7)]

@@ -11,13 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.logprobs import local_logits
 from lockstep.model.names import logical_tensors
 from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer, padded_vocabulary
-from tests.worlds import Worlds
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from lockstep.distributed.checkpoint.spec import Box, digest
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig
 from lockstep.model.names import RandomWeights, logical_tensors
 from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.sync import Shard, Shards, WeightsDiffer, receive, shards_of
-from tests.worlds import Worlds
 
 
 def model(tied: bool) -> ModelConfig:

@@ -1,45 +1,64 @@
-"""Real gloo worlds for tests: processes that are started once and form a new world for each call."""
+"""Worlds of processes on this machine: started once for each size, they form a new world for each call."""
 
 import multiprocessing
 import multiprocessing.connection
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
+
+from lockstep.distributed.groups import host_meeting, join, leave, meeting_at
 from lockstep.distributed.layout import Layout
 
-TIMEOUT_S = 120
-
 Members = list[tuple[Any, Connection]]
+
+
+class WorldFailed(RuntimeError):
+    """A rank raised, or did not answer; the message holds its traceback."""
 
 
 class Worlds:
     """Processes for worlds of each size; DeepSpeed keeps state of its world, so sizes do not mix in one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float = 120.0) -> None:
+        """
+        Args:
+            timeout_s: how long any rank may be silent, in a call and in a collective.
+        """
         self._members: dict[int, Members] = {}
+        self._timeout_s = timeout_s
 
     def run(self, layout: Layout, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results of function(groups, *args) on every rank; `function` stands at the top of a module."""
+        """Results of function(groups, *args) on every rank; `function` stands at the top of a module.
+
+        Raises:
+            WorldFailed: as soon as one rank does.
+        """
         members = self._started(layout.processes)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        meeting = host_meeting("127.0.0.1")
         for rank, (_, pipe) in enumerate(members):
-            pipe.send((layout, rank, port, function, args))
+            pipe.send((layout, rank, meeting.port, self._timeout_s, function, args))
         ranks = {pipe: rank for rank, (_, pipe) in enumerate(members)}
         answers: dict[int, Any] = {}
         while len(answers) < len(members):
             waiting = [pipe for pipe, rank in ranks.items() if rank not in answers]
-            for pipe in multiprocessing.connection.wait(waiting, timeout=TIMEOUT_S) or [None]:
-                ok, value = pipe.recv() if pipe else (False, f"no answer from {len(waiting)} ranks in {TIMEOUT_S} s")
+            ready: list[Any] = [*multiprocessing.connection.wait(waiting, timeout=self._timeout_s)] or [None]
+            for pipe in ready:
+                silence = f"no answer from {len(waiting)} ranks in {self._timeout_s} s"
+                ok, value = pipe.recv() if pipe else (False, silence)
                 if not ok:  # the others may wait for the rank that raised, for ever
                     self._end(layout.processes)
-                    raise AssertionError(value)
+                    raise WorldFailed(value)
                 answers[ranks[pipe]] = value
         return [answers[rank] for rank in range(len(members))]
+
+    def __enter__(self) -> "Worlds":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End all processes."""
@@ -64,18 +83,14 @@ class Worlds:
 
 
 def _serve(pipe: Connection) -> None:
-    import torch
-
-    from lockstep.distributed.groups import join, leave
-
     torch.set_num_threads(1)
     while True:
         try:
-            layout, rank, port, function, args = pipe.recv()
+            layout, rank, port, timeout_s, function, args = pipe.recv()
         except EOFError:
             return
         try:
-            groups = join(layout, rank=rank, address="127.0.0.1", port=port, timeout_s=120)
+            groups = join(layout, rank=rank, meeting=meeting_at("127.0.0.1", port), timeout_s=timeout_s)
             answer = (True, function(groups, *args))
             torch.distributed.barrier()
             leave()

@@ -1,0 +1,117 @@
+"""The pretraining phase of a run: steps until the end, the held-out loss in between, speed in tokens and in FLOPs."""
+
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from lockstep.cluster.config import Recipe
+from lockstep.cluster.convert import starting_point, write_checkpoint
+from lockstep.cluster.display import Progress
+from lockstep.cluster.parity import random_data
+from lockstep.cluster.records import RunFolder
+from lockstep.model.flops import training_flops
+from lockstep.model.pretrain import PretrainConfig
+from lockstep.rl.actors import Policy, gather, threads_for
+
+
+class NoFiniteGradient(RuntimeError):
+    """A run whose gradients stopped being numbers."""
+
+
+def run_pretraining(recipe: Recipe, run: RunFolder, progress: Progress) -> None:
+    """Train, measure, save.
+
+    Raises:
+        NoFiniteGradient: after `pretrain.give_up_after` steps in a row without one; the weights before them are saved.
+    """
+    config = recipe.pretrain
+    assert config is not None
+    source, model, files = starting_point(recipe.model, recipe.seed)
+    progress.say(f"writing the model of step 0 into {recipe.folder / 'model'}")
+    start = write_checkpoint(source, model, files, recipe.folder / "model")
+    data = config.data or random_data(recipe.folder / "random", model, config, recipe.seed)
+    progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
+    policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), row_tokens=recipe.trainer.row_tokens)
+    gather(policy.start(start.resolve(), recipe.model.dtype, config.optimizer, 1.0))
+    policy.call("open_text", config, data, recipe.seed, recipe.trainer.row_tokens)
+    flops, peak = training_flops(model, data.length), sum(policy.call("peak_flops"))
+    progress.say(
+        f"{model.parameters / 1e6:.1f}M parameters, {flops / 1e9:.3f} GFLOP a token (6 per weight in a product, and "
+        f"6 · layers · width · length for attention); measured peak {peak / 1e9:.0f} GFLOP/s"
+    )
+    run.update(speed={"flops_per_token": flops, "peak_flops": peak})
+    _Loop(recipe, config, policy, run, progress, flops / peak).run(data.length * config.samples_per_step)
+
+
+class _Loop:
+    """Steps and what is written down of them."""
+
+    def __init__(
+        self, recipe: Recipe, config: PretrainConfig, policy: Policy, run: RunFolder, progress: Progress, cost: float
+    ) -> None:
+        """
+        Args:
+            cost: seconds that a token takes at the measured peak.
+        """
+        self._recipe, self._config, self._policy = recipe, config, policy
+        self._run, self._progress, self._cost = run, progress, cost
+        self._spoilt = self._skipped = 0
+        self._speeds: list[float] = []
+
+    def run(self, tokens: int) -> None:
+        """All steps of so many tokens each."""
+        config = self._config
+        self._progress.begin("pretrain", config.steps)
+        self.measure(0)
+        for step in range(1, config.steps + 1):
+            self._step(step, tokens)
+            if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
+                self.measure(step)
+            every = self._recipe.checkpoint_every
+            if every and step % every == 0 and step < config.steps:
+                self.save(step)
+        self.measure(config.steps)
+        self.save(config.steps)
+        self._policy.call("close_text")
+        if self._speeds:
+            speed = statistics.median(self._speeds)
+            self._progress.say(f"median {speed:,.0f} tokens/s, {speed * self._cost:.1%} of the measured peak")
+
+    def _step(self, step: int, tokens: int) -> None:
+        began = time.perf_counter()
+        result = self._policy.call("pretrain", step)[0]
+        seconds = time.perf_counter() - began
+        finite = math.isfinite(result.grad_norm) and math.isfinite(result.values["loss"])
+        self._spoilt = 0 if finite else self._spoilt + 1
+        self._skipped += not finite
+        self._speeds.append(tokens / seconds)
+        metrics: dict[str, Any] = result.values | {
+            "grad_norm": result.grad_norm,
+            "learning_rate": self._config.optimizer.rate(step, self._config.steps),
+            "tokens": step * tokens,
+            "train_tokens_per_second": tokens / seconds,
+            "mfu": tokens / seconds * self._cost,
+            "skipped": self._skipped,
+            "step_seconds": seconds,
+        }
+        self._run.log("pretrain", step, metrics)
+        self._progress.step("pretrain", step, metrics)
+        if self._spoilt >= self._config.give_up_after:
+            self.save(step)
+            raise NoFiniteGradient(
+                f"{self._spoilt} steps in a row, the last one {step}, had no finite loss and gradient: their updates "
+                f"were left out, and the weights before them are saved"
+            )
+
+    def measure(self, step: int) -> None:
+        """The held-out loss, where documents are held out."""
+        loss = self._policy.call("held_out_loss")[0]
+        if loss is not None:
+            self._run.log("held_out", step, {"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
+            self._progress.say(f"held-out loss after {step} steps: {loss:.4f} nats a token")
+
+    def save(self, step: int) -> Path:
+        """A checkpoint of the weights as they are."""
+        return self._policy.save((self._recipe.folder / "checkpoints").resolve(), step, {"name": self._recipe.name})

@@ -1,0 +1,31 @@
+"""Floating-point operations of training, and the rate at which this process multiplies matrices."""
+
+import time
+
+import torch
+
+from lockstep.model.config import ModelConfig
+
+
+def training_flops(model: ModelConfig, length: int) -> float:
+    """Operations per token of forward and backward: 6 · (weights in products) + 6 · layers · heads · head_dim · length.
+
+    Embedding rows are looked up and not multiplied, so untied embeddings do not count; a token attends to half of a
+    sample of `length` tokens on average (Narayanan et al. 2021, eq. 3, without recomputation).
+    """
+    looked_up = 0 if model.tied else model.vocabulary * model.width
+    attention = model.layers * model.heads * model.head_dim * length
+    return 6.0 * (model.parameters - looked_up) + 6.0 * attention
+
+
+def peak_flops(dtype: torch.dtype, device: torch.device, *, size: int = 1024, seconds: float = 0.5) -> float:
+    """Operations per second of a product of two square matrices on this process's threads or device, at best."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end or not best:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best

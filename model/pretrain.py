@@ -1,0 +1,53 @@
+"""Pretraining on one rank: the rows of each step, made ahead of time, and the held-out loss."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lockstep.data.batch import RowRules, TokenBatch
+from lockstep.data.loader import PretrainingConfig, PretrainingData
+from lockstep.data.prefetch import Prefetch
+from lockstep.distributed.engine import StepResult
+from lockstep.model.loss import nll
+from lockstep.model.train import OptimizerConfig, Trainer
+
+
+class PretrainConfig(BaseModel):
+    """Training from text, as much as there is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(ge=0)
+    samples_per_step: int = Field(32, ge=1, description="samples of data.length tokens in a global batch")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate_every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0 for the end")
+    give_up_after: int = Field(3, ge=1, description="steps in a row without a finite gradient that end the run")
+    data: PretrainingConfig | None = Field(None, description="what to read; random documents when it is not there")
+
+    def samples(self, step: int) -> range:
+        """Numbers of the samples of a step, counted from 1."""
+        return range((step - 1) * self.samples_per_step, step * self.samples_per_step)
+
+
+class Pretraining:
+    """One rank's share of a run."""
+
+    def __init__(self, trainer: Trainer, config: PretrainConfig, data: PretrainingData, rules: RowRules) -> None:
+        self._trainer, self._config, self._data, self._rules = trainer, config, data, rules
+        self._rank = trainer.groups.data_rank
+        self._ahead = Prefetch(self._rows, range(1, config.steps + 1))
+        self._held_out = data.held_out_rows(rules, self._rank)
+
+    def _rows(self, step: int) -> list[TokenBatch]:
+        return self._data.rows(self._config.samples(step), self._rules, self._rank)
+
+    def step(self, step: int) -> StepResult:
+        """The next update; steps are taken in order. A gradient that is not finite changes nothing."""
+        rate = self._config.optimizer.rate(step, self._config.steps)
+        return self._trainer.step(next(self._ahead), nll, rate)
+
+    def held_out_loss(self) -> float | None:
+        """Mean negative log-likelihood of the held-out tokens in nats, or None where nothing is held out."""
+        return self._trainer.measure(self._held_out, nll)["loss"] if self._held_out else None
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self._ahead.close()

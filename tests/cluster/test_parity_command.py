@@ -1,0 +1,67 @@
+"""`lockstep parity`: layouts that agree pass, one that does not fails, and what cannot run is one sentence."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from lockstep.cluster.config import RecipeError, parse_layout
+from lockstep.cluster.parity import FP32_BOUND, Course, Difference, Parity, difference, table
+from lockstep.distributed.layout import Layout
+from tests.cluster.commands import Command
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"
+
+
+def parity(log: Path, *words: str) -> tuple[int, str]:
+    command = Command(log, "parity", str(RECIPE), *words)
+    try:
+        return command.wait(), command.output
+    finally:
+        command.kill()
+
+
+def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
+    layouts = ("tensor=2,sequence=true", "pipeline=2,virtual=2", "context=2", "data=2,zero=3")
+    code, output = parity(tmp_path / "log", "--steps", "3", "--layouts", *layouts)
+    assert code == 0, output
+    assert output.count("same") == len(layouts)
+    assert "noise floor" in " ".join(output.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--layouts", "tensor=3"), "layout.tensor=3 does not divide the model's 8 query heads: use one of 1, 2, 4"),
+        (("--layouts", "tensr=2"), "tensr is not a key of this recipe; the nearest is tensor"),
+        (("--layouts", "pipeline=2,zero=3"), "use zero=1 or zero=2 with a pipeline"),
+        (("--layouts", "tensor"), "is not of the form"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_one_sentence(words: tuple[str, ...], sentence: str, tmp_path: Path) -> None:
+    code, output = parity(tmp_path / "log", *words)
+    assert code == 2
+    assert sentence in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def test_a_layout_is_read_from_its_keys() -> None:
+    assert parse_layout("tensor=2,sequence=true, zero=2") == Layout(tensor=2, sequence=True, zero=2)
+    with pytest.raises(RecipeError, match="zero=4"):
+        parse_layout("zero=4")
+
+
+def test_what_leaves_the_bound_does_not_hold() -> None:
+    one = Course((2.0, 1.0), (3.0, 4.0))
+    same = difference(one, [Course((2.0, 1.0), (3.0, 4.0), 1e-6, "w")])
+    assert same == Difference(0.0, 0.0, 1e-6, "w")
+    off = difference(one, [one, Course((2.0, 1.001), (3.0, 4.0), 1e-3, "w")])
+    assert off.loss == pytest.approx(1e-3)
+    assert off.beyond(FP32_BOUND) == ["loss", "weights"]
+    lost = difference(one, [one, Course((2.0, math.nan), (3.0, 4.0), math.nan, "w")])
+    assert lost.beyond(FP32_BOUND) == ["loss", "weights"]
+    assert Parity(same, FP32_BOUND, {"a": same}).holds
+    assert not Parity(same, FP32_BOUND, {"a": same, "b": off}).holds
+    assert not Parity(same, FP32_BOUND, {"b": lost}).holds
+    assert table(Parity(same, FP32_BOUND, {"b": off})).row_count == 3

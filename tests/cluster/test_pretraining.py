@@ -1,0 +1,105 @@
+"""A recipe that trains on text: from random weights to a checkpoint and a report, or a sentence and nothing written."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lockstep.cluster.config import RecipeError, load_recipe
+from lockstep.data.store import Store
+from lockstep.data.synthetic import write_random_store
+from lockstep.distributed.checkpoint.manager import Checkpoint
+from tests.cluster.commands import Command, metrics, overrides, summary
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"
+
+
+def train(log: Path, *settings: str) -> tuple[int, str]:
+    command = Command(log, "train", str(RECIPE), *overrides(*settings))
+    try:
+        return command.wait(), command.output
+    finally:
+        command.kill()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretraining")
+    settings = ("layout.data=2", "layout.zero=2", "pretrain.steps=12", "pretrain.evaluate_every=6")
+    code, output = train(folder / "log", f"run={folder}/run", *settings)
+    assert code == 0, output
+    return folder / "run"
+
+
+def test_the_loss_falls_and_the_held_out_loss_with_it(run: Path) -> None:
+    steps = metrics(run, "pretrain")
+    assert [m["step"] for m in steps] == list(range(1, 13))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1
+    held_out = metrics(run, "held_out")
+    assert [m["step"] for m in held_out] == [0, 6, 12]
+    assert held_out[0]["loss"] == pytest.approx(math.log(251), abs=0.1)
+    assert held_out[2]["loss"] < held_out[1]["loss"] < held_out[0]["loss"]
+
+
+def test_speed_is_given_in_tokens_and_in_a_share_of_a_peak_that_was_measured(run: Path) -> None:
+    speed = summary(run)["speed"]
+    for step in metrics(run, "pretrain"):
+        share = step["train_tokens_per_second"] * speed["flops_per_token"] / speed["peak_flops"]
+        assert step["mfu"] == pytest.approx(share)
+        assert 0 < share < 1
+
+
+def test_the_trained_weights_are_a_checkpoint_and_the_run_has_a_report(run: Path) -> None:
+    checkpoint = Checkpoint(run)
+    assert checkpoint.manifest["step"] == 12
+    name = "model.layers.3.mlp.down_proj.weight"
+    before, after = (c.read(name, ((0, 64), (0, 96))) for c in (Checkpoint(run / "model"), checkpoint))
+    assert np.abs(after - before).max() > 1e-4
+    page = (run / "report.html").read_text()
+    assert "Held-out loss" in page
+    assert "There is no RL step" not in page
+
+
+def test_a_run_whose_gradients_are_no_numbers_ends_and_keeps_the_weights_before(tmp_path: Path) -> None:
+    settings = ("pretrain.steps=8", "pretrain.optimizer.learning_rate=1e30", "pretrain.give_up_after=2")
+    code, output = train(tmp_path / "log", f"run={tmp_path}/run", *settings)
+    assert code == 1
+    assert "2 steps in a row" in output
+    steps = metrics(tmp_path / "run", "pretrain")
+    assert steps[-1]["skipped"] == 2
+    assert Checkpoint(tmp_path / "run").manifest["step"] == steps[-1]["step"] < 8
+
+
+def test_text_that_cannot_be_read_is_one_sentence_and_nothing_is_written(tmp_path: Path) -> None:
+    store = write_random_store(tmp_path / "store", vocabulary=251, tokens=5000, seed=0)
+    Path(f"{store}.bin").write_bytes(b"")
+    recipe = tmp_path / "recipe.toml"
+    data = f'\n[pretrain.data]\nlength = 32\nblend = [{{ path = "{store}" }}]\n'
+    recipe.write_text(RECIPE.read_text().replace('name = "parity-tiny"', f'name = "x"\nrun = "{tmp_path}/run"') + data)
+    command = Command(tmp_path / "log", "train", str(recipe))
+    assert command.wait() == 2
+    assert "store.bin" in command.output
+    assert "Traceback" not in command.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_trains_on_text_or_on_problems() -> None:
+    with pytest.raises(RecipeError, match=r"with \[pretrain\], or on problems"):
+        load_recipe(RECIPE, ["rl.steps=1"])
+
+
+def test_random_documents_end_in_token_0_and_mostly_follow_a_rule(tmp_path: Path) -> None:
+    store = Store(write_random_store(tmp_path / "store", vocabulary=64, tokens=20_000, seed=3))
+    assert store.tokens >= 20_000
+    following: dict[int, list[int]] = {}
+    for index in range(store.documents):
+        document = store.document(index)
+        assert document[-1] == 0
+        assert (document[:-1] > 0).all()
+        for last, token in zip(document[:-2].tolist(), document[1:-1].tolist(), strict=True):
+            following.setdefault(last, []).append(token)
+    commonest = [max(map(seen.count, set(seen))) / len(seen) for seen in following.values() if len(seen) > 100]
+    assert np.median(commonest) > 0.7
+    assert json.loads(Path(f"{store.path}.json").read_text())["documents"] == store.documents
