@@ -111,9 +111,7 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_layout(recipe: Recipe, model: ModelConfig) -> None:
-    check_divides(
-        recipe.layout, heads=model.heads, kv_heads=model.kv_heads, intermediate=model.intermediate, layers=model.layers
-    )
+    check_divides(recipe.layout, **model.sizes)
 
 
 def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Path:

@@ -19,44 +19,14 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.zero import as_expert
+from lockstep.model.config import MoEConfig
 from lockstep.model.functions import swiglu
 from lockstep.model.linear import ColumnLinear, RowLinear, mark, sequence_group, summed_over
-
-
-class MoEConfig(BaseModel):
-    """The experts of a block, which take the place of its feed-forward layer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    experts: int = Field(ge=1)
-    experts_per_token: int = Field(ge=1)
-    intermediate: int = Field(ge=1, description="width of one expert")
-    shared_intermediate: int = Field(0, ge=0, description="width of an expert that all tokens visit; 0 for none")
-    shared_gate: bool = Field(False, description="whether a sigmoid of the token scales the shared expert")
-    normalize: bool = Field(
-        True, description="whether the probabilities of a token's experts are made to add up to 1"
-    )
-    balance_coefficient: float = Field(0.0, ge=0, description="of the loss that evens the experts' load")
-    z_coefficient: float = Field(0.0, ge=0, description="of the loss that keeps the router's logits small")
-
-    @model_validator(mode="after")
-    def _is_possible(self) -> "MoEConfig":
-        if self.experts_per_token > self.experts:
-            raise ValueError(f"experts_per_token={self.experts_per_token} is more than experts={self.experts}")
-        if self.shared_gate and not self.shared_intermediate:
-            raise ValueError("shared_gate=true scales a shared expert: give shared_intermediate, too")
-        return self
-
-    def parameters(self, width: int) -> int:
-        """Number of parameters of one block's router and experts."""
-        rows = 3 * (self.experts * self.intermediate + self.shared_intermediate) + self.experts + self.shared_gate
-        return rows * width
 
 
 @dataclass(frozen=True)
@@ -104,7 +74,7 @@ class MoE(nn.Module):
         if self.moe.normalize:
             probability_TK = probability_TK / probability_TK.sum(-1, keepdim=True)
         out = self._reduced(self._mixed(x_TD, probability_TK, chosen_TK)[:, None])
-        if sequences is not None and torch.is_grad_enabled():
+        if sequences is not None and self.moe.has_loss and torch.is_grad_enabled():
             loss = router_loss(self.moe, logits_TE, chosen_TK, sequences, self.groups.context)
             out = _WithLoss.apply(out, loss, float(dist.get_world_size(self.groups.replicas)))
         return out if self.shared is None else out + self.shared(x_T1D)

@@ -17,7 +17,8 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import megatron_config
 from lockstep.distributed.zero import is_expert
-from lockstep.model.moe import MoE, MoEConfig, Sequences
+from lockstep.model.config import MoEConfig
+from lockstep.model.moe import MoE, Sequences
 from tests.worlds import Worlds
 
 WIDTH, EXPERTS, INNER, SHARED = 12, 8, 10, 6
