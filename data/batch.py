@@ -188,6 +188,17 @@ def share(chosen: Sequence[Document], parts: int) -> list[list[Document]]:
     return shares
 
 
+def sequences_of(batch: TokenBatch) -> tuple[Ints, Floats]:
+    """The document of each token of a row, [T], and what each document counts, [D]: the weight of its predictions.
+
+    A prompt and its branches are one document. Padding is a document that counts 0.
+    """
+    lengths = [sum(d) for d in batch.documents]
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    weight = np.bincount(document[batch.predictors], weights=batch.weight, minlength=len(lengths))
+    return document, weight.astype(np.float32)
+
+
 @dataclass(frozen=True)
 class RowRules:
     """What a layout asks of the rows of a global batch."""

@@ -109,16 +109,29 @@ class Layout(BaseModel):
 
 
 def check_divides(
-    layout: Layout, *, heads: int, kv_heads: int, intermediate: int, layers: int, experts: int = 0
+    layout: Layout,
+    *,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    layers: int,
+    experts: int = 0,
+    shared_intermediate: int = 0,
 ) -> None:
     """Refuse a layout that does not fit a transformer of these sizes.
 
     Raises:
         LayoutError: names the degree that was given and the degrees that would work.
     """
-    for what, size in (("query heads", heads), ("key-value heads", kv_heads), ("intermediate width", intermediate)):
+    tensor_sizes = {
+        "query heads": heads,
+        "key-value heads": kv_heads,
+        "intermediate width": intermediate,
+        "shared experts' width": shared_intermediate,
+    }
+    for what, size in tensor_sizes.items():
         if size % layout.tensor:
-            allowed = [d for d in range(1, kv_heads + 1) if not (heads % d or kv_heads % d or intermediate % d)]
+            allowed = [d for d in range(1, kv_heads + 1) if not any(s % d for s in tensor_sizes.values())]
             raise LayoutError(
                 f"layout.tensor={layout.tensor} does not divide the model's {size} {what}: use {_one_of(allowed)}"
             )

@@ -6,8 +6,9 @@ axis, so losses are multiplied by its size and gradients become sums over the gl
 """
 
 import logging
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,8 +30,8 @@ from lockstep.distributed.groups import Groups
 deepspeed.ops.__compatible_ops__ = {}
 
 
-EXPERTS = "experts"
-"""DeepSpeed's name for the group of parameters that differ over the expert axis."""
+EXPERTS = "ep_size_0"
+"""DeepSpeed's name for the group of parameters that differ over the expert axis; it insists on such a number."""
 
 
 class _Grid:
@@ -75,6 +76,16 @@ def is_expert(parameter: nn.Parameter) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
+def experts_apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An optimizer's groups of parameters, none of them empty, with experts in groups of their own."""
+    found = []
+    for group in groups:
+        experts = [p for p in group["params"] if is_expert(p)]
+        others = [p for p in group["params"] if not is_expert(p)]
+        found += [group | {"params": others}, group | {"params": experts, "moe": True, "name": EXPERTS}]
+    return [group for group in found if group["params"]]
+
+
 class ZeroOptimizer:
     """An optimizer whose state is split over the replicas as `layout.zero` says."""
 
@@ -82,7 +93,7 @@ class ZeroOptimizer:
         deepspeed_logger.setLevel(logging.WARNING)
         self._groups, self._clip_norm = groups, clip_norm
         self._bfloat16 = next(module.parameters()).dtype == torch.bfloat16
-        self._plain = groups.layout.zero == 0 and not self._bfloat16
+        self._plain = groups.layout.zero == 0
         if any(is_expert(p) for p in module.parameters()):
             module.add_module("_has_experts", _HasExperts())
             deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERTS] = groups.expert
@@ -94,7 +105,7 @@ class ZeroOptimizer:
         self._parameters = parameters
         self._norm = 0.0
         if self._plain:
-            optimizer.register_step_pre_hook(lambda *_: self._clip())
+            optimizer.register_step_pre_hook(lambda stepping, *_: self._clip(stepping))
         elif groups.layout.zero in (1, 2) and not groups.layout.offload:
             self._engine.optimizer.scaled_global_norm = self._partitioned_norm
 
@@ -147,20 +158,23 @@ class ZeroOptimizer:
         """Reduce, clip, update, and forget the gradients. Returns the global norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._groups.layout.zero == 0 and self._bfloat16:
-            self._engine.optimizer.update_hp_grads(clear_lp_grads=True)
+        self._norm = math.inf  # remains where DeepSpeed finds that gradients overflowed, and does not step
         self._engine.step()
         if self._plain:
             return self._norm
         norm: Any = self._engine.get_global_grad_norm()
         return float(norm if norm is not None else 0.0)
 
-    def _clip(self) -> None:
-        """Without ZeRO, DeepSpeed clips fp32 gradients but does not say by which norm."""
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+        """Without ZeRO, DeepSpeed does not say the norm of fp32 gradients, and leaves experts out of that of bf16 ones.
+
+        Args:
+            optimizer: its parameters are the module's, or fp32 copies of them.
+        """
         shares = [(p, p.grad, self._holders(p)) for p in self._parameters if p.grad is not None]
         self._norm = float(self._world_norm(shares))
         if self._clip_norm and self._norm > self._clip_norm:
-            for parameter in self._parameters:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 if parameter.grad is not None:
                     parameter.grad.mul_(self._clip_norm / (self._norm + 1e-6))
 

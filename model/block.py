@@ -22,6 +22,7 @@ from lockstep.model.attention import Attend, Scoring
 from lockstep.model.config import ModelConfig
 from lockstep.model.functions import gated, rms_norm, rotary, swiglu
 from lockstep.model.linear import ColumnLinear, RowLinear, mark, sequence_group, summed_over
+from lockstep.model.moe import MoE, Sequences
 from lockstep.model.rope import Rope
 
 Tables = Mapping[Rope, tuple[Tensor, Tensor]]
@@ -169,7 +170,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + after(attention(before(x))), then the same with the feed-forward layer."""
+    """x + after(attention(before(x))), then the same with the feed-forward layer, or with experts in its place."""
 
     def __init__(self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -183,9 +184,14 @@ class Block(nn.Module):
         self.attention = Attention(model, groups, config, layer)
         self.attention_after = norm("after", "around")
         self.mlp_norm = norm("before", "around")
-        self.mlp = (GatedMLP if model.gated else MLP)(model, config)
+        dense = GatedMLP if model.gated else MLP
+        self.mlp = dense(model, config) if model.moe is None else MoE(model.moe, model.width, groups, config)
         self.mlp_after = norm("after", "around")
 
-    def forward(self, x_T1D: Tensor, tables: Tables, attend: Attend, layer: int) -> Tensor:
+    def forward(
+        self, x_T1D: Tensor, tables: Tables, attend: Attend, layer: int, sequences: Sequences | None = None
+    ) -> Tensor:
         x_T1D = x_T1D + self.attention_after(self.attention(self.attention_norm(x_T1D), tables, attend, layer))
-        return x_T1D + self.mlp_after(self.mlp(self.mlp_norm(x_T1D)))
+        normed = self.mlp_norm(x_T1D)
+        out = self.mlp(normed, sequences) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        return x_T1D + self.mlp_after(out)

@@ -24,6 +24,39 @@ def need(words: dict[str, Any], *names: str) -> None:
         raise UnknownModel(f"config.json lacks {', '.join(missing)}")
 
 
+class MoEConfig(BaseModel):
+    """The experts of a block, which take the place of its feed-forward layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    experts: int = Field(ge=1)
+    experts_per_token: int = Field(ge=1)
+    intermediate: int = Field(ge=1, description="width of one expert")
+    shared_intermediate: int = Field(0, ge=0, description="width of an expert that all tokens visit; 0 for none")
+    shared_gate: bool = Field(False, description="whether a sigmoid of the token scales the shared expert")
+    normalize: bool = Field(True, description="whether the probabilities of a token's experts are made to add up to 1")
+    balance_coefficient: float = Field(0.0, ge=0, description="of the loss that evens the experts' load")
+    z_coefficient: float = Field(0.0, ge=0, description="of the loss that keeps the router's logits small")
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "MoEConfig":
+        if self.experts_per_token > self.experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} is more than experts={self.experts}")
+        if self.shared_gate and not self.shared_intermediate:
+            raise ValueError("shared_gate=true scales a shared expert: give shared_intermediate, too")
+        return self
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the router has losses of its own."""
+        return bool(self.balance_coefficient or self.z_coefficient)
+
+    def parameters(self, width: int) -> int:
+        """Number of parameters of one block's router and experts."""
+        rows = 3 * (self.experts * self.intermediate + self.shared_intermediate) + self.experts + self.shared_gate
+        return rows * width
+
+
 class ModelConfig(BaseModel):
     """A decoder-only transformer. The defaults are Llama's."""
 
@@ -59,6 +92,7 @@ class ModelConfig(BaseModel):
     tied: bool = True
     bos_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
+    moe: MoEConfig | None = Field(None, description="experts in place of the feed-forward layer, in every block")
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +121,9 @@ class ModelConfig(BaseModel):
             f"full_layers or unrotated_layers names a layer outside 0 … {self.layers - 1}": (
                 not named <= set(range(self.layers))
             ),
+            "moe is given, and experts are gated by silu and have no biases": (
+                self.moe and (not self.gated or self.activation != "silu" or "mlp" in self.biases)
+            ),
         }
         for fault, present in faults.items():
             if present:
@@ -104,13 +141,28 @@ class ModelConfig(BaseModel):
         return self.rope if self.window_of(layer) is None else self.window_rope or self.rope
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What a layout divides, as `check_divides` takes it."""
+        moe = self.moe
+        return {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "intermediate": moe.intermediate if moe else self.intermediate,
+            "layers": self.layers,
+            "experts": moe.experts if moe else 0,
+            "shared_intermediate": moe.shared_intermediate if moe else 0,
+        }
+
+    @property
     def parameters(self) -> int:
         """Number of parameters; a tied head is counted once."""
         norm = self.width * (2 if self.norm == "layer" else 1)
         block = sum(
             (
                 2 * self.width * self.head_dim * (self.heads + self.kv_heads),
-                (3 if self.gated else 2) * self.width * self.intermediate,
+                self.moe.parameters(self.width)
+                if self.moe
+                else (3 if self.gated else 2) * self.width * self.intermediate,
                 (4 if self.norm_at == "around" else 2) * norm,
                 {None: 0, "head": 2, "width": self.heads + self.kv_heads}[self.qk_norm] * self.head_dim,
                 ("qkv" in self.biases) * self.head_dim * (self.heads + 2 * self.kv_heads),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.model.config import ModelConfig, UnknownModel, need, refuse
+from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel, need, refuse
 from lockstep.model.rope import Rope
 from lockstep.model.rope_words import Words, rope_from, rope_words
 
@@ -59,8 +59,8 @@ def to_huggingface(config: ModelConfig, dtype: str) -> Words:
         "torch_dtype": dtype,
         "dtype": dtype,
     } | family.write(config)
-    said = from_huggingface(words)
-    lost = [name for name in ModelConfig.model_fields if getattr(said, name) != getattr(config, name)]
+    said, meant = from_huggingface(words), _without_losses(config)
+    lost = [name for name in ModelConfig.model_fields if getattr(said, name) != getattr(meant, name)]
     if lost:
         raise UnknownModel(f"a config.json of model_type={config.family!r} cannot say this model's {', '.join(lost)}")
     return words
@@ -70,6 +70,14 @@ def _family(kind: str | None) -> Family:
     if kind not in FAMILIES:
         raise UnknownModel(f"model_type={kind!r} is not supported: use one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
+
+
+def _without_losses(config: ModelConfig) -> ModelConfig:
+    """The model without its routers' losses, which are a matter of training and have no words."""
+    if config.moe is None:
+        return config
+    silent = config.moe.model_copy(update={"balance_coefficient": 0.0, "z_coefficient": 0.0})
+    return config.model_copy(update={"moe": silent})
 
 
 _ACTIVATIONS = {
@@ -305,6 +313,71 @@ def _write_gpt2(config: ModelConfig) -> Words:
     }
 
 
+def _read_mixtral(words: Words) -> Words:
+    window = words.get("sliding_window")
+    moe = MoEConfig(
+        experts=words.get("num_local_experts", 8),
+        experts_per_token=words.get("num_experts_per_tok", 2),
+        intermediate=words["intermediate_size"],
+    )
+    fields = _read_llama(words, theta=1_000_000.0) | {"biases": (), "moe": moe}
+    return fields | ({} if window is None else {"window": window})
+
+
+def _write_mixtral(config: ModelConfig) -> Words:
+    return _write_mistral(config) | _expert_words(config, "num_local_experts")
+
+
+def _read_qwen_experts(words: Words, **shared: Any) -> MoEConfig:
+    for feature, present in {
+        "mlp_only_layers": words.get("mlp_only_layers"),
+        "decoder_sparse_step": words.get("decoder_sparse_step", 1) != 1,
+        "use_sliding_window": words.get("use_sliding_window"),
+    }.items():
+        refuse(feature, present)
+    need(words, "num_experts_per_tok", "moe_intermediate_size")
+    experts = words.get("num_experts") or words.get("num_local_experts")
+    if experts is None:
+        raise UnknownModel("config.json lacks num_experts")
+    return MoEConfig(
+        experts=experts,
+        experts_per_token=words["num_experts_per_tok"],
+        intermediate=words["moe_intermediate_size"],
+        normalize=words.get("norm_topk_prob", False),
+        **shared,
+    )
+
+
+def _read_qwen3_moe(words: Words) -> Words:
+    return _read_qwen3(words) | {"moe": _read_qwen_experts(words)}
+
+
+def _read_qwen2_moe(words: Words) -> Words:
+    need(words, "shared_expert_intermediate_size")
+    moe = _read_qwen_experts(words, shared_intermediate=words["shared_expert_intermediate_size"], shared_gate=True)
+    return _read_qwen2(words) | {"biases": ("qkv",) if words.get("qkv_bias", True) else (), "moe": moe}
+
+
+def _write_qwen_moe(config: ModelConfig) -> Words:
+    moe = config.moe
+    assert moe is not None
+    words = _write_llama(config) | _expert_words(config, "num_experts")
+    return words | {
+        "moe_intermediate_size": moe.intermediate,
+        "shared_expert_intermediate_size": moe.shared_intermediate,
+        "norm_topk_prob": moe.normalize,
+        "qkv_bias": "qkv" in config.biases,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+    }
+
+
+def _expert_words(config: ModelConfig, key: str) -> Words:
+    assert config.moe is not None
+    return {key: config.moe.experts, "num_experts_per_tok": config.moe.experts_per_token}
+
+
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _read_llama, _write_llama),
     "mistral": Family("MistralForCausalLM", _read_mistral, _write_mistral),
@@ -315,6 +388,9 @@ FAMILIES = {
     "gemma2": Family("Gemma2ForCausalLM", _read_gemma2, _write_gemma2),
     "gemma3_text": Family("Gemma3ForCausalLM", _read_gemma3, _write_gemma3),
     "olmo2": Family("Olmo2ForCausalLM", _read_olmo2, _write_llama),
+    "mixtral": Family("MixtralForCausalLM", _read_mixtral, _write_mixtral),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", _read_qwen2_moe, _write_qwen_moe),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen_moe),
     "gpt2": Family("GPT2LMHeadModel", _read_gpt2, _write_gpt2),
 }
 """By Hugging Face's `model_type`."""

@@ -8,13 +8,15 @@ translated where those are read and written.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from lockstep.distributed.checkpoint.spec import Box, Piece, Source, to_torch, whole
-from lockstep.model.config import ModelConfig
+from lockstep.distributed.groups import Groups
+from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.transformer import Transformer, padded_vocabulary
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -52,13 +54,16 @@ def _block_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (kv, width, "qkv"),
         "self_attn.v_proj": (kv, width, "qkv"),
         "self_attn.o_proj": (width, q, "out"),
-        "mlp.gate_proj": (model.intermediate, width, "mlp"),
-        "mlp.up_proj": (model.intermediate, width, "mlp"),
-        "mlp.down_proj": (width, model.intermediate, "mlp"),
     }
-    if not model.gated:
-        del linear["mlp.gate_proj"]
-    shapes: dict[str, tuple[int, ...]] = {}
+    if model.moe is None:
+        linear |= {
+            "mlp.gate_proj": (model.intermediate, width, "mlp"),
+            "mlp.up_proj": (model.intermediate, width, "mlp"),
+            "mlp.down_proj": (width, model.intermediate, "mlp"),
+        }
+        if not model.gated:
+            del linear["mlp.gate_proj"]
+    shapes: dict[str, tuple[int, ...]] = expert_tensors(model.moe, width) if model.moe else {}
     for name, (outputs, inputs, kind) in linear.items():
         shapes[f"{name}.weight"] = (outputs, inputs)
         if kind in model.biases:
@@ -72,6 +77,20 @@ def _block_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def expert_tensors(moe: MoEConfig, width: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the tensors of a block's router and experts, as Qwen's files name them."""
+    shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (moe.experts, width)}
+    inner = {f"mlp.experts.{expert}": moe.intermediate for expert in range(moe.experts)}
+    if moe.shared_intermediate:
+        inner["mlp.shared_expert"] = moe.shared_intermediate
+    for expert, rows in inner.items():
+        shapes |= {f"{expert}.{name}.weight": (rows, width) for name in ("gate_proj", "up_proj")}
+        shapes[f"{expert}.down_proj.weight"] = (width, rows)
+    if moe.shared_gate:
+        shapes["mlp.shared_expert_gate.weight"] = (1, width)
+    return shapes
+
+
 def _norm_tensors(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
     parts = ("weight", "bias") if model.norm == "layer" else ("weight",)
     return {f"{name}.{part}": (model.width,) for part in parts}
@@ -82,6 +101,10 @@ def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
     groups, shapes = transformer.groups, logical_tensors(transformer.model)
     replica, tensor, rank = groups.owns_replicated, groups.layout.tensor, groups.tensor_rank
     for path, parameter in transformer.named_parameters():
+        if path.endswith((".mlp.gate_up", ".mlp.down")):
+            for part in _expert_pieces(path, groups, shapes):
+                yield parameter, part
+            continue
         names, split = _logical_names(path, transformer.model)
         offset = 0
         for name in names:
@@ -98,6 +121,8 @@ def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
 
 def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None]:
     """Logical tensors that lie one after the other in a parameter, and the dim that the tensor axis splits."""
+    if not path.endswith((".weight", ".bias")):
+        path += ".weight"
     path, part = path.rsplit(".", 1)
     if not path.startswith("blocks."):
         name, split = {
@@ -117,10 +142,29 @@ def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None
         "mlp.gate_up": (["mlp.gate_proj", "mlp.up_proj"], 0),
         "mlp.up": (["mlp.up_proj"], 0),
         "mlp.down": (["mlp.down_proj"], 1 if part == "weight" else None),
+        "mlp.router": (["mlp.gate"], None),
+        "mlp.shared.gate_up": (["mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"], 0),
+        "mlp.shared.down": (["mlp.shared_expert.down_proj"], 1),
+        "mlp.shared.gate": (["mlp.shared_expert_gate"], None),
         **{norm: ([name], None) for norm, name in _NORMS[model.norm_at].items()},
     }
     names, split = within[place]
     return [f"model.layers.{layer}.{name}.{part}" for name in names], split
+
+
+def _expert_pieces(path: str, groups: Groups, shapes: dict[str, tuple[int, ...]]) -> Iterator[Piece]:
+    """Pieces of a stack [local experts, …] of matrices; ranks of the expert axis hold consecutive experts."""
+    _, layer, _, kind = path.split(".")
+    names, split = (["gate_proj", "up_proj"], 0) if kind == "gate_up" else (["down_proj"], 1)
+    experts, _ = shapes[f"model.layers.{layer}.mlp.gate.weight"]
+    local, tensor = experts // groups.layout.expert, groups.layout.tensor
+    for place in range(local):
+        offset = 0
+        for kind in names:
+            name = f"model.layers.{layer}.mlp.experts.{groups.expert_rank * local + place}.{kind}.weight"
+            part = _share(name, shapes[name], split, tensor, groups.tensor_rank, offset, groups.owns_experts)
+            offset += part.tile[0]
+            yield replace(part, local=((place, place + 1), *part.local))
 
 
 def _copy(name: str, shape: tuple[int, ...], owned: bool) -> Piece:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from lockstep.data.batch import COLUMNS, Ints, RowRules, TokenBatch, part
+from lockstep.data.batch import COLUMNS, Ints, RowRules, TokenBatch, part, sequences_of
 from lockstep.distributed.checkpoint.spec import Source
 from lockstep.distributed.context import held_places
 from lockstep.distributed.device import local_device
@@ -19,11 +19,13 @@ from lockstep.distributed.engine import Engine, StepResult
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage, megatron_config
+from lockstep.distributed.zero import experts_apart
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
 from lockstep.model.context import attention
 from lockstep.model.logprobs import token_logprobs
 from lockstep.model.loss import Columns
+from lockstep.model.moe import Sequences
 from lockstep.model.names import load
 from lockstep.model.transformer import Transformer
 
@@ -74,6 +76,7 @@ class DeviceBatch:
     targets_K: Tensor
     columns: Columns
     attend: Attend
+    sequences: Sequences
 
 
 def row_rules(layout: Layout, budget: int) -> RowRules:
@@ -91,7 +94,8 @@ def row_rules(layout: Layout, budget: int) -> RowRules:
 def to_device(batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.device) -> DeviceBatch:
     """This rank's part of a row, as tensors."""
     attend = attention(batch.documents, groups, kv_heads, device)
-    local = part(batch, _places(batch, groups))
+    places = _places(batch, groups)
+    local, (document_T, weight_D) = part(batch, places), sequences_of(batch)
 
     def tensor(name: str) -> Tensor:
         return torch.tensor(getattr(local, name)).to(device)
@@ -103,6 +107,7 @@ def to_device(batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.de
         targets_K=tensor("targets"),
         columns=Columns(*(tensor(name) for name in COLUMNS)),
         attend=attend,
+        sequences=Sequences(*(torch.tensor(column).to(device) for column in (document_T[places], weight_D))),
     )
 
 
@@ -133,7 +138,7 @@ def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay}
     plain = {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}
     return torch.optim.AdamW(
-        [g for g in (decayed, plain) if g["params"]],
+        experts_apart((decayed, plain)),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -228,7 +233,15 @@ class Trainer:
                 cap=module.model.logit_cap,
             )
 
-        return module(batch.tokens, batch.positions, batch.attend, received, chunk=chunk, finish=logp)
+        return module(
+            batch.tokens,
+            batch.positions,
+            batch.attend,
+            received,
+            chunk=chunk,
+            finish=logp,
+            sequences=batch.sequences,
+        )
 
 
 def _longest(rows: Sequence[TokenBatch]) -> int:

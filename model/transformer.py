@@ -18,6 +18,7 @@ from lockstep.model.attention import Attend
 from lockstep.model.block import Block, Norm
 from lockstep.model.config import ModelConfig
 from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed, sequence_group
+from lockstep.model.moe import Sequences
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
@@ -31,9 +32,7 @@ def check_layout(layout: Layout, model: ModelConfig) -> None:
     Raises:
         LayoutError: names the degree that was given and the degrees that would work.
     """
-    check_divides(
-        layout, heads=model.heads, kv_heads=model.kv_heads, intermediate=model.intermediate, layers=model.layers
-    )
+    check_divides(layout, **model.sizes)
 
 
 def _layers(model: ModelConfig, groups: Groups) -> list[range]:
@@ -99,6 +98,7 @@ class Transformer(nn.Module):
         *,
         chunk: int = 0,
         finish: Callable[[Tensor], Tensor] | None = None,
+        sequences: Sequences | None = None,
     ) -> Tensor:
         """Activations [T, 1, width] after the blocks of a stage; normed by the last stage, ready for `head_weight`.
 
@@ -106,6 +106,7 @@ class Transformer(nn.Module):
             received: activations of the stage before; the first stage embeds the tokens instead.
             chunk: which of this rank's virtual stages to run.
             finish: what the last stage makes of its activations; inside, because ZeRO-3 lends weights for a forward.
+            sequences: documents of the row, for the losses of experts' routers; None for no such losses.
         """
         x = received
         if self.groups.is_first_stage and chunk == 0:
@@ -113,7 +114,7 @@ class Transformer(nn.Module):
         assert x is not None
         tables = {rope: rope.table(positions_T, self.model.head_dim, x.dtype) for rope in self._ropes}
         for index in self.layers[chunk]:
-            x = self.blocks[str(index)](x, tables, attend, index)
+            x = self.blocks[str(index)](x, tables, attend, index, sequences)
         if not (self.groups.is_last_stage and chunk == len(self.layers) - 1):
             return x
         x = self.norm(x)

@@ -28,7 +28,7 @@ class Piece:
     box: Box
     """Which part of the logical tensor this is."""
     local: Box
-    """Where that part lies in the parameter; as large as `box`."""
+    """Where that part lies in the parameter: as large as `box`, after leading dims of one place each in a stack."""
     tile: tuple[int, ...]
     """Size of the regular tiles that this piece is one of; the last tile of a dim may be smaller."""
     owned: bool = True
@@ -36,7 +36,8 @@ class Piece:
 
     def view(self, parameter: Tensor) -> Tensor:
         """The part of the parameter that this piece is."""
-        return parameter.detach()[tuple(slice(a, b) for a, b in self.local)]
+        part = parameter.detach()[tuple(slice(a, b) for a, b in self.local)]
+        return part.view([b - a for a, b in self.box])
 
 
 class Source(Protocol):

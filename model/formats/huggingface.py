@@ -1,7 +1,8 @@
 """Hugging Face folders: safetensors with an index, `config.json`, tokenizer files beside them.
 
-Files name their tensors as `model/names.py` does, except GPT-2's: there q, k and v are one tensor, linear layers are
-stored as [inputs, outputs], and blocks are called `transformer.h` (or `h`, in files of the bare model).
+Files name their tensors as `model/names.py` does, except GPT-2's and Mixtral's. In GPT-2's, q, k and v are one tensor,
+linear layers are stored as [inputs, outputs], and blocks are called `transformer.h` (or `h`, in files of the bare
+model); Mixtral's have words of their own for experts.
 """
 
 import json
@@ -66,7 +67,18 @@ def _in_gpt2(name: str) -> Stored:
     return Stored(f"transformer.h.{layer}.{stored}.{kind}", name.endswith("_proj") and kind == "weight", part, parts)
 
 
-STORED: dict[str, Callable[[str], Stored]] = {"gpt2": _in_gpt2}
+_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def _in_mixtral(name: str) -> Stored:
+    block, inside, place = name.partition(".mlp.")
+    if not inside:
+        return Stored(name)
+    *experts, matrix, kind = place.split(".")
+    return Stored(".".join([block, "block_sparse_moe", *experts, _MIXTRAL.get(matrix, matrix), kind]))
+
+
+STORED: dict[str, Callable[[str], Stored]] = {"gpt2": _in_gpt2, "mixtral": _in_mixtral}
 """By family: where a logical tensor lies, for families that do not store it under its own name."""
 
 

@@ -18,6 +18,7 @@ from lockstep.data.batch import (
     pack,
     rows_for_ranks,
     sample,
+    sequences_of,
     share,
 )
 
@@ -152,3 +153,15 @@ def test_a_column_of_another_length_is_refused() -> None:
 def test_nothing_to_pack_gives_no_rows() -> None:
     assert pack([], budget=8, equal=True) == []
     assert Document((sample([1, 2], [3]),)).branches == [0]
+
+
+@given(many_samples, st.integers(1, 60), st.integers(1, 4))
+def test_documents_count_the_same_however_they_are_packed(samples: list[Sample], budget: int, ranks: int) -> None:
+    expected = [np.float32(sum(float(s.weight.sum()) for s in d.samples)) for d in documents(samples)]
+    found = []
+    for row in (row for rows in rows_for_ranks(samples, RowRules(ranks=ranks, budget=budget)) for row in rows):
+        document, weight = sequences_of(row)
+        assert [int((document == d).sum()) for d in range(len(weight))] == [sum(d) for d in row.documents]
+        assert (np.diff(document) >= 0).all()
+        found += weight[weight != 0].tolist()
+    assert sorted(found) == sorted(w for w in expected if w != 0)

@@ -20,7 +20,7 @@ from lockstep.distributed.checkpoint.store import LARGEST_CHUNK, ArrayFolder, ch
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.names import RandomWeights, logical_tensors, pieces
 from lockstep.model.train import build, transformer_of
 
@@ -28,6 +28,12 @@ SIZES: dict[str, Any] = {"width": 12, "heads": 4, "kv_heads": 2, "head_dim": 4, 
 MODELS = {
     "tied": ModelConfig(layers=3, vocabulary=31, tied=True, **SIZES),
     "untied": ModelConfig(layers=2, vocabulary=33, tied=False, **SIZES),
+    "experts": ModelConfig(
+        layers=2,
+        vocabulary=33,
+        moe=MoEConfig(experts=4, experts_per_token=2, intermediate=6, shared_intermediate=4, shared_gate=True),
+        **SIZES,
+    ),
 }
 LAYOUTS = [
     Layout(),

@@ -100,7 +100,7 @@ def test_configs_survive_a_round_trip(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"model_type": "mixtral"}, "model_type='mixtral' is not supported"),
+        ({"model_type": "phimoe"}, "model_type='phimoe' is not supported"),
         ({"model_type": None}, "model_type=None is not supported"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "rope scaling 'longrope' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),

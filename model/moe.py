@@ -1,0 +1,221 @@
+"""A mixture of experts: a router picks a few gated feed-forward layers for each token, and tokens travel to them.
+
+No token is ever dropped and no buffer has a capacity, so a token's output depends on nothing but the token. Experts are
+split over the expert axis and, within, over the tensor axis; every tensor rank sends the same tokens to the experts of
+its own tensor rank. Losses that keep the load even are means over each document, never over a micro-batch, so that
+packing changes no gradient.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.zero import as_expert
+from lockstep.model.config import MoEConfig
+from lockstep.model.functions import swiglu
+from lockstep.model.linear import ColumnLinear, RowLinear, mark, sequence_group, summed_over
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Which document each token of a row belongs to, and what each document counts in the losses."""
+
+    document_T: Tensor
+    """[T] index into `weight_D` for each token of this context rank, those of all its tensor ranks."""
+    weight_D: Tensor
+    """[D] in fp32, for all documents of the row, padding included: that weighs 0."""
+
+
+class MoE(nn.Module):
+    """Router and experts of one block."""
+
+    def __init__(self, moe: MoEConfig, width: int, groups: Groups, config: TransformerConfig) -> None:
+        super().__init__()
+        self.moe, self.groups = moe, groups
+        local, inner = moe.experts // groups.layout.expert, moe.intermediate // groups.layout.tensor
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+
+        self.router = empty(moe.experts, width)
+        self.gate_up = empty(local, 2 * inner, width)
+        self.down = empty(local, width, inner)
+        mark(self.gate_up, 1)
+        mark(self.down, 2)
+        if groups.layout.expert > 1:
+            as_expert(self.gate_up)
+            as_expert(self.down)
+        self.shared = SharedExpert(moe, width, groups, config) if moe.shared_intermediate else None
+
+    def forward(self, x_T1D: Tensor, sequences: Sequences | None = None) -> Tensor:
+        """Activations of the shape of x.
+
+        Args:
+            sequences: for the losses on the router, which only reach the gradient; None for none.
+        """
+        x_TD = self._gathered(x_T1D)[:, 0]
+        # In fp32, where transformers multiplies in the model's dtype: rounding must not decide who gets a token.
+        logits_TE = F.linear(x_TD.float(), self.router.float())
+        probability_TE = logits_TE.softmax(-1)
+        probability_TK, chosen_TK = probability_TE.topk(self.moe.experts_per_token, dim=-1)
+        if self.moe.normalize:
+            probability_TK = probability_TK / probability_TK.sum(-1, keepdim=True)
+        out = self._reduced(self._mixed(x_TD, probability_TK, chosen_TK)[:, None])
+        if sequences is not None and self.moe.has_loss and torch.is_grad_enabled():
+            loss = router_loss(self.moe, logits_TE, chosen_TK, sequences, self.groups.context)
+            out = _WithLoss.apply(out, loss, float(dist.get_world_size(self.groups.replicas)))
+        return out if self.shared is None else out + self.shared(x_T1D)
+
+    def _gathered(self, x_T1D: Tensor) -> Tensor:
+        """All tokens of the tensor ranks; what reaches the backward is the same on each of them."""
+        if not self.groups.layout.sequence:
+            return x_T1D
+        return gather_from_sequence_parallel_region(x_T1D, tensor_parallel_output_grad=False, group=self.groups.tensor)
+
+    def _reduced(self, part_T1D: Tensor) -> Tensor:
+        if self.groups.layout.sequence:
+            return reduce_scatter_to_sequence_parallel_region(part_T1D, group=self.groups.tensor)
+        return reduce_from_tensor_model_parallel_region(part_T1D, group=self.groups.tensor)
+
+    def _mixed(self, x_TD: Tensor, probability_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+        """This tensor rank's part of Σ_k probability · expert(x), added up in fp32 in the order of k."""
+        tokens, k = chosen_TK.shape
+        # Each tensor rank knows a part of every expert's output: gradients of what they share are sums over ranks.
+        x_TD = copy_to_tensor_model_parallel_region(x_TD, self.groups.tensor)
+        probability_TK = copy_to_tensor_model_parallel_region(probability_TK, self.groups.tensor)
+        expert_N = chosen_TK.flatten()
+        order = expert_N.argsort(stable=True)
+        sent = _Rearranged.apply(x_TD, order, _inverse(order), k)
+        answered = self._visited(sent, expert_N.bincount(minlength=self.moe.experts))
+        output_TKD = _Rearranged.apply(answered, _inverse(order), order, 1).view(tokens, k, -1)
+        return (output_TKD.float() * probability_TK[..., None]).sum(1).to(x_TD.dtype)
+
+    def _visited(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """What the experts make of rows that are sorted by expert, wherever those experts are."""
+        ranks = self.groups.layout.expert
+        if ranks == 1:
+            return self._computed(rows_ND, counts_E.tolist())
+        group, received_E = self.groups.expert, torch.empty_like(counts_E)
+        dist.all_to_all_single(received_E, counts_E, group=group)
+        sent, received = (c.view(ranks, -1).sum(1).tolist() for c in (counts_E, received_E))
+        # Rows arrive by rank and, within, by expert; those of one expert are to stand together.
+        local = len(self.gate_up)
+        order = torch.arange(local, device=counts_E.device).repeat(ranks).repeat_interleave(received_E)
+        order = order.argsort(stable=True)
+        arrived = _Rearranged.apply(_AllToAll.apply(rows_ND, sent, received, group), order, _inverse(order), 1)
+        outputs = self._computed(arrived, received_E.view(ranks, local).sum(0).tolist())
+        return _AllToAll.apply(_Rearranged.apply(outputs, _inverse(order), order, 1), received, sent, group)
+
+    def _computed(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
+        """Each local expert's output for its `counts` rows; one without rows still gets a gradient, of zeros."""
+        parts = zip(rows_ND.split(counts), self.gate_up.unbind(), self.down.unbind(), strict=True)
+        return torch.cat([F.linear(swiglu(F.linear(x, gate_up)), down) for x, gate_up, down in parts])
+
+
+class SharedExpert(nn.Module):
+    """A gated feed-forward layer that all tokens visit, scaled by a sigmoid of the token where it has a gate."""
+
+    def __init__(self, moe: MoEConfig, width: int, groups: Groups, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_up = ColumnLinear(width, 2 * moe.shared_intermediate, config)
+        self.down = RowLinear(moe.shared_intermediate, width, config)
+        self.gate = nn.Parameter(torch.empty(1, width, dtype=config.params_dtype)) if moe.shared_gate else None
+        self._parts = sequence_group(groups)
+
+    def forward(self, x_T1D: Tensor) -> Tensor:
+        out = self.down(swiglu(self.gate_up(x_T1D)))
+        return out if self.gate is None else torch.sigmoid(F.linear(x_T1D, summed_over(self.gate, self._parts))) * out
+
+
+def router_loss(
+    moe: MoEConfig, logits_TE: Tensor, chosen_TK: Tensor, sequences: Sequences, context: ProcessGroup
+) -> Tensor:
+    """This context rank's part of Σ_d w_d · (balance · E · Σ_e f_e·P_e + z · mean of (log Σ_e exp logit_e)²).
+
+    Over the tokens of document d, f_e is the share of choices that fall on expert e and P_e the mean probability of e
+    (Fedus et al. 2021, eq. 4 to 6, of each document by itself); the second mean is the z loss of Zoph et al. 2022,
+    eq. 5. Only choices are counted over context ranks: the loss is linear in what depends on one token alone.
+    """
+    experts, k = logits_TE.shape[1], chosen_TK.shape[1]
+    document_T, weight_D = sequences.document_T, sequences.weight_D
+    cells = document_T[:, None] * experts + chosen_TK
+    counts_DE = cells.flatten().bincount(minlength=len(weight_D) * experts).view(-1, experts)
+    if context.size() > 1:
+        dist.all_reduce(counts_DE, group=context)
+    choices_D = counts_DE.sum(1).clamp(min=1)
+    share_DE = counts_DE / choices_D[:, None]
+    balance_T = experts * (share_DE[document_T] * logits_TE.softmax(-1)).sum(-1)
+    loss_T = moe.balance_coefficient * balance_T + moe.z_coefficient * logits_TE.logsumexp(-1).square()
+    return ((weight_D * k / choices_D)[document_T] * loss_T).sum()
+
+
+class _WithLoss(torch.autograd.Function):
+    """Activations as they are; their backward starts that of a loss, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(torch.full_like(loss, scale))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return gradients[0], scale, None
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes another."""
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return back
+
+
+class _Rearranged(torch.autograd.Function):
+    """Every row k times, permuted: out[i] = x[order[i] // k]. Gradients are added in the order of the copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, back_N: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(back_N)
+        ctx.k = k
+        return x_TD.index_select(0, order_N // k if k > 1 else order_N)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (back_N,) = ctx.saved_tensors
+        d_ND = gradients[0].index_select(0, back_N)
+        if ctx.k > 1:
+            d_ND = d_ND.view(-1, ctx.k, d_ND.shape[1]).float().sum(1).to(d_ND.dtype)
+        return d_ND, None, None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    """Consecutive rows to each rank of a group; gradients travel back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+        ctx.exchange = sent, received, group
+        return _exchanged(rows_ND, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        sent, received, group = ctx.exchange
+        return _exchanged(gradients[0], received, sent, group), None, None, None
+
+
+def _exchanged(rows_ND: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+    arrived = rows_ND.new_empty(sum(received), rows_ND.shape[1])
+    dist.all_to_all_single(arrived, rows_ND.contiguous(), received, sent, group=group)
+    return arrived
