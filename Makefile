@@ -5,13 +5,14 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint bench
+.PHONY: help quickstart test lint bench parity
 
 help:
 	@echo "make quickstart [MODEL=folder or GGUF] [SEED=n] [ARGS='--set key=value']   train a small model from a reward"
 	@echo "make test       [ARGS='-k name']   run the tests"
 	@echo "make lint                          ruff, mypy, direction of imports"
 	@echo "make bench      [ARGS=…]           compare one GRPO step with TRL's"
+	@echo "make parity                        compare every kind of layout with one process (half an hour)"
 	@echo "Each makes $(VENV) on first use; PYTHON=python3.12 chooses the interpreter."
 
 quickstart: $(VENV)/installed
@@ -28,6 +29,30 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/grpo_vs_trl.py $(ARGS)
+
+# Every axis alone, then mixtures, up to 8 processes; a model may leave out what it cannot be split by.
+TENSOR   := tensor=2 tensor=4 tensor=2,sequence=true tensor=4,sequence=true
+PIPELINE := pipeline=2 pipeline=4 pipeline=2,virtual=2 "pipeline=2,stages=[1,3]"
+CONTEXT  := context=2 context=4 context=2,context_by=ring context=4,context_by=ring
+DATA     := data=2,zero=0 data=2 data=2,zero=2 data=2,zero=3 data=4,zero=3 data=2,zero=2,offload=true \
+            pipeline=2,data=2 pipeline=2,data=2,zero=0 pipeline=2,data=2,zero=2 pipeline=2,virtual=2,data=2,zero=2
+EXPERT   := expert=2 expert=4 expert=2,data=2,zero=0 expert=2,data=2,zero=2 expert=2,tensor=2,sequence=true
+MIXTURES := tensor=2,pipeline=2,data=2 tensor=2,sequence=true,pipeline=2,virtual=2,data=2,zero=2 \
+            tensor=2,context=2,data=2,zero=3 tensor=2,sequence=true,pipeline=2,context=2 \
+            pipeline=2,context=2,data=2,zero=2 tensor=2,context=4,context_by=ring
+EXPERT_MIXTURES := tensor=2,sequence=true,pipeline=2,expert=2 pipeline=2,virtual=2,expert=2,data=2,zero=2 \
+            tensor=2,context=2,expert=2 context=2,expert=2,data=2
+MOE  := 'model.config.moe={experts=4,experts_per_token=2,intermediate=48,balance_coefficient=0.02,z_coefficient=0.001}'
+GPT2 := 'model.config.family="gpt2"' 'model.config.activation="gelu_tanh"' model.config.gated=false \
+        'model.config.biases=["qkv","out","mlp"]' 'model.config.norm="layer"' \
+        model.config.rope=learned model.config.kv_heads=8
+PARITY := $(BIN)/lockstep parity recipes/parity-tiny.toml --steps 20
+
+parity: $(VENV)/installed
+	$(PARITY) --set model.config.tied=true --layouts $(TENSOR) $(PIPELINE) $(CONTEXT) $(DATA) $(MIXTURES)
+	$(PARITY) --set model.config.tied=false --layouts $(TENSOR) $(PIPELINE) $(DATA) $(MIXTURES)
+	$(PARITY) $(addprefix --set ,$(GPT2)) --layouts $(TENSOR) $(PIPELINE) $(CONTEXT) $(DATA) $(MIXTURES)
+	$(PARITY) --set $(MOE) --layouts $(TENSOR) $(PIPELINE) $(CONTEXT) $(DATA) $(EXPERT) $(MIXTURES) $(EXPERT_MIXTURES)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \

@@ -9,6 +9,7 @@ import difflib
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -145,7 +146,7 @@ def parse_layout(text: str) -> Layout:
         RecipeError: one sentence on what is wrong.
     """
     values: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in text.replace(";", ",").split(","))):
+    for part in filter(None, map(str.strip, re.split(r",(?![^\[]*\])", text))):  # not at the commas of a list
         _apply(values, part)
     try:
         return Layout.model_validate_json(json.dumps(values), strict=True)

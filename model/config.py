@@ -2,7 +2,15 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from lockstep.model.rope import Rope
 
@@ -85,7 +93,7 @@ class ModelConfig(BaseModel):
     logit_cap: float | None = Field(None, gt=0, description="logits likewise")
     window: int | None = Field(None, ge=1, description="tokens that a layer sees, its own included; None: all")
     full_layers: tuple[int, ...] = Field((), description="layers that see all tokens in spite of the window")
-    rope: Rope | None = Field(Rope(), description="None: learned positions, added to the embedding")
+    rope: Rope | None = Field(Rope(), description='"learned": positions are added to the embedding instead')
     window_rope: Rope | None = Field(None, description="of the layers with a window, where it is another")
     unrotated_layers: tuple[int, ...] = Field((), description="layers without rotary positions")
     embedding_scale: float = Field(1.0, gt=0, description="what embeddings are multiplied by")
@@ -94,14 +102,25 @@ class ModelConfig(BaseModel):
     eos_tokens: tuple[int, ...] = ()
     moe: MoEConfig | None = Field(None, description="experts in place of the feed-forward layer, in every block")
 
+    @field_validator("rope", mode="before")
+    @classmethod
+    def _learned_is_none(cls, given: Any) -> Any:
+        return None if given == "learned" else given
+
+    @model_serializer(mode="wrap")
+    def _none_is_learned(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A word, because TOML has no null."""
+        return serialized(self) | ({"rope": "learned"} if self.rope is None else {})
+
     @model_validator(mode="before")
     @classmethod
-    def _reads_version_0_1(cls, given: Any) -> Any:
-        """Checkpoints of version 0.1 say `rope_theta`, and `rope` was not there."""
-        if isinstance(given, dict) and "rope_theta" in given:
-            rest = {name: value for name, value in given.items() if name != "rope_theta"}
-            return {"rope": {"theta": given["rope_theta"]}} | rest
-        return given
+    def _reads_files(cls, given: Any) -> Any:
+        """Lists are tuples in files; and checkpoints of version 0.1 say `rope_theta`, and `rope` was not there."""
+        if not isinstance(given, dict):
+            return given
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        theta = values.pop("rope_theta", None)
+        return values if theta is None else {"rope": {"theta": theta}} | values
 
     @model_validator(mode="after")
     def _is_possible(self) -> "ModelConfig":

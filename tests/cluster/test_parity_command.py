@@ -48,6 +48,9 @@ def test_what_cannot_run_is_one_sentence(words: tuple[str, ...], sentence: str, 
 
 def test_a_layout_is_read_from_its_keys() -> None:
     assert parse_layout("tensor=2,sequence=true, zero=2") == Layout(tensor=2, sequence=True, zero=2)
+    assert parse_layout("pipeline=2,stages=[1,3],context_by=ring") == Layout(
+        pipeline=2, stages=(1, 3), context_by="ring"
+    )
     with pytest.raises(RecipeError, match="zero=4"):
         parse_layout("zero=4")
 

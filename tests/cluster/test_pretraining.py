@@ -2,12 +2,13 @@
 
 import json
 import math
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lockstep.cluster.config import RecipeError, load_recipe
+from lockstep.cluster.config import RecipeError, load_recipe, parse, to_toml
 from lockstep.data.store import Store
 from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.checkpoint.manager import Checkpoint
@@ -88,6 +89,13 @@ def test_text_that_cannot_be_read_is_one_sentence_and_nothing_is_written(tmp_pat
 def test_a_recipe_trains_on_text_or_on_problems() -> None:
     with pytest.raises(RecipeError, match=r"with \[pretrain\], or on problems"):
         load_recipe(RECIPE, ["rl.steps=1"])
+
+
+def test_learned_positions_survive_a_recipe_and_its_resolved_form() -> None:
+    recipe = load_recipe(RECIPE, ["model.config.rope=learned", "model.config.kv_heads=8"])
+    assert recipe.model.config is not None
+    assert recipe.model.config.rope is None
+    assert parse(tomllib.loads(to_toml(recipe))) == recipe
 
 
 def test_random_documents_end_in_token_0_and_mostly_follow_a_rule(tmp_path: Path) -> None:

@@ -131,8 +131,9 @@ def train(groups: Groups, folder: Path, steps: int, row_tokens: int, dtype: torc
         rows = rows_for_ranks(global_batch(source.config.vocabulary, step % 2), row_rules(groups.layout, row_tokens))
         result = trainer.step(rows[groups.data_rank], nll, 1e-3)
         history.append((result.values["loss"], result.grad_norm))
-    held = pieces(transformer_of(stage))
-    return history, [(p.name, p.box, p.view(t).float().clone().numpy()) for t, p in held if p.owned]
+    with trainer.engine.whole_weights():
+        held = pieces(transformer_of(stage))
+        return history, [(p.name, p.box, p.view(t).float().clone().numpy()) for t, p in held if p.owned]
 
 
 @pytest.fixture(scope="module")
