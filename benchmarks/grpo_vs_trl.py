@@ -27,7 +27,7 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.model.loss import Clip, token_loss
-from lockstep.model.train import OptimizerConfig
+from lockstep.model.train import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
 from lockstep.rl.rollout.sampler import SamplingConfig
 from lockstep.rl.types import Prompt
@@ -75,7 +75,7 @@ class _System:
 
     def __init__(self, checkpoint: Path) -> None:
         self.optimizer = OptimizerConfig(learning_rate=2e-5)
-        self.policy = Policy(Layout(data=2), threads=1, row_tokens=2048)
+        self.policy = Policy(Layout(data=2), threads=1, trainer=TrainerConfig())
         self.rollouts, self.verifiers = Rollouts(1, threads=threads_for(1)), Verifiers(1, 1, 2.0)
         calls = self.policy.start(checkpoint, "bfloat16", self.optimizer, 1.0)
         gather(calls + self.rollouts.start(checkpoint, "bfloat16", 64, 256))

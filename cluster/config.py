@@ -22,6 +22,7 @@ from lockstep.data.problems import TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.pretrain import PretrainConfig
+from lockstep.model.train import TrainerConfig
 from lockstep.rl.recipes import RLConfig, SupervisedConfig
 
 
@@ -42,12 +43,6 @@ class SourceConfig(_Section):
     config: ModelConfig | None = Field(None, description="start from random weights of this shape instead")
     tokenizer: str | None = Field(None, description="for random weights: a folder, checkpoint or .gguf file with one")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-
-class TrainerConfig(_Section):
-    """How the trainer's processes work."""
-
-    row_tokens: int = Field(2048, ge=1, description="tokens of a packed row, which is the micro-batch")
 
 
 class RolloutConfig(_Section):

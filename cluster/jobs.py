@@ -181,7 +181,7 @@ def _run_phases(recipe: Recipe, split: Split, run: RunFolder, progress: Progress
 def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, Verifiers]:
     sampling = recipe.rl.sampling if recipe.rl else None
     checkpoint = checkpoint.resolve()
-    policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), row_tokens=recipe.trainer.row_tokens)
+    policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
     rollouts = Rollouts(recipe.rollout.workers, threads=threads_for(recipe.rollout.workers))
     verifiers = Verifiers(recipe.verifier.workers, recipe.verifier.processes, recipe.verifier.deadline)
     calls = rollouts.start(checkpoint, recipe.model.dtype, recipe.rollout.slots, recipe.rollout.length)

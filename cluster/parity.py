@@ -28,9 +28,8 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.loss import nll
 from lockstep.model.names import logical_tensors, pieces
 from lockstep.model.pretrain import PretrainConfig
-from lockstep.model.train import Trainer, build, row_rules
+from lockstep.model.train import DTYPES, Trainer, TrainerConfig, build, describe, row_rules
 from lockstep.model.transformer import check_layout
-from lockstep.rl.actors import DTYPES, describe
 
 FP32_BOUND = {"loss": 2e-5, "norm": 2e-5, "weights": 1e-4}
 """Largest relative differences in fp32."""
@@ -48,7 +47,7 @@ class Job:
     dtype: str
     pretrain: PretrainConfig
     data: PretrainingConfig
-    row_tokens: int
+    trainer: TrainerConfig
     seed: int
     steps: int
 
@@ -125,7 +124,7 @@ def _job(recipe: Recipe, source: Source, model: ModelConfig, steps: int, folder:
         dtype=recipe.model.dtype,
         pretrain=pretrain,
         data=pretrain.data or random_data(folder / "random", model, pretrain, recipe.seed),
-        row_tokens=recipe.trainer.row_tokens,
+        trainer=recipe.trainer,
         seed=recipe.seed,
         steps=steps,
     )
@@ -142,9 +141,9 @@ def random_data(store: Path, model: ModelConfig, config: PretrainConfig, seed: i
 def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baseline: bool) -> Course:
     """One rank of a world that trains; the baseline's weights are saved, all others are compared with them."""
     stage = build(job.model, groups, DTYPES[job.dtype], manager.Checkpoint(job.start))
-    trainer = Trainer(stage, groups, job.pretrain.optimizer)
+    trainer = Trainer(stage, groups, job.pretrain.optimizer, recompute=job.trainer.recompute)
     data = PretrainingData(job.data, seed=job.seed, vocabulary=job.model.vocabulary)
-    rules = row_rules(groups.layout, job.row_tokens)
+    rules = row_rules(groups.layout, job.trainer.row_tokens)
     losses, norms = [], []
     for step in range(1, job.steps + 1):
         rows = data.rows(job.pretrain.samples(step), rules, groups.data_rank)

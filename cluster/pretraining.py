@@ -33,9 +33,9 @@ def run_pretraining(recipe: Recipe, run: RunFolder, progress: Progress) -> None:
     start = write_checkpoint(source, model, files, recipe.folder / "model")
     data = config.data or random_data(recipe.folder / "random", model, config, recipe.seed)
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
-    policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), row_tokens=recipe.trainer.row_tokens)
+    policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
     gather(policy.start(start.resolve(), recipe.model.dtype, config.optimizer, 1.0))
-    policy.call("open_text", config, data, recipe.seed, recipe.trainer.row_tokens)
+    policy.call("open_text", config, data, recipe.seed)
     flops, peak = training_flops(model, data.length), sum(policy.call("peak_flops"))
     progress.say(
         f"{model.parameters / 1e6:.1f}M parameters, {flops / 1e9:.3f} GFLOP a token (6 per weight in a product, and "

@@ -14,10 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from rich.table import Table
 
-from lockstep.cluster.charts import Point, Series, line_chart, number, point_chart
+from lockstep.cluster.charts import number
+from lockstep.cluster.curves import charts, column, count_of, of_phase, value_of, wilson
 from lockstep.cluster.display import duration
 from lockstep.cluster.records import METRICS, RECIPE, STAGES, Record, RunFolder, replace_file
 
@@ -77,25 +77,6 @@ class Pair:
         return "fixed" if now else "still wrong"
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A titled picture with a sentence below it."""
-
-    title: str
-    svg: Markup
-    note: str
-
-
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of correct out of total, as fractions; 0 to 1 where total is 0 (Wilson, 1927)."""
-    if total <= 0:
-        return 0.0, 1.0
-    share, square = correct / total, z * z / total
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(max(0.0, share * (1 - share)) / total + square / (4 * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def write_report(run: Path) -> Path:
     """Write report.html into the run folder and return its path.
 
@@ -120,8 +101,8 @@ def summary_table(run: Path) -> Table:
     folder = RunFolder.open(run)
     records = folder.metrics()
     table = Table(title=str(folder.summary()["name"]), caption=_facts_lines(folder, records), caption_justify="left")
-    if _of(records, "pretrain"):
-        return _loss_rows(table, _of(records, "held_out"))
+    if of_phase(records, "pretrain"):
+        return _loss_rows(table, of_phase(records, "held_out"))
     table.add_column("held-out")
     for heading in ("accuracy", "95% interval", "correct", "ungradable", "gain"):
         table.add_column(heading, justify="right")
@@ -137,8 +118,8 @@ def _loss_rows(table: Table, records: Sequence[Record]) -> Table:
     for heading in ("step", "held-out loss", "perplexity"):
         table.add_column(heading, justify="right")
     for record in records:
-        loss, perplexity = (number(_value(record, key)) for key in ("loss", "perplexity"))
-        table.add_row(str(_count(record, "step")), loss, perplexity)
+        loss, perplexity = (number(value_of(record, key)) for key in ("loss", "perplexity"))
+        table.add_row(str(count_of(record, "step")), loss, perplexity)
     return table
 
 
@@ -158,7 +139,7 @@ def _page(folder: RunFolder) -> dict[str, object]:
         "gain": stages[-1].accuracy - stages[0].accuracy if len(stages) > 1 else None,
         "facts": _facts(folder, records),
         "split": _mapping(summary.get("split")),
-        "charts": _charts(records),
+        "charts": charts(records),
         "pairs": _choose(pairs),
         "counts": {change: sum(pair.change == change for pair in pairs) for change in CHANGES},
         "compared": (first, last),
@@ -172,14 +153,14 @@ def _stages(folder: RunFolder, records: Sequence[Record]) -> list[Stage]:
     """Rows of the summary, and from the metrics what a killed run had not yet summarised."""
     rows = folder.summary().get("rows")
     found = {str(row.get("stage")): row for row in rows or [] if isinstance(row, Mapping)}
-    for record in _of(records, "eval"):
+    for record in of_phase(records, "eval"):
         if record.get("stage") in STAGES:
             found.setdefault(str(record["stage"]), record)
     order = sorted(found, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
     stages: list[Stage] = []
     for name in order:
-        correct, total, ungradable = (_count(found[name], key) for key in ("correct", "total", "ungradable"))
-        accuracy = _value(found[name], "accuracy")
+        correct, total, ungradable = (count_of(found[name], key) for key in ("correct", "total", "ungradable"))
+        accuracy = value_of(found[name], "accuracy")
         accuracy = accuracy if math.isfinite(accuracy) else correct / max(1, total)
         gain = accuracy - stages[-1].accuracy if stages else None
         stages.append(Stage(name, accuracy, correct, total, ungradable, gain))
@@ -189,17 +170,17 @@ def _stages(folder: RunFolder, records: Sequence[Record]) -> list[Stage]:
 def _facts(folder: RunFolder, records: Sequence[Record]) -> dict[str, str]:
     """Steps, wall time and speed, as heading and words."""
     summary = folder.summary()
-    seconds = max([_value(summary, "seconds", 0.0), *(_value(record, "time", 0.0) for record in records)])
-    if steps := _of(records, "pretrain"):
-        speed, share = (_middle(_column(steps, key)) for key in ("train_tokens_per_second", "mfu"))
+    seconds = max([value_of(summary, "seconds", 0.0), *(value_of(record, "time", 0.0) for record in records)])
+    if steps := of_phase(records, "pretrain"):
+        speed, share = (_middle(column(steps, key)) for key in ("train_tokens_per_second", "mfu"))
         return {
             "steps": str(len(steps)),
             "wall time": duration(seconds),
             "train speed": f"{number(speed)} tokens/s",
             "share of the measured peak": _percent(share),
         }
-    facts = {"RL steps": str(len(_of(records, "rl"))), "wall time": duration(seconds)}
-    if supervised := _of(records, "sft"):
+    facts = {"RL steps": str(len(of_phase(records, "rl"))), "wall time": duration(seconds)}
+    if supervised := of_phase(records, "sft"):
         facts = {"supervised steps": str(len(supervised))} | facts
     for name in ("rollout", "train"):
         speed = _speed(summary, records, f"{name}_tokens_per_second")
@@ -220,96 +201,11 @@ def _facts_lines(folder: RunFolder, records: Sequence[Record]) -> str:
 
 def _speed(summary: Record, records: Sequence[Record], key: str) -> float:
     """The summary's figure, or the mean over RL steps where the run has not written one."""
-    recorded = _value(_mapping(summary.get("speed")), key)
+    recorded = value_of(_mapping(summary.get("speed")), key)
     if math.isfinite(recorded):
         return recorded
-    speeds = [value for value in _column(_of(records, "rl"), key) if math.isfinite(value)]
+    speeds = [value for value in column(of_phase(records, "rl"), key) if math.isfinite(value)]
     return sum(speeds) / len(speeds) if speeds else math.nan
-
-
-def _charts(records: Sequence[Record]) -> list[Chart]:
-    rl, sft = _of(records, "rl"), _of(records, "sft")
-    if text := _of(records, "pretrain"):
-        return _pretrain_charts(text, _of(records, "held_out"))
-    charts = [
-        _accuracy_chart(records),
-        _chart("Reward", rl, {"reward": "reward"}, "mean reward", "Mean over the completions of each step."),
-        _chart("KL to the reference", rl, {"kl": "KL"}, "nats per token", "How far the policy moved from its start."),
-        _chart("Entropy", rl, {"entropy": "entropy"}, "nats per token", "Falls as the policy grows sure of its words."),
-        _speed_chart(rl),
-        _mismatch_chart(rl),
-        _chart("Completion length", rl, {"completion_tokens": "length"}, "tokens", "", True),
-    ]
-    if sft:
-        charts.append(_chart("Supervised loss", sft, {"loss": "loss"}, "nats per token", "", x_label="supervised step"))
-    return charts
-
-
-def _pretrain_charts(text: Sequence[Record], held_out: Sequence[Record]) -> list[Chart]:
-    of = {
-        "Loss": (text, "loss", "nats per token"),
-        "Held-out loss": (held_out, "loss", "nats per token"),
-        "Gradient norm": (text, "grad_norm", "before clipping"),
-        "Learning rate": (text, "learning_rate", ""),
-        "Speed": (text, "train_tokens_per_second", "tokens per second"),
-    }
-    return [
-        _chart(title, records, {key: title.lower()}, unit, "", title == "Speed", "step")
-        for title, (records, key, unit) in of.items()
-        if records
-    ]
-
-
-def _chart(
-    title: str,
-    records: Sequence[Record],
-    names: Mapping[str, str],
-    unit: str,
-    note: str,
-    zero: bool = False,
-    x_label: str = "RL step",
-) -> Chart:
-    """Columns of the records over their steps, each with its moving average."""
-    steps = _column(records, "step")
-    series = [Series(name, steps, _column(records, key)) for key, name in names.items()]
-    window = max(3, len(records) // 10) if len(records) > 5 else 1
-    if window > 1 and len(series) > 1:
-        note = f"{note} Faint: each step; firm: mean of the last {window}.".strip()
-    return Chart(title, Markup(line_chart(title, series, x_label, unit, window, zero)), note)
-
-
-def _speed_chart(rl: Sequence[Record]) -> Chart:
-    names = {"rollout_tokens_per_second": "rollout", "train_tokens_per_second": "training"}
-    return _chart("Speed", rl, names, "tokens per second", "", zero=True)
-
-
-def _mismatch_chart(rl: Sequence[Record]) -> Chart:
-    """Rollout against trainer; the largest difference would dwarf the mean, so it stands in the note."""
-    largest = [value for value in _column(rl, "mismatch_max") if math.isfinite(value)]
-    note = "Rollout engine against trainer, on the same tokens and weights."
-    if largest and max(largest) == 0:
-        note = f"{note} Zero at every token of the run: the two agree bit for bit."
-    elif largest:
-        note = f"{note} Largest at any token of the run: {number(max(largest))}."
-    names = {"mismatch_mean": "mismatch"}
-    return _chart("Rollout–trainer mismatch", rl, names, "log-prob difference, nats", note, zero=True)
-
-
-def _accuracy_chart(records: Sequence[Record]) -> Chart:
-    """Held-out accuracy over all updates made so far, whichever stage made them."""
-    points: list[Point] = []
-    updates, supervised = 0, len(_of(records, "sft"))
-    for record in records:
-        updates += record.get("phase") in ("sft", "rl")
-        if record.get("phase") == "eval":
-            low, high = wilson(_count(record, "correct"), _count(record, "total"))
-            stage = str(record.get("stage", ""))
-            label = stage if stage in STAGES else ""
-            points.append(Point(updates, 100 * _value(record, "accuracy"), 100 * low, 100 * high, label))
-    marks = [Point(supervised, 0, 0, 0, "RL begins")] if supervised and _of(records, "rl") else []
-    title, x_label = "Held-out accuracy", "updates, supervised and RL" if supervised else "RL step"
-    svg = point_chart(title, points, x_label, "percent correct", marks)
-    return Chart(title, Markup(svg), "Bars are 95% Wilson intervals.")
 
 
 def _pairs(before: Iterable[Record], after: Iterable[Record]) -> list[Pair]:
@@ -349,32 +245,14 @@ def _missing(
     records: Sequence[Record], stages: Sequence[Stage], evaluations: Sequence[str], recipe: str | None
 ) -> list[str]:
     """Sentences about what a whole run would have left and this one has not, or not yet."""
-    if _of(records, "pretrain"):
+    if of_phase(records, "pretrain"):
         return [] if recipe is not None else [f"There is no {RECIPE}."]
     measured = {stage.name for stage in stages}
-    expected = [name for name in STAGES if name != "supervised" or _of(records, "sft")]
+    expected = [name for name in STAGES if name != "supervised" or of_phase(records, "sft")]
     sentences = [f"There is no held-out measurement “{name}”." for name in expected if name not in measured]
     sentences += [f"No completions were kept for “{name}”." for name in STAGES if name in measured - set(evaluations)]
-    sentences += [] if _of(records, "rl") else [f"There is no RL step in {METRICS}."]
+    sentences += [] if of_phase(records, "rl") else [f"There is no RL step in {METRICS}."]
     return sentences + ([] if recipe is not None else [f"There is no {RECIPE}."])
-
-
-def _of(records: Iterable[Record], phase: str) -> list[Record]:
-    return [record for record in records if record.get("phase") == phase]
-
-
-def _column(records: Iterable[Record], key: str) -> list[float]:
-    return [_value(record, key) for record in records]
-
-
-def _value(record: Mapping[str, object], key: str, default: float = math.nan) -> float:
-    value = record.get(key)
-    return float(value) if isinstance(value, int | float) else default
-
-
-def _count(record: Mapping[str, object], key: str) -> int:
-    value = _value(record, key, 0.0)
-    return int(value) if math.isfinite(value) else 0
 
 
 def _mapping(value: object) -> dict[str, object]:

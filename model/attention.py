@@ -4,13 +4,14 @@ The block hands its queries, keys and values to an `Attend`; training passes `Do
 So one block serves both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lockstep.model.functions import soft_capped
 
@@ -39,6 +40,22 @@ class Attend(Protocol):
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """Mixed values [T, H, E] for T tokens, H query heads, G key-value heads and head width E."""
         ...
+
+
+class Recomputed:
+    """An `Attend` that keeps queries, keys and values only and is computed again in the backward pass."""
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
+        """See `Attend`."""
+        return recomputed(self._attend, layer, q_THE, k_TGE, v_TGE, scoring)
+
+
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), whose activations are computed again in the backward pass (Chen et al. 2016)."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class DocumentAttention:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,10 @@ from lockstep.model.logprobs import token_logprobs
 from lockstep.model.loss import Columns
 from lockstep.model.moe import Sequences
 from lockstep.model.names import load
-from lockstep.model.transformer import Transformer
+from lockstep.model.transformer import Recompute, Transformer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What models can be computed in, by the names that recipes use."""
 
 Objective = Callable[[Tensor, Columns], tuple[Tensor, dict[str, Tensor]]]
 
@@ -64,6 +67,15 @@ class OptimizerConfig(BaseModel):
             left = 1.0
         fallen = self.final_share + (1 - self.final_share) * min(1.0, left)
         return self.learning_rate * min(fallen, step / (self.warmup_steps + 1))
+
+
+class TrainerConfig(BaseModel):
+    """How the trainer's processes work."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    row_tokens: int = Field(2048, ge=1, description="tokens of a packed row, which is the micro-batch")
+    recompute: Recompute = Field("none", description="activations to compute again in the backward pass: less memory")
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,11 @@ def build(model: ModelConfig, groups: Groups, dtype: torch.dtype, source: Source
     return Stage(transformer, config)
 
 
+def describe(model: ModelConfig, layout: Layout) -> dict[str, Any]:
+    """What a checkpoint's manifest says of its content."""
+    return {"model": model.model_dump(), "layout": layout.model_dump()}
+
+
 def transformer_of(stage: Stage) -> Transformer:
     """The transformer inside a stage."""
     assert isinstance(stage.module, Transformer)
@@ -149,13 +166,22 @@ def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 class Trainer:
     """One rank of the policy: scores rows and learns from them."""
 
-    def __init__(self, stage: Stage, groups: Groups, optimizer: OptimizerConfig, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        groups: Groups,
+        optimizer: OptimizerConfig,
+        *,
+        temperature: float = 1.0,
+        recompute: Recompute = "none",
+    ) -> None:
         """
         Args:
             temperature: divides the logits, as it did when the tokens were sampled.
         """
         self.stage, self.groups = stage, groups
         self.transformer = transformer_of(stage)
+        self.transformer.recompute = recompute
         self._temperature = temperature
         self.engine = Engine(
             stage,

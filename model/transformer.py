@@ -5,6 +5,7 @@ a batch of one.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from megatron.core import tensor_parallel
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, check_divides, ranges, stage_layers
-from lockstep.model.attention import Attend
+from lockstep.model.attention import Attend, Recomputed, recomputed
 from lockstep.model.block import Block, Norm
 from lockstep.model.config import ModelConfig
 from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed, sequence_group
 from lockstep.model.moe import Sequences
+
+Recompute = Literal["none", "selective", "full"]
+"""Activations that the backward pass computes again: none, those of attention, or all inside of a block."""
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
@@ -73,6 +77,7 @@ class Transformer(nn.Module):
             if not model.tied:
                 self.head = ColumnLinear(model.width, rows, config)
         self._packed_head: PackedWeight | None = None
+        self.recompute: Recompute = "none"
 
     def pack(self) -> None:
         """Reorder the weights as they are now for inference; call it again whenever they have changed."""
@@ -113,8 +118,12 @@ class Transformer(nn.Module):
             x = self._embedded(tokens_T, positions_T)
         assert x is not None
         tables = {rope: rope.table(positions_T, self.model.head_dim, x.dtype) for rope in self._ropes}
+        again = self.recompute if torch.is_grad_enabled() else "none"
+        if again == "selective":
+            attend = Recomputed(attend)
         for index in self.layers[chunk]:
-            x = self.blocks[str(index)](x, tables, attend, index, sequences)
+            arguments = self.blocks[str(index)], x, tables, attend, index, sequences
+            x = recomputed(*arguments) if again == "full" else arguments[0](*arguments[1:])
         if not (self.groups.is_last_stage and chunk == len(self.layers) - 1):
             return x
         x = self.norm(x)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
@@ -22,16 +21,25 @@ from lockstep.data.loader import PretrainingConfig, PretrainingData
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.engine import StepResult
-from lockstep.distributed.groups import alone, host_meeting, join, meeting_at
+from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.flops import peak_flops
 from lockstep.model.names import pieces
 from lockstep.model.pretrain import PretrainConfig, Pretraining
-from lockstep.model.train import Objective, OptimizerConfig, Trainer, build, row_rules, transformer_of
-from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.model.train import (
+    DTYPES,
+    Objective,
+    OptimizerConfig,
+    Trainer,
+    TrainerConfig,
+    build,
+    describe,
+    row_rules,
+)
+from lockstep.rl.rollout.engine import load_rollout_engine
 from lockstep.rl.rollout.sampler import SamplingConfig
-from lockstep.rl.sync import Shard, shards_of
+from lockstep.rl.sync import Held, Shard, shards_of
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.verifiers.pool import VerifierPool
 from lockstep.rl.verifiers.verdict import Verdict
@@ -46,9 +54,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """What worker processes are started with."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 GRACE_S = 3.0
 """After the first failure, how long others may take to be heard."""
@@ -127,9 +132,9 @@ class _Named:
 class PolicyWorker(_Named):
     """One rank of the trainer's world."""
 
-    def __init__(self, layout: Layout, rank: int, threads: int) -> None:
+    def __init__(self, layout: Layout, rank: int, threads: int, config: TrainerConfig) -> None:
         super().__init__("policy", rank, threads)
-        self.layout = layout
+        self.layout, self.config = layout, config
 
     def host(self) -> tuple[str, int]:
         """Host the ranks' meeting; returns this node's address and the port."""
@@ -146,7 +151,7 @@ class PolicyWorker(_Named):
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
         stage = build(self.model, groups, DTYPES[dtype], source)
-        self.trainer = Trainer(stage, groups, optimizer, temperature=temperature)
+        self.trainer = Trainer(stage, groups, optimizer, temperature=temperature, recompute=self.config.recompute)
         self.reference: Any = None
         self.log.info("ready with %s", self.layout)
 
@@ -154,7 +159,8 @@ class PolicyWorker(_Named):
         """Forget the optimizer's moments; with `keep_reference`, remember the weights as they are now."""
         self.trainer.engine.forget()
         if keep_reference:
-            here = _Held(self.trainer.stage)
+            with self.trainer.engine.whole_weights():
+                here = Held(self.trainer.transformer)
             self.reference = build(self.model, self.trainer.groups, self.trainer.dtype, here)
 
     def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
@@ -162,11 +168,11 @@ class PolicyWorker(_Named):
         self.step = step
         return self.trainer.step(rows, objective, learning_rate, self.reference)
 
-    def open_text(self, config: PretrainConfig, data: PretrainingConfig, seed: int, row_tokens: int) -> None:
+    def open_text(self, config: PretrainConfig, data: PretrainingConfig, seed: int) -> None:
         """Open the text to train on and begin to read ahead."""
         tokenizer = Tokenizer(self.tokenizer_files).digest if self.tokenizer_files else None
         text = PretrainingData(data, seed=seed, vocabulary=self.model.vocabulary, tokenizer=tokenizer)
-        self.pretraining = Pretraining(self.trainer, config, text, row_rules(self.layout, row_tokens))
+        self.pretraining = Pretraining(self.trainer, config, text, row_rules(self.layout, self.config.row_tokens))
 
     def pretrain(self, step: int) -> StepResult:
         """One gradient step on text."""
@@ -202,11 +208,6 @@ class PolicyWorker(_Named):
                 rank=self.rank,
                 barrier=torch.distributed.barrier,
             )
-
-
-def describe(model: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """What a checkpoint's manifest says of its content."""
-    return {"model": model.model_dump(), "layout": layout.model_dump()}
 
 
 @ray.remote(max_restarts=0, num_cpus=0)
@@ -248,33 +249,13 @@ class VerifierWorker(_Named):
         self.pool.close()
 
 
-def load_rollout_engine(checkpoint: Path, *, dtype: str, slots: int, length: int) -> tuple[RolloutEngine, Tokenizer]:
-    """A rollout engine over a checkpoint, in a world of this process alone."""
-    source = manager.Checkpoint(checkpoint)
-    tokenizer = Tokenizer(source.files)
-    stage = build(ModelConfig(**source.manifest["model"]), alone(), DTYPES[dtype], source)
-    engine = RolloutEngine(transformer_of(stage), slots=slots, length=length, decode=tokenizer.decode)
-    return engine, tokenizer
-
-
-class _Held:
-    """A `Source` over the pieces that a stage itself holds."""
-
-    def __init__(self, stage: Any) -> None:
-        self._shards = {(s.name, s.box): s for s in shards_of(transformer_of(stage), owned_only=False)}
-
-    def read(self, name: str, box: Any) -> np.ndarray:
-        """See `Source`."""
-        return self._shards[name, box].array
-
-
 class Policy:
     """The trainer's world."""
 
-    def __init__(self, layout: Layout, *, threads: int, row_tokens: int) -> None:
-        self.layout, self._row_tokens = layout, row_tokens
+    def __init__(self, layout: Layout, *, threads: int, trainer: TrainerConfig) -> None:
+        self.layout, self._config = layout, trainer
         self.workers = [
-            Worker(f"policy {rank}", _actor(PolicyWorker, threads).remote(layout, rank, threads))
+            Worker(f"policy {rank}", _actor(PolicyWorker, threads).remote(layout, rank, threads, trainer))
             for rank in range(layout.processes)
         ]
 
@@ -298,7 +279,7 @@ class Policy:
     def update(self, step: int, samples: Sequence[Sample], objective: Objective, learning_rate: float) -> StepResult:
         """One gradient step on a global batch."""
         layout = self.layout
-        rows = rows_for_ranks(samples, row_rules(layout, self._row_tokens))
+        rows = rows_for_ranks(samples, row_rules(layout, self._config.row_tokens))
         calls = [
             (w, w.handle.update.remote(step, rows[layout.data_rank(rank)], objective, learning_rate))
             for rank, w in enumerate(self.workers)

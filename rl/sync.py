@@ -75,6 +75,17 @@ class Shards:
         return out
 
 
+class Held:
+    """A `Source` over the pieces that a transformer itself holds."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self._shards = {(s.name, s.box): s for s in shards_of(transformer, owned_only=False)}
+
+    def read(self, name: str, box: Box) -> NDArray[Any]:
+        """See `Source`."""
+        return self._shards[name, box].array
+
+
 def receive(transformer: Transformer, shards: Sequence[Shard]) -> None:
     """Fill a whole transformer from shards, then read it back and compare digests.
 

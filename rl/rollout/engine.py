@@ -3,12 +3,18 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.groups import alone
+from lockstep.model.config import ModelConfig
 from lockstep.model.kv_cache import Decode, KVCache, Prefill
 from lockstep.model.logprobs import local_logits
+from lockstep.model.train import DTYPES, build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.sampler import SamplingConfig, draw, uniforms
 from lockstep.rl.rollout.sequence import Sequence as Running
@@ -171,3 +177,12 @@ class RolloutEngine:
             finish_reason=sequence.finish_reason,
             weight_version=self.weight_version,
         )
+
+
+def load_rollout_engine(checkpoint: Path, *, dtype: str, slots: int, length: int) -> tuple[RolloutEngine, Tokenizer]:
+    """A rollout engine over a checkpoint, in a world of this process alone."""
+    source = Checkpoint(checkpoint)
+    tokenizer = Tokenizer(source.files)
+    stage = build(ModelConfig(**source.manifest["model"]), alone(), DTYPES[dtype], source)
+    engine = RolloutEngine(transformer_of(stage), slots=slots, length=length, decode=tokenizer.decode)
+    return engine, tokenizer

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lockstep.cluster.charts import Point, Series, line_chart, moving_average, number, point_chart, ticks
+from lockstep.cluster.curves import wilson
 from lockstep.cluster.records import RunError, RunFolder
-from lockstep.cluster.report import Answer, Pair, _choose, summary_table, wilson, write_report
+from lockstep.cluster.report import Answer, Pair, _choose, summary_table, write_report
 
 VOID = {"meta", "br", "link", "hr", "img", "input"}
 RECIPE = 'name = "quickstart"\n\n[policy]\nhidden = 64  # <small> & quick\n\n[rl]\nsteps = 40\nkl = 1e-3\n'

@@ -15,6 +15,7 @@ from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.loss import nll
 from lockstep.model.names import pieces
 from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
+from lockstep.model.transformer import Recompute
 
 LAYOUTS = [
     Layout(),
@@ -51,11 +52,13 @@ def global_batch(vocabulary: int, seed: int) -> list[Sample]:
     return samples
 
 
-def train(groups: Groups, folder: Path, steps: int, row_tokens: int) -> tuple[list[tuple[float, float]], Any]:
+def train(
+    groups: Groups, folder: Path, steps: int, row_tokens: int, recompute: Recompute = "none"
+) -> tuple[list[tuple[float, float]], Any]:
     """Losses, norms and the owned pieces of the weights after some steps."""
     source = HuggingFaceFolder(folder)
     stage = build(source.config, groups, torch.float32, source)
-    trainer = Trainer(stage, groups, OptimizerConfig(learning_rate=1e-3))
+    trainer = Trainer(stage, groups, OptimizerConfig(learning_rate=1e-3), recompute=recompute)
     history = []
     for step in range(steps):
         batch = global_batch(source.config.vocabulary, step % 2)
@@ -98,6 +101,15 @@ def test_the_size_of_a_micro_batch_changes_no_number(
 ) -> None:
     history, _ = worlds.run(Layout(), train, tiny_folder, 4, row_tokens)[0]
     np.testing.assert_allclose(history, alone[0], rtol=2e-6)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, sequence=True), Layout(data=2, zero=3)], ids=str)
+def test_computing_activations_again_changes_no_number(
+    recompute: str, layout: Layout, alone: Any, worlds: Worlds, tiny_folder: Path
+) -> None:
+    history, _ = worlds.run(layout, train, tiny_folder, 4, 64, recompute)[0]
+    np.testing.assert_allclose(history, alone[0], rtol=0 if layout == Layout() else 2e-5)
 
 
 def test_training_learned_something(alone: Any) -> None:

@@ -23,8 +23,7 @@ from lockstep.model.families import to_huggingface as to_huggingface_config
 from lockstep.model.formats.gguf import GGUFFile
 from lockstep.model.formats.huggingface import BadFolder, HuggingFaceFolder, read_tokenizer
 from lockstep.model.logprobs import local_logits
-from lockstep.rl.actors import load_rollout_engine
-from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
 from lockstep.rl.rollout.sampler import SamplingConfig
 from lockstep.rl.types import Prompt
 
