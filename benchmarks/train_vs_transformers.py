@@ -45,9 +45,8 @@ def main() -> None:
     for side, result in found.items():
         speed = SEQUENCES * LENGTH / statistics.median(result["seconds"])
         share = speed * cost / result["peak"]
-        print(
-            f"{side}: {speed:.0f} tokens/s, {share:.0%} of {result['peak'] / 1e9:.0f} GFLOP/s, loss {result['loss']:.3f}"
-        )
+        peak = f"{result['peak'] / 1e9:.0f} GFLOP/s"
+        print(f"{side}: {speed:.0f} tokens/s, {share:.0%} of {peak}, loss {result['loss']:.3f}")
     ratio = statistics.median(found["transformers"]["seconds"]) / statistics.median(found["lockstep"]["seconds"])
     print(f"lockstep / transformers: {ratio:.2f}")
 
