@@ -14,7 +14,7 @@ import psutil
 import ray
 from rich.console import Console
 
-from lockstep.cluster.config import Recipe, to_toml
+from lockstep.cluster.config import Recipe, RecipeError, to_toml
 from lockstep.cluster.convert import starting_point, write_checkpoint
 from lockstep.cluster.display import Progress
 from lockstep.cluster.pretraining import run_pretraining
@@ -111,6 +111,11 @@ def check(recipe: Recipe) -> ModelConfig:
     _, model, files = starting_point(recipe.model, recipe.seed)
     check_layout(recipe.layout, model)
     if recipe.pretrain and recipe.pretrain.data:
+        if recipe.pretrain.data.length > model.context:
+            raise RecipeError(
+                f"pretrain.data.length={recipe.pretrain.data.length} is longer than the model's context of "
+                f"{model.context} tokens: shorten it, or give a model with a longer context"
+            )
         tokenizer = Tokenizer(files).digest if files else None
         PretrainingData(recipe.pretrain.data, seed=recipe.seed, vocabulary=model.vocabulary, tokenizer=tokenizer)
     return model

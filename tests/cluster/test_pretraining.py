@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lockstep.cluster.config import RecipeError, load_recipe, parse, to_toml
+from lockstep.cluster.jobs import check
 from lockstep.data.store import Store
 from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.checkpoint.manager import Checkpoint
@@ -73,6 +74,32 @@ def test_a_run_whose_gradients_are_no_numbers_ends_and_keeps_the_weights_before(
     assert Checkpoint(tmp_path / "run").manifest["step"] == steps[-1]["step"] < 8
 
 
+def test_text_becomes_a_tokenizer_a_store_and_a_model_in_three_commands(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    words = ["to", "be", "or", "not", "that", "is", "the", "question"]
+    lines = [" ".join(draw.choice(words, size=30)) for _ in range(600)]
+    text, tokenizer, store = str(tmp_path / "text.jsonl"), str(tmp_path / "tokenizer"), str(tmp_path / "corpus")
+    Path(text).write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    recipe = RECIPE.with_name("pretrain-10m.toml")
+    small = ("model.config.layers=2", "model.config.width=64", "model.config.heads=1", "model.config.kv_heads=1")
+    steps = ("pretrain.steps=4", "pretrain.samples_per_step=4", "pretrain.data.length=64", f"run={tmp_path}/run")
+    places = (f"model.tokenizer={tokenizer}", f'pretrain.data.blend=[{{path="{store}"}}]')
+    for arguments in (
+        ("data", "tokenizer", text, tokenizer, "--vocabulary", "300"),
+        ("data", "tokenize", text, store, "--tokenizer", tokenizer),
+        ("train", str(recipe), *overrides(*small, *steps, *places)),
+    ):
+        command = Command(tmp_path / "log", *arguments)
+        try:
+            assert command.wait() == 0, command.output
+        finally:
+            command.kill()
+    losses = [m["loss"] for m in metrics(tmp_path / "run", "pretrain")]
+    assert losses[0] == pytest.approx(math.log(4096), abs=0.3)
+    assert losses[-1] < losses[0]
+    assert "tokenizer.json" in Checkpoint(tmp_path / "run").files
+
+
 def test_text_that_cannot_be_read_is_one_sentence_and_nothing_is_written(tmp_path: Path) -> None:
     store = write_random_store(tmp_path / "store", vocabulary=251, tokens=5000, seed=0)
     Path(f"{store}.bin").write_bytes(b"")
@@ -84,6 +111,12 @@ def test_text_that_cannot_be_read_is_one_sentence_and_nothing_is_written(tmp_pat
     assert "store.bin" in command.output
     assert "Traceback" not in command.output
     assert not (tmp_path / "run").exists()
+
+
+def test_samples_longer_than_the_models_context_are_refused() -> None:
+    recipe = load_recipe(RECIPE, ['pretrain.data.blend=[{path="nowhere"}]', "pretrain.data.length=65"])
+    with pytest.raises(RecipeError, match="length=65 is longer than the model's context of 64 tokens"):
+        check(recipe)
 
 
 def test_a_recipe_trains_on_text_or_on_problems() -> None:
