@@ -142,6 +142,7 @@ def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baselin
     """One rank of a world that trains; the baseline's weights are saved, all others are compared with them."""
     stage = build(job.model, groups, DTYPES[job.dtype], manager.Checkpoint(job.start))
     trainer = Trainer(stage, groups, job.pretrain.optimizer, recompute=job.trainer.recompute)
+    trainer.z_coefficient = job.pretrain.z_coefficient
     data = PretrainingData(job.data, seed=job.seed, vocabulary=job.model.vocabulary)
     rules = row_rules(groups.layout, job.trainer.row_tokens)
     losses, norms = [], []

@@ -42,7 +42,7 @@ class _TokenLogProb(torch.autograd.Function):
         temperature: float,
         cap: float | None,
         group: dist.ProcessGroup,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         first = group.rank() * weight_VD.shape[0]
         logits, logp, sums = [], [], []
         for hidden, targets in zip(hidden_KD.split(CHUNK), targets_K.split(CHUNK), strict=True):
@@ -53,11 +53,12 @@ class _TokenLogProb(torch.autograd.Function):
             logp.append(at_target - log_sum)
         ctx.save_for_backward(hidden_KD, weight_VD, targets_K, *logits, *sums)
         ctx.first, ctx.temperature, ctx.cap = first, temperature, cap
-        return torch.cat(logp) if logp else hidden_KD.new_zeros(0, dtype=torch.float32)
+        nothing = hidden_KD.new_zeros(0, dtype=torch.float32)
+        return torch.cat([nothing, *logp]), torch.cat([nothing, *sums])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_K,) = gradients
+        gradient_K, gradient_of_sum_K = gradients
         hidden_KD, weight_VD, targets_K, *kept = ctx.saved_tensors
         logits, sums = kept[: len(kept) // 2], kept[len(kept) // 2 :]
         d_hidden, d_weight = torch.zeros_like(hidden_KD), torch.zeros_like(weight_VD)
@@ -67,6 +68,7 @@ class _TokenLogProb(torch.autograd.Function):
                 d_hidden.split(CHUNK),
                 targets_K.split(CHUNK),
                 gradient_K.split(CHUNK),
+                gradient_of_sum_K.split(CHUNK),
                 logits,
                 sums,
                 strict=True,
@@ -74,8 +76,8 @@ class _TokenLogProb(torch.autograd.Function):
             if logits
             else ()
         )
-        for hidden, d_chunk, targets, gradient, chunk, log_sum in parts:
-            d_logits = _d_logits(chunk, log_sum, targets - ctx.first, gradient, ctx.temperature)
+        for hidden, d_chunk, targets, gradient, of_sum, chunk, log_sum in parts:
+            d_logits = _d_logits(chunk, log_sum, targets - ctx.first, gradient, of_sum, ctx.temperature)
             if ctx.cap is not None:  # tanh' = 1 − tanh²; a row of padding is −∞ and has no slope
                 d_logits *= 1 - (chunk.float() / ctx.cap).clamp(-1, 1).square()
             d_logits = d_logits.to(hidden.dtype)
@@ -104,14 +106,40 @@ def _reduced(scaled: Tensor, local_targets: Tensor, group: dist.ProcessGroup) ->
     return log_sum, at_target
 
 
-def _d_logits(chunk: Tensor, log_sum: Tensor, local_targets: Tensor, gradient: Tensor, temperature: float) -> Tensor:
-    """(1[target] − softmax) · gradient / temperature."""
+def _d_logits(
+    chunk: Tensor, log_sum: Tensor, local_targets: Tensor, gradient: Tensor, of_sum: Tensor, temperature: float
+) -> Tensor:
+    """((1[target] − softmax) · gradient + softmax · gradient of the log-sum-exp) / temperature."""
     scale = (gradient / temperature)[:, None]
-    d_logits = _scaled(chunk, temperature).sub_(log_sum[:, None]).exp_().mul_(-scale)
+    spread = scale - (of_sum / temperature)[:, None]
+    d_logits = _scaled(chunk, temperature).sub_(log_sum[:, None]).exp_().mul_(-spread)
     inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
     rows = torch.nonzero(inside)[:, 0]
     d_logits[rows, local_targets[rows]] += scale[rows, 0]
     return d_logits
+
+
+def token_scores(
+    hidden_KD: Tensor,
+    weight_VD: Tensor,
+    targets_K: Tensor,
+    *,
+    vocabulary: int,
+    group: dist.ProcessGroup,
+    temperature: float = 1.0,
+    cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden · weightᵀ / temperature)[target] and the log-sum-exp below it, each [K] in fp32.
+
+    Both are the same on every tensor rank, and both have gradients.
+
+    Args:
+        weight_VD: this rank's rows of the output projection, padding included.
+        targets_K: token ids below `vocabulary`.
+        cap: see `local_logits`.
+    """
+    hidden_KD = copy_to_tensor_model_parallel_region(hidden_KD, group)
+    return _TokenLogProb.apply(hidden_KD, weight_VD, targets_K, vocabulary, temperature, cap, group)
 
 
 def token_logprobs(
@@ -124,12 +152,7 @@ def token_logprobs(
     temperature: float = 1.0,
     cap: float | None = None,
 ) -> Tensor:
-    """log softmax(hidden · weightᵀ / temperature)[target] for each of K tokens, in fp32, the same on every tensor rank.
-
-    Args:
-        weight_VD: this rank's rows of the output projection, padding included.
-        targets_K: token ids below `vocabulary`.
-        cap: see `local_logits`.
-    """
-    hidden_KD = copy_to_tensor_model_parallel_region(hidden_KD, group)
-    return _TokenLogProb.apply(hidden_KD, weight_VD, targets_K, vocabulary, temperature, cap, group)
+    """The first of `token_scores`."""
+    return token_scores(
+        hidden_KD, weight_VD, targets_K, vocabulary=vocabulary, group=group, temperature=temperature, cap=cap
+    )[0]

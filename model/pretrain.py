@@ -18,6 +18,7 @@ class PretrainConfig(BaseModel):
     steps: int = Field(ge=0)
     samples_per_step: int = Field(32, ge=1, description="samples of data.length tokens in a global batch")
     optimizer: OptimizerConfig = OptimizerConfig()
+    z_coefficient: float = Field(0.0, ge=0, description="of the loss that keeps logits small; PaLM took 1e-4")
     evaluate_every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0 for the end")
     give_up_after: int = Field(3, ge=1, description="steps in a row without a finite gradient that end the run")
     data: PretrainingConfig | None = Field(None, description="what to read; random documents when it is not there")
@@ -33,6 +34,7 @@ class Pretraining:
     def __init__(self, trainer: Trainer, config: PretrainConfig, data: PretrainingData, rules: RowRules) -> None:
         self._trainer, self._config, self._data, self._rules = trainer, config, data, rules
         self._rank = trainer.groups.data_rank
+        trainer.z_coefficient = config.z_coefficient
         self._ahead = Prefetch(self._rows, range(1, config.steps + 1))
         self._held_out = data.held_out_rows(rules, self._rank)
 

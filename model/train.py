@@ -18,12 +18,12 @@ from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine, StepResult
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.pipeline import Stage, megatron_config
+from lockstep.distributed.pipeline import Loss, Stage, megatron_config
 from lockstep.distributed.zero import experts_apart
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
 from lockstep.model.context import attention
-from lockstep.model.logprobs import token_logprobs
+from lockstep.model.logprobs import token_scores
 from lockstep.model.loss import Columns
 from lockstep.model.moe import Sequences
 from lockstep.model.names import load
@@ -183,6 +183,7 @@ class Trainer:
         self.transformer = transformer_of(stage)
         self.transformer.recompute = recompute
         self._temperature = temperature
+        self.z_coefficient = 0.0
         self.engine = Engine(
             stage,
             groups,
@@ -206,26 +207,34 @@ class Trainer:
         batches, tokens = self._on_device(rows), _longest(rows)
         if reference is not None:
             scores = self.engine.evaluate(reference, batches, self._forward, tokens=tokens)
-            batches = [_with_reference(b, s) for b, s in zip(batches, scores, strict=False)] or batches
-
-        def loss(logp_K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            return objective(logp_K, batch.columns)
-
+            batches = [_with_reference(b, s[0]) for b, s in zip(batches, scores, strict=False)] or batches
+        loss = self._loss(objective)
         return self.engine.step(batches, self._forward, loss, tokens=tokens, learning_rate=learning_rate)
 
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
         """What an objective reports over this data rank's rows of a global batch and all others', without an update."""
 
-        def loss(logp_K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            return objective(logp_K, batch.columns)
-
-        return self.engine.measure(self._on_device(rows), self._forward, loss, tokens=_longest(rows))
+        tokens = _longest(rows)
+        return self.engine.measure(self._on_device(rows), self._forward, self._loss(objective), tokens=tokens)
 
     def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
         """log p of the tokens that count in each row, [K]; on all but the last pipeline stage an empty list."""
         batches = self._on_device(rows)
         found = self.engine.evaluate(stage or self.stage, batches, self._forward, tokens=_longest(rows))
-        return [self._whole(row, logp) for row, logp in zip(rows, found, strict=False)]
+        return [self._whole(row, scores[0]) for row, scores in zip(rows, found, strict=False)]
+
+    def _loss(self, objective: Objective) -> Loss:
+        """The objective, and Σ weight · (log Σ exp logits)², which keeps logits from drifting (de Brébisson & Vincent
+        2016; PaLM, Chowdhery et al. 2022, section 5)."""
+
+        def loss(scores_2K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            value, report = objective(scores_2K[0], batch.columns)
+            if not self.z_coefficient:
+                return value, report
+            z_loss = (batch.columns.weight * scores_2K[1].square()).sum()
+            return value + self.z_coefficient * z_loss, report | {"z_loss": z_loss.detach()}
+
+        return loss
 
     def _whole(self, row: TokenBatch, logp: Tensor) -> Tensor:
         """The row's log-probabilities from those of every context rank."""
@@ -248,8 +257,8 @@ class Trainer:
     def _forward(self, module: nn.Module, batch: DeviceBatch, received: Tensor | None, chunk: int) -> Tensor:
         assert isinstance(module, Transformer)
 
-        def logp(hidden_T1D: Tensor) -> Tensor:
-            return token_logprobs(
+        def scores(hidden_T1D: Tensor) -> Tensor:
+            found = token_scores(
                 hidden_T1D[batch.predictors_K, 0],
                 module.head_weight,
                 batch.targets_K,
@@ -258,6 +267,7 @@ class Trainer:
                 temperature=self._temperature,
                 cap=module.model.logit_cap,
             )
+            return torch.stack(found)
 
         return module(
             batch.tokens,
@@ -265,7 +275,7 @@ class Trainer:
             batch.attend,
             received,
             chunk=chunk,
-            finish=logp,
+            finish=scores,
             sequences=batch.sequences,
         )
 

@@ -95,6 +95,23 @@ def test_a_layout_trains_to_the_same_numbers(layout: Layout, alone: Any, worlds:
         np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def scored(groups: Groups, folder: Path) -> list[Any]:
+    """log p of the whole batch, by row of this rank."""
+    source = HuggingFaceFolder(folder)
+    trainer = Trainer(build(source.config, groups, torch.float32, source), groups, OptimizerConfig())
+    rows = rows_for_ranks(global_batch(source.config.vocabulary, 0), row_rules(groups.layout, 64))
+    return [logp.numpy() for logp in trainer.score(rows[groups.data_rank])]
+
+
+@pytest.mark.parametrize("layout", [Layout(context=2), Layout(tensor=2, sequence=True), Layout(pipeline=2)], ids=str)
+def test_a_row_has_the_same_scores_in_any_layout(layout: Layout, worlds: Worlds, tiny_folder: Path) -> None:
+    alone = worlds.run(Layout(), scored, tiny_folder)[0]
+    for rank, found in enumerate(worlds.run(layout, scored, tiny_folder)):
+        if found or rank >= layout.processes // layout.pipeline:  # the last stage has the scores
+            for a, b in zip(found, alone, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("row_tokens", [1, 40, 1000])
 def test_the_size_of_a_micro_batch_changes_no_number(
     row_tokens: int, alone: Any, worlds: Worlds, tiny_folder: Path

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
-from lockstep.model.logprobs import CHUNK, local_logits, token_logprobs
+from lockstep.model.logprobs import CHUNK, local_logits, token_logprobs, token_scores
 from lockstep.model.transformer import padded_vocabulary
 
 WIDTH = 12
@@ -79,6 +80,30 @@ def test_two_tensor_ranks_equal_one(tokens: int, vocabulary: int, temperature: f
     weight = torch.cat((first[2], second[2]))
     assert not weight[vocabulary:].any()
     check([first[0], first[1], weight[:vocabulary]], naive(tokens, vocabulary, temperature), 2e-5)
+
+
+def z_gradients(groups: Groups) -> list[Any]:
+    """Of Σ slope · log p + Σ (log-sum-exp)², by this rank's part of the weight."""
+    hidden, whole, targets, slope = problem(9, 32)
+    weight = whole.chunk(groups.layout.tensor)[groups.tensor_rank].clone().requires_grad_()
+    hidden.requires_grad_()
+    logp, log_sum = token_scores(hidden, weight, targets, vocabulary=32, group=groups.tensor, temperature=0.7)
+    loss = (slope * logp).sum() + log_sum.square().sum()
+    return [t.numpy() for t in (log_sum.detach(), *torch.autograd.grad(loss, (hidden, weight)))]
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2)], ids=str)
+def test_the_log_sum_has_a_gradient_of_its_own(layout: Layout, worlds: Worlds) -> None:
+    found = worlds.run(layout, z_gradients)
+    hidden, whole, targets, slope = (t.double() if t.is_floating_point() else t for t in problem(9, 32))
+    scaled = hidden.requires_grad_() @ whole.requires_grad_().t() / 0.7
+    loss = (slope * scaled.log_softmax(-1).gather(1, targets[:, None])[:, 0]).sum() + scaled.logsumexp(
+        -1
+    ).square().sum()
+    expected = [scaled.logsumexp(-1).detach(), *torch.autograd.grad(loss, (hidden, whole))]
+    for rank in found:
+        weight = np.concatenate([part[2] for part in found])
+        check([torch.from_numpy(a) for a in (rank[0], rank[1], weight)], expected, 2e-5)
 
 
 def test_a_second_backward_gives_the_same_gradient(groups: Groups) -> None:
