@@ -19,7 +19,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from lockstep.rl.verifiers.math import grade
 from lockstep.rl.verifiers.verdict import Outcome, Verdict
@@ -179,7 +179,10 @@ def serve() -> None:
         grader = _load(connection)
         while grader:
             response, answer = connection.recv()
-            connection.send(_guarded(grader, response, answer))
+            try:
+                connection.send(_guarded(grader, response, answer))
+            except SystemExit as end:
+                _leave(end.code)
 
 
 def _load(connection: "Connection[Any, Any]") -> Grader | None:
@@ -201,6 +204,14 @@ def _guarded(grader: Grader, response: str, answer: str) -> Verdict:
     if isinstance(verdict, Verdict):
         return verdict
     return Verdict(Outcome.ungradable, f"grader returned {type(verdict).__name__}, not a Verdict")
+
+
+def _leave(code: object) -> NoReturn:
+    """Ends the process as `sys.exit(code)` does, but at once.
+
+    An interpreter may take seconds to close, more than the pool waits between the end of the pipe and that of the child.
+    """
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _die_with(parent: int) -> None:

@@ -20,7 +20,7 @@ from lockstep.rl.verifiers.verdict import Outcome, Verdict
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.timeout(120)]
 
 HOSTILE = '''
-import ctypes, os, signal, subprocess, sys, time
+import atexit, ctypes, os, signal, subprocess, sys, time
 from lockstep.rl.verifiers.verdict import Outcome, Verdict
 
 def obey(response: str, answer: str) -> Verdict:
@@ -31,6 +31,7 @@ def obey(response: str, answer: str) -> Verdict:
         case "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)
         case "exit": os._exit(3)
         case "sys.exit": sys.exit(4)
+        case "late exit": atexit.register(time.sleep, 1000); sys.exit(5)
         case "segfault": ctypes.string_at(0)
         case "killed": os.kill(os.getpid(), signal.SIGKILL)
         case "recurse": obey(response, answer)
@@ -80,6 +81,7 @@ def test_mathematics_in_order() -> None:
 ENDS = [
     ("exit", "grader died with exit code 3"),
     ("sys.exit", "grader died with exit code 4"),
+    ("late exit", "grader died with exit code 5"),
     ("segfault", "grader died with exit code -11"),
     ("killed", "grader died with exit code -9"),
     ("sleep", "deadline of 0.6 s passed"),
