@@ -4,7 +4,9 @@
 """
 
 import datetime
+import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -108,11 +110,22 @@ def alone() -> Groups:
     return join(Layout(), rank=0, meeting=HashStore())
 
 
+_before_leaving: list[Callable[[], None]] = []
+
+
+def before_leaving(end: Callable[[], None]) -> None:
+    """Have `end` called when this process leaves its world: by what holds groups that nothing else would let go."""
+    _before_leaving.append(end)
+
+
 def leave() -> None:
-    """Dissolve the groups and leave the world."""
+    """Dissolve the groups and leave the world. Threads of a group poll for as long as anything refers to it."""
+    while _before_leaving:
+        _before_leaving.pop()()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
 
 
 def _has_cuda() -> bool:

@@ -93,6 +93,7 @@ def _serve(pipe: Connection) -> None:
             groups = join(layout, rank=rank, meeting=meeting_at("127.0.0.1", port), timeout_s=timeout_s)
             answer = (True, function(groups, *args))
             torch.distributed.barrier()
+            del groups
             leave()
         except Exception:
             answer = (False, f"rank {rank}: {traceback.format_exc()}")

@@ -21,10 +21,11 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.moe.layer
+from deepspeed.runtime.zero import parameter_offload
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.groups import Groups, before_leaving
 
 # DeepSpeed would compile its shared-memory collectives at start-up, and fail where there is no C++ compiler.
 deepspeed.ops.__compatible_ops__ = {}
@@ -102,12 +103,19 @@ class ZeroOptimizer:
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=self._config()
         )
+        before_leaving(self._close)
         self._parameters = parameters
         self._norm = 0.0
         if self._plain:
             optimizer.register_step_pre_hook(lambda stepping, *_: self._clip(stepping))
         elif groups.layout.zero in (1, 2) and not groups.layout.offload:
             self._engine.optimizer.scaled_global_norm = self._partitioned_norm
+
+    def _close(self) -> None:
+        """Take off DeepSpeed's hooks, and what it remembers elsewhere: they keep the model and its groups alive."""
+        self._engine.destroy()
+        deepspeed_groups.mpu = None
+        parameter_offload.FWD_MODULE_STACK.clear()
 
     def _config(self) -> dict[str, Any]:
         layout = self._groups.layout

@@ -1,0 +1,36 @@
+"""Worlds that follow each other in the same processes leave nothing behind."""
+
+import psutil
+import pytest
+import torch
+
+from lockstep.data.batch import rows_for_ranks, sample
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
+from lockstep.model.config import ModelConfig
+from lockstep.model.loss import nll
+from lockstep.model.names import RandomWeights
+from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules
+
+MODEL = ModelConfig(
+    layers=2, width=16, heads=4, kv_heads=2, head_dim=4, intermediate=24, vocabulary=61, context=32, tied=False
+)
+
+
+def threads_before_a_step(groups: Groups) -> int:
+    """How many threads this process has when it enters a world in which it then trains."""
+    threads = psutil.Process().num_threads()
+    stage = build(MODEL, groups, torch.float32, RandomWeights(MODEL, 0))
+    trainer = Trainer(stage, groups, OptimizerConfig())
+    samples = [sample([1, 2], [3, 4, 5], weight=1 / 6)] * 2
+    rows = rows_for_ranks(samples, row_rules(groups.layout, 16))[groups.data_rank]
+    trainer.step(rows, nll, 1e-3)
+    return threads
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_groups_of_a_world_that_was_left_are_gone(worlds: Worlds, zero: int) -> None:
+    layout = Layout(data=2, zero=zero)
+    first, *later = [worlds.run(layout, threads_before_a_step) for _ in range(3)]
+    assert later == [first, first]
