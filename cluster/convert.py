@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lockstep.cluster.config import SourceConfig
-from lockstep.cluster.corpus import tokenizer_files
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.spec import Piece, Source, to_torch, whole
 from lockstep.distributed.layout import Layout
@@ -28,8 +27,12 @@ class BadSource(ValueError):
     """Something that is not a model in a format that Lockstep reads."""
 
 
-def open_source(name: str) -> tuple[Source, ModelConfig, dict[str, str]]:
-    """A model by path or name: its tensors, its shape, and the files of its tokenizer.
+OpenModel = tuple[Source, ModelConfig, dict[str, str]]
+"""A model's tensors, its shape, and the files of its tokenizer."""
+
+
+def open_source(name: str) -> OpenModel:
+    """A model by path or name.
 
     Raises:
         BadSource: says what was given and what can be given.
@@ -51,7 +54,7 @@ def open_source(name: str) -> tuple[Source, ModelConfig, dict[str, str]]:
     return open_source(str(_from_hub(name)))
 
 
-def starting_point(config: SourceConfig, seed: int) -> tuple[Source, ModelConfig, dict[str, str]]:
+def starting_point(config: SourceConfig, seed: int) -> OpenModel:
     """The model that a recipe starts from: one that exists, or random weights of a given shape.
 
     Raises:
@@ -61,6 +64,13 @@ def starting_point(config: SourceConfig, seed: int) -> tuple[Source, ModelConfig
         return open_source(config.source)
     files = tokenizer_files(config.tokenizer) if config.tokenizer else {}
     return RandomWeights(config.config, seed), config.config, files
+
+
+def tokenizer_files(name: str) -> dict[str, str]:
+    """A tokenizer's files by the name of its folder, or of a model that comes with one."""
+    if (Path(name) / "tokenizer.json").is_file():
+        return huggingface.read_tokenizer(Path(name))
+    return open_source(name)[2]
 
 
 def _packaged_model() -> Path:

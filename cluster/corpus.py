@@ -46,6 +46,7 @@ def tokenize(
 
     Example: lockstep data tokenize corpus/ tokens/corpus --tokenizer smollm2-135m-instruct --workers 8
     """
+    from lockstep.cluster.convert import tokenizer_files
     from lockstep.data import corpus
     from lockstep.data.store import prefix
     from lockstep.data.text import Reading
@@ -100,16 +101,6 @@ def tokenizer(
         (output / name).write_text(text, encoding="utf-8")
     _say_skipped(len(skipped), skipped[: corpus.EXAMPLES])
     out.print(f"wrote {output}: {Tokenizer(files).vocabulary} tokens, {len(skipped)} rows skipped")
-
-
-def tokenizer_files(name: str) -> dict[str, str]:
-    """A tokenizer's files by the name of its folder, or of a model that comes with one."""
-    from lockstep.cluster.convert import open_source
-    from lockstep.model.formats.huggingface import read_tokenizer
-
-    if (Path(name) / "tokenizer.json").is_file():
-        return read_tokenizer(Path(name))
-    return open_source(name)[2]
 
 
 def _found(inputs: list[str]) -> list[Path]:

@@ -15,7 +15,7 @@ import ray
 from rich.console import Console
 
 from lockstep.cluster.config import Recipe, RecipeError, to_toml
-from lockstep.cluster.convert import starting_point, write_checkpoint
+from lockstep.cluster.convert import OpenModel, starting_point, write_checkpoint
 from lockstep.cluster.display import Progress
 from lockstep.cluster.pretraining import run_pretraining
 from lockstep.cluster.records import RunFolder
@@ -24,7 +24,6 @@ from lockstep.data.loader import PretrainingData
 from lockstep.data.problems import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
-from lockstep.model.config import ModelConfig
 from lockstep.model.train import OptimizerConfig
 from lockstep.model.transformer import check_layout
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
@@ -102,13 +101,15 @@ def _end(processes: Sequence[psutil.Process]) -> None:
     psutil.wait_procs(alive, timeout=SHUTDOWN_S)
 
 
-def check(recipe: Recipe) -> ModelConfig:
-    """Refuse, before anything is written, a layout that the model does not divide by, and text that cannot be read.
+def check(recipe: Recipe) -> OpenModel:
+    """The model that a recipe starts from.
+
+    Refuses, before anything is written, a layout that the model does not divide by, and text that cannot be read.
 
     Raises:
         ValueError: one sentence on what does not fit.
     """
-    _, model, files = starting_point(recipe.model, recipe.seed)
+    start = _, model, files = starting_point(recipe.model, recipe.seed)
     check_layout(recipe.layout, model)
     if recipe.pretrain and recipe.pretrain.data:
         if recipe.pretrain.data.length > model.context:
@@ -118,7 +119,7 @@ def check(recipe: Recipe) -> ModelConfig:
             )
         tokenizer = Tokenizer(files).digest if files else None
         PretrainingData(recipe.pretrain.data, seed=recipe.seed, vocabulary=model.vocabulary, tokenizer=tokenizer)
-    return model
+    return start
 
 
 def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Path:
@@ -127,7 +128,7 @@ def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Pa
     Raises:
         ValueError: when the recipe does not fit its model; nothing is written then.
     """
-    check(recipe)
+    start = check(recipe)
     split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
     with Interruption() as interruption:
         run = RunFolder.create(recipe.folder, to_toml(recipe), recipe.name)
@@ -137,9 +138,9 @@ def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Pa
                 with ray_cluster(address):
                     interruption.listen()
                     if split is None:
-                        run_pretraining(recipe, run, progress)
+                        run_pretraining(recipe, start, run, progress)
                     else:
-                        _run_phases(recipe, split, run, progress)
+                        _run_phases(recipe, start, split, run, progress)
         finally:
             write_report(recipe.folder)
     return recipe.folder
@@ -162,12 +163,12 @@ def _describe(run: RunFolder, split: Split | None) -> None:
         )
 
 
-def _run_phases(recipe: Recipe, split: Split, run: RunFolder, progress: Progress) -> None:
+def _run_phases(recipe: Recipe, start: OpenModel, split: Split, run: RunFolder, progress: Progress) -> None:
     progress.say(f"converting {recipe.model.source} into {recipe.folder / 'model'}")
-    start = write_checkpoint(*starting_point(recipe.model, recipe.seed), recipe.folder / "model")
+    checkpoint = write_checkpoint(*start, recipe.folder / "model")
     progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
-    policy, rollouts, verifiers = _start_actors(recipe, start)
-    tokenizer = Tokenizer(manager.Checkpoint(start).files)
+    policy, rollouts, verifiers = _start_actors(recipe, checkpoint)
+    tokenizer = Tokenizer(manager.Checkpoint(checkpoint).files)
     controller = Controller(
         policy, rollouts, verifiers, tokenizer=tokenizer, task=recipe.task, split=split, seed=recipe.seed
     )

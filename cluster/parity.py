@@ -18,7 +18,6 @@ from rich.table import Table
 from lockstep.cluster.config import Recipe, RecipeError, parse_layout
 from lockstep.cluster.convert import starting_point, write_checkpoint
 from lockstep.data.loader import PretrainingConfig, PretrainingData
-from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.spec import Source, to_numpy, whole
 from lockstep.distributed.groups import Groups
@@ -27,7 +26,7 @@ from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig
 from lockstep.model.loss import nll
 from lockstep.model.names import logical_tensors, pieces
-from lockstep.model.pretrain import PretrainConfig
+from lockstep.model.pretrain import PretrainConfig, random_data
 from lockstep.model.train import DTYPES, Trainer, TrainerConfig, build, describe, row_rules
 from lockstep.model.transformer import check_layout
 
@@ -130,26 +129,18 @@ def _job(recipe: Recipe, source: Source, model: ModelConfig, steps: int, folder:
     )
 
 
-def random_data(store: Path, model: ModelConfig, config: PretrainConfig, seed: int) -> PretrainingConfig:
-    """Random documents for a recipe that names none: eight steps' worth, then they come again."""
-    length = min(32, model.context)
-    tokens = max(4096, 8 * config.samples_per_step * length)
-    write_random_store(store, vocabulary=model.vocabulary, tokens=tokens, seed=seed, mean_length=length // 2)
-    return PretrainingConfig.model_validate({"blend": [{"path": str(store)}], "length": length, "held_out": 0.05})
-
-
 def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baseline: bool) -> Course:
     """One rank of a world that trains; the baseline's weights are saved, all others are compared with them."""
     stage = build(job.model, groups, DTYPES[job.dtype], manager.Checkpoint(job.start))
     trainer = Trainer(stage, groups, job.pretrain.optimizer, recompute=job.trainer.recompute)
-    trainer.z_coefficient = job.pretrain.z_coefficient
     data = PretrainingData(job.data, seed=job.seed, vocabulary=job.model.vocabulary)
     rules = row_rules(groups.layout, job.trainer.row_tokens)
     losses, norms = [], []
     for step in range(1, job.steps + 1):
         rows = data.rows(job.pretrain.samples(step), rules, groups.data_rank)
         rate = job.pretrain.optimizer.rate(step, job.steps)
-        result = trainer.step(rows[::-1] if reordered else rows, nll, rate)
+        rows = rows[::-1] if reordered else rows
+        result = trainer.step(rows, nll, rate, z_coefficient=job.pretrain.z_coefficient)
         losses.append(result.values["loss"])
         norms.append(result.grad_norm)
     with trainer.engine.whole_weights():
@@ -170,15 +161,17 @@ def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baselin
 
 def _farthest(trainer: Trainer, baseline: manager.Checkpoint, model: ModelConfig) -> tuple[float, str]:
     """The largest |Δw| of this rank's pieces over the largest |w| of their tensor, or its root mean square over all."""
-    shapes = logical_tensors(model)
-    whole_tensors = {name: np.asarray(baseline.read(name, whole(shape)), np.float64) for name, shape in shapes.items()}
-    typical = math.sqrt(np.mean([np.square(w).mean() for w in whole_tensors.values()]))
+    largest, squares = {}, []
+    for name, shape in logical_tensors(model).items():
+        theirs = np.asarray(baseline.read(name, whole(shape)), np.float64)
+        largest[name] = np.abs(theirs).max()
+        squares.append(np.square(theirs).mean())
+    typical = math.sqrt(np.mean(squares))
     found = [(0.0, "")]
     for parameter, piece in pieces(trainer.transformer):
-        theirs = whole_tensors[piece.name]
-        ours = np.asarray(to_numpy(piece.view(parameter)), np.float64)
-        far = np.abs(ours - theirs[tuple(slice(a, b) for a, b in piece.box)]).max()
-        found.append((float(far / max(np.abs(theirs).max(), typical)), piece.name))
+        ours, theirs = to_numpy(piece.view(parameter)), baseline.read(piece.name, piece.box)
+        far = np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)).max()
+        found.append((float(far / max(largest[piece.name], typical)), piece.name))
     return max(found, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
 
 

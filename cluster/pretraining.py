@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.cluster.config import Recipe
-from lockstep.cluster.convert import starting_point, write_checkpoint
+from lockstep.cluster.convert import OpenModel, write_checkpoint
 from lockstep.cluster.display import Progress
-from lockstep.cluster.parity import random_data
 from lockstep.cluster.records import RunFolder
 from lockstep.model.flops import training_flops
-from lockstep.model.pretrain import PretrainConfig
+from lockstep.model.pretrain import PretrainConfig, random_data
 from lockstep.rl.actors import Policy, gather, threads_for
 
 
@@ -20,7 +19,7 @@ class NoFiniteGradient(RuntimeError):
     """A run whose gradients stopped being numbers."""
 
 
-def run_pretraining(recipe: Recipe, run: RunFolder, progress: Progress) -> None:
+def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: Progress) -> None:
     """Train, measure, save.
 
     Raises:
@@ -28,13 +27,13 @@ def run_pretraining(recipe: Recipe, run: RunFolder, progress: Progress) -> None:
     """
     config = recipe.pretrain
     assert config is not None
-    source, model, files = starting_point(recipe.model, recipe.seed)
+    model = start[1]
     progress.say(f"writing the model of step 0 into {recipe.folder / 'model'}")
-    start = write_checkpoint(source, model, files, recipe.folder / "model")
+    checkpoint = write_checkpoint(*start, recipe.folder / "model")
     data = config.data or random_data(recipe.folder / "random", model, config, recipe.seed)
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
     policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
-    gather(policy.start(start.resolve(), recipe.model.dtype, config.optimizer, 1.0))
+    gather(policy.start(checkpoint.resolve(), recipe.model.dtype, config.optimizer, 1.0))
     policy.call("open_text", config, data, recipe.seed)
     flops, peak = training_flops(model, data.length), sum(policy.call("peak_flops"))
     progress.say(

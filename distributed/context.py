@@ -5,12 +5,14 @@ Either ranks exchange tokens for heads, so that each attends to the whole row wi
 their log-sum-exp (ring attention, Liu et al. 2023). The ring needs no more heads than one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lockstep.distributed.exchange import all_to_all
 
 Visible = Callable[[Tensor, Tensor], Tensor]
 """(queries' places [Q], keys' places [K]) in the row → whether each query sees each key, [Q, K]."""
@@ -41,32 +43,18 @@ class HeadExchange:
         """[T / degree, H, E] → [T, H / degree, E], in the order of the row."""
         tokens, heads, width = x_THE.shape
         parts = x_THE.view(tokens, self._degree, heads // self._degree, width).transpose(0, 1).contiguous()
-        return _AllToAll.apply(parts, self._group).flatten(0, 1).index_select(0, self._order)
+        return self._exchanged(parts).flatten(0, 1).index_select(0, self._order)
 
     def to_tokens(self, x_THE: Tensor) -> Tensor:
         """[T, H / degree, E] → [T / degree, H, E]."""
         length, heads, width = x_THE.shape
         parts = x_THE.index_select(0, self._places).view(self._degree, length // self._degree, heads, width)
-        return _AllToAll.apply(parts, self._group).transpose(0, 1).flatten(1, 2)
+        return self._exchanged(parts).transpose(0, 1).flatten(1, 2)
 
-
-class _AllToAll(torch.autograd.Function):
-    """Part i goes to rank i, and part i of the result came from rank i."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _exchanged(parts, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchanged(gradients[0], ctx.group), None
-
-
-def _exchanged(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    out = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(out, parts.contiguous(), group=group)
-    return out
+    def _exchanged(self, parts: Tensor) -> Tensor:
+        """Part i goes to rank i, and part i of the result came from rank i."""
+        one_each = [1] * self._degree
+        return all_to_all(parts, self._group, one_each, one_each)
 
 
 def ring_attention(
@@ -105,16 +93,14 @@ class _Ring(torch.autograd.Function):
         ring = _Turns(group, length, q_THE.device)
         q = _by_kv_head(q_THE, k_TGE.shape[1])
         out, log_sum = torch.zeros_like(q), q.new_full(q.shape[:-1], float("-inf"))
-        block = torch.stack((k_TGE, v_TGE))
-        for places in ring:
-            coming = ring.pass_on(block)
+        for places, block in ring.blocks(torch.stack((k_TGE, v_TGE))):
             k, v = block.float().transpose(1, 2).unbind(0)
             scores = _scores(q, k, visible(ring.own, places), scale, softcap)
             new_sum = torch.logaddexp(log_sum, scores.logsumexp(-1))
             reference = new_sum.masked_fill(new_sum.isneginf(), 0.0)
             weights = (scores - reference[..., None]).exp()
             out = out * (log_sum - reference).exp()[..., None] + torch.einsum("gqls,gse->gqle", weights, v)
-            log_sum, block = new_sum, coming()
+            log_sum = new_sum
         ctx.save_for_backward(q_THE, k_TGE, v_TGE, out, log_sum)
         ctx.settings = visible, length, group, scale, softcap
         return _by_token(out).to(q_THE.dtype)
@@ -129,10 +115,8 @@ class _Ring(torch.autograd.Function):
         delta = (d_out * out).sum(-1, keepdim=True)
         reference = log_sum.masked_fill(log_sum.isneginf(), 0.0)[..., None]
         d_q = torch.zeros_like(q)
-        block = torch.stack((k_TGE, v_TGE))
-        d_block = torch.zeros(block.shape, device=q.device)  # travels with its block and is whole when it is home again
-        for places in ring:
-            coming = ring.pass_on(block)
+        d_block = torch.zeros(2, *k_TGE.shape, device=q.device)  # travels with its block and is whole when home again
+        for places, block in ring.blocks(torch.stack((k_TGE, v_TGE))):
             k, v = block.float().transpose(1, 2).unbind(0)
             scores = _scores(q, k, visible(ring.own, places), scale, softcap)
             weights = (scores - reference).exp()
@@ -144,7 +128,6 @@ class _Ring(torch.autograd.Function):
             d_k = torch.einsum("gqls,gqle->gse", d_scores, q)
             d_v = torch.einsum("gqls,gqle->gse", weights, d_out)
             d_block = ring.pass_on(d_block + torch.stack((d_k, d_v)).transpose(1, 2))()
-            block = coming()
         d_k, d_v = d_block.to(k_TGE.dtype).unbind(0)
         return _by_token(d_q).to(q_THE.dtype), d_k, d_v, None, None, None, None, None
 
@@ -175,8 +158,13 @@ class _Turns:
         self._places = [held_places(length, self._degree, rank).to(device) for rank in range(self._degree)]
         self.own = self._places[self._rank]
 
-    def __iter__(self) -> Any:
-        return (self._places[(self._rank - turn) % self._degree] for turn in range(self._degree))
+    def blocks(self, block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Places and block of every rank, our own first; the next one travels while one is worked on."""
+        for turn in range(self._degree):
+            coming = self.pass_on(block) if turn + 1 < self._degree else None
+            yield self._places[(self._rank - turn) % self._degree], block
+            if coming:
+                block = coming()
 
     def pass_on(self, block: Tensor) -> Callable[[], Tensor]:
         """Send a block to the next rank; the result waits for the one that comes from the rank before."""

@@ -51,7 +51,18 @@ def biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-class ColumnLinear(tensor_parallel.ColumnParallelLinear):
+class Packable:
+    """A layer whose weight may be packed for inference."""
+
+    weight: nn.Parameter
+    _packed: PackedWeight | None = None
+
+    def pack(self) -> None:
+        """Serve inference from a packed copy of the weight as it is now."""
+        self._packed = packed(self.weight)
+
+
+class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
     """[…, inputs] → […, outputs / tensor]: this rank's rows of the weight and of the bias."""
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, *, bias: bool = False) -> None:
@@ -59,11 +70,6 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
         mark(self.weight, 0)
         if bias:
             mark(self.bias, 0)
-        self._packed: PackedWeight | None = None
-
-    def pack(self) -> None:
-        """Serve inference from a packed copy of the weight as it is now."""
-        self._packed = packed(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -74,7 +80,7 @@ class ColumnLinear(tensor_parallel.ColumnParallelLinear):
         return biased(self._packed(x), self.bias)
 
 
-class RowLinear(tensor_parallel.RowParallelLinear):
+class RowLinear(Packable, tensor_parallel.RowParallelLinear):
     """[…, inputs / tensor] → […, outputs]: this rank's columns of the weight, the sum over tensor ranks, the bias."""
 
     def __init__(self, inputs: int, outputs: int, config: TransformerConfig, *, bias: bool = False) -> None:
@@ -88,11 +94,6 @@ class RowLinear(tensor_parallel.RowParallelLinear):
             skip_bias_add=True,
         )
         mark(self.weight, 1)
-        self._packed: PackedWeight | None = None
-
-    def pack(self) -> None:
-        """Serve inference from a packed copy of the weight as it is now."""
-        self._packed = packed(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from lockstep.distributed.exchange import all_to_all
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.zero import as_expert
 from lockstep.model.config import MoEConfig
@@ -115,9 +116,9 @@ class MoE(nn.Module):
         local = len(self.gate_up)
         order = torch.arange(local, device=counts_E.device).repeat(ranks).repeat_interleave(received_E)
         order = order.argsort(stable=True)
-        arrived = _Rearranged.apply(_AllToAll.apply(rows_ND, sent, received, group), order, _inverse(order), 1)
+        arrived = _Rearranged.apply(all_to_all(rows_ND, group, sent, received), order, _inverse(order), 1)
         outputs = self._computed(arrived, received_E.view(ranks, local).sum(0).tolist())
-        return _AllToAll.apply(_Rearranged.apply(outputs, _inverse(order), order, 1), received, sent, group)
+        return all_to_all(_Rearranged.apply(outputs, _inverse(order), order, 1), group, received, sent)
 
     def _computed(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
         """Each local expert's output for its `counts` rows; one without rows still gets a gradient, of zeros."""
@@ -199,23 +200,3 @@ class _Rearranged(torch.autograd.Function):
         if ctx.k > 1:
             d_ND = d_ND.view(-1, ctx.k, d_ND.shape[1]).float().sum(1).to(d_ND.dtype)
         return d_ND, None, None, None
-
-
-class _AllToAll(torch.autograd.Function):
-    """Consecutive rows to each rank of a group; gradients travel back."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
-        ctx.exchange = sent, received, group
-        return _exchanged(rows_ND, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sent, received, group = ctx.exchange
-        return _exchanged(gradients[0], received, sent, group), None, None, None
-
-
-def _exchanged(rows_ND: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
-    arrived = rows_ND.new_empty(sum(received), rows_ND.shape[1])
-    dist.all_to_all_single(arrived, rows_ND.contiguous(), received, sent, group=group)
-    return arrived

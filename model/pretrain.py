@@ -1,11 +1,15 @@
 """Pretraining on one rank: the rows of each step, made ahead of time, and the held-out loss."""
 
+from pathlib import Path
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.data.batch import RowRules, TokenBatch
 from lockstep.data.loader import PretrainingConfig, PretrainingData
 from lockstep.data.prefetch import Prefetch
+from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.engine import StepResult
+from lockstep.model.config import ModelConfig
 from lockstep.model.loss import nll
 from lockstep.model.train import OptimizerConfig, Trainer
 
@@ -28,13 +32,20 @@ class PretrainConfig(BaseModel):
         return range((step - 1) * self.samples_per_step, step * self.samples_per_step)
 
 
+def random_data(store: Path, model: ModelConfig, config: PretrainConfig, seed: int) -> PretrainingConfig:
+    """Random documents for a recipe that names none: eight steps' worth, then they come again."""
+    length = min(32, model.context)
+    tokens = max(4096, 8 * config.samples_per_step * length)
+    write_random_store(store, vocabulary=model.vocabulary, tokens=tokens, seed=seed, mean_length=length // 2)
+    return PretrainingConfig.model_validate({"blend": [{"path": str(store)}], "length": length, "held_out": 0.05})
+
+
 class Pretraining:
     """One rank's share of a run."""
 
     def __init__(self, trainer: Trainer, config: PretrainConfig, data: PretrainingData, rules: RowRules) -> None:
         self._trainer, self._config, self._data, self._rules = trainer, config, data, rules
         self._rank = trainer.groups.data_rank
-        trainer.z_coefficient = config.z_coefficient
         self._ahead = Prefetch(self._rows, range(1, config.steps + 1))
         self._held_out = data.held_out_rows(rules, self._rank)
 
@@ -44,7 +55,7 @@ class Pretraining:
     def step(self, step: int) -> StepResult:
         """The next update; steps are taken in order. A gradient that is not finite changes nothing."""
         rate = self._config.optimizer.rate(step, self._config.steps)
-        return self._trainer.step(next(self._ahead), nll, rate)
+        return self._trainer.step(next(self._ahead), nll, rate, z_coefficient=self._config.z_coefficient)
 
     def held_out_loss(self) -> float | None:
         """Mean negative log-likelihood of the held-out tokens in nats, or None where nothing is held out."""

@@ -183,7 +183,6 @@ class Trainer:
         self.transformer = transformer_of(stage)
         self.transformer.recompute = recompute
         self._temperature = temperature
-        self.z_coefficient = 0.0
         self.engine = Engine(
             stage,
             groups,
@@ -198,43 +197,33 @@ class Trainer:
         objective: Objective,
         learning_rate: float,
         reference: Stage | None = None,
+        z_coefficient: float = 0.0,
     ) -> StepResult:
         """One update from this data rank's rows of a global batch.
 
         Args:
+            z_coefficient: adds coefficient · Σ weight · (log Σ exp logits)² to the objective, which keeps logits from
+                drifting (de Brébisson & Vincent 2016; PaLM, Chowdhery et al. 2022, section 5).
             reference: a second model, whose log-probabilities become the reference's.
         """
         batches, tokens = self._on_device(rows), _longest(rows)
         if reference is not None:
             scores = self.engine.evaluate(reference, batches, self._forward, tokens=tokens)
             batches = [_with_reference(b, s[0]) for b, s in zip(batches, scores, strict=False)] or batches
-        loss = self._loss(objective)
+        loss = _loss(objective, z_coefficient)
         return self.engine.step(batches, self._forward, loss, tokens=tokens, learning_rate=learning_rate)
 
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
         """What an objective reports over this data rank's rows of a global batch and all others', without an update."""
 
         tokens = _longest(rows)
-        return self.engine.measure(self._on_device(rows), self._forward, self._loss(objective), tokens=tokens)
+        return self.engine.measure(self._on_device(rows), self._forward, _loss(objective), tokens=tokens)
 
     def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
         """log p of the tokens that count in each row, [K]; on all but the last pipeline stage an empty list."""
         batches = self._on_device(rows)
         found = self.engine.evaluate(stage or self.stage, batches, self._forward, tokens=_longest(rows))
         return [self._whole(row, scores[0]) for row, scores in zip(rows, found, strict=False)]
-
-    def _loss(self, objective: Objective) -> Loss:
-        """The objective, and Σ weight · (log Σ exp logits)², which keeps logits from drifting (de Brébisson & Vincent
-        2016; PaLM, Chowdhery et al. 2022, section 5)."""
-
-        def loss(scores_2K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-            value, report = objective(scores_2K[0], batch.columns)
-            if not self.z_coefficient:
-                return value, report
-            z_loss = (batch.columns.weight * scores_2K[1].square()).sum()
-            return value + self.z_coefficient * z_loss, report | {"z_loss": z_loss.detach()}
-
-        return loss
 
     def _whole(self, row: TokenBatch, logp: Tensor) -> Tensor:
         """The row's log-probabilities from those of every context rank."""
@@ -278,6 +267,19 @@ class Trainer:
             finish=scores,
             sequences=batch.sequences,
         )
+
+
+def _loss(objective: Objective, z_coefficient: float = 0.0) -> Loss:
+    """The objective and the z loss."""
+
+    def loss(scores_2K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        value, report = objective(scores_2K[0], batch.columns)
+        if not z_coefficient:
+            return value, report
+        z_loss = (batch.columns.weight * scores_2K[1].square()).sum()
+        return value + z_coefficient * z_loss, report | {"z_loss": z_loss.detach()}
+
+    return loss
 
 
 def _longest(rows: Sequence[TokenBatch]) -> int:

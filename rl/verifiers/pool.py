@@ -209,7 +209,7 @@ def _guarded(grader: Grader, response: str, answer: str) -> Verdict:
 def _leave(code: object) -> NoReturn:
     """Ends the process as `sys.exit(code)` does, but at once.
 
-    An interpreter may take seconds to close, more than the pool waits between the end of the pipe and that of the child.
+    An interpreter may take seconds to close, and the pool waits less between the end of the pipe and that of the child.
     """
     os._exit(code if isinstance(code, int) else int(code is not None))
 
