@@ -13,25 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.model.functions import soft_capped
+from lockstep.model.full_attention import PLAIN, Scoring, Span, attend_in_full
 
 LONGEST_IN_FULL = 1024
 """Documents up to this length are attended to by plain products, longer ones by torch's flash kernel, in tokens."""
 
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a layer scores what its tokens see."""
-
-    scale: float | None = None
-    """What q·k is multiplied by; None for 1/√E."""
-    cap: float | None = None
-    """Scores s become cap · tanh(s / cap)."""
-    window: int | None = None
-    """Tokens that a token sees, itself included: position p sees p − window + 1 … p of its document. None for all."""
-
-
-PLAIN = Scoring()
+ROWS_AT_ONCE = 128
+"""Queries of a document whose scores are computed together, up to the last key that any of them sees."""
 
 
 class Attend(Protocol):
@@ -133,6 +121,7 @@ class _SegmentBatch:
         self._q = (start + rows.clamp(max=length - 1)).flatten().to(device)
         self._k = torch.where(columns < seen, prompt + columns, own).flatten().to(device)
         self._position_NL, self._last_N1 = seen + rows, seen + length - 1
+        self._least_last = int(self._last_N1.min())
         self._device = device
         self._biases: dict[int | None, Tensor] = {None: self._made_bias(None)}
         self._causal = not any(s.seen for s in segments)
@@ -150,8 +139,16 @@ class _SegmentBatch:
                 q, k, v, attn_mask=mask, is_causal=causal, scale=scoring.scale, enable_gqa=True
             )
         else:
-            mixed = attend_in_full(q, k, v, self._bias(window), scoring)
+            mixed = attend_in_full(q, k, v, self._bias(window), scoring, self._spans(window))
         return mixed.transpose(1, 2).reshape(n * self.queries, -1)
+
+    def _spans(self, window: int | None) -> list[Span]:
+        """Blocks of rows, and the columns that any of their tokens sees."""
+        least, most = int(self._position_NL[:, 0].min()), int(self._position_NL[:, 0].max())
+        starts = range(0, self.queries, ROWS_AT_ONCE)
+        rows = [slice(start, min(start + ROWS_AT_ONCE, self.queries)) for start in starts]
+        first = [0 if window is None else max(0, min(least + r.start, self._least_last) - window + 1) for r in rows]
+        return [(r, slice(f, min(self._keys, most + r.stop))) for r, f in zip(rows, first, strict=True)]
 
     def _bias(self, window: int | None) -> Tensor:
         """0 where the token of a row [N, L] sees the column's key [S], −∞ elsewhere."""
@@ -175,18 +172,3 @@ def _places(segments: Sequence[_Segment], batches: Sequence[_SegmentBatch]) -> T
     for segment, offset in zip(segments, offsets, strict=True):
         places[segment.start : segment.start + segment.length] = offset + torch.arange(segment.length)
     return places
-
-
-def attend_in_full(
-    q_NHLE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, bias_NLS: Tensor, scoring: Scoring = PLAIN
-) -> Tensor:
-    """softmax(cap(q·kᵀ·scale) + bias)·v in fp32. The query heads of one key-value head stand as rows of one product."""
-    n, heads, length, width = q_NHLE.shape
-    kv_heads, seen = k_NGSE.shape[1:3]
-    scale = width**-0.5 if scoring.scale is None else scoring.scale
-    q = (q_NHLE.float() * scale).reshape(n * kv_heads, -1, width)
-    k, v = (t.float().reshape(n * kv_heads, seen, width) for t in (k_NGSE, v_NGSE))
-    scores = soft_capped(torch.bmm(q, k.transpose(1, 2)), scoring.cap)
-    scores = scores.view(n, heads, length, seen) + bias_NLS[:, None]
-    mixed = torch.bmm(scores.softmax(-1).view(n * kv_heads, -1, seen), v)
-    return mixed.view(n, heads, length, width).to(q_NHLE.dtype)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lockstep.distributed.groups import Groups
-from lockstep.model.attention import Attend, Scoring
+from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
+from lockstep.model.full_attention import Scoring
 from lockstep.model.functions import gated, rms_norm, rotary, swiglu
 from lockstep.model.linear import ColumnLinear, RowLinear, mark, sequence_group, summed_over
 from lockstep.model.moe import MoE, Sequences

@@ -9,7 +9,8 @@ from torch import Tensor
 from lockstep.distributed.context import HeadExchange, ring_attention
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import splits_heads
-from lockstep.model.attention import PLAIN, Attend, DocumentAttention, Scoring
+from lockstep.model.attention import Attend, DocumentAttention
+from lockstep.model.full_attention import PLAIN, Scoring
 
 
 def attention(documents: Sequence[Sequence[int]], groups: Groups, kv_heads: int, device: torch.device) -> Attend:

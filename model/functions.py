@@ -51,12 +51,8 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         d_gate, d_up = out.chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        torch.mul(gradient, silu, out=d_up)
-        # d silu = σ + silu·(1 − σ)
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        torch.mul(slope.mul_(gradient), up, out=d_gate)
+        torch.mul(gradient, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=d_gate)
         return out
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.model.attention import PLAIN, DocumentAttention, Scoring, attend_in_full
+from lockstep.model.attention import DocumentAttention
+from lockstep.model.full_attention import PLAIN, Scoring, attend_in_full
 
 
 class KVCache:

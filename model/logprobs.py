@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, from activations to vocabulary, split over the tensor axis and in chunks.
 
-Only the compute-dtype logits are kept for the backward; fp32 exists for one chunk at a time.
+Only the compute-dtype logits are kept for the backward; fp32 exists for one block of tokens at a time.
 """
 
 from typing import Any
@@ -14,7 +14,9 @@ from lockstep.model.functions import soft_capped
 from lockstep.model.linear import PackedWeight, linear
 
 CHUNK = 256
-"""Tokens whose fp32 logits exist at one time."""
+"""Tokens whose logits come out of one product."""
+BLOCK = 16
+"""Tokens whose fp32 logits exist at one time: few, so that they stay in the processor's cache."""
 
 
 def local_logits(
@@ -47,7 +49,7 @@ class _TokenLogProb(torch.autograd.Function):
         logits, logp, sums = [], [], []
         for hidden, targets in zip(hidden_KD.split(CHUNK), targets_K.split(CHUNK), strict=True):
             chunk = local_logits(hidden, weight_VD, first, vocabulary, cap)
-            log_sum, at_target = _reduced(_scaled(chunk, temperature), targets - first, group)
+            log_sum, at_target = _reduced(chunk, targets - first, temperature, group)
             logits.append(chunk)
             sums.append(log_sum)
             logp.append(at_target - log_sum)
@@ -77,10 +79,10 @@ class _TokenLogProb(torch.autograd.Function):
             else ()
         )
         for hidden, d_chunk, targets, gradient, of_sum, chunk, log_sum in parts:
-            d_logits = _d_logits(chunk, log_sum, targets - ctx.first, gradient, of_sum, ctx.temperature)
-            if ctx.cap is not None:  # tanh' = 1 − tanh²; a row of padding is −∞ and has no slope
-                d_logits *= 1 - (chunk.float() / ctx.cap).clamp(-1, 1).square()
-            d_logits = d_logits.to(hidden.dtype)
+            d_logits = torch.empty_like(chunk)
+            columns = (d_logits, chunk, log_sum, targets - ctx.first, gradient, of_sum)
+            for d_block, *given in zip(*(c.split(BLOCK) for c in columns), strict=True):
+                d_block.copy_(_d_logits(*given, temperature=ctx.temperature, cap=ctx.cap))
             torch.mm(d_logits, weight_VD, out=d_chunk)
             d_weight.addmm_(d_logits.t(), hidden)
         return d_hidden, d_weight, None, None, None, None, None
@@ -88,15 +90,18 @@ class _TokenLogProb(torch.autograd.Function):
 
 def _scaled(chunk: Tensor, temperature: float) -> Tensor:
     """The logits in fp32 over the temperature: always a copy, because the backward needs them as they are."""
-    return chunk.to(torch.float32, copy=True).div_(temperature)
+    copy = chunk.to(torch.float32, copy=True)
+    return copy if temperature == 1 else copy.div_(temperature)
 
 
-def _reduced(scaled: Tensor, local_targets: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def _reduced(
+    chunk: Tensor, local_targets: Tensor, temperature: float, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and the target's logit over the whole vocabulary, [K] each."""
-    inside = (local_targets >= 0) & (local_targets < scaled.shape[1])
-    picked = scaled.gather(1, local_targets.clamp(0, scaled.shape[1] - 1)[:, None])[:, 0]
+    inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
+    picked = chunk.gather(1, local_targets.clamp(0, chunk.shape[1] - 1)[:, None])[:, 0].float() / temperature
     at_target = torch.where(inside, picked, torch.zeros_like(picked))
-    log_sum = torch.logsumexp(scaled, dim=1)
+    log_sum = torch.cat([torch.logsumexp(_scaled(block, temperature), dim=1) for block in chunk.split(BLOCK)])
     if group.size() > 1:
         largest = log_sum.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
@@ -107,15 +112,24 @@ def _reduced(scaled: Tensor, local_targets: Tensor, group: dist.ProcessGroup) ->
 
 
 def _d_logits(
-    chunk: Tensor, log_sum: Tensor, local_targets: Tensor, gradient: Tensor, of_sum: Tensor, temperature: float
+    chunk: Tensor,
+    log_sum: Tensor,
+    local_targets: Tensor,
+    gradient: Tensor,
+    of_sum: Tensor,
+    *,
+    temperature: float,
+    cap: float | None,
 ) -> Tensor:
-    """((1[target] − softmax) · gradient + softmax · gradient of the log-sum-exp) / temperature."""
+    """((1[target] − softmax) · gradient + softmax · gradient of the log-sum-exp) / temperature · slope of the cap."""
     scale = (gradient / temperature)[:, None]
     spread = scale - (of_sum / temperature)[:, None]
     d_logits = _scaled(chunk, temperature).sub_(log_sum[:, None]).exp_().mul_(-spread)
     inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
     rows = torch.nonzero(inside)[:, 0]
     d_logits[rows, local_targets[rows]] += scale[rows, 0]
+    if cap is not None:  # tanh' = 1 − tanh²; a row of padding is −∞ and has no slope
+        d_logits *= 1 - (chunk.float() / cap).clamp(-1, 1).square()
     return d_logits
 
 

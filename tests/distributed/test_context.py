@@ -8,8 +8,9 @@ from lockstep.distributed.context import held_places
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
-from lockstep.model.attention import DocumentAttention, Scoring
+from lockstep.model.attention import DocumentAttention
 from lockstep.model.context import HeadsAttention, RingAttention, attention
+from lockstep.model.full_attention import Scoring
 
 DOCUMENTS = ((7, 5, 6), (20,), (3, 9), (14, 0, 0))
 HEADS, KV_HEADS, WIDTH, LENGTH = 8, 4, 4, 64

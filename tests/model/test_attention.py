@@ -1,13 +1,17 @@
 """Attention over trees of documents against one dense mask."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lockstep.model import attention
-from lockstep.model.attention import PLAIN, DocumentAttention, Scoring
+from lockstep.model.attention import DocumentAttention
+from lockstep.model.full_attention import PLAIN, Scoring
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH = 6, 2, 4
@@ -108,6 +112,40 @@ def test_trees_equal_a_dense_mask(documents: Documents) -> None:
 @example([[40, 30, 2], [70]], Scoring(window=33, cap=1.5))
 def test_scales_caps_and_windows_equal_a_dense_mask(documents: Documents, scoring: Scoring) -> None:
     check(documents, torch.float32, 2e-5, scoring)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "ROWS_AT_ONCE", 16)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(some_documents, some_scorings)
+@example([[40, 30, 2], [70]], Scoring(window=33, cap=1.5))
+@example([[16, 16, 17], [32], [48, 5]], Scoring(window=1))
+def test_blocks_of_rows_equal_a_dense_mask(small_blocks: None, documents: Documents, scoring: Scoring) -> None:
+    check(documents, torch.float32, 2e-5, scoring)
+
+
+def test_bfloat16_is_as_exact_as_the_flash_kernel(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [[100, 20, 40], [150], [64]]
+    given_inputs = inputs(documents, torch.bfloat16)
+    slope = torch.randn(given_inputs[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def results(attend: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+        mixed = attend(*tensors)
+        return [mixed, *torch.autograd.grad(mixed, tensors, slope.to(mixed.dtype))]
+
+    def errors() -> list[float]:
+        found = results(partial(DocumentAttention(documents, CPU), 0), *given_inputs)
+        return [(a.double() - b).norm().item() for a, b in zip(found, exact, strict=True)]
+
+    exact = results(partial(dense, documents), *(x.detach().double().requires_grad_() for x in given_inputs))
+    ours = errors()
+    monkeypatch.setattr(attention, "LONGEST_IN_FULL", 0)
+    (value, *gradients), (flash_value, *flash_gradients) = ours, errors()
+    assert value < 1.5 * flash_value
+    assert all(a < b for a, b in zip(gradients, flash_gradients, strict=True))
 
 
 @pytest.fixture

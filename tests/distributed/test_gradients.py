@@ -1,0 +1,73 @@
+"""Micro-batches, packing and data ranks change no gradient, the losses of routers included."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lockstep.data.batch import rows_for_ranks
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
+from lockstep.model.config import ModelConfig, MoEConfig
+from lockstep.model.loss import nll
+from lockstep.model.names import RandomWeights, pieces
+from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
+from tests.distributed.test_parity import global_batch
+
+DENSE = ModelConfig(
+    layers=3, width=48, heads=6, kv_heads=2, head_dim=8, intermediate=80, vocabulary=301, context=64, tied=True
+)
+EXPERTS = MoEConfig(experts=4, experts_per_token=2, intermediate=40, balance_coefficient=0.3, z_coefficient=0.01)
+MODELS = {"dense": DENSE, "experts": DENSE.model_copy(update={"moe": EXPERTS})}
+
+
+def gradients(groups: Groups, model: ModelConfig, row_tokens: int) -> dict[str, np.ndarray[Any, Any]]:
+    """What the optimizer is given for each logical tensor, in a layout that splits none."""
+    source = RandomWeights(model, seed=3, deviation=0.2)
+    trainer = Trainer(build(model, groups, torch.float32, source), groups, OptimizerConfig(clip_norm=0.0))
+    found = {}
+
+    def keep(*_: Any) -> None:
+        for parameter, piece in pieces(transformer_of(trainer.stage)):
+            assert parameter.grad is not None
+            found[piece.name] = piece.view(parameter.grad).double().numpy().copy()
+
+    hook = register_optimizer_step_pre_hook(keep)
+    rows = rows_for_ranks(global_batch(model.vocabulary, 5), row_rules(groups.layout, row_tokens))
+    trainer.step(rows[groups.data_rank], nll, 1e-3)
+    hook.remove()
+    return found
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> ModelConfig:
+    return MODELS[request.param]
+
+
+@pytest.fixture(scope="module")
+def expected(model: ModelConfig, worlds: Worlds) -> dict[str, np.ndarray[Any, Any]]:
+    return worlds.run(Layout(zero=0), gradients, model, 64)[0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "row_tokens"),
+    [
+        (Layout(zero=0), 1),
+        (Layout(zero=0), 40),
+        (Layout(zero=0), 1000),
+        (Layout(data=2, zero=0), 1),
+        (Layout(data=2, zero=0), 64),
+        (Layout(data=4, zero=0), 1000),
+    ],
+    ids=str,
+)
+def test_gradients_are_those_of_any_other_cut(
+    layout: Layout, row_tokens: int, model: ModelConfig, expected: dict[str, np.ndarray[Any, Any]], worlds: Worlds
+) -> None:
+    for found in worlds.run(layout, gradients, model, row_tokens):
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert np.linalg.norm(found[name] - gradient) <= 1e-6 * np.linalg.norm(gradient), name
