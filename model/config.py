@@ -64,6 +64,10 @@ class MoEConfig(BaseModel):
         rows = 3 * (self.experts * self.intermediate + self.shared_intermediate) + self.experts + self.shared_gate
         return rows * width
 
+    def idle_parameters(self, width: int) -> int:
+        """Parameters of one block's experts that a token does not visit."""
+        return 3 * (self.experts - self.experts_per_token) * self.intermediate * width
+
 
 class ModelConfig(BaseModel):
     """A decoder-only transformer. The defaults are Llama's."""

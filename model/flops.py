@@ -10,12 +10,14 @@ from lockstep.model.config import ModelConfig
 def training_flops(model: ModelConfig, length: int) -> float:
     """Operations per token of forward and backward: 6 · (weights in products) + 6 · layers · heads · head_dim · length.
 
-    Embedding rows are looked up and not multiplied, so untied embeddings do not count; a token attends to half of a
-    sample of `length` tokens on average (Narayanan et al. 2021, eq. 3, without recomputation).
+    Rows that are looked up and not multiplied (untied embeddings, learned positions) and experts that a token does not
+    visit do not count; a token attends to half of a sample of `length` tokens on average (Narayanan et al. 2021, eq. 3,
+    without recomputation).
     """
-    looked_up = 0 if model.tied else model.vocabulary * model.width
+    looked_up = (0 if model.tied else model.vocabulary) + (model.context if model.rope is None else 0)
+    idle = model.layers * model.moe.idle_parameters(model.width) if model.moe else 0
     attention = model.layers * model.heads * model.head_dim * length
-    return 6.0 * (model.parameters - looked_up) + 6.0 * attention
+    return 6.0 * (model.parameters - looked_up * model.width - idle) + 6.0 * attention
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device, *, size: int = 1024, seconds: float = 0.5) -> float:
