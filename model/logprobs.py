@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, from activations to vocabulary, split over the tensor axis and in chunks.
 
-Only the compute-dtype logits are kept for the backward; fp32 exists for one block of tokens at a time.
+Logits in bf16 are kept for the backward; fp32 exists for one block of tokens at a time, or one chunk where all is fp32.
 """
 
 from typing import Any
@@ -46,43 +46,31 @@ class _TokenLogProb(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor]:
         first = group.rank() * weight_VD.shape[0]
-        logits, logp, sums = [], [], []
+        kept, logp, sums = [], [], []
         for hidden, targets in zip(hidden_KD.split(CHUNK), targets_K.split(CHUNK), strict=True):
             chunk = local_logits(hidden, weight_VD, first, vocabulary, cap)
             log_sum, at_target = _reduced(chunk, targets - first, temperature, group)
-            logits.append(chunk)
             sums.append(log_sum)
             logp.append(at_target - log_sum)
-        ctx.save_for_backward(hidden_KD, weight_VD, targets_K, *logits, *sums)
-        ctx.first, ctx.temperature, ctx.cap = first, temperature, cap
-        nothing = hidden_KD.new_zeros(0, dtype=torch.float32)
-        return torch.cat([nothing, *logp]), torch.cat([nothing, *sums])
+            if chunk.dtype != torch.float32:
+                kept.append(chunk)
+        log_sum_K = torch.cat(sums)
+        ctx.save_for_backward(hidden_KD, weight_VD, targets_K, log_sum_K, *kept)
+        ctx.settings = first, vocabulary, temperature, cap
+        return torch.cat(logp), log_sum_K
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient_K, gradient_of_sum_K = gradients
-        hidden_KD, weight_VD, targets_K, *kept = ctx.saved_tensors
-        logits, sums = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+        hidden_KD, weight_VD, targets_K, log_sum_K, *kept = ctx.saved_tensors
+        first, vocabulary, temperature, cap = ctx.settings
         d_hidden, d_weight = torch.zeros_like(hidden_KD), torch.zeros_like(weight_VD)
-        parts = (
-            zip(
-                hidden_KD.split(CHUNK),
-                d_hidden.split(CHUNK),
-                targets_K.split(CHUNK),
-                gradient_K.split(CHUNK),
-                gradient_of_sum_K.split(CHUNK),
-                logits,
-                sums,
-                strict=True,
-            )
-            if logits
-            else ()
-        )
-        for hidden, d_chunk, targets, gradient, of_sum, chunk, log_sum in parts:
+        columns = (hidden_KD, d_hidden, log_sum_K, targets_K - first, *gradients)
+        for i, (hidden, d_chunk, *of_tokens) in enumerate(zip(*(c.split(CHUNK) for c in columns), strict=True)):
+            chunk = kept[i] if kept else local_logits(hidden, weight_VD, first, vocabulary, cap)
             d_logits = torch.empty_like(chunk)
-            columns = (d_logits, chunk, log_sum, targets - ctx.first, gradient, of_sum)
-            for d_block, *given in zip(*(c.split(BLOCK) for c in columns), strict=True):
-                d_block.copy_(_d_logits(*given, temperature=ctx.temperature, cap=ctx.cap))
+            blocks = zip(*(c.split(BLOCK) for c in (d_logits, chunk, *of_tokens)), strict=True)
+            for d_block, *given in blocks:
+                d_block.copy_(_d_logits(*given, temperature=temperature, cap=cap))
             torch.mm(d_logits, weight_VD, out=d_chunk)
             d_weight.addmm_(d_logits.t(), hidden)
         return d_hidden, d_weight, None, None, None, None, None

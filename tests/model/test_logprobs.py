@@ -138,3 +138,20 @@ def test_padding_has_probability_zero() -> None:
     assert torch.isneginf(logits[:, 5:]).all()
     assert torch.equal(logits[:, :5], (hidden @ weight.t())[:, :5])
     assert torch.isneginf(local_logits(hidden, weight, 16, 13)).all()
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, 0), (torch.bfloat16, 2 * CHUNK + 1)])
+def test_no_fp32_logits_of_all_tokens_are_kept(dtype: torch.dtype, kept: int, groups: Groups) -> None:
+    hidden, weight, targets, _ = problem(2 * CHUNK + 1, 301)
+    hidden = hidden.to(dtype).requires_grad_()
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        token_logprobs(hidden, weight.to(dtype), targets, vocabulary=301, group=groups.tensor)
+    logits = [t for t in saved if t.dim() == 2 and t.shape[1] == 301]
+    assert sum(len(t) for t in logits) == kept
+    assert all(t.dtype == dtype for t in logits)
