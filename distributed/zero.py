@@ -87,6 +87,20 @@ def experts_apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [group for group in found if group["params"]]
 
 
+@contextmanager
+def _standing_still(optimizer: Any) -> Iterator[None]:
+    """Within this block the optimizer does not step.
+
+    In bf16 without ZeRO, DeepSpeed steps once with gradients of 0 to make the state: Adam would count that step in its
+    bias correction, and decay the weights.
+    """
+    optimizer.step = lambda: None
+    try:
+        yield
+    finally:
+        del optimizer.step
+
+
 class ZeroOptimizer:
     """An optimizer whose state is split over the replicas as `layout.zero` says."""
 
@@ -100,9 +114,10 @@ class ZeroOptimizer:
             deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERTS] = groups.expert
             deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = groups.expert_replicas
         parameters = [p for p in module.parameters() if p.requires_grad]
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=self._config()
-        )
+        with _standing_still(optimizer):
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=self._config()
+            )
         before_leaving(self._close)
         self._parameters = parameters
         self._norm = 0.0
