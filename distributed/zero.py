@@ -5,11 +5,13 @@ them, then `step` reduces over the data axis, clips by the global norm and updat
 axis, so losses are multiplied by its size and gradients become sums over the global batch.
 """
 
+import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.moe.layer
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.muon import original_muon
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 
@@ -87,6 +91,66 @@ def experts_apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [group for group in found if group["params"]]
 
 
+_half_precision = original_muon.ns_compute_dtype
+
+
+@torch.compiler.set_stance("force_eager")
+def newton_schulz(matrices_NAB: Tensor, exact: bool) -> Tensor:
+    """Nearly orthogonal matrices with the singular vectors of the given ones: five quintic iterations on Gram matrices.
+
+    Singular values come out between 0.7 and 1.2 (Jordan et al. 2024). Eager, because kernels compiled for one shape
+    differ from those for any shape, and compiling asks for a C++ compiler.
+
+    Args:
+        exact: compute in fp32, so that layouts agree; otherwise in the half precision that DeepSpeed chooses.
+    """
+    original_muon.ns_compute_dtype = (lambda _: torch.float32) if exact else _half_precision
+    return original_muon.zeropower_via_gram_newtonschulz(matrices_NAB, steps=5).to(matrices_NAB.dtype)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Elements of a parameter, laid flat, that a rank's optimizer updates: none where `length` is 0."""
+
+    parameter: nn.Parameter
+    shape: torch.Size
+    """Of the parameter; its own shape is empty where ZeRO-3 has split it."""
+    start: int
+    length: int
+    offset: int
+    """Where they lie in the tensor that the optimizer is given, laid flat."""
+
+    def of(self, whole: Tensor) -> Tensor:
+        """These elements of a contiguous tensor of the parameter's shape."""
+        return whole.view(-1)[self.start : self.start + self.length]
+
+    def within(self, held: Tensor) -> Tensor:
+        """These elements of the tensor that the optimizer is given, or of its gradient or state."""
+        return held.view(-1)[self.offset : self.offset + self.length]
+
+
+def _share(parameter: nn.Parameter, low: int, high: int, offset: int) -> Share:
+    """The elements of a parameter between low and high, which may lie outside of it."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    start, stop = (min(max(0, place), shape.numel()) for place in (low, high))
+    return Share(parameter, shape, start, stop - start, offset)
+
+
+def _shares_of_all(parameters: Sequence[nn.Parameter], places: Sequence[int], low: int, size: int) -> list[Share]:
+    """ZeRO-1 and 2: this rank has `size` elements from `low` on of all parameters laid one after the other."""
+    return [_share(p, low - at, low + size - at, max(0, at - low)) for p, at in zip(parameters, places, strict=True)]
+
+
+def _shares_of_each(parameters: Sequence[Any], rank: int) -> list[Share]:
+    """ZeRO-3: this rank has an equal part of each parameter, and those lie one after the other."""
+    sizes = [p.partition_numel() for p in parameters]
+    ends = itertools.accumulate(sizes)
+    return [
+        _share(p, rank * size, (rank + 1) * size, end - size)
+        for p, size, end in zip(parameters, sizes, ends, strict=True)
+    ]
+
+
 @contextmanager
 def _standing_still(optimizer: Any) -> Iterator[None]:
     """Within this block the optimizer does not step.
@@ -99,6 +163,13 @@ def _standing_still(optimizer: Any) -> Iterator[None]:
         yield
     finally:
         del optimizer.step
+
+
+class Sharded(torch.optim.Optimizer):
+    """An optimizer that works on more than single elements, and must know which ones it is given."""
+
+    held: Mapping[Tensor, Sequence[Share]]
+    """For each tensor to step its shares of parameters, in one order on all replicas; set before the first step."""
 
 
 class ZeroOptimizer:
@@ -114,6 +185,9 @@ class ZeroOptimizer:
             deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERTS] = groups.expert
             deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = groups.expert_replicas
         parameters = [p for p in module.parameters() if p.requires_grad]
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        if type(optimizer) not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:  # it would warn of an untested one
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
         with _standing_still(optimizer):
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=self._config()
@@ -121,6 +195,8 @@ class ZeroOptimizer:
         before_leaving(self._close)
         self._parameters = parameters
         self._norm = 0.0
+        if isinstance(optimizer, Sharded):
+            optimizer.held = self._held(stepped, optimizer)
         if self._plain:
             optimizer.register_step_pre_hook(lambda stepping, *_: self._clip(stepping))
         elif groups.layout.zero in (1, 2) and not groups.layout.offload:
@@ -146,9 +222,31 @@ class ZeroOptimizer:
             "managed_gradient_accumulation": False,
             "bf16": {"enabled": self._bfloat16},
             "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
+        }
+
+    def _held(self, stepped: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[Tensor, list[Share]]:
+        """What DeepSpeed made of the parameters that the optimizer was to step: see `Sharded`."""
+        zero: Any = self._engine.optimizer
+        if self._plain:
+            tensors = [t for group in optimizer.param_groups for t in group["params"]]
+            return {t: [_share(p, 0, p.numel(), 0)] for t, p in zip(tensors, stepped, strict=True)}
+        if self._groups.layout.zero == 3:
+            rank = dist.get_rank(self._groups.replicas)
+            return {
+                flat: _shares_of_each(parameters, rank)
+                for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+            }
+        columns = (
+            zero.single_partition_of_fp32_groups,
+            zero.round_robin_bit16_groups,
+            zero.round_robin_bit16_offsets,
+            zero.real_dp_process_group,
+        )
+        return {
+            flat: _shares_of_all(parameters, offsets, dist.get_rank(group) * flat.numel(), flat.numel())
+            for flat, parameters, offsets, group in zip(*columns, strict=True)
         }
 
     def begin_backward(self) -> None:

@@ -96,6 +96,11 @@ def _norm_tensors(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{part}": (model.width,) for part in parts}
 
 
+def is_projection(name: str) -> bool:
+    """Whether a logical tensor is a matrix of attention, of a feed-forward layer or of an expert; routers are not."""
+    return name.endswith("_proj.weight")
+
+
 def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
     """Every piece that this rank holds. Copies that another rank or stage owns have `owned=False`."""
     groups, shapes = transformer.groups, logical_tensors(transformer.model)

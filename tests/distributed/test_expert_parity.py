@@ -180,8 +180,9 @@ def test_bfloat16_has_the_same_norms_but_for_rounding(zero: int, alone: Any, wor
 
 
 @pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
-def test_the_first_step_in_bfloat16_is_the_same_without_zero(worlds: Worlds, folder: Path) -> None:
-    arguments = (train, folder, 1, 64, torch.bfloat16, OptimizerConfig(learning_rate=0.05, weight_decay=0.5))
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_first_step_in_bfloat16_is_the_same_without_zero(kind: Any, worlds: Worlds, folder: Path) -> None:
+    arguments = (train, folder, 1, 64, torch.bfloat16, OptimizerConfig(kind=kind, learning_rate=0.05, weight_decay=0.5))
     (_, plain), (_, split) = (worlds.run(Layout(zero=zero), *arguments)[0] for zero in (0, 1))
     for (name, _, a), (_, _, b) in zip(plain, split, strict=True):
         np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-3, err_msg=name)
