@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lockstep.distributed.checkpoint.spec import Piece
 from lockstep.distributed.groups import Groups
-from lockstep.distributed.zero import Sharded, Share, is_expert, newton_schulz
+from lockstep.distributed.shares import Sharded, Share
+from lockstep.distributed.zero import is_expert, newton_schulz
 
 
 class Muon(Sharded):

@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 
 from lockstep.distributed.groups import Groups, before_leaving
+from lockstep.distributed.shares import Sharded, Share
 
 # DeepSpeed would compile its shared-memory collectives at start-up, and fail where there is no C++ compiler.
 deepspeed.ops.__compatible_ops__ = {}
@@ -108,27 +108,6 @@ def newton_schulz(matrices_NAB: Tensor, exact: bool) -> Tensor:
     return original_muon.zeropower_via_gram_newtonschulz(matrices_NAB, steps=5).to(matrices_NAB.dtype)
 
 
-@dataclass(frozen=True)
-class Share:
-    """Elements of a parameter, laid flat, that a rank's optimizer updates: none where `length` is 0."""
-
-    parameter: nn.Parameter
-    shape: torch.Size
-    """Of the parameter; its own shape is empty where ZeRO-3 has split it."""
-    start: int
-    length: int
-    offset: int
-    """Where they lie in the tensor that the optimizer is given, laid flat."""
-
-    def of(self, whole: Tensor) -> Tensor:
-        """These elements of a contiguous tensor of the parameter's shape."""
-        return whole.view(-1)[self.start : self.start + self.length]
-
-    def within(self, held: Tensor) -> Tensor:
-        """These elements of the tensor that the optimizer is given, or of its gradient or state."""
-        return held.view(-1)[self.offset : self.offset + self.length]
-
-
 def _share(parameter: nn.Parameter, low: int, high: int, offset: int) -> Share:
     """The elements of a parameter between low and high, which may lie outside of it."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -165,17 +144,21 @@ def _standing_still(optimizer: Any) -> Iterator[None]:
         del optimizer.step
 
 
-class Sharded(torch.optim.Optimizer):
-    """An optimizer that works on more than single elements, and must know which ones it is given."""
-
-    held: Mapping[Tensor, Sequence[Share]]
-    """For each tensor to step its shares of parameters, in one order on all replicas; set before the first step."""
-
-
 class ZeroOptimizer:
     """An optimizer whose state is split over the replicas as `layout.zero` says."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, groups: Groups, clip_norm: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        groups: Groups,
+        clip_norm: float,
+        parts: Mapping[str, Iterable[nn.Parameter]],
+    ) -> None:
+        """
+        Args:
+            parts: see `Engine`.
+        """
         deepspeed_logger.setLevel(logging.WARNING)
         self._groups, self._clip_norm = groups, clip_norm
         self._bfloat16 = next(module.parameters()).dtype == torch.bfloat16
@@ -194,13 +177,18 @@ class ZeroOptimizer:
             )
         before_leaving(self._close)
         self._parameters = parameters
-        self._norm = 0.0
+        self._parts = [*parts]
+        self._part_of = {p: i for i, members in enumerate(parts.values()) for p in members}
+        self._squares = torch.zeros(len(parts), dtype=torch.float64)
+        self._held = self._shares(stepped, optimizer)
         if isinstance(optimizer, Sharded):
-            optimizer.held = self._held(stepped, optimizer)
+            optimizer.held = self._held
         if self._plain:
             optimizer.register_step_pre_hook(lambda stepping, *_: self._clip(stepping))
-        elif groups.layout.zero in (1, 2) and not groups.layout.offload:
-            self._engine.optimizer.scaled_global_norm = self._partitioned_norm
+        elif groups.layout.zero == 3:
+            self._engine.optimizer._get_norm_groups = lambda: [self._gradient_norm()]
+        else:
+            self._engine.optimizer.scaled_global_norm = self._gradient_norm
 
     def _close(self) -> None:
         """Take off DeepSpeed's hooks, and what it remembers elsewhere: they keep the model and its groups alive."""
@@ -226,7 +214,7 @@ class ZeroOptimizer:
             "steps_per_print": None,
         }
 
-    def _held(self, stepped: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[Tensor, list[Share]]:
+    def _shares(self, stepped: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[Tensor, list[Share]]:
         """What DeepSpeed made of the parameters that the optimizer was to step: see `Sharded`."""
         zero: Any = self._engine.optimizer
         if self._plain:
@@ -279,12 +267,27 @@ class ZeroOptimizer:
         """Reduce, clip, update, and forget the gradients. Returns the global norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._norm = math.inf  # remains where DeepSpeed finds that gradients overflowed, and does not step
+        self._squares.fill_(math.inf)  # remains where DeepSpeed finds that gradients overflowed, and does not step
         self._engine.step()
-        if self._plain:
-            return self._norm
-        norm: Any = self._engine.get_global_grad_norm()
-        return float(norm if norm is not None else 0.0)
+        return float(self._squares.sum().sqrt())
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of each part's gradient in the last step, before clipping."""
+        return dict(zip(self._parts, self._squares.sqrt().tolist(), strict=True))
+
+    def weight_norms(self) -> dict[str, float]:
+        """√Σw² of each part."""
+        return dict(zip(self._parts, self._sums(self._weights()).sqrt().tolist(), strict=True))
+
+    def _weights(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+        """Weights, or this rank's share of them, and how many ranks hold the same."""
+        parameters: list[Any] = [*self._part_of]
+        if self._groups.layout.zero < 3:
+            yield from ((p, p.detach(), self._holders(p)) for p in parameters)
+            return
+        rank = dist.get_rank(self._groups.replicas)
+        for share in _shares_of_each(parameters, rank):
+            yield share.parameter, vars(share.parameter)["ds_tensor"][: share.length], 1
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         """Without ZeRO, DeepSpeed does not say the norm of fp32 gradients, and leaves experts out of that of bf16 ones.
@@ -292,41 +295,48 @@ class ZeroOptimizer:
         Args:
             optimizer: its parameters are the module's, or fp32 copies of them.
         """
-        shares = [(p, p.grad, self._holders(p)) for p in self._parameters if p.grad is not None]
-        self._norm = float(self._world_norm(shares))
-        if self._clip_norm and self._norm > self._clip_norm:
+        norm = float(self._gradient_norm())
+        if self._clip_norm and norm > self._clip_norm:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 if parameter.grad is not None:
-                    parameter.grad.mul_(self._clip_norm / (self._norm + 1e-6))
+                    parameter.grad.mul_(self._clip_norm / (norm + 1e-6))
 
     def _holders(self, parameter: nn.Parameter) -> int:
         groups = self._groups
         return dist.get_world_size(groups.expert_replicas if is_expert(parameter) else groups.replicas)
 
-    def _partitioned_norm(self) -> Tensor:
-        """The norm of gradients that are split over replicas; experts count like all others, unlike in DeepSpeed."""
-        optimizer: Any = self._engine.optimizer
-        shares = [
-            (parameter, gradient, 1)
-            for group in range(len(optimizer.bit16_groups))
-            for gradient, parameter in zip(
-                (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False)),
-                optimizer.params_in_partition[group],
-                strict=False,
-            )
-        ]
-        return self._world_norm(shares)
+    def _gradient_norm(self) -> Tensor:
+        """The global norm; experts count like all others, unlike in DeepSpeed. Keeps the sums of the parts."""
+        self._squares = self._sums(self._gradients())
+        return self._squares.sum().sqrt().float()
 
-    def _world_norm(self, shares: Sequence[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
-        """√Σg² over every distinct element in the world.
+    def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+        """Reduced gradients, or this rank's share of them, and how many ranks hold the same."""
+        if self._plain:
+            yield from ((p, p.grad, self._holders(p)) for p in self._parameters if p.grad is not None)
+            return
+        averaged: Any = self._engine.optimizer.averaged_gradients
+        for index, (held, shares) in enumerate(self._held.items()):
+            if self._groups.layout.offload:
+                assert held.grad is not None
+                yield from ((share.parameter, share.within(held.grad), 1) for share in shares)
+                continue
+            present = shares if self._groups.layout.zero == 3 else [share for share in shares if share.length]
+            gradients = (g for g in averaged[index] if not getattr(g, "_zero_padding", False))
+            for share, gradient in zip(present, gradients, strict=False):  # ZeRO may add padding
+                yield share.parameter, gradient.reshape(-1)[: share.length], 1
+
+    def _sums(self, shares: Iterable[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
+        """Σx² over every distinct element in the world, for each part.
 
         Args:
-            shares: parameters, their gradients or parts of them, and how many ranks hold the same part.
+            shares: parameters, the tensors that belong to them or parts of these, and how many ranks hold the same.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
-        for parameter, gradient, holders in shares:
+        sums = torch.zeros(len(self._parts), dtype=torch.float64, device=self._parameters[0].device)
+        for parameter, tensor, holders in shares:
             split = getattr(parameter, "tensor_model_parallel", False)
             if (split or self._groups.tensor_rank == 0) and not getattr(parameter, "ds_pipe_replicated", False):
-                total += torch.linalg.vector_norm(gradient.float()).double().square() / holders
-        dist.all_reduce(total)
-        return total.sqrt().float()
+                square = torch.linalg.vector_norm(tensor.float()).double().square() / holders
+                sums[self._part_of[parameter]] += square.to(sums.device)
+        dist.all_reduce(sums)
+        return sums

@@ -27,7 +27,7 @@ from lockstep.model.context import attention
 from lockstep.model.logprobs import token_scores
 from lockstep.model.loss import Columns
 from lockstep.model.moe import Sequences
-from lockstep.model.names import is_projection, load, pieces
+from lockstep.model.names import is_projection, load, part_sizes, parts, pieces
 from lockstep.model.transformer import Recompute, Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -211,6 +211,7 @@ class Trainer:
             groups,
             optimizer_of(self.transformer, groups, optimizer),
             clip_norm=optimizer.clip_norm,
+            parts=parts(self.transformer),
             tied=self.transformer.tied_over_stages,
         )
 
@@ -235,6 +236,16 @@ class Trainer:
             batches = [_with_reference(b, s[0]) for b, s in zip(batches, scores, strict=False)] or batches
         loss = _loss(objective, z_coefficient)
         return self.engine.step(batches, self._forward, loss, tokens=tokens, learning_rate=learning_rate)
+
+    def statistics(self, result: StepResult) -> dict[str, float]:
+        """By part of the model: the norm of a step's gradient and the root mean square of the weights as they are now.
+
+        All ranks call this; `part_sizes` has the names of the parts.
+        """
+        sizes = part_sizes(self.transformer.model)
+        scales = {part: norm / math.sqrt(sizes[part]) for part, norm in self.engine.weight_norms().items()}
+        groups = {"grad_norm": result.grad_norms, "weight_rms": scales}
+        return {f"{name}/{part}": value for name, values in groups.items() for part, value in values.items()}
 
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
         """What an objective reports over this data rank's rows of a global batch and all others', without an update."""
