@@ -269,7 +269,7 @@ class ZeroOptimizer:
             group["lr"] = learning_rate
         self._squares.fill_(math.inf)  # remains where DeepSpeed finds that gradients overflowed, and does not step
         self._engine.step()
-        return float(self._squares.sum().sqrt())
+        return float(self._norm)
 
     def gradient_norms(self) -> dict[str, float]:
         """Norm of each part's gradient in the last step, before clipping."""
@@ -308,6 +308,11 @@ class ZeroOptimizer:
     def _gradient_norm(self) -> Tensor:
         """The global norm; experts count like all others, unlike in DeepSpeed. Keeps the sums of the parts."""
         self._squares = self._sums(self._gradients())
+        return self._norm
+
+    @property
+    def _norm(self) -> Tensor:
+        """In fp32, in which DeepSpeed decides whether it is a number."""
         return self._squares.sum().sqrt().float()
 
     def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
