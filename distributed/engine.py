@@ -1,6 +1,6 @@
 """Gradient steps on any module in any layout: micro-batches in, one update out. Blind to what is being optimised."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +20,14 @@ class MissingGradient(RuntimeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update reports, the same on every rank, and the gradient's global norm before clipping.
+    """What one update reports, the same on every rank, and the gradient's norm before clipping: global and by part.
 
     A value is the sum over the global batch, or the largest of its micro-batches if its name ends in `_max`.
     """
 
     values: dict[str, float]
     grad_norm: float
+    grad_norms: dict[str, float]
 
 
 class Engine:
@@ -39,17 +40,20 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         *,
         clip_norm: float,
+        parts: Mapping[str, Iterable[nn.Parameter]],
         tied: nn.Parameter | None = None,
     ) -> None:
         """
         Args:
+            parts: what norms are told apart by; on every rank all parts of the whole model in the same order, each
+                with those of its parameters that this rank holds.
             tied: the embedding that the first and the last stage both hold, where they are tied over stages.
         """
         self.stage, self.groups = stage, groups
         self._tied = tied if groups.layout.pipeline > 1 else None
         if self._tied is not None and not groups.is_first_stage:
             replicate(self._tied)
-        self._zero = ZeroOptimizer(stage.module, optimizer, groups, clip_norm)
+        self._zero = ZeroOptimizer(stage.module, optimizer, groups, clip_norm, parts)
         self._trained = {n: p for n, p in stage.module.named_parameters() if p.requires_grad and p is not self._tied}
         self._reached: set[str] = set()
         for name, parameter in self._trained.items():
@@ -79,7 +83,11 @@ class Engine:
         if missing:
             raise MissingGradient(f"{missing[0]} received no gradient on rank {self.groups.rank}")
         norm = self._zero.step(learning_rate)
-        return StepResult(self._reduced(reports), norm)
+        return StepResult(self._reduced(reports), norm, self._zero.gradient_norms())
+
+    def weight_norms(self) -> dict[str, float]:
+        """Norm of each part's weights, the same on every rank; all ranks call this."""
+        return self._zero.weight_norms()
 
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""

@@ -5,10 +5,11 @@ them, then `step` reduces over the data axis, clips by the global norm and updat
 axis, so losses are multiplied by its size and gradients become sums over the global batch.
 """
 
+import itertools
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,10 +23,13 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.moe.layer
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.muon import original_muon
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 
 from lockstep.distributed.groups import Groups, before_leaving
+from lockstep.distributed.shares import Sharded, Share
 
 # DeepSpeed would compile its shared-memory collectives at start-up, and fail where there is no C++ compiler.
 deepspeed.ops.__compatible_ops__ = {}
@@ -87,10 +91,74 @@ def experts_apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [group for group in found if group["params"]]
 
 
+_half_precision = original_muon.ns_compute_dtype
+
+
+@torch.compiler.set_stance("force_eager")
+def newton_schulz(matrices_NAB: Tensor, exact: bool) -> Tensor:
+    """Nearly orthogonal matrices with the singular vectors of the given ones: five quintic iterations on Gram matrices.
+
+    Singular values come out between 0.7 and 1.2 (Jordan et al. 2024). Eager, because kernels compiled for one shape
+    differ from those for any shape, and compiling asks for a C++ compiler.
+
+    Args:
+        exact: compute in fp32, so that layouts agree; otherwise in the half precision that DeepSpeed chooses.
+    """
+    original_muon.ns_compute_dtype = (lambda _: torch.float32) if exact else _half_precision
+    return original_muon.zeropower_via_gram_newtonschulz(matrices_NAB, steps=5).to(matrices_NAB.dtype)
+
+
+def _share(parameter: nn.Parameter, low: int, high: int, offset: int) -> Share:
+    """The elements of a parameter between low and high, which may lie outside of it."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    start, stop = (min(max(0, place), shape.numel()) for place in (low, high))
+    return Share(parameter, shape, start, stop - start, offset)
+
+
+def _shares_of_all(parameters: Sequence[nn.Parameter], places: Sequence[int], low: int, size: int) -> list[Share]:
+    """ZeRO-1 and 2: this rank has `size` elements from `low` on of all parameters laid one after the other."""
+    return [_share(p, low - at, low + size - at, max(0, at - low)) for p, at in zip(parameters, places, strict=True)]
+
+
+def _shares_of_each(parameters: Sequence[Any], rank: int) -> list[Share]:
+    """ZeRO-3: this rank has an equal part of each parameter, and those lie one after the other."""
+    sizes = [p.partition_numel() for p in parameters]
+    ends = itertools.accumulate(sizes)
+    return [
+        _share(p, rank * size, (rank + 1) * size, end - size)
+        for p, size, end in zip(parameters, sizes, ends, strict=True)
+    ]
+
+
+@contextmanager
+def _standing_still(optimizer: Any) -> Iterator[None]:
+    """Within this block the optimizer does not step.
+
+    In bf16 without ZeRO, DeepSpeed steps once with gradients of 0 to make the state: Adam would count that step in its
+    bias correction, and decay the weights.
+    """
+    optimizer.step = lambda: None
+    try:
+        yield
+    finally:
+        del optimizer.step
+
+
 class ZeroOptimizer:
     """An optimizer whose state is split over the replicas as `layout.zero` says."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, groups: Groups, clip_norm: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        groups: Groups,
+        clip_norm: float,
+        parts: Mapping[str, Iterable[nn.Parameter]],
+    ) -> None:
+        """
+        Args:
+            parts: see `Engine`.
+        """
         deepspeed_logger.setLevel(logging.WARNING)
         self._groups, self._clip_norm = groups, clip_norm
         self._bfloat16 = next(module.parameters()).dtype == torch.bfloat16
@@ -100,16 +168,27 @@ class ZeroOptimizer:
             deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERTS] = groups.expert
             deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = groups.expert_replicas
         parameters = [p for p in module.parameters() if p.requires_grad]
-        self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=self._config()
-        )
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        if type(optimizer) not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:  # it would warn of an untested one
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
+        with _standing_still(optimizer):
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=self._config()
+            )
         before_leaving(self._close)
         self._parameters = parameters
-        self._norm = 0.0
+        self._parts = [*parts]
+        self._part_of = {p: i for i, members in enumerate(parts.values()) for p in members}
+        self._squares = torch.zeros(len(parts), dtype=torch.float64)
+        self._held = self._shares(stepped, optimizer)
+        if isinstance(optimizer, Sharded):
+            optimizer.held = self._held
         if self._plain:
             optimizer.register_step_pre_hook(lambda stepping, *_: self._clip(stepping))
-        elif groups.layout.zero in (1, 2) and not groups.layout.offload:
-            self._engine.optimizer.scaled_global_norm = self._partitioned_norm
+        elif groups.layout.zero == 3:
+            self._engine.optimizer._get_norm_groups = lambda: [self._gradient_norm()]
+        else:
+            self._engine.optimizer.scaled_global_norm = self._gradient_norm
 
     def _close(self) -> None:
         """Take off DeepSpeed's hooks, and what it remembers elsewhere: they keep the model and its groups alive."""
@@ -131,9 +210,31 @@ class ZeroOptimizer:
             "managed_gradient_accumulation": False,
             "bf16": {"enabled": self._bfloat16},
             "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
+        }
+
+    def _shares(self, stepped: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[Tensor, list[Share]]:
+        """What DeepSpeed made of the parameters that the optimizer was to step: see `Sharded`."""
+        zero: Any = self._engine.optimizer
+        if self._plain:
+            tensors = [t for group in optimizer.param_groups for t in group["params"]]
+            return {t: [_share(p, 0, p.numel(), 0)] for t, p in zip(tensors, stepped, strict=True)}
+        if self._groups.layout.zero == 3:
+            rank = dist.get_rank(self._groups.replicas)
+            return {
+                flat: _shares_of_each(parameters, rank)
+                for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+            }
+        columns = (
+            zero.single_partition_of_fp32_groups,
+            zero.round_robin_bit16_groups,
+            zero.round_robin_bit16_offsets,
+            zero.real_dp_process_group,
+        )
+        return {
+            flat: _shares_of_all(parameters, offsets, dist.get_rank(group) * flat.numel(), flat.numel())
+            for flat, parameters, offsets, group in zip(*columns, strict=True)
         }
 
     def begin_backward(self) -> None:
@@ -166,12 +267,27 @@ class ZeroOptimizer:
         """Reduce, clip, update, and forget the gradients. Returns the global norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._norm = math.inf  # remains where DeepSpeed finds that gradients overflowed, and does not step
+        self._squares.fill_(math.inf)  # remains where DeepSpeed finds that gradients overflowed, and does not step
         self._engine.step()
-        if self._plain:
-            return self._norm
-        norm: Any = self._engine.get_global_grad_norm()
-        return float(norm if norm is not None else 0.0)
+        return float(self._norm)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of each part's gradient in the last step, before clipping."""
+        return dict(zip(self._parts, self._squares.sqrt().tolist(), strict=True))
+
+    def weight_norms(self) -> dict[str, float]:
+        """√Σw² of each part."""
+        return dict(zip(self._parts, self._sums(self._weights()).sqrt().tolist(), strict=True))
+
+    def _weights(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+        """Weights, or this rank's share of them, and how many ranks hold the same."""
+        parameters: list[Any] = [*self._part_of]
+        if self._groups.layout.zero < 3:
+            yield from ((p, p.detach(), self._holders(p)) for p in parameters)
+            return
+        rank = dist.get_rank(self._groups.replicas)
+        for share in _shares_of_each(parameters, rank):
+            yield share.parameter, vars(share.parameter)["ds_tensor"][: share.length], 1
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         """Without ZeRO, DeepSpeed does not say the norm of fp32 gradients, and leaves experts out of that of bf16 ones.
@@ -179,41 +295,53 @@ class ZeroOptimizer:
         Args:
             optimizer: its parameters are the module's, or fp32 copies of them.
         """
-        shares = [(p, p.grad, self._holders(p)) for p in self._parameters if p.grad is not None]
-        self._norm = float(self._world_norm(shares))
-        if self._clip_norm and self._norm > self._clip_norm:
+        norm = float(self._gradient_norm())
+        if self._clip_norm and norm > self._clip_norm:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 if parameter.grad is not None:
-                    parameter.grad.mul_(self._clip_norm / (self._norm + 1e-6))
+                    parameter.grad.mul_(self._clip_norm / (norm + 1e-6))
 
     def _holders(self, parameter: nn.Parameter) -> int:
         groups = self._groups
         return dist.get_world_size(groups.expert_replicas if is_expert(parameter) else groups.replicas)
 
-    def _partitioned_norm(self) -> Tensor:
-        """The norm of gradients that are split over replicas; experts count like all others, unlike in DeepSpeed."""
-        optimizer: Any = self._engine.optimizer
-        shares = [
-            (parameter, gradient, 1)
-            for group in range(len(optimizer.bit16_groups))
-            for gradient, parameter in zip(
-                (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False)),
-                optimizer.params_in_partition[group],
-                strict=False,
-            )
-        ]
-        return self._world_norm(shares)
+    def _gradient_norm(self) -> Tensor:
+        """The global norm; experts count like all others, unlike in DeepSpeed. Keeps the sums of the parts."""
+        self._squares = self._sums(self._gradients())
+        return self._norm
 
-    def _world_norm(self, shares: Sequence[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
-        """√Σg² over every distinct element in the world.
+    @property
+    def _norm(self) -> Tensor:
+        """In fp32, in which DeepSpeed decides whether it is a number."""
+        return self._squares.sum().sqrt().float()
+
+    def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+        """Reduced gradients, or this rank's share of them, and how many ranks hold the same."""
+        if self._plain:
+            yield from ((p, p.grad, self._holders(p)) for p in self._parameters if p.grad is not None)
+            return
+        averaged: Any = self._engine.optimizer.averaged_gradients
+        for index, (held, shares) in enumerate(self._held.items()):
+            if self._groups.layout.offload:
+                assert held.grad is not None
+                yield from ((share.parameter, share.within(held.grad), 1) for share in shares)
+                continue
+            present = shares if self._groups.layout.zero == 3 else [share for share in shares if share.length]
+            gradients = (g for g in averaged[index] if not getattr(g, "_zero_padding", False))
+            for share, gradient in zip(present, gradients, strict=False):  # ZeRO may add padding
+                yield share.parameter, gradient.reshape(-1)[: share.length], 1
+
+    def _sums(self, shares: Iterable[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
+        """Σx² over every distinct element in the world, for each part.
 
         Args:
-            shares: parameters, their gradients or parts of them, and how many ranks hold the same part.
+            shares: parameters, the tensors that belong to them or parts of these, and how many ranks hold the same.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
-        for parameter, gradient, holders in shares:
+        sums = torch.zeros(len(self._parts), dtype=torch.float64, device=self._parameters[0].device)
+        for parameter, tensor, holders in shares:
             split = getattr(parameter, "tensor_model_parallel", False)
             if (split or self._groups.tensor_rank == 0) and not getattr(parameter, "ds_pipe_replicated", False):
-                total += torch.linalg.vector_norm(gradient.float()).double().square() / holders
-        dist.all_reduce(total)
-        return total.sqrt().float()
+                square = torch.linalg.vector_norm(tensor.float()).double().square() / holders
+                sums[self._part_of[parameter]] += square.to(sums.device)
+        dist.all_reduce(sums)
+        return sums

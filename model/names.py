@@ -7,6 +7,7 @@ Gemma 2 and OLMo 2 do. Everything that moves tensors goes through `pieces`; fami
 translated where those are read and written.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,6 +22,14 @@ from lockstep.model.transformer import Transformer, padded_vocabulary
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 POSITIONS = "model.embed_positions.weight"
+
+_OUTSIDE = {
+    "embedding": ("model.embed_tokens", 0),
+    "positions": ("model.embed_positions", None),
+    "norm": ("model.norm", None),
+    "head": ("lm_head", 0),
+}
+"""Modules outside of blocks: their logical names, and the dim that the tensor axis splits."""
 
 _NORMS = {
     "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
@@ -96,6 +105,31 @@ def _norm_tensors(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
     return {f"{name}.{part}": (model.width,) for part in parts}
 
 
+def part_sizes(model: ModelConfig) -> dict[str, int]:
+    """Elements of each part of a model: `embedding`, `positions` where learned, `layers.0`, …, `norm`, `head`."""
+    part_of = {logical: part for part, (logical, _) in _OUTSIDE.items()}
+    sizes: dict[str, int] = {}
+    for name, shape in logical_tensors(model).items():
+        module = name.removeprefix("model.").split(".")
+        part = ".".join(module[:2]) if module[0] == "layers" else part_of[name.rsplit(".", 1)[0]]
+        sizes[part] = sizes.get(part, 0) + math.prod(shape)
+    return sizes
+
+
+def parts(transformer: Transformer) -> dict[str, list[nn.Parameter]]:
+    """This rank's parameters of each part of the whole model: see `part_sizes`."""
+    found: dict[str, list[nn.Parameter]] = {part: [] for part in part_sizes(transformer.model)}
+    for path, parameter in transformer.named_parameters():
+        module, index, *_ = path.split(".")
+        found[f"layers.{index}" if module == "blocks" else module].append(parameter)
+    return found
+
+
+def is_projection(name: str) -> bool:
+    """Whether a logical tensor is a matrix of attention, of a feed-forward layer or of an expert; routers are not."""
+    return name.endswith("_proj.weight")
+
+
 def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
     """Every piece that this rank holds. Copies that another rank or stage owns have `owned=False`."""
     groups, shapes = transformer.groups, logical_tensors(transformer.model)
@@ -125,12 +159,7 @@ def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None
         path += ".weight"
     path, part = path.rsplit(".", 1)
     if not path.startswith("blocks."):
-        name, split = {
-            "embedding": ("model.embed_tokens", 0),
-            "positions": ("model.embed_positions", None),
-            "norm": ("model.norm", None),
-            "head": ("lm_head", 0),
-        }[path]
+        name, split = _OUTSIDE[path]
         return [f"{name}.{part}"], split
     _, layer, place = path.split(".", 2)
     qk_split = 0 if model.qk_norm == "width" else None

@@ -1,5 +1,6 @@
 """Pretraining on one rank: the rows of each step, made ahead of time, and the held-out loss."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,6 +25,11 @@ class PretrainConfig(BaseModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     z_coefficient: float = Field(0.0, ge=0, description="of the loss that keeps logits small; PaLM took 1e-4")
     evaluate_every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0 for the end")
+    statistics_every: int = Field(
+        0,
+        ge=0,
+        description="steps between metrics of each layer: norm of its gradient, size of its weights; 0 for none",
+    )
     give_up_after: int = Field(3, ge=1, description="steps in a row without a finite gradient that end the run")
     data: PretrainingConfig | None = Field(None, description="what to read; random documents when it is not there")
 
@@ -54,8 +60,12 @@ class Pretraining:
 
     def step(self, step: int) -> StepResult:
         """The next update; steps are taken in order. A gradient that is not finite changes nothing."""
-        rate = self._config.optimizer.rate(step, self._config.steps)
-        return self._trainer.step(next(self._ahead), nll, rate, z_coefficient=self._config.z_coefficient)
+        config = self._config
+        rate = config.optimizer.rate(step, config.steps)
+        result = self._trainer.step(next(self._ahead), nll, rate, z_coefficient=config.z_coefficient)
+        if not config.statistics_every or step % config.statistics_every:
+            return result
+        return replace(result, values=result.values | self._trainer.statistics(result))
 
     def held_out_loss(self) -> float | None:
         """Mean negative log-likelihood of the held-out tokens in nats, or None where nothing is held out."""

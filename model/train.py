@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from lockstep.data.batch import COLUMNS, Ints, RowRules, TokenBatch, part, sequences_of
-from lockstep.distributed.checkpoint.spec import Source
+from lockstep.distributed.checkpoint.spec import Piece, Source
 from lockstep.distributed.context import held_places
 from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine, StepResult
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.muon import Muon
 from lockstep.distributed.pipeline import Loss, Stage, megatron_config
 from lockstep.distributed.zero import experts_apart
 from lockstep.model.attention import Attend
@@ -26,7 +27,7 @@ from lockstep.model.context import attention
 from lockstep.model.logprobs import token_scores
 from lockstep.model.loss import Columns
 from lockstep.model.moe import Sequences
-from lockstep.model.names import load
+from lockstep.model.names import is_projection, load, part_sizes, parts, pieces
 from lockstep.model.transformer import Recompute, Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -36,10 +37,15 @@ Objective = Callable[[Tensor, Columns], tuple[Tensor, dict[str, Tensor]]]
 
 
 class OptimizerConfig(BaseModel):
-    """AdamW (Loshchilov & Hutter 2019); the rate rises linearly, then follows its schedule."""
+    """AdamW, with or without Muon; the rate of both rises linearly, then follows its schedule.
+
+    Loshchilov & Hutter 2019; Jordan et al. 2024. Muon updates the matrices of attention, feed-forward layers and
+    experts; embeddings, head, routers, norms and biases remain with AdamW.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Literal["adamw", "muon"] = Field("adamw", description="what updates the matrices inside of blocks")
     learning_rate: float = Field(1e-5, gt=0)
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
     schedule: Literal["constant", "linear", "cosine", "stable"] = Field(
@@ -50,6 +56,7 @@ class OptimizerConfig(BaseModel):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     weight_decay: float = Field(0.0, ge=0, description="for matrices only")
     clip_norm: float = Field(1.0, ge=0, description="bound of the gradient's global norm; 0 for none")
 
@@ -149,9 +156,25 @@ def transformer_of(stage: Stage) -> Transformer:
     return stage.module
 
 
-def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def optimizer_of(transformer: Transformer, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of what a stage trains."""
+    trained = [p for p in transformer.parameters() if p.requires_grad]
+    if config.kind == "adamw":
+        return adamw(trained, config)
+    matrices: dict[nn.Parameter, list[Piece]] = {}
+    for parameter, piece in pieces(transformer):
+        if parameter.requires_grad and is_projection(piece.name):
+            matrices.setdefault(parameter, []).append(piece)
+    layers: dict[str, list[nn.Parameter]] = {}
+    for parameter, (piece, *_) in matrices.items():
+        layers.setdefault(piece.name.split(".")[2], []).append(parameter)
+    rule = {"lr": config.learning_rate, "momentum": config.momentum, "weight_decay": config.weight_decay}
+    by_layer = experts_apart([{"params": parameters, **rule} for parameters in layers.values()])
+    return Muon(by_layer, matrices, adamw([p for p in trained if p not in matrices], config), groups)
+
+
+def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """torch's fused AdamW; scales are not decayed."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
     decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay}
     plain = {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}
     return torch.optim.AdamW(
@@ -186,8 +209,9 @@ class Trainer:
         self.engine = Engine(
             stage,
             groups,
-            adamw(stage.module, optimizer),
+            optimizer_of(self.transformer, groups, optimizer),
             clip_norm=optimizer.clip_norm,
+            parts=parts(self.transformer),
             tied=self.transformer.tied_over_stages,
         )
 
@@ -212,6 +236,16 @@ class Trainer:
             batches = [_with_reference(b, s[0]) for b, s in zip(batches, scores, strict=False)] or batches
         loss = _loss(objective, z_coefficient)
         return self.engine.step(batches, self._forward, loss, tokens=tokens, learning_rate=learning_rate)
+
+    def statistics(self, result: StepResult) -> dict[str, float]:
+        """By part of the model: the norm of a step's gradient and the root mean square of the weights as they are now.
+
+        All ranks call this; `part_sizes` has the names of the parts.
+        """
+        sizes = part_sizes(self.transformer.model)
+        scales = {part: norm / math.sqrt(sizes[part]) for part, norm in self.engine.weight_norms().items()}
+        groups = {"grad_norm": result.grad_norms, "weight_rms": scales}
+        return {f"{name}/{part}": value for name, values in groups.items() for part, value in values.items()}
 
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
         """What an objective reports over this data rank's rows of a global batch and all others', without an update."""

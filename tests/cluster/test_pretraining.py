@@ -29,7 +29,8 @@ def train(log: Path, *settings: str) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretraining")
-    settings = ("layout.data=2", "layout.zero=2", "pretrain.steps=12", "pretrain.evaluate_every=6")
+    every = ("pretrain.evaluate_every=6", "pretrain.statistics_every=5")
+    settings = ("layout.data=2", "layout.zero=2", "pretrain.steps=12", "pretrain.optimizer.kind=muon", *every)
     code, output = train(folder / "log", f"run={folder}/run", *settings)
     assert code == 0, output
     return folder / "run"
@@ -43,6 +44,19 @@ def test_the_loss_falls_and_the_held_out_loss_with_it(run: Path) -> None:
     assert [m["step"] for m in held_out] == [0, 6, 12]
     assert held_out[0]["loss"] == pytest.approx(math.log(251), abs=0.1)
     assert held_out[2]["loss"] < held_out[1]["loss"] < held_out[0]["loss"]
+
+
+def test_layers_are_told_apart_where_it_was_asked_for(run: Path) -> None:
+    parts = ["embedding", *(f"layers.{layer}" for layer in range(4)), "norm"]
+    for step in metrics(run, "pretrain"):
+        norms = {name: value for name, value in step.items() if name.startswith("grad_norm/")}
+        assert list(norms) == ([f"grad_norm/{part}" for part in parts] if step["step"] in (5, 10) else [])
+        if norms:
+            assert math.hypot(*norms.values()) == pytest.approx(step["grad_norm"])
+            assert step["weight_rms/norm"] == pytest.approx(1, abs=0.02)
+            drawn, scales = 64 * (64 + 2 * 32 + 64 + 3 * 96), 2 * 64  # normal of 0.02, and 1
+            expected = math.sqrt((0.02**2 * drawn + scales) / (drawn + scales))
+            assert step["weight_rms/layers.2"] == pytest.approx(expected, rel=0.02)
 
 
 def test_speed_is_given_in_tokens_and_in_a_share_of_a_peak_that_was_measured(run: Path) -> None:

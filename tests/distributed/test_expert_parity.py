@@ -31,7 +31,7 @@ from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights, logical_tensors, pieces
 from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
 from lockstep.rl.sync import Shard, receive, shards_of
-from tests.distributed.test_parity import assembled, global_batch
+from tests.distributed.test_parity import ADAMW, assembled, global_batch
 from tests.model.test_transformer import LENGTHS, packed_and_alone, tokens_of
 
 SIZES: dict[str, Any] = dict(
@@ -121,15 +121,22 @@ def with_losses(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"moe": config.moe.model_copy(update=losses)})
 
 
-def train(groups: Groups, folder: Path, steps: int, row_tokens: int, dtype: torch.dtype = torch.float32) -> Any:
+def train(
+    groups: Groups,
+    folder: Path,
+    steps: int,
+    row_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    optimizer: OptimizerConfig = ADAMW,
+) -> Any:
     """Losses, norms and the owned pieces of the weights after some steps."""
     source = HuggingFaceFolder(folder)
     stage = build(with_losses(source.config), groups, dtype, source)
-    trainer = Trainer(stage, groups, OptimizerConfig(learning_rate=1e-3))
+    trainer = Trainer(stage, groups, optimizer)
     history = []
     for step in range(steps):
         rows = rows_for_ranks(global_batch(source.config.vocabulary, step % 2), row_rules(groups.layout, row_tokens))
-        result = trainer.step(rows[groups.data_rank], nll, 1e-3)
+        result = trainer.step(rows[groups.data_rank], nll, optimizer.learning_rate)
         history.append((result.values["loss"], result.grad_norm))
     with trainer.engine.whole_weights():
         held = pieces(transformer_of(stage))
@@ -170,6 +177,15 @@ def test_the_size_of_a_micro_batch_changes_no_number(row_tokens: int, alone: Any
 def test_bfloat16_has_the_same_norms_but_for_rounding(zero: int, alone: Any, worlds: Worlds, folder: Path) -> None:
     history, _ = worlds.run(Layout(expert=2, data=2, zero=zero), train, folder, 1, 64, torch.bfloat16)[0]
     np.testing.assert_allclose(history, alone[0][:1], rtol=0.02)
+
+
+@pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_first_step_in_bfloat16_is_the_same_without_zero(kind: Any, worlds: Worlds, folder: Path) -> None:
+    arguments = (train, folder, 1, 64, torch.bfloat16, OptimizerConfig(kind=kind, learning_rate=0.05, weight_decay=0.5))
+    (_, plain), (_, split) = (worlds.run(Layout(zero=zero), *arguments)[0] for zero in (0, 1))
+    for (name, _, a), (_, _, b) in zip(plain, split, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-3, err_msg=name)
 
 
 def test_training_reached_routers_and_experts(alone: Any, folder: Path) -> None:

@@ -40,6 +40,8 @@ LAYOUTS = [
     Layout(pipeline=2, context=2, zero=2),
 ]
 
+ADAMW = OptimizerConfig(learning_rate=1e-3)
+
 
 def global_batch(vocabulary: int, seed: int) -> list[Sample]:
     """Groups of samples that share prompts, of mixed lengths, weighted to a mean over tokens."""
@@ -53,17 +55,22 @@ def global_batch(vocabulary: int, seed: int) -> list[Sample]:
 
 
 def train(
-    groups: Groups, folder: Path, steps: int, row_tokens: int, recompute: Recompute = "none"
+    groups: Groups,
+    folder: Path,
+    steps: int,
+    row_tokens: int,
+    recompute: Recompute = "none",
+    optimizer: OptimizerConfig = ADAMW,
 ) -> tuple[list[tuple[float, float]], Any]:
     """Losses, norms and the owned pieces of the weights after some steps."""
     source = HuggingFaceFolder(folder)
     stage = build(source.config, groups, torch.float32, source)
-    trainer = Trainer(stage, groups, OptimizerConfig(learning_rate=1e-3), recompute=recompute)
+    trainer = Trainer(stage, groups, optimizer, recompute=recompute)
     history = []
     for step in range(steps):
         batch = global_batch(source.config.vocabulary, step % 2)
         rows = rows_for_ranks(batch, row_rules(groups.layout, row_tokens))
-        result = trainer.step(rows[groups.data_rank], nll, 1e-3)
+        result = trainer.step(rows[groups.data_rank], nll, optimizer.learning_rate)
         history.append((result.values["loss"], result.grad_norm))
     with trainer.engine.whole_weights():
         held = pieces(transformer_of(stage))
