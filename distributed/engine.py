@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lockstep.distributed.device import peak_memory
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Forward, Loss, Stage, run_forward, run_forward_backward
 from lockstep.distributed.zero import ZeroOptimizer, replicate
@@ -22,7 +23,8 @@ class MissingGradient(RuntimeError):
 class StepResult:
     """What one update reports, the same on every rank, and the gradient's global norm before clipping.
 
-    A value is the sum over the global batch, or the largest of its micro-batches if its name ends in `_max`.
+    A value is the sum over the global batch, or the largest of its micro-batches if its name ends in `_max`. One comes
+    from the engine: `memory_gb`, the most that any rank held so far (`peak_memory`), in 10⁹ bytes.
     """
 
     values: dict[str, float]
@@ -79,7 +81,7 @@ class Engine:
         if missing:
             raise MissingGradient(f"{missing[0]} received no gradient on rank {self.groups.rank}")
         norm = self._zero.step(learning_rate)
-        return StepResult(self._reduced(reports), norm)
+        return StepResult(self._reduced(reports) | {"memory_gb": self._most_memory() / 1e9}, norm)
 
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""
@@ -145,6 +147,13 @@ class Engine:
             shared = [dict(zip(names, values.tolist(), strict=True))]
         dist.broadcast_object_list(shared, src=self.groups.last_stage_rank, group=self.groups.pipeline)
         return shared[0]
+
+    def _most_memory(self) -> float:
+        """Bytes that the fullest rank of the world held at its peak."""
+        device = next(self.stage.module.parameters()).device
+        peak = torch.tensor(peak_memory(device), dtype=torch.float64, device=device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return peak.item()
 
 
 def _owner(module: nn.Module, parameter: nn.Parameter) -> tuple[nn.Module, str]:

@@ -3,12 +3,14 @@
 import json
 import math
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lockstep.cluster.config import RecipeError, load_recipe, parse, to_toml
+from lockstep.cluster.curves import MEMORY_UNIT
 from lockstep.cluster.jobs import check
 from lockstep.data.store import Store
 from lockstep.data.synthetic import write_random_store
@@ -51,6 +53,13 @@ def test_speed_is_given_in_tokens_and_in_a_share_of_a_peak_that_was_measured(run
         share = step["train_tokens_per_second"] * speed["flops_per_token"] / speed["peak_flops"]
         assert step["mfu"] == pytest.approx(share)
         assert 0 < share < 1
+
+
+def test_each_step_says_how_much_memory_the_fullest_rank_has_needed(run: Path) -> None:
+    peaks = [m["memory_gb"] for m in metrics(run, "pretrain")]
+    assert all(later > 0.999 * before for before, later in pairwise(peaks))
+    assert 0.1 < peaks[0] < 8
+    assert MEMORY_UNIT in (run / "report.html").read_text()
 
 
 def test_the_trained_weights_are_a_checkpoint_and_the_run_has_a_report(run: Path) -> None:
