@@ -45,13 +45,14 @@ def train(
     """
     from lockstep.cluster import jobs
     from lockstep.cluster.config import load_recipe
+    from lockstep.cluster.pretraining import Diverged
     from lockstep.cluster.report import summary_table
     from lockstep.rl.actors import WorkerFailed
 
     resolved = load_recipe(recipe, overrides or [])
     try:
         folder = jobs.train(resolved, out, address=address)
-    except WorkerFailed as error:
+    except (WorkerFailed, Diverged) as error:
         err.print(str(error), markup=False)
         raise typer.Exit(1) from error
     out.print(summary_table(folder))

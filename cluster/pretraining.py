@@ -15,15 +15,15 @@ from lockstep.model.pretrain import PretrainConfig, random_data
 from lockstep.rl.actors import Policy, gather, threads_for
 
 
-class NoFiniteGradient(RuntimeError):
-    """A run whose gradients stopped being numbers."""
+class Diverged(RuntimeError):
+    """A run that no longer learns; the sentence says since when, what is saved, and where the batch is."""
 
 
 def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: Progress) -> None:
     """Train, measure, save.
 
     Raises:
-        NoFiniteGradient: after `pretrain.give_up_after` steps in a row without one; the weights before them are saved.
+        Diverged: after `pretrain.give_up_after` steps in a row without a finite gradient.
     """
     config = recipe.pretrain
     assert config is not None
@@ -73,7 +73,7 @@ class _Loop:
                 self.save(step)
         self.measure(config.steps)
         self.save(config.steps)
-        self._policy.call("close_text")
+        self._policy.call("text", "close")
         if self._speeds:
             speed = statistics.median(self._speeds)
             self._progress.say(f"median {speed:,.0f} tokens/s, {speed * self._cost:.1%} of the measured peak")
@@ -99,14 +99,22 @@ class _Loop:
         self._progress.step("pretrain", step, metrics)
         if self._spoilt >= self._config.give_up_after:
             self.save(step)
-            raise NoFiniteGradient(
+            batch = self._save_batch(step - self._spoilt + 1, step)
+            raise Diverged(
                 f"{self._spoilt} steps in a row, the last one {step}, had no finite loss and gradient: their updates "
-                f"were left out, and the weights before them are saved"
+                f"were left out, the weights before them are saved, and what they read is in {batch}"
             )
+
+    def _save_batch(self, first: int, last: int) -> Path:
+        """Write down what these steps read; returns the file."""
+        file = self._recipe.folder / "batches" / f"step-{last:06d}.npz"
+        samples = range(self._config.samples(first).start, self._config.samples(last).stop)
+        self._policy.call("text", "save_batch", file.resolve(), samples)
+        return file
 
     def measure(self, step: int) -> None:
         """The held-out loss, where documents are held out."""
-        loss = self._policy.call("held_out_loss")[0]
+        loss = self._policy.call("text", "held_out_loss")[0]
         if loss is not None:
             self._run.log("held_out", step, {"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
             self._progress.say(f"held-out loss after {step} steps: {loss:.4f} nats a token")

@@ -1,7 +1,9 @@
 """Pretraining on one rank: the rows of each step, made ahead of time, and the held-out loss."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.data.batch import RowRules, TokenBatch
@@ -60,6 +62,13 @@ class Pretraining:
     def held_out_loss(self) -> float | None:
         """Mean negative log-likelihood of the held-out tokens in nats, or None where nothing is held out."""
         return self._trainer.measure(self._held_out, nll)["loss"] if self._held_out else None
+
+    def save_batch(self, path: Path, samples: range) -> None:
+        """Write these samples as arrays of a .npz file, which `numpy.load` reads without pickle; rank 0 does."""
+        if self._trainer.groups.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arrays: dict[str, Any] = self._data.batch(samples)
+            np.savez(path, **arrays)
 
     def close(self) -> None:
         """End the thread that reads ahead."""

@@ -172,20 +172,16 @@ class PolicyWorker(_Named):
         """Open the text to train on and begin to read ahead."""
         tokenizer = Tokenizer(self.tokenizer_files).digest if self.tokenizer_files else None
         text = PretrainingData(data, seed=seed, vocabulary=self.model.vocabulary, tokenizer=tokenizer)
-        self.pretraining = Pretraining(self.trainer, config, text, row_rules(self.layout, self.config.row_tokens))
+        self._pretraining = Pretraining(self.trainer, config, text, row_rules(self.layout, self.config.row_tokens))
 
     def pretrain(self, step: int) -> StepResult:
         """One gradient step on text."""
         self.step = step
-        return self.pretraining.step(step)
+        return self._pretraining.step(step)
 
-    def held_out_loss(self) -> float | None:
-        """See `Pretraining`."""
-        return self.pretraining.held_out_loss()
-
-    def close_text(self) -> None:
-        """End the reading ahead."""
-        self.pretraining.close()
+    def text(self, method: str, *args: Any) -> Any:
+        """What a method of `Pretraining` returns."""
+        return getattr(self._pretraining, method)(*args)
 
     def peak_flops(self) -> float:
         """Operations per second of this rank's matrix products, while the others measure theirs."""

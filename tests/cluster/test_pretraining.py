@@ -78,9 +78,16 @@ def test_a_run_whose_gradients_are_no_numbers_ends_and_keeps_the_weights_before(
     code, output = train(tmp_path / "log", f"run={tmp_path}/run", *settings)
     assert code == 1
     assert "2 steps in a row" in output
+    assert "Traceback" not in output
     steps = metrics(tmp_path / "run", "pretrain")
     assert steps[-1]["skipped"] == 2
-    assert Checkpoint(tmp_path / "run").manifest["step"] == steps[-1]["step"] < 8
+    last = int(steps[-1]["step"])
+    assert Checkpoint(tmp_path / "run").manifest["step"] == last < 8
+    file = tmp_path / "run" / "batches" / f"step-{last:06d}.npz"
+    assert str(file) in output
+    with np.load(file) as batch:
+        assert batch["samples"].tolist() == list(range(16 * (last - 2), 16 * last))
+        assert batch["tokens"].shape == batch["documents"].shape == (32, 33)
 
 
 def test_text_becomes_a_tokenizer_a_store_and_a_model_in_three_commands(tmp_path: Path) -> None:
