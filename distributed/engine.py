@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lockstep.distributed.device import peak_memory
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Forward, Loss, Stage, run_forward, run_forward_backward
+from lockstep.distributed.snapshot import Snapshot
 from lockstep.distributed.zero import ZeroOptimizer, replicate
 
 
@@ -86,6 +87,10 @@ class Engine:
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""
         self._zero.forget()
+
+    def snapshot(self) -> Snapshot:
+        """This rank's part of weights and optimizer in host memory; all ranks take and restore theirs between steps."""
+        return Snapshot(*self._zero.changing())
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Within this block the module's parameters hold their values, whatever the ZeRO stage."""
