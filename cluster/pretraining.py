@@ -11,6 +11,7 @@ from lockstep.cluster.convert import OpenModel, write_checkpoint
 from lockstep.cluster.display import Progress
 from lockstep.cluster.records import RunFolder
 from lockstep.cluster.rewinds import Rewinds
+from lockstep.cluster.tracing import traced
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.engine import StepResult
 from lockstep.model.flops import training_flops
@@ -22,8 +23,11 @@ class Diverged(RuntimeError):
     """A run that no longer learns; the sentence says since when, what is saved, and where the batch is."""
 
 
-def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: Progress) -> None:
+def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: Progress, traces: Path | None) -> None:
     """Train, measure, save.
+
+    Args:
+        traces: a folder for traces of the first steps, where they are wanted.
 
     Raises:
         Diverged: after `pretrain.give_up_after` steps in a row without a finite gradient, or at a spike too many.
@@ -44,7 +48,9 @@ def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: 
         f"6 · layers · width · length for attention); measured peak {peak / 1e9:.0f} GFLOP/s"
     )
     run.update(speed={"flops_per_token": flops, "peak_flops": peak})
-    _Loop(recipe, config, policy, run, progress, flops / peak).run(data.length * config.samples_per_step)
+    loop = _Loop(recipe, config, policy, run, progress, flops / peak)
+    with traced(policy, traces, progress):
+        loop.run(data.length * config.samples_per_step)
 
 
 class _Loop:

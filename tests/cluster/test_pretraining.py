@@ -3,6 +3,7 @@
 import json
 import math
 import tomllib
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from lockstep.data.store import Store
 from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from tests.cluster.commands import Command, metrics, overrides, summary
+from tests.distributed.traces import steps_and_kinds
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"
 
 
-def train(log: Path, *settings: str) -> tuple[int, str]:
-    command = Command(log, "train", str(RECIPE), *overrides(*settings))
+def train(log: Path, *settings: str, options: Sequence[str] = ()) -> tuple[int, str]:
+    command = Command(log, "train", str(RECIPE), *overrides(*settings), *options)
     try:
         return command.wait(), command.output
     finally:
@@ -32,7 +34,7 @@ def train(log: Path, *settings: str) -> tuple[int, str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretraining")
     settings = ("layout.data=2", "layout.zero=2", "pretrain.steps=12", "pretrain.evaluate_every=6")
-    code, output = train(folder / "log", f"run={folder}/run", *settings)
+    code, output = train(folder / "log", f"run={folder}/run", *settings, options=["--profile"])
     assert code == 0, output
     return folder / "run"
 
@@ -60,6 +62,16 @@ def test_each_step_says_how_much_memory_the_fullest_rank_has_needed(run: Path) -
     assert all(later > 0.999 * before for before, later in pairwise(peaks))
     assert 0.1 < peaks[0] < 8
     assert MEMORY_UNIT in (run / "report.html").read_text()
+
+
+def test_a_trace_of_each_rank_shows_forward_backward_and_collectives(run: Path) -> None:
+    traces = run / "traces"
+    assert sorted(p.name for p in traces.iterdir()) == ["rank-0.json", "rank-1.json"]
+    for path in traces.iterdir():
+        assert steps_and_kinds(path) == (3, dict.fromkeys(("forward", "backward", "collective"), True))
+    output = (run.parent / "log").read_text()
+    assert f"traces of steps 3 to 5: {traces}/rank-*.json" in output
+    assert "profiler_start" not in output
 
 
 def test_the_trained_weights_are_a_checkpoint_and_the_run_has_a_report(run: Path) -> None:
