@@ -38,6 +38,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.toml.")],
     overrides: Overrides = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to use; one is started here otherwise.")] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace a few steps of each trainer rank into <run>/traces, for Perfetto.")
+    ] = False,
 ) -> None:
     """Run all phases of a recipe and print what it brought.
 
@@ -45,13 +48,14 @@ def train(
     """
     from lockstep.cluster import jobs
     from lockstep.cluster.config import load_recipe
+    from lockstep.cluster.pretraining import Diverged
     from lockstep.cluster.report import summary_table
     from lockstep.rl.actors import WorkerFailed
 
     resolved = load_recipe(recipe, overrides or [])
     try:
-        folder = jobs.train(resolved, out, address=address)
-    except WorkerFailed as error:
+        folder = jobs.train(resolved, out, address=address, profile=profile)
+    except (WorkerFailed, Diverged) as error:
         err.print(str(error), markup=False)
         raise typer.Exit(1) from error
     out.print(summary_table(folder))

@@ -9,6 +9,8 @@ from markupsafe import Markup
 from lockstep.cluster.charts import Point, Series, line_chart, number, point_chart
 from lockstep.cluster.records import STAGES, Record
 
+MEMORY_UNIT = "GB, peak of the fullest trainer rank"
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -43,6 +45,8 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         _mismatch_chart(rl),
         _chart("Completion length", rl, {"completion_tokens": "length"}, "tokens", "", True),
     ]
+    if _measured(rl, "memory_gb"):
+        charts.append(_chart("Memory", rl, {"memory_gb": "memory"}, MEMORY_UNIT, "", True))
     if sft:
         charts.append(_chart("Supervised loss", sft, {"loss": "loss"}, "nats per token", "", x_label="supervised step"))
     return charts
@@ -55,12 +59,18 @@ def _pretrain_charts(text: Sequence[Record], held_out: Sequence[Record]) -> list
         "Gradient norm": (text, "grad_norm", "before clipping"),
         "Learning rate": (text, "learning_rate", ""),
         "Speed": (text, "train_tokens_per_second", "tokens per second"),
+        "Memory": (text, "memory_gb", MEMORY_UNIT),
     }
     return [
-        _chart(title, records, {key: title.lower()}, unit, "", title == "Speed", "step")
+        _chart(title, records, {key: title.lower()}, unit, "", title in ("Speed", "Memory"), "step")
         for title, (records, key, unit) in of.items()
-        if records
+        if _measured(records, key)
     ]
+
+
+def _measured(records: Sequence[Record], key: str) -> bool:
+    """Whether any record has a number there."""
+    return any(map(math.isfinite, column(records, key)))
 
 
 def _chart(

@@ -20,6 +20,7 @@ from lockstep.cluster.display import Progress
 from lockstep.cluster.pretraining import run_pretraining
 from lockstep.cluster.records import RunFolder
 from lockstep.cluster.report import write_report
+from lockstep.cluster.tracing import traced
 from lockstep.data.loader import PretrainingData
 from lockstep.data.problems import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
@@ -122,14 +123,18 @@ def check(recipe: Recipe) -> OpenModel:
     return start
 
 
-def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Path:
+def train(recipe: Recipe, console: Console, *, address: str | None = None, profile: bool = False) -> Path:
     """Run all phases of a recipe; returns the run's folder, with its report written.
+
+    Args:
+        profile: trace a few steps of the trainer.
 
     Raises:
         ValueError: when the recipe does not fit its model; nothing is written then.
     """
     start = check(recipe)
     split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
+    traces = recipe.folder / "traces" if profile else None
     with Interruption() as interruption:
         run = RunFolder.create(recipe.folder, to_toml(recipe), recipe.name)
         try:
@@ -138,9 +143,9 @@ def train(recipe: Recipe, console: Console, *, address: str | None = None) -> Pa
                 with ray_cluster(address):
                     interruption.listen()
                     if split is None:
-                        run_pretraining(recipe, start, run, progress)
+                        run_pretraining(recipe, start, run, progress, traces)
                     else:
-                        _run_phases(recipe, start, split, run, progress)
+                        _run_phases(recipe, start, split, run, progress, traces)
         finally:
             write_report(recipe.folder)
     return recipe.folder
@@ -163,7 +168,9 @@ def _describe(run: RunFolder, split: Split | None) -> None:
         )
 
 
-def _run_phases(recipe: Recipe, start: OpenModel, split: Split, run: RunFolder, progress: Progress) -> None:
+def _run_phases(
+    recipe: Recipe, start: OpenModel, split: Split, run: RunFolder, progress: Progress, traces: Path | None
+) -> None:
     progress.say(f"converting {recipe.model.source} into {recipe.folder / 'model'}")
     checkpoint = write_checkpoint(*start, recipe.folder / "model")
     progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
@@ -172,7 +179,7 @@ def _run_phases(recipe: Recipe, start: OpenModel, split: Split, run: RunFolder, 
     controller = Controller(
         policy, rollouts, verifiers, tokenizer=tokenizer, task=recipe.task, split=split, seed=recipe.seed
     )
-    phases = _Phases(recipe, controller, policy, run, progress)
+    phases = _Phases(recipe, controller, policy, run, progress, traces)
     phases.measure("before")
     if recipe.supervised and recipe.supervised.steps:
         phases.run("sft", recipe.supervised.steps, controller.supervised(recipe.supervised))
@@ -203,10 +210,16 @@ class _Phases:
     """Runs phases and writes down what they report."""
 
     def __init__(
-        self, recipe: Recipe, controller: Controller, policy: Policy, run: RunFolder, progress: Progress
+        self,
+        recipe: Recipe,
+        controller: Controller,
+        policy: Policy,
+        run: RunFolder,
+        progress: Progress,
+        traces: Path | None,
     ) -> None:
         self._recipe, self._controller, self._policy = recipe, controller, policy
-        self._run, self._progress = run, progress
+        self._run, self._progress, self._traces = run, progress, traces
         self._rows: list[dict[str, Any]] = []
         self._steps = 0
         self._saved: int | None = None
@@ -214,15 +227,19 @@ class _Phases:
     def run(self, name: str, total: int, records: Iterator[StepRecord]) -> None:
         """One phase, a record a step."""
         self._progress.begin(name, total)
-        for record in records:
-            self._steps += 1
-            self._run.log(name, record.step, record.metrics)
-            if record.scored:
-                self._run.rollouts(record.step, [_rollout_row(record.step, i, s) for i, s in enumerate(record.scored)])
-            self._progress.step(name, record.step, record.metrics)
-            every = self._recipe.checkpoint_every
-            if every and self._steps % every == 0:
-                self.save()
+        with traced(self._policy, self._traces and self._traces / name, self._progress):
+            for record in records:
+                self._record(name, record)
+
+    def _record(self, name: str, record: StepRecord) -> None:
+        self._steps += 1
+        self._run.log(name, record.step, record.metrics)
+        if record.scored:
+            self._run.rollouts(record.step, [_rollout_row(record.step, i, s) for i, s in enumerate(record.scored)])
+        self._progress.step(name, record.step, record.metrics)
+        every = self._recipe.checkpoint_every
+        if every and self._steps % every == 0:
+            self.save()
 
     def measure(self, stage: str) -> None:
         """Greedy accuracy on the held-out problems."""

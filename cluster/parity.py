@@ -137,7 +137,7 @@ def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baselin
     rules = row_rules(groups.layout, job.trainer.row_tokens)
     losses, norms = [], []
     for step in range(1, job.steps + 1):
-        rows = data.rows(job.pretrain.samples(step), rules, groups.data_rank)
+        rows = data.rows(job.pretrain.schedule.samples(step), rules, groups.data_rank)
         rate = job.pretrain.optimizer.rate(step, job.steps)
         rows = rows[::-1] if reordered else rows
         result = trainer.step(rows, nll, rate, z_coefficient=job.pretrain.z_coefficient)

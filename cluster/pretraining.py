@@ -10,20 +10,27 @@ from lockstep.cluster.config import Recipe
 from lockstep.cluster.convert import OpenModel, write_checkpoint
 from lockstep.cluster.display import Progress
 from lockstep.cluster.records import RunFolder
+from lockstep.cluster.rewinds import Rewinds
+from lockstep.cluster.tracing import traced
+from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.engine import StepResult
 from lockstep.model.flops import training_flops
 from lockstep.model.pretrain import PretrainConfig, random_data
 from lockstep.rl.actors import Policy, gather, threads_for
 
 
-class NoFiniteGradient(RuntimeError):
-    """A run whose gradients stopped being numbers."""
+class Diverged(RuntimeError):
+    """A run that no longer learns; the sentence says since when, what is saved, and where the batch is."""
 
 
-def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: Progress) -> None:
+def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: Progress, traces: Path | None) -> None:
     """Train, measure, save.
 
+    Args:
+        traces: a folder for traces of the first steps, where they are wanted.
+
     Raises:
-        NoFiniteGradient: after `pretrain.give_up_after` steps in a row without one; the weights before them are saved.
+        Diverged: after `pretrain.give_up_after` steps in a row without a finite gradient, or at a spike too many.
     """
     config = recipe.pretrain
     assert config is not None
@@ -41,7 +48,9 @@ def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: 
         f"6 · layers · width · length for attention); measured peak {peak / 1e9:.0f} GFLOP/s"
     )
     run.update(speed={"flops_per_token": flops, "peak_flops": peak})
-    _Loop(recipe, config, policy, run, progress, flops / peak).run(data.length * config.samples_per_step)
+    loop = _Loop(recipe, config, policy, run, progress, flops / peak)
+    with traced(policy, traces, progress):
+        loop.run(data.length * config.samples_per_step)
 
 
 class _Loop:
@@ -56,6 +65,8 @@ class _Loop:
         """
         self._recipe, self._config, self._policy = recipe, config, policy
         self._run, self._progress, self._cost = run, progress, cost
+        self._rewinds = Rewinds(config.spikes, config.schedule, policy)
+        self._checkpoints = (recipe.folder / "checkpoints").resolve()
         self._spoilt = self._skipped = 0
         self._speeds: list[float] = []
 
@@ -64,23 +75,34 @@ class _Loop:
         config = self._config
         self._progress.begin("pretrain", config.steps)
         self.measure(0)
-        for step in range(1, config.steps + 1):
-            self._step(step, tokens)
-            if config.evaluate_every and step % config.evaluate_every == 0 and step < config.steps:
-                self.measure(step)
-            every = self._recipe.checkpoint_every
-            if every and step % every == 0 and step < config.steps:
-                self.save(step)
+        self._rewinds.keep_snapshot(0)
+        step = 0
+        while step < config.steps:
+            step = self._advance(step + 1, tokens)
         self.measure(config.steps)
         self.save(config.steps)
-        self._policy.call("close_text")
+        self._policy.call("text", "close")
         if self._speeds:
             speed = statistics.median(self._speeds)
             self._progress.say(f"median {speed:,.0f} tokens/s, {speed * self._cost:.1%} of the measured peak")
 
-    def _step(self, step: int, tokens: int) -> None:
+    def _advance(self, step: int, tokens: int) -> int:
+        """Take a step and do what is due after it, or go back; returns the step that the weights are of then."""
+        loss = self._step(step, tokens).values["loss"]
+        if self._rewinds.is_spike(loss):
+            return self._go_back(step, loss)
+        self._check_gradients(step)
+        self._rewinds.stand(step, loss)
+        if step < self._config.steps:
+            if _due(step, self._config.evaluate_every):
+                self.measure(step)
+            if _due(step, self._recipe.checkpoint_every):
+                self.save(step)
+        return step
+
+    def _step(self, step: int, tokens: int) -> StepResult:
         began = time.perf_counter()
-        result = self._policy.call("pretrain", step)[0]
+        result: StepResult = self._policy.call("pretrain", step)[0]
         seconds = time.perf_counter() - began
         finite = math.isfinite(result.grad_norm) and math.isfinite(result.values["loss"])
         self._spoilt = 0 if finite else self._spoilt + 1
@@ -94,23 +116,63 @@ class _Loop:
             "mfu": tokens / seconds * self._cost,
             "skipped": self._skipped,
             "step_seconds": seconds,
+            **self._rewinds.metrics(),
         }
         self._run.log("pretrain", step, metrics)
         self._progress.step("pretrain", step, metrics)
+        return result
+
+    def _check_gradients(self, step: int) -> None:
+        """End a run whose gradients are no numbers any more."""
         if self._spoilt >= self._config.give_up_after:
             self.save(step)
-            raise NoFiniteGradient(
+            batch = self._save_batch(step - self._spoilt + 1, step)
+            raise Diverged(
                 f"{self._spoilt} steps in a row, the last one {step}, had no finite loss and gradient: their updates "
-                f"were left out, and the weights before them are saved"
+                f"were left out, the weights before them are saved, and what they read is in {batch}"
             )
+
+    def _go_back(self, step: int, loss: float) -> int:
+        """Take steps back, from a spike to the last snapshot; returns its step."""
+        spike, left = f"the loss of step {step}, {loss:.4g}, is a spike", self._rewinds.left
+        batch = None if left else self._save_batch(step, step)
+        back = self._rewinds.take_back(step)
+        manager.drop_after(self._checkpoints, back)
+        self._spoilt = 0
+        if batch:
+            self.save(back)
+            raise Diverged(
+                f"{spike}, and the run went back as often as pretrain.spikes.rewinds allows: the weights of step "
+                f"{back} are saved, and what step {step} read is in {batch}"
+            )
+        self._run.log("rewind", step, {"loss": loss, "back_to": back, **self._rewinds.metrics()})
+        left_out = self._rewinds.samples.left_out[-1]
+        self._progress.say(
+            f"{spike}: back to step {back}, without samples {left_out.start} to {left_out.stop - 1}; {left - 1} more "
+            f"such rewinds may follow"
+        )
+        return back
+
+    def _save_batch(self, first: int, last: int) -> Path:
+        """Write down what these steps read; returns the file."""
+        file = self._recipe.folder / "batches" / f"step-{last:06d}.npz"
+        samples = self._rewinds.samples
+        read = range(samples.samples(first).start, samples.samples(last).stop)
+        self._policy.call("text", "save_batch", file.resolve(), read)
+        return file
 
     def measure(self, step: int) -> None:
         """The held-out loss, where documents are held out."""
-        loss = self._policy.call("held_out_loss")[0]
+        loss = self._policy.call("text", "held_out_loss")[0]
         if loss is not None:
             self._run.log("held_out", step, {"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
             self._progress.say(f"held-out loss after {step} steps: {loss:.4f} nats a token")
 
     def save(self, step: int) -> Path:
-        """A checkpoint of the weights as they are."""
-        return self._policy.save((self._recipe.folder / "checkpoints").resolve(), step, {"name": self._recipe.name})
+        """A checkpoint of the weights as they are, which says what samples they have not learned from."""
+        left_out = [[r.start, r.stop] for r in self._rewinds.samples.left_out]
+        return self._policy.save(self._checkpoints, step, {"name": self._recipe.name, "left_out": left_out})
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -8,7 +8,7 @@ number of ranks, rows of any size and any pipeline.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,6 +120,24 @@ class PretrainingData:
         """Sample `number` of the run: its tokens, and one more that is only predicted."""
         sources, numbers = self.mixture.take(number, number + 1)
         return self._cut(int(sources[0]), int(numbers[0]))
+
+    def batch(self, samples: range) -> dict[str, NDArray[Any]]:
+        """What these samples are made of, to look at and to keep: arrays of numbers and of text, none of objects.
+
+        Returns:
+            samples [N]: their numbers.
+            tokens [N, length + 1]: the last one of a sample is only predicted.
+            documents [N, length + 1]: the number that each token's document has in its store.
+            stores [N]: the paths of the stores.
+        """
+        sources, numbers = self.mixture.take(samples.start, samples.stop)
+        cuts = [self._cut(s, k) for s, k in zip(sources.tolist(), numbers.tolist(), strict=True)]
+        return {
+            "samples": np.array(samples, np.int64),
+            "tokens": np.stack([c.tokens for c in cuts]),
+            "documents": np.stack([np.repeat(c.documents, c.lengths) for c in cuts]),
+            "stores": np.array([part.path for part in self.config.blend])[sources],
+        }
 
     def predictions(self, samples: range) -> int:
         """How many tokens a global batch predicts; no token is read for it."""

@@ -49,10 +49,11 @@ def split(documents: Ints, held_out: float, *, seed: int, source: int) -> tuple[
 
 @dataclass(frozen=True)
 class Cut:
-    """Neighbouring tokens of a stream, and how many of them belong to each document, in order."""
+    """Neighbouring tokens of a stream, and the documents of the store that they lie in, with how many in each."""
 
     tokens: Ints
     lengths: Ints
+    documents: Ints
 
 
 class Stream:
@@ -92,23 +93,23 @@ class Stream:
         inside = np.arange(begin, end + 1)
         epochs, numbers = inside // self.documents, inside % self.documents
         starts, ends = np.empty(len(inside), np.int64), np.empty(len(inside), np.int64)
-        sources = np.empty(len(inside), np.int64)
+        documents = np.empty(len(inside), np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             order, limits = self._epoch(epoch)
             chosen = order[numbers[here]]
             ends[here] = epoch * self.tokens + limits[numbers[here]]
             starts[here] = ends[here] - self._lengths[chosen]
-            sources[here] = self.store.starts[self._documents[chosen]]
-        skipped = np.maximum(first - starts, 0)
+            documents[here] = self._documents[chosen]
+        sources = self.store.starts[documents] + np.maximum(first - starts, 0)
         lengths = np.minimum(ends, stop) - np.maximum(starts, first)
-        ranges = np.repeat(sources + skipped - (np.cumsum(lengths) - lengths), lengths) + np.arange(stop - first)
+        ranges = np.repeat(sources - (np.cumsum(lengths) - lengths), lengths) + np.arange(stop - first)
         tokens = self.store.take(ranges)
         strange = np.flatnonzero((tokens < 0) | (tokens >= self._vocabulary))
         if strange.size:
             place = int(strange[0])
             raise BadStore(stranger(self.store, int(ranges[place]), int(tokens[place]), self._vocabulary))
-        return Cut(tokens, lengths)
+        return Cut(tokens, lengths, documents)
 
     def _document_at(self, places: Ints) -> Ints:
         """The document in which each place of the stream lies, counted through all epochs, [N]."""

@@ -4,8 +4,10 @@ megatron-core names the device "cuda" in its schedules and point-to-point commun
 the CPU instead, for the length of one call, and only on a host without an accelerator.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +20,18 @@ def local_device(local_rank: int = 0) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: by tensors of this process on an accelerator, or by the whole process on the CPU.
+
+    On the CPU it is the peak resident size of Linux, VmHWM in proc_pid_status(5). `getrusage` reports another one: a
+    process begins there with the peak of the process that started it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0
 
 
 class _CpuForCuda(TorchFunctionMode):

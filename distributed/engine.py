@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lockstep.distributed.device import peak_memory
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Forward, Loss, Stage, run_forward, run_forward_backward
+from lockstep.distributed.snapshot import Snapshot
 from lockstep.distributed.zero import ZeroOptimizer, replicate
 
 
@@ -22,7 +24,8 @@ class MissingGradient(RuntimeError):
 class StepResult:
     """What one update reports, the same on every rank, and the gradient's norm before clipping: global and by part.
 
-    A value is the sum over the global batch, or the largest of its micro-batches if its name ends in `_max`.
+    A value is the sum over the global batch, or the largest of its micro-batches if its name ends in `_max`. One comes
+    from the engine: `memory_gb`, the most that any rank held so far (`peak_memory`), in 10⁹ bytes.
     """
 
     values: dict[str, float]
@@ -83,7 +86,8 @@ class Engine:
         if missing:
             raise MissingGradient(f"{missing[0]} received no gradient on rank {self.groups.rank}")
         norm = self._zero.step(learning_rate)
-        return StepResult(self._reduced(reports), norm, self._zero.gradient_norms())
+        values = self._reduced(reports) | {"memory_gb": self._most_memory() / 1e9}
+        return StepResult(values, norm, self._zero.gradient_norms())
 
     def weight_norms(self) -> dict[str, float]:
         """Norm of each part's weights, the same on every rank; all ranks call this."""
@@ -92,6 +96,10 @@ class Engine:
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""
         self._zero.forget()
+
+    def snapshot(self) -> Snapshot:
+        """This rank's part of weights and optimizer in host memory; all ranks take and restore theirs between steps."""
+        return Snapshot(*self._zero.changing())
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Within this block the module's parameters hold their values, whatever the ZeRO stage."""
@@ -153,6 +161,13 @@ class Engine:
             shared = [dict(zip(names, values.tolist(), strict=True))]
         dist.broadcast_object_list(shared, src=self.groups.last_stage_rank, group=self.groups.pipeline)
         return shared[0]
+
+    def _most_memory(self) -> float:
+        """Bytes that the fullest rank of the world held at its peak."""
+        device = next(self.stage.module.parameters()).device
+        peak = torch.tensor(peak_memory(device), dtype=torch.float64, device=device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return peak.item()
 
 
 def _owner(module: nn.Module, parameter: nn.Parameter) -> tuple[nn.Module, str]:

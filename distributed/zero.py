@@ -258,10 +258,21 @@ class ZeroOptimizer:
 
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""
+        self._innermost().state.clear()
+
+    def changing(self) -> tuple[list[Tensor], torch.optim.Optimizer]:
+        """What a step writes to on this rank, as it is stored: weights, master weights, and who keeps moments."""
+        optimizer = self._innermost()
+        weights = [getattr(p, "ds_tensor", p) for p in self._parameters]  # with ZeRO-3, this rank's part
+        masters = [p for group in optimizer.param_groups for p in group["params"]]
+        return weights + masters + getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", []), optimizer
+
+    def _innermost(self) -> torch.optim.Optimizer:
+        """The optimizer inside of DeepSpeed's."""
         optimizer: Any = self._engine.optimizer
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        optimizer.state.clear()
+        return optimizer
 
     def step(self, learning_rate: float) -> float:
         """Reduce, clip, update, and forget the gradients. Returns the global norm before clipping."""

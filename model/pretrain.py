@@ -2,16 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.data.batch import RowRules, TokenBatch
 from lockstep.data.loader import PretrainingConfig, PretrainingData
 from lockstep.data.prefetch import Prefetch
+from lockstep.data.schedule import SampleSchedule
 from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.engine import StepResult
+from lockstep.distributed.snapshot import Snapshot
 from lockstep.model.config import ModelConfig
 from lockstep.model.loss import nll
+from lockstep.model.spikes import SpikeConfig
 from lockstep.model.train import OptimizerConfig, Trainer
 
 
@@ -31,11 +36,13 @@ class PretrainConfig(BaseModel):
         description="steps between metrics of each layer: norm of its gradient, size of its weights; 0 for none",
     )
     give_up_after: int = Field(3, ge=1, description="steps in a row without a finite gradient that end the run")
+    spikes: SpikeConfig | None = Field(None, description="go back when the loss spikes; never when it is not there")
     data: PretrainingConfig | None = Field(None, description="what to read; random documents when it is not there")
 
-    def samples(self, step: int) -> range:
-        """Numbers of the samples of a step, counted from 1."""
-        return range((step - 1) * self.samples_per_step, step * self.samples_per_step)
+    @property
+    def schedule(self) -> SampleSchedule:
+        """Which samples each step reads, as long as the run does not go back."""
+        return SampleSchedule(self.samples_per_step)
 
 
 def random_data(store: Path, model: ModelConfig, config: PretrainConfig, seed: int) -> PretrainingConfig:
@@ -52,11 +59,16 @@ class Pretraining:
     def __init__(self, trainer: Trainer, config: PretrainConfig, data: PretrainingData, rules: RowRules) -> None:
         self._trainer, self._config, self._data, self._rules = trainer, config, data, rules
         self._rank = trainer.groups.data_rank
-        self._ahead = Prefetch(self._rows, range(1, config.steps + 1))
+        self._samples = config.schedule
+        self._ahead = self._read_from(1)
+        self._snapshot: Snapshot | None = None
         self._held_out = data.held_out_rows(rules, self._rank)
 
+    def _read_from(self, step: int) -> Prefetch[list[TokenBatch]]:
+        return Prefetch(self._rows, range(step, self._config.steps + 1))
+
     def _rows(self, step: int) -> list[TokenBatch]:
-        return self._data.rows(self._config.samples(step), self._rules, self._rank)
+        return self._data.rows(self._samples.samples(step), self._rules, self._rank)
 
     def step(self, step: int) -> StepResult:
         """The next update; steps are taken in order. A gradient that is not finite changes nothing."""
@@ -67,9 +79,29 @@ class Pretraining:
             return result
         return replace(result, values=result.values | self._trainer.statistics(result))
 
+    def keep_snapshot(self) -> None:
+        """Remember weights and optimizer as they are, and no longer as they were."""
+        self._snapshot = None  # frees its memory first
+        self._snapshot = self._trainer.engine.snapshot()
+
+    def rewind(self, step: int, samples: SampleSchedule) -> None:
+        """Go back to the snapshot, which was kept after this step, and read what comes then by another schedule."""
+        assert self._snapshot is not None
+        self._ahead.close()
+        self._snapshot.restore()
+        self._samples = samples
+        self._ahead = self._read_from(step + 1)
+
     def held_out_loss(self) -> float | None:
         """Mean negative log-likelihood of the held-out tokens in nats, or None where nothing is held out."""
         return self._trainer.measure(self._held_out, nll)["loss"] if self._held_out else None
+
+    def save_batch(self, path: Path, samples: range) -> None:
+        """Write these samples as arrays of a .npz file, which `numpy.load` reads without pickle; rank 0 does."""
+        if self._trainer.groups.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arrays: dict[str, Any] = self._data.batch(samples)
+            np.savez(path, **arrays)
 
     def close(self) -> None:
         """End the thread that reads ahead."""

@@ -23,6 +23,7 @@ from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.engine import StepResult
 from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.trace import Trace
 from lockstep.model.config import ModelConfig
 from lockstep.model.flops import peak_flops
 from lockstep.model.names import pieces
@@ -50,6 +51,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_ARENA_MAX": "1",
+    "KINETO_LOG_LEVEL": "99",  # the profiler would print when it starts and stops
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -135,6 +137,7 @@ class PolicyWorker(_Named):
     def __init__(self, layout: Layout, rank: int, threads: int, config: TrainerConfig) -> None:
         super().__init__("policy", rank, threads)
         self.layout, self.config = layout, config
+        self.trace: Trace | None = None
 
     def host(self) -> tuple[str, int]:
         """Host the ranks' meeting; returns this node's address and the port."""
@@ -166,26 +169,37 @@ class PolicyWorker(_Named):
     def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         """One gradient step from this data rank's rows, compared with the reference where one is kept."""
         self.step = step
-        return self.trainer.step(rows, objective, learning_rate, self.reference)
+        return self._ended(self.trainer.step(rows, objective, learning_rate, self.reference))
 
     def open_text(self, config: PretrainConfig, data: PretrainingConfig, seed: int) -> None:
         """Open the text to train on and begin to read ahead."""
         tokenizer = Tokenizer(self.tokenizer_files).digest if self.tokenizer_files else None
         text = PretrainingData(data, seed=seed, vocabulary=self.model.vocabulary, tokenizer=tokenizer)
-        self.pretraining = Pretraining(self.trainer, config, text, row_rules(self.layout, self.config.row_tokens))
+        self._pretraining = Pretraining(self.trainer, config, text, row_rules(self.layout, self.config.row_tokens))
 
     def pretrain(self, step: int) -> StepResult:
         """One gradient step on text."""
         self.step = step
-        return self.pretraining.step(step)
+        return self._ended(self._pretraining.step(step))
 
-    def held_out_loss(self) -> float | None:
-        """See `Pretraining`."""
-        return self.pretraining.held_out_loss()
+    def text(self, method: str, *args: Any) -> Any:
+        """What a method of `Pretraining` returns."""
+        return getattr(self._pretraining, method)(*args)
 
-    def close_text(self) -> None:
-        """End the reading ahead."""
-        self.pretraining.close()
+    def open_trace(self, folder: Path) -> None:
+        """Trace the steps from here on; see `Trace`."""
+        self.trace = Trace(folder / f"rank-{self.rank}.json")
+
+    def close_trace(self) -> bool:
+        """Whether there is a trace."""
+        trace, self.trace = self.trace, None
+        return trace is not None and trace.close()
+
+    def _ended(self, result: StepResult) -> StepResult:
+        """The result of a step, which ends here."""
+        if self.trace:
+            self.trace.step()
+        return result
 
     def peak_flops(self) -> float:
         """Operations per second of this rank's matrix products, while the others measure theirs."""

@@ -69,10 +69,14 @@ def _commit(partial: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    link = final.parent / f"latest.{os.getpid()}"
-    link.symlink_to(final.name)
-    link.replace(final.parent / "latest")
-    _sync(final.parent)
+    _link_latest(final)
+
+
+def _link_latest(checkpoint: Path) -> None:
+    link = checkpoint.parent / f"latest.{os.getpid()}"
+    link.symlink_to(checkpoint.name)
+    link.replace(checkpoint.parent / "latest")
+    _sync(checkpoint.parent)
 
 
 def _sync(path: Path) -> None:
@@ -92,10 +96,28 @@ def find(path: Path) -> Path:
     for place in (path, path / "checkpoints"):
         if (place / "manifest.json").is_file():
             return place
-        steps = [p for p in place.glob("step-*") if _NAME.fullmatch(p.name) and (p / "manifest.json").is_file()]
+        steps = _saved(place)
         if steps:
-            return max(steps, key=lambda p: int(p.name.split("-")[1]))
+            return steps[max(steps)]
     raise BadCheckpoint(f"{path} holds no checkpoint: give a folder with a manifest.json, or a run that saved one")
+
+
+def _saved(checkpoints: Path) -> dict[int, Path]:
+    """The whole checkpoints of a folder, by step."""
+    names = {p: _NAME.fullmatch(p.name) for p in checkpoints.glob("step-*") if (p / "manifest.json").is_file()}
+    return {int(match[1]): path for path, match in names.items() if match}
+
+
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, which a run has taken back; `latest` is the newest that is left."""
+    steps = _saved(checkpoints)
+    left = [s for s in steps if s <= step]
+    if left:
+        _link_latest(steps[max(left)])
+    elif steps:
+        (checkpoints / "latest").unlink()
+    for later in steps.keys() - left:
+        shutil.rmtree(steps[later])
 
 
 class Checkpoint:

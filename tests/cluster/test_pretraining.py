@@ -3,23 +3,27 @@
 import json
 import math
 import tomllib
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lockstep.cluster.config import RecipeError, load_recipe, parse, to_toml
+from lockstep.cluster.curves import MEMORY_UNIT
 from lockstep.cluster.jobs import check
 from lockstep.data.store import Store
 from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from tests.cluster.commands import Command, metrics, overrides, summary
+from tests.distributed.traces import steps_and_kinds
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"
 
 
-def train(log: Path, *settings: str) -> tuple[int, str]:
-    command = Command(log, "train", str(RECIPE), *overrides(*settings))
+def train(log: Path, *settings: str, options: Sequence[str] = ()) -> tuple[int, str]:
+    command = Command(log, "train", str(RECIPE), *overrides(*settings), *options)
     try:
         return command.wait(), command.output
     finally:
@@ -31,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretraining")
     every = ("pretrain.evaluate_every=6", "pretrain.statistics_every=5")
     settings = ("layout.data=2", "layout.zero=2", "pretrain.steps=12", "pretrain.optimizer.kind=muon", *every)
-    code, output = train(folder / "log", f"run={folder}/run", *settings)
+    code, output = train(folder / "log", f"run={folder}/run", *settings, options=["--profile"])
     assert code == 0, output
     return folder / "run"
 
@@ -67,6 +71,23 @@ def test_speed_is_given_in_tokens_and_in_a_share_of_a_peak_that_was_measured(run
         assert 0 < share < 1
 
 
+def test_each_step_says_how_much_memory_the_fullest_rank_has_needed(run: Path) -> None:
+    peaks = [m["memory_gb"] for m in metrics(run, "pretrain")]
+    assert all(later > 0.999 * before for before, later in pairwise(peaks))
+    assert 0.1 < peaks[0] < 8
+    assert MEMORY_UNIT in (run / "report.html").read_text()
+
+
+def test_a_trace_of_each_rank_shows_forward_backward_and_collectives(run: Path) -> None:
+    traces = run / "traces"
+    assert sorted(p.name for p in traces.iterdir()) == ["rank-0.json", "rank-1.json"]
+    for path in traces.iterdir():
+        assert steps_and_kinds(path) == (3, dict.fromkeys(("forward", "backward", "collective"), True))
+    output = (run.parent / "log").read_text()
+    assert f"traces of steps 3 to 5: {traces}/rank-*.json" in output
+    assert "profiler_start" not in output
+
+
 def test_the_trained_weights_are_a_checkpoint_and_the_run_has_a_report(run: Path) -> None:
     checkpoint = Checkpoint(run)
     assert checkpoint.manifest["step"] == 12
@@ -83,9 +104,16 @@ def test_a_run_whose_gradients_are_no_numbers_ends_and_keeps_the_weights_before(
     code, output = train(tmp_path / "log", f"run={tmp_path}/run", *settings)
     assert code == 1
     assert "2 steps in a row" in output
+    assert "Traceback" not in output
     steps = metrics(tmp_path / "run", "pretrain")
     assert steps[-1]["skipped"] == 2
-    assert Checkpoint(tmp_path / "run").manifest["step"] == steps[-1]["step"] < 8
+    last = int(steps[-1]["step"])
+    assert Checkpoint(tmp_path / "run").manifest["step"] == last < 8
+    file = tmp_path / "run" / "batches" / f"step-{last:06d}.npz"
+    assert str(file) in output
+    with np.load(file) as batch:
+        assert batch["samples"].tolist() == list(range(16 * (last - 2), 16 * last))
+        assert batch["tokens"].shape == batch["documents"].shape == (32, 33)
 
 
 def test_text_becomes_a_tokenizer_a_store_and_a_model_in_three_commands(tmp_path: Path) -> None:

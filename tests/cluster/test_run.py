@@ -9,6 +9,7 @@ import pytest
 
 from lockstep.cluster.config import load_recipe, to_toml
 from tests.cluster.commands import Command, metrics, overrides, summary, write_recipe
+from tests.distributed.traces import steps_and_kinds
 
 LAYOUTS = {
     "data": ("layout.data=2",),
@@ -45,7 +46,7 @@ def run(
     if name not in finished:
         folder = tmp_path_factory.mktemp("run")
         recipe = write_recipe(folder, tiny_folder)
-        command = Command(folder / "log", "train", str(recipe), *overrides(*LAYOUTS[name]))
+        command = Command(folder / "log", "train", str(recipe), *overrides(*LAYOUTS[name]), "--profile")
         try:
             assert command.wait() == 0, command.output
             finished[name] = Run(folder / "tiny", recipe, LAYOUTS[name], command.output)
@@ -67,6 +68,15 @@ def test_a_run_leaves_a_whole_folder(run: Run) -> None:
     rows = pq.read_table(run.folder / "rollouts" / "step-000001.parquet").to_pylist()
     assert len(rows) == 16
     assert {row["outcome"] for row in rows} == {"correct", "incorrect"}, "RL had nothing to learn from"
+
+
+def test_each_phase_has_traces_where_it_is_long_enough(run: Run) -> None:
+    traces = run.folder / "traces"
+    assert [p.name for p in traces.iterdir()] == ["sft"]
+    for rank in (0, 1):
+        assert steps_and_kinds(traces / "sft" / f"rank-{rank}.json")[0] == 3
+    assert f"traces of steps 3 to 5: {traces}/sft/rank-*.json" in run.output
+    assert f"no traces in {traces}/rl: they begin with step 3" in run.output
 
 
 def test_reinforcement_updates_the_policy(run: Run) -> None:

@@ -155,6 +155,18 @@ def test_samples_follow_each_other_without_gap(config: PretrainingConfig, data: 
         assert data.epochs(400)[number] == pytest.approx(len(stream) / summary.tokens)
 
 
+def test_a_batch_can_be_kept_as_plain_arrays(config: PretrainingConfig, data: PretrainingData, tmp_path: Path) -> None:
+    np.savez(tmp_path / "batch.npz", **data.batch(range(40, 44)))
+    with np.load(tmp_path / "batch.npz") as batch:  # which refuses pickles
+        assert batch["samples"].tolist() == [40, 41, 42, 43]
+        for number, tokens, documents, path in zip(*(batch[n] for n in batch.files), strict=True):
+            assert tokens.tolist() == data.sample(int(number)).tokens.tolist()
+            store = Store(Path(str(path)))
+            for token, document in zip(tokens.tolist(), documents.tolist(), strict=True):
+                assert token in store.document(document)
+        assert set(batch["stores"].tolist()) == {part.path for part in config.blend}
+
+
 def test_held_out_documents_are_read_once_and_never_trained_on(data: PretrainingData) -> None:
     trained = inputs(row for step in range(60) for row in data.rows(batch(step), RowRules()))
     held_out = held_out_tokens(data)

@@ -59,6 +59,8 @@ def test_any_cut_is_a_part_of_the_naive_stream(
     found = stream.cut(first, stop)
     assert found.tokens.tolist() == [token for token, _ in marked]
     assert found.lengths.tolist() == list(Counter(place for _, place in marked).values())
+    for document, token in zip(np.repeat(found.documents, found.lengths).tolist(), found.tokens, strict=True):
+        assert token in store.document(document)
     assert stream.pieces(np.array([first, first]), np.array([stop, first + 1])).tolist() == [len(found.lengths), 1]
 
 

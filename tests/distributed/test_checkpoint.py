@@ -159,6 +159,17 @@ def test_latest_points_to_the_newest(tmp_path: Path) -> None:
     ]
 
 
+def test_checkpoints_of_steps_that_were_taken_back_are_dropped(tmp_path: Path) -> None:
+    manager.drop_after(tmp_path, 0)  # there are none yet
+    for step in (2, 10, 4):
+        save_alone(tmp_path, step)
+    manager.drop_after(tmp_path, 5)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002", "step-000004"]
+    assert (tmp_path / "latest").resolve() == find(tmp_path) == tmp_path / "step-000004"
+    manager.drop_after(tmp_path, 0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_step_saved_again_replaces_the_old(tmp_path: Path) -> None:
     save_alone(tmp_path, 1, 1.0)
     save_alone(tmp_path, 1, 2.0)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lockstep.data.batch import rows_for_ranks, sample
+from lockstep.distributed.engine import StepResult
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
@@ -21,12 +22,17 @@ MODEL = ModelConfig(
 def threads_before_a_step(groups: Groups) -> int:
     """How many threads this process has when it enters a world in which it then trains."""
     threads = psutil.Process().num_threads()
+    step_of_a_tiny_model(groups)
+    return threads
+
+
+def step_of_a_tiny_model(groups: Groups) -> StepResult:
+    """One update in a new world."""
     stage = build(MODEL, groups, torch.float32, RandomWeights(MODEL, 0))
     trainer = Trainer(stage, groups, OptimizerConfig())
     samples = [sample([1, 2], [3, 4, 5], weight=1 / 6)] * 2
     rows = rows_for_ranks(samples, row_rules(groups.layout, 16))[groups.data_rank]
-    trainer.step(rows, nll, 1e-3)
-    return threads
+    return trainer.step(rows, nll, 1e-3)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

@@ -1,0 +1,49 @@
+"""Rewinds of a run: which losses stand, where its last snapshot is, and what it reads after steps were taken back."""
+
+from lockstep.data.schedule import Rewind, SampleSchedule
+from lockstep.model.spikes import SpikeConfig, is_spike
+from lockstep.rl.actors import Policy
+
+
+class Rewinds:
+    """Keeps snapshots in the trainer's ranks and goes back to them; without a configuration it sees no spikes."""
+
+    def __init__(self, config: SpikeConfig | None, samples: SampleSchedule, policy: Policy) -> None:
+        self.samples = samples
+        """What each step reads."""
+        self._config, self._policy = config, policy
+        self._losses: list[float] = []
+        self._snapshot = 0
+
+    @property
+    def left(self) -> int:
+        """How many spikes the run may still go back behind."""
+        return self._config.rewinds - len(self.samples.rewinds) if self._config else 0
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether the loss of the next step is a spike beside those that stand."""
+        return self._config is not None and is_spike(loss, self._losses, self._config)
+
+    def keep_snapshot(self, step: int) -> None:
+        """Remember weights and optimizer as they are after a step, where that is due."""
+        if self._config and step % self._config.snapshot_every == 0:
+            self._policy.call("text", "keep_snapshot")
+            self._snapshot = step
+
+    def stand(self, step: int, loss: float) -> None:
+        """Count a step among those that stand."""
+        self._losses.append(loss)
+        self.keep_snapshot(step)
+
+    def take_back(self, step: int) -> int:
+        """Go back from a spike to the last snapshot, and on with samples after the spike's; returns its step."""
+        self.samples = self.samples.after(Rewind(self._snapshot, step))
+        self._policy.call("text", "rewind", self._snapshot, self.samples)
+        del self._losses[self._snapshot :]
+        return self._snapshot
+
+    def metrics(self) -> dict[str, int]:
+        """How often the run went back, and how many samples it left out; nothing where it does not look for spikes."""
+        if not self._config:
+            return {}
+        return {"rewinds": len(self.samples.rewinds), "samples_left_out": sum(map(len, self.samples.left_out))}

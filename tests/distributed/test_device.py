@@ -1,0 +1,42 @@
+"""What a process reports as its peak of memory is its own, and stays."""
+
+import subprocess
+import sys
+
+import numpy as np
+import psutil
+import torch
+
+from lockstep.distributed.device import peak_memory
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
+from tests.distributed.test_worlds import step_of_a_tiny_model
+
+CPU = torch.device("cpu")
+REPORT = "import torch; from lockstep.distributed.device import peak_memory; print(peak_memory(torch.device('cpu')))"
+
+
+def test_a_peak_remains_when_its_memory_is_gone_and_no_child_inherits_it() -> None:
+    held = np.ones(1 << 27)
+    peak = peak_memory(CPU)
+    assert peak > held.nbytes
+    assert abs(peak - psutil.Process().memory_info().rss) < peak / 10
+    del held
+    assert peak_memory(CPU) > peak * 0.999  # the kernel sums its counters of pages lazily
+    child = subprocess.run([sys.executable, "-c", REPORT], capture_output=True, check=True, text=True)
+    assert 0 < int(child.stdout) < peak - (1 << 28)
+
+
+def memory_with_a_full_last_rank(groups: Groups) -> tuple[float, float]:
+    """What this rank holds, and what a step reports; the last rank holds 200 MB more than any other."""
+    held = np.ones(25_000_000) if groups.rank == groups.layout.processes - 1 else None
+    reported = step_of_a_tiny_model(groups).values["memory_gb"]
+    del held
+    return peak_memory(CPU) / 1e9, reported
+
+
+def test_a_step_reports_the_fullest_rank(worlds: Worlds) -> None:
+    own, reported = zip(*worlds.run(Layout(pipeline=2), memory_with_a_full_last_rank), strict=True)
+    assert reported[0] == reported[1]
+    assert abs(reported[0] - own[1]) < 0.01

@@ -1,0 +1,133 @@
+"""After a rewind a run is, to the bit, one that never took the steps that were taken back, in every layout."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lockstep.data.loader import PretrainingConfig, PretrainingData
+from lockstep.data.schedule import Rewind
+from lockstep.data.synthetic import write_random_store
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
+from lockstep.model.config import ModelConfig
+from lockstep.model.loss import nll
+from lockstep.model.moe import MoEConfig
+from lockstep.model.names import RandomWeights, pieces
+from lockstep.model.pretrain import PretrainConfig, Pretraining
+from lockstep.model.train import DTYPES, OptimizerConfig, Trainer, build, row_rules
+
+LAYOUTS = [
+    Layout(tensor=2, sequence=True),
+    Layout(pipeline=2),
+    Layout(pipeline=2, virtual=2, zero=2),
+    Layout(expert=2, zero=2),
+    Layout(data=2, zero=0),
+    Layout(data=2, zero=1),
+    Layout(data=2, zero=2),
+    Layout(data=2, zero=3),
+    Layout(data=2, zero=2, offload=True),
+    Layout(data=2, zero=3, offload=True),
+]
+CONFIG = PretrainConfig(
+    steps=8,
+    samples_per_step=4,
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1, schedule="cosine", weight_decay=0.1),
+)
+History = list[tuple[float, float]]
+
+
+def model(layout: Layout) -> ModelConfig:
+    """A tiny transformer whose embedding two stages share, with experts where the layout splits them."""
+    return ModelConfig(
+        layers=4,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        intermediate=48,
+        vocabulary=61,
+        context=32,
+        tied=layout.expert == 1,
+        moe=MoEConfig(experts=4, experts_per_token=2, intermediate=24) if layout.expert > 1 else None,
+    )
+
+
+def parts(groups: Groups, store: Path, dtype: str) -> tuple[Trainer, PretrainingData]:
+    config = model(groups.layout)
+    data = PretrainingConfig.model_validate({"blend": [{"path": str(store)}], "length": 16})
+    stage = build(config, groups, DTYPES[dtype], RandomWeights(config, 0))
+    return Trainer(stage, groups, CONFIG.optimizer), PretrainingData(data, seed=0, vocabulary=61)
+
+
+def weights(trainer: Trainer) -> list[np.ndarray]:
+    with trainer.engine.whole_weights():
+        return [t.detach().float().numpy().copy() for t, _ in pieces(trainer.transformer)]
+
+
+def with_rewinds(groups: Groups, store: Path, dtype: str) -> tuple[History, Any, list[float]]:
+    """Losses and norms of the steps that stand, the weights, and the losses of steps that spoil weights and moments."""
+    trainer, data = parts(groups, store, dtype)
+    rules = row_rules(groups.layout, 32)
+    pretraining = Pretraining(trainer, CONFIG, data, rules)
+    schedule = CONFIG.schedule
+    standing: dict[int, tuple[float, float]] = {}
+    wild: list[float] = []
+
+    def steps(first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            result = pretraining.step(step)
+            standing[step] = result.values["loss"], result.grad_norm
+
+    def spoil_and_go_back(rewind: Rewind) -> None:
+        nonlocal schedule
+        rows = data.rows(schedule.samples(rewind.spike), rules, groups.data_rank)
+        wild.extend(trainer.step(rows, nll, math.nan).values["loss"] for _ in range(3))
+        schedule = schedule.after(rewind)
+        pretraining.rewind(rewind.snapshot, schedule)
+
+    pretraining.keep_snapshot()
+    steps(1, 1)
+    spoil_and_go_back(Rewind(0, 2))
+    steps(1, 2)
+    pretraining.keep_snapshot()
+    steps(3, 4)
+    spoil_and_go_back(Rewind(2, 5))
+    spoil_and_go_back(Rewind(2, 3))
+    steps(3, 8)
+    pretraining.close()
+    return list(standing.values()), weights(trainer), wild
+
+
+def without_those_steps(groups: Groups, store: Path, dtype: str) -> tuple[History, Any]:
+    """The same steps and no others, with their samples written out."""
+    trainer, data = parts(groups, store, dtype)
+    history = []
+    for step, first in enumerate((8, 12, 32, 36, 40, 44, 48, 52), start=1):
+        rows = data.rows(range(first, first + 4), row_rules(groups.layout, 32), groups.data_rank)
+        result = trainer.step(rows, nll, CONFIG.optimizer.rate(step, CONFIG.steps))
+        history.append((result.values["loss"], result.grad_norm))
+    return history, weights(trainer)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_store(tmp_path_factory.mktemp("store") / "store", vocabulary=61, tokens=4000, seed=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_after_a_rewind_no_bit_remembers_the_steps_that_were_taken_back(
+    layout: Layout, dtype: str, worlds: Worlds, store: Path
+) -> None:
+    expected = worlds.run(layout, without_those_steps, store, dtype)
+    for (history, held, wild), (losses, unspoilt) in zip(
+        worlds.run(layout, with_rewinds, store, dtype), expected, strict=True
+    ):
+        assert not np.isfinite(wild).all(), "nothing was spoilt"
+        assert history == losses
+        for ours, theirs in zip(held, unspoilt, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
