@@ -37,6 +37,7 @@ CONFIG = PretrainConfig(
     samples_per_step=4,
     optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=1, schedule="cosine", weight_decay=0.1),
 )
+MUON = CONFIG.optimizer.model_copy(update={"kind": "muon"})
 History = list[tuple[float, float]]
 
 
@@ -56,11 +57,11 @@ def model(layout: Layout) -> ModelConfig:
     )
 
 
-def parts(groups: Groups, store: Path, dtype: str) -> tuple[Trainer, PretrainingData]:
+def parts(groups: Groups, store: Path, dtype: str, optimizer: OptimizerConfig) -> tuple[Trainer, PretrainingData]:
     config = model(groups.layout)
     data = PretrainingConfig.model_validate({"blend": [{"path": str(store)}], "length": 16})
     stage = build(config, groups, DTYPES[dtype], RandomWeights(config, 0))
-    return Trainer(stage, groups, CONFIG.optimizer), PretrainingData(data, seed=0, vocabulary=61)
+    return Trainer(stage, groups, optimizer), PretrainingData(data, seed=0, vocabulary=61)
 
 
 def weights(trainer: Trainer) -> list[np.ndarray]:
@@ -68,9 +69,9 @@ def weights(trainer: Trainer) -> list[np.ndarray]:
         return [t.detach().float().numpy().copy() for t, _ in pieces(trainer.transformer)]
 
 
-def with_rewinds(groups: Groups, store: Path, dtype: str) -> tuple[History, Any, list[float]]:
+def with_rewinds(groups: Groups, *args: Any) -> tuple[History, Any, list[float]]:
     """Losses and norms of the steps that stand, the weights, and the losses of steps that spoil weights and moments."""
-    trainer, data = parts(groups, store, dtype)
+    trainer, data = parts(groups, *args)
     rules = row_rules(groups.layout, 32)
     pretraining = Pretraining(trainer, CONFIG, data, rules)
     schedule = CONFIG.schedule
@@ -102,9 +103,9 @@ def with_rewinds(groups: Groups, store: Path, dtype: str) -> tuple[History, Any,
     return list(standing.values()), weights(trainer), wild
 
 
-def without_those_steps(groups: Groups, store: Path, dtype: str) -> tuple[History, Any]:
+def without_those_steps(groups: Groups, *args: Any) -> tuple[History, Any]:
     """The same steps and no others, with their samples written out."""
-    trainer, data = parts(groups, store, dtype)
+    trainer, data = parts(groups, *args)
     history = []
     for step, first in enumerate((8, 12, 32, 36, 40, 44, 48, 52), start=1):
         rows = data.rows(range(first, first + 4), row_rules(groups.layout, 32), groups.data_rank)
@@ -123,9 +124,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_after_a_rewind_no_bit_remembers_the_steps_that_were_taken_back(
     layout: Layout, dtype: str, worlds: Worlds, store: Path
 ) -> None:
-    expected = worlds.run(layout, without_those_steps, store, dtype)
+    check(worlds, layout, store, dtype, CONFIG.optimizer)
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, zero=0), Layout(data=2, zero=2)], ids=str)
+def test_muon_goes_back_as_well(layout: Layout, worlds: Worlds, store: Path) -> None:
+    check(worlds, layout, store, "float32", MUON)
+
+
+def check(worlds: Worlds, layout: Layout, *args: Any) -> None:
+    expected = worlds.run(layout, without_those_steps, *args)
     for (history, held, wild), (losses, unspoilt) in zip(
-        worlds.run(layout, with_rewinds, store, dtype), expected, strict=True
+        worlds.run(layout, with_rewinds, *args), expected, strict=True
     ):
         assert not np.isfinite(wild).all(), "nothing was spoilt"
         assert history == losses
