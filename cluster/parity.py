@@ -2,13 +2,14 @@
 
 Floating-point sums depend on their order, so no two layouts agree to the last bit. How far apart they may be is
 measured in the same breath: one process takes its micro-batches in another order, and what that changes is the noise
-floor.
+floor. Where a token's probabilities of two experts are equal but for rounding, layouts choose differently and go ways
+of their own: steps are compared up to there.
 """
 
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.loss import nll
 from lockstep.model.names import logical_tensors, pieces
 from lockstep.model.pretrain import PretrainConfig, random_data
+from lockstep.model.routing import Routing, RoutingWatch, tie
 from lockstep.model.train import DTYPES, Trainer, TrainerConfig, build, describe, row_rules
 from lockstep.model.transformer import check_layout
 
@@ -49,6 +51,8 @@ class Job:
     trainer: TrainerConfig
     seed: int
     steps: int
+    until: int
+    """The last step that is trained; the learning rate falls as if all were."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Course:
     weights: float = 0.0
     worst: str = ""
     """The logical tensor that differs most."""
+    routing: tuple[Routing, ...] = ()
+    """What this rank saw of routers' choices in each step."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Difference:
     norm: float
     weights: float
     worst: str
+    tie: tuple[int, int] | None = None
+    """Step and layer of the choice between equally probable experts that ended the comparison, one step before."""
 
     def beyond(self, bound: dict[str, float]) -> list[str]:
         """What lies outside of a bound; a difference that is not a number does."""
@@ -101,19 +109,61 @@ def compare(recipe: Recipe, layouts: Sequence[str], steps: int, say: Callable[[s
     for layout in wanted.values():
         check_layout(layout, model)
     with tempfile.TemporaryDirectory() as folder, Worlds(TIMEOUT_S) as worlds:
-        job = _job(recipe, source, model, steps, Path(folder))
-        baseline = Path(folder) / "baseline"
-        one = worlds.run(Layout(), course, job, baseline, False, True)[0]
-        floor = difference(one, worlds.run(Layout(), course, job, baseline, True, False))
+        runs = Runs(worlds, job_of(recipe, source, model, steps, Path(folder)), Path(folder))
+        floor = runs.difference(Layout(), reordered=True)
         bound = _bound(recipe.model.dtype, floor)
         found = {}
         for text, layout in wanted.items():
-            found[text] = difference(one, worlds.run(layout, course, job, baseline, False, False))
-            say(f"{text}: loss {found[text].loss:.1e}, norm {found[text].norm:.1e}, weights {found[text].weights:.1e}")
+            found[text] = runs.difference(layout)
+            say(f"{text}: {_figures(found[text])}")
     return Parity(floor, bound, found)
 
 
-def _job(recipe: Recipe, source: Source, model: ModelConfig, steps: int, folder: Path) -> Job:
+def _figures(d: Difference) -> str:
+    tied = f" before experts tie in step {d.tie[0]}, layer {d.tie[1]}" if d.tie else ""
+    return f"loss {d.loss:.1e}, norm {d.norm:.1e}, weights {d.weights:.1e}{tied}"
+
+
+class Runs:
+    """Trains layouts, and one process as far as each is compared with it."""
+
+    def __init__(self, worlds: Worlds, job: Job, folder: Path) -> None:
+        self._worlds, self._job, self._folder = worlds, job, folder
+        self._baselines: dict[int, Course] = {}
+
+    def difference(self, layout: Layout, reordered: bool = False) -> Difference:
+        job, tied = self._job, None
+        while True:
+            one = self._baseline(job)
+            ranks = self._worlds.run(layout, course, job, self._saved(job), reordered, False)
+            # In lower precision experts tie all the time: that is part of the noise.
+            found = _first_tie(one, ranks) if job.dtype == "float32" else None
+            if found is None:
+                return replace(difference(one, ranks), tie=tied)
+            if found[0] == 1:
+                raise RecipeError(
+                    f"seed={job.seed} begins with weights for which experts tie in layer {found[1]}: choose another"
+                )
+            tied, job = found, replace(job, until=found[0] - 1)
+
+    def _baseline(self, job: Job) -> Course:
+        if job.until not in self._baselines:
+            self._baselines[job.until] = self._worlds.run(Layout(), course, job, self._saved(job), False, True)[0]
+        return self._baselines[job.until]
+
+    def _saved(self, job: Job) -> Path:
+        return self._folder / f"baseline-{job.until}"
+
+
+def _first_tie(one: Course, ranks: Sequence[Course]) -> tuple[int, int] | None:
+    """Step and layer where ranks leave the baseline's way because experts tie."""
+    for step, (expected, *found) in enumerate(zip(one.routing, *(c.routing for c in ranks), strict=True), 1):
+        if (layer := tie(expected, found)) is not None:
+            return step, layer
+    return None
+
+
+def job_of(recipe: Recipe, source: Source, model: ModelConfig, steps: int, folder: Path) -> Job:
     pretrain = recipe.pretrain
     if pretrain is None:
         raise RecipeError("lockstep parity trains on text: give a recipe with a [pretrain] section")
@@ -126,6 +176,7 @@ def _job(recipe: Recipe, source: Source, model: ModelConfig, steps: int, folder:
         trainer=recipe.trainer,
         seed=recipe.seed,
         steps=steps,
+        until=steps,
     )
 
 
@@ -135,14 +186,16 @@ def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baselin
     trainer = Trainer(stage, groups, job.pretrain.optimizer, recompute=job.trainer.recompute)
     data = PretrainingData(job.data, seed=job.seed, vocabulary=job.model.vocabulary)
     rules = row_rules(groups.layout, job.trainer.row_tokens)
-    losses, norms = [], []
-    for step in range(1, job.steps + 1):
+    watch = RoutingWatch(trainer.transformer)
+    losses, norms, routing = [], [], []
+    for step in range(1, job.until + 1):
         rows = data.rows(job.pretrain.schedule.samples(step), rules, groups.data_rank)
         rate = job.pretrain.optimizer.rate(step, job.steps)
         rows = rows[::-1] if reordered else rows
         result = trainer.step(rows, nll, rate, z_coefficient=job.pretrain.z_coefficient)
         losses.append(result.values["loss"])
         norms.append(result.grad_norm)
+        routing.append(watch.taken())
     with trainer.engine.whole_weights():
         if is_baseline:
             manager.save(
@@ -154,9 +207,9 @@ def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baselin
                 rank=groups.rank,
                 barrier=dist.barrier,
             )
-            return Course(tuple(losses), tuple(norms))
+            return Course(tuple(losses), tuple(norms), routing=tuple(routing))
         weights, worst = _farthest(trainer, manager.Checkpoint(baseline), job.model)
-    return Course(tuple(losses), tuple(norms), weights, worst)
+    return Course(tuple(losses), tuple(norms), weights, worst, tuple(routing))
 
 
 def _farthest(trainer: Trainer, baseline: manager.Checkpoint, model: ModelConfig) -> tuple[float, str]:
@@ -204,13 +257,19 @@ def table(parity: Parity) -> Table:
         shown.add_column(heading, justify="right")
     shown.add_column("worst tensor", overflow="fold")
     shown.add_column("")
-    rows = {"micro-batches reordered (noise floor)": (parity.floor, "")}
-    rows |= {
-        t: (d, f"beyond in {', '.join(b)}" if (b := d.beyond(parity.bound)) else "same")
-        for t, d in parity.layouts.items()
-    }
+    rows = {"micro-batches reordered (noise floor)": (parity.floor, _compared(parity.floor))}
+    rows |= {text: (d, _verdict(d, parity.bound)) for text, d in parity.layouts.items()}
     for text, (d, verdict) in rows.items():
         shown.add_row(text, f"{d.loss:.1e}", f"{d.norm:.1e}", f"{d.weights:.1e}", d.worst, verdict)
     shown.add_section()
     shown.add_row("bound", *(f"{limit:.1e}" for limit in parity.bound.values()), "", "")
     return shown
+
+
+def _verdict(found: Difference, bound: dict[str, float]) -> str:
+    beyond = found.beyond(bound)
+    return (f"beyond in {', '.join(beyond)}" if beyond else "same") + _compared(found)
+
+
+def _compared(found: Difference) -> str:
+    return f" in {found.tie[0] - 1} steps, then experts tie" if found.tie else ""

@@ -19,7 +19,7 @@ from lockstep.cluster.config import Recipe, to_toml
 
 
 class NoHead(ValueError):
-    """No Ray head answers at the address, or it refuses."""
+    """No Ray head answers at the address, or it takes no job."""
 
 
 def submit(recipe: Recipe, address: str, console: Console) -> int:
@@ -29,19 +29,23 @@ def submit(recipe: Recipe, address: str, console: Console) -> int:
         0 when the job succeeded, 1 otherwise.
 
     Raises:
-        NoHead: when nothing answers at the address, or the head wants a token that is not given.
+        NoHead: when nothing answers at the address, the head takes no jobs or wants a token that is not given.
     """
     client = _client(address)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "recipe.toml").write_text(to_toml(with_absolute_paths(recipe)), encoding="utf-8")
-        job = client.submit_job(
-            entrypoint=f"{_python()} -m lockstep train recipe.toml",
-            runtime_env={
-                "working_dir": folder,
-                "py_modules": [str(Path(lockstep.__file__).parent)],
-                "excludes": ["__pycache__"],
-            },
-        )
+        environment = {
+            "working_dir": folder,
+            "py_modules": [str(Path(lockstep.__file__).parent)],
+            "excludes": ["__pycache__"],
+        }
+        try:
+            job = client.submit_job(entrypoint=f"{_python()} -m lockstep train recipe.toml", runtime_env=environment)
+        except RuntimeError as error:
+            raise NoHead(
+                f"the Ray head at {address} took no job ({error}): where another Ray on its machine has the port of "
+                "its agent, start it with another --dashboard-agent-listen-port"
+            ) from error
     console.print(f"job {job}")
     try:
         asyncio.run(_follow(client, job, console))

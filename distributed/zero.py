@@ -189,6 +189,8 @@ class ZeroOptimizer:
             self._engine.optimizer._get_norm_groups = lambda: [self._gradient_norm()]
         else:
             self._engine.optimizer.scaled_global_norm = self._gradient_norm
+            # Every gradient was read for what the norm tells anyway: where it is no number, DeepSpeed does not step.
+            self._engine.optimizer.check_overflow = lambda **_: None
 
     def _close(self) -> None:
         """Take off DeepSpeed's hooks, and what it remembers elsewhere: they keep the model and its groups alive."""
@@ -307,10 +309,12 @@ class ZeroOptimizer:
             optimizer: its parameters are the module's, or fp32 copies of them.
         """
         norm = float(self._gradient_norm())
-        if self._clip_norm and norm > self._clip_norm:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self._clip_norm / (norm + 1e-6))
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in stepped:
+            if not math.isfinite(norm):
+                parameter.grad = None  # what has no gradient takes no step
+            elif self._clip_norm and norm > self._clip_norm:
+                parameter.grad.mul_(self._clip_norm / (norm + 1e-6))
 
     def _holders(self, parameter: nn.Parameter) -> int:
         groups = self._groups

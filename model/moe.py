@@ -68,10 +68,8 @@ class MoE(nn.Module):
             sequences: for the losses on the router, which only reach the gradient; None for none.
         """
         x_TD = self._gathered(x_T1D)[:, 0]
-        # In fp32, where transformers multiplies in the model's dtype: rounding must not decide who gets a token.
-        logits_TE = F.linear(x_TD.float(), self.router.float())
-        probability_TE = logits_TE.softmax(-1)
-        probability_TK, chosen_TK = probability_TE.topk(self.moe.experts_per_token, dim=-1)
+        logits_TE = self._routed(x_TD)
+        probability_TK, chosen_TK = logits_TE.softmax(-1).topk(self.moe.experts_per_token, dim=-1)
         if self.moe.normalize:
             probability_TK = probability_TK / probability_TK.sum(-1, keepdim=True)
         out = self._reduced(self._mixed(x_TD, probability_TK, chosen_TK)[:, None])
@@ -79,6 +77,22 @@ class MoE(nn.Module):
             loss = router_loss(self.moe, logits_TE, chosen_TK, sequences, self.groups.context)
             out = _WithLoss.apply(out, loss, float(dist.get_world_size(self.groups.replicas)))
         return out if self.shared is None else out + self.shared(x_T1D)
+
+    @torch.no_grad()
+    def choices(self, x_T1D: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, K] the experts of each token, best first; [T] how much more probable the last of them is than the next.
+
+        Where every expert is chosen, none is next and the difference is infinite.
+        """
+        k = self.moe.experts_per_token
+        probability_TE = self._routed(self._gathered(x_T1D)[:, 0]).softmax(-1)
+        best, chosen = probability_TE.topk(min(k + 1, self.moe.experts), dim=-1)
+        margin_T = best[:, k - 1] - best[:, k] if k < self.moe.experts else torch.full_like(best[:, 0], torch.inf)
+        return chosen[:, :k], margin_T
+
+    def _routed(self, x_TD: Tensor) -> Tensor:
+        """In fp32, where transformers multiplies in the model's dtype: rounding must not decide who gets a token."""
+        return F.linear(x_TD.float(), self.router.float())
 
     def _gathered(self, x_T1D: Tensor) -> Tensor:
         """All tokens of the tensor ranks; what reaches the backward is the same on each of them."""

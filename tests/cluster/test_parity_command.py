@@ -2,12 +2,17 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from lockstep.cluster.config import RecipeError, parse_layout
-from lockstep.cluster.parity import FP32_BOUND, Course, Difference, Parity, difference, table
+from lockstep.cluster.config import RecipeError, load_recipe, parse_layout
+from lockstep.cluster.convert import starting_point
+from lockstep.cluster.parity import FP32_BOUND, Course, Difference, Parity, Runs, difference, job_of, table
+from lockstep.distributed.checkpoint.spec import Box, Source
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
 from tests.cluster.commands import Command
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"
@@ -68,3 +73,34 @@ def test_what_leaves_the_bound_does_not_hold() -> None:
     assert not Parity(same, FP32_BOUND, {"a": same, "b": off}).holds
     assert not Parity(same, FP32_BOUND, {"b": lost}).holds
     assert table(Parity(same, FP32_BOUND, {"b": off})).row_count == 3
+
+
+EXPERTS = "model.config.moe={experts=4,experts_per_token=2,intermediate=48}"
+
+
+class Twins:
+    """Weights whose routers cannot tell experts apart, but for rounding."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def read(self, name: str, box: Box) -> Any:
+        part = self._source.read(name, box)
+        if name.endswith("mlp.gate.weight"):
+            up = np.random.default_rng(0).random(part.shape) < 0.5
+            part = np.where(up, np.nextafter(part[:1], np.float32(np.inf)), part[:1])
+        return part
+
+
+def test_experts_that_tie_end_the_comparison(worlds: Worlds, tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, [EXPERTS])
+    source, model, _ = starting_point(recipe.model, recipe.seed)
+    job = job_of(recipe, Twins(source), model, 2, tmp_path)
+    with pytest.raises(RecipeError, match="seed=0 begins with weights for which experts tie in layer 0"):
+        Runs(worlds, job, tmp_path).difference(Layout(tensor=2))
+    assert _verdict_of(Difference(0.0, 0.0, 0.0, "w", tie=(13, 2))) == "same in 12 steps, then experts tie"
+
+
+def _verdict_of(found: Difference) -> str:
+    [*_, cell, _] = table(Parity(found, FP32_BOUND, {"a": found})).columns[-1].cells
+    return str(cell)

@@ -9,6 +9,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +51,20 @@ def free_port() -> int:
         return port
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A head whose own environment does not know this repository."""
+@contextmanager
+def started(agent_port: int) -> Iterator[Head]:
+    """A head whose own environment does not know this repository; its agent takes jobs if the port is free."""
     folder = Path(tempfile.mkdtemp(prefix="ls", dir="/tmp"))  # sockets below it have names of 107 bytes at most
     port, dashboard = free_port(), free_port()
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += [f"--temp-dir={folder}", "--num-cpus=4", "--include-dashboard=true", "--disable-usage-stats"]
+    command += [
+        f"--dashboard-agent-listen-port={agent_port}",
+        f"--temp-dir={folder}",
+        "--num-cpus=4",
+        "--include-dashboard=true",
+        "--disable-usage-stats",
+    ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(
@@ -80,6 +87,13 @@ def head() -> Iterator[Head]:
                 one.kill()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head that takes jobs, beside all other Rays of this machine."""
+    with started(free_port()) as running:
+        yield running
 
 
 @pytest.fixture
@@ -140,6 +154,16 @@ def test_no_head_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
     assert output.startswith(f"error: no Ray head answers at {address} (")
     assert output.endswith("start one with `ray start --head`, or correct --address\n")
     assert output.count("\n") == 1
+
+
+def test_a_head_whose_agent_found_its_port_taken_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, started(taken.getsockname()[1]) as head:
+        recipe = str(write_recipe(tmp_path, tiny_folder))
+        code, output = submit(tmp_path / "log", recipe, address=head.address)
+    assert code == 2, output
+    assert "Traceback" not in output
+    assert "took no job (" in output
+    assert output.endswith("start it with another --dashboard-agent-listen-port\n")
 
 
 def test_paths_are_sent_absolute_and_names_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

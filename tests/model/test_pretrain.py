@@ -1,6 +1,7 @@
 """After a rewind a run is, to the bit, one that never took the steps that were taken back, in every layout."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,57 @@ def test_after_a_rewind_no_bit_remembers_the_steps_that_were_taken_back(
 @pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, zero=0), Layout(data=2, zero=2)], ids=str)
 def test_muon_goes_back_as_well(layout: Layout, worlds: Worlds, store: Path) -> None:
     check(worlds, layout, store, "float32", MUON)
+
+
+def with_and_without_a_spoilt_step(groups: Groups, *args: Any) -> tuple[list[Any], list[float]]:
+    """Weights and norm of a step, after one whose gradient is no number on one rank and after none."""
+    found, spoilt_norms = [], []
+    for spoil in (True, False):
+        trainer, data = parts(groups, *args)
+        rows = data.rows(range(4), row_rules(groups.layout, 32), groups.data_rank)
+        if spoil:
+            first, *rest = rows
+            if groups.rank == 0:
+                first = replace(first, weight=first.weight * np.float32(math.nan))
+            before = weights(trainer)
+            spoilt_norms.append(trainer.step([first, *rest], nll, 1e-3).grad_norm)
+            for ours, theirs in zip(weights(trainer), before, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+        result = trainer.step(rows, nll, 1e-3)
+        found.append([np.float64(result.grad_norm), *weights(trainer)])
+    return found, spoilt_norms
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tensor=2),
+        Layout(data=2, zero=0),
+        Layout(data=2, zero=1),
+        Layout(data=2, zero=2),
+        Layout(data=2, zero=3),
+        Layout(data=2, zero=2, offload=True),
+    ],
+    ids=str,
+)
+def test_a_gradient_that_is_no_number_leaves_weights_and_moments_alone(
+    layout: Layout, dtype: str, worlds: Worlds, store: Path
+) -> None:
+    check_spoilt(worlds, layout, store, dtype, CONFIG.optimizer)
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2, zero=0), Layout(data=2, zero=1)], ids=str)
+def test_so_does_muon(layout: Layout, worlds: Worlds, store: Path) -> None:
+    check_spoilt(worlds, layout, store, "float32", MUON)
+
+
+def check_spoilt(worlds: Worlds, layout: Layout, *args: Any) -> None:
+    results = worlds.run(layout, with_and_without_a_spoilt_step, *args)
+    for (after, without), norms in results:
+        assert not np.isfinite(norms).any()
+        for ours, theirs in zip(after, without, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 def check(worlds: Worlds, layout: Layout, *args: Any) -> None:
