@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, Source, to_torch, whole
+from lockstep.distributed.checkpoint.spec import Box, Piece, Source, WeightsOnly, to_torch, whole
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.transformer import Transformer, padded_vocabulary
@@ -222,7 +222,7 @@ def load(transformer: Transformer, source: Source) -> None:
         piece.view(parameter).copy_(to_torch(source.read(piece.name, piece.box)))
 
 
-class RandomWeights:
+class RandomWeights(WeightsOnly):
     """Weights drawn for training from scratch: each logical tensor from (seed, its name), so the same in any layout."""
 
     def __init__(self, model: ModelConfig, seed: int, deviation: float = 0.02) -> None:

@@ -10,7 +10,7 @@ import torch
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box, digest, overlap, to_numpy, within
+from lockstep.distributed.checkpoint.spec import Box, WeightsOnly, digest, overlap, to_numpy, within
 from lockstep.model.names import load, pieces
 from lockstep.model.transformer import Transformer
 
@@ -47,7 +47,7 @@ def shards_of(transformer: Transformer, *, owned_only: bool = True) -> list[Shar
     return found
 
 
-class Shards:
+class Shards(WeightsOnly):
     """A `Source` over shards that came from any layout."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -75,7 +75,7 @@ class Shards:
         return out
 
 
-class Held:
+class Held(WeightsOnly):
     """A `Source` over the pieces that a transformer itself holds."""
 
     def __init__(self, transformer: Transformer) -> None:

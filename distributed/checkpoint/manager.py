@@ -4,13 +4,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lockstep.distributed.checkpoint.spec import Piece
+from lockstep.distributed.checkpoint.spec import STATES, Piece
 from lockstep.distributed.checkpoint.store import ArrayFolder, write
 
 FORMAT = 1
@@ -135,6 +135,16 @@ class Checkpoint:
                 f"{self.path} has format {self.manifest.get('format')}, and this program reads format {FORMAT}"
             )
         self.read = ArrayFolder(self.path / "arrays").read
+
+    @property
+    def states(self) -> Sequence[str]:
+        """See `Source`."""
+        return tuple(name for name in self.manifest.get("tensors", ()) if name.startswith(STATES))
+
+    @property
+    def updates(self) -> int:
+        """See `Source`."""
+        return int(self.manifest.get("updates", 0))
 
     @property
     def files(self) -> dict[str, str]:

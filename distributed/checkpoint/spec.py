@@ -4,6 +4,7 @@ A logical tensor is what a model has, whatever the layout; a piece is a rectangl
 Saving, loading, conversion and weight sync all speak in pieces, and read through the same `Source`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,16 +41,42 @@ class Piece:
         return part.view([b - a for a, b in self.box])
 
 
+STATES = ("master", "exp_avg", "exp_avg_sq", "momentum")
+"""Kinds of an optimizer's state: fp32 weights where the model's are not, Adam's moments, Muon's averaged gradients."""
+
+
+def state_name(kind: str, name: str) -> str:
+    """What an optimizer's state for a logical tensor is called; it has the tensor's shape, in fp32."""
+    return f"{kind}/{name}"
+
+
 class Source(Protocol):
     """Anything that has logical tensors: a checkpoint, a Hugging Face folder, another process's weights."""
 
+    @property
+    def states(self) -> Sequence[str]:
+        """Names of the optimizer's state that it has, as `state_name` makes them; none where it has only weights."""
+        ...
+
+    @property
+    def updates(self) -> int:
+        """How many updates that state has seen: what Adam corrects its moments by."""
+        ...
+
     def read(self, name: str, box: Box) -> NDArray[Any]:
-        """The part `box` of a logical tensor.
+        """The part `box` of a logical tensor, or of the optimizer's state for one.
 
         Raises:
             KeyError: when there is no such tensor.
         """
         ...
+
+
+class WeightsOnly:
+    """What a `Source` without an optimizer's state says of it."""
+
+    states: Sequence[str] = ()
+    updates: int = 0
 
 
 def whole(shape: tuple[int, ...]) -> Box:

@@ -10,7 +10,7 @@ import tensorstore
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, to_numpy
+from lockstep.distributed.checkpoint.spec import Box, Piece, WeightsOnly, to_numpy
 
 LARGEST_CHUNK = 64 << 20
 """Bytes of a chunk at most, so that a reader of a small slice does not read a whole matrix."""
@@ -54,7 +54,7 @@ def _create(folder: Path, piece: Piece, dtype: np.dtype) -> Any:
     return tensorstore.open(spec, create=True, open=True).result()
 
 
-class ArrayFolder:
+class ArrayFolder(WeightsOnly):
     """A `Source` over a folder of arrays; a read touches only the chunks that it needs, whatever layout wrote them."""
 
     def __init__(self, folder: Path) -> None:

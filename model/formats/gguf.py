@@ -12,7 +12,7 @@ from typing import Any
 from gguf import GGUFReader, ReaderTensor, dequantize
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box
+from lockstep.distributed.checkpoint.spec import Box, WeightsOnly
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.rope import Rope
 
@@ -34,7 +34,7 @@ _ENDS = {
 }
 
 
-class GGUFFile:
+class GGUFFile(WeightsOnly):
     """A `Source` over one GGUF file; tensors are fp32 after dequantisation."""
 
     def __init__(self, path: Path) -> None:

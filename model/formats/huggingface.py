@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lockstep.distributed.checkpoint.spec import Box, to_numpy
+from lockstep.distributed.checkpoint.spec import Box, WeightsOnly, to_numpy
 from lockstep.model.config import ModelConfig
 from lockstep.model.families import from_huggingface, to_huggingface
 
@@ -82,7 +82,7 @@ STORED: dict[str, Callable[[str], Stored]] = {"gpt2": _in_gpt2, "mixtral": _in_m
 """By family: where a logical tensor lies, for families that do not store it under its own name."""
 
 
-class HuggingFaceFolder:
+class HuggingFaceFolder(WeightsOnly):
     """A `Source` over a folder of safetensors; slices are read from disk one by one."""
 
     def __init__(self, folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lockstep.cluster.config import RecipeError, load_recipe, parse_layout
 from lockstep.cluster.convert import starting_point
 from lockstep.cluster.parity import FP32_BOUND, Course, Difference, Parity, Runs, difference, job_of, table
-from lockstep.distributed.checkpoint.spec import Box, Source
+from lockstep.distributed.checkpoint.spec import Box, Source, WeightsOnly
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from tests.cluster.commands import Command
@@ -78,7 +78,7 @@ def test_what_leaves_the_bound_does_not_hold() -> None:
 EXPERTS = "model.config.moe={experts=4,experts_per_token=2,intermediate=48}"
 
 
-class Twins:
+class Twins(WeightsOnly):
     """Weights whose routers cannot tell experts apart, but for rounding."""
 
     def __init__(self, source: Source) -> None:
