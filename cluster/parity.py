@@ -183,7 +183,7 @@ def job_of(recipe: Recipe, source: Source, model: ModelConfig, steps: int, folde
 def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baseline: bool) -> Course:
     """One rank of a world that trains; the baseline's weights are saved, all others are compared with them."""
     stage = build(job.model, groups, DTYPES[job.dtype], manager.Checkpoint(job.start))
-    trainer = Trainer(stage, groups, job.pretrain.optimizer, recompute=job.trainer.recompute)
+    trainer = Trainer(stage, groups, job.pretrain.optimizer, config=job.trainer)
     data = PretrainingData(job.data, seed=job.seed, vocabulary=job.model.vocabulary)
     rules = row_rules(groups.layout, job.trainer.row_tokens)
     watch = RoutingWatch(trainer.transformer)

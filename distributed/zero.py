@@ -186,7 +186,7 @@ class ZeroOptimizer:
 
     def _config(self) -> dict[str, Any]:
         layout = self._groups.layout
-        zero: dict[str, Any] = {"stage": layout.zero, "overlap_comm": False}
+        zero: dict[str, Any] = {"stage": layout.zero, "overlap_comm": torch.cuda.is_available()}
         if layout.zero == 3:
             zero["stage3_param_persistence_threshold"] = 0  # small weights are split, too: one way for all
         if layout.offload:

@@ -79,6 +79,7 @@ class DocumentAttention:
         self._rows = _Gather(_joined([b.row_tokens for b in self._batches]), own_rows[order], nothing, device)
         self._keys = _Gather(_joined([b.key_tokens for b in self._batches]), own_keys[order], shared, device)
 
+    @torch.compiler.disable  # loops over documents, which differ in every row
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """See `Attend`."""
         rows = [len(b.row_tokens) for b in self._batches]

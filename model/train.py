@@ -85,6 +85,7 @@ class TrainerConfig(BaseModel):
 
     row_tokens: int = Field(2048, ge=1, description="tokens of a packed row, which is the micro-batch")
     recompute: Recompute = Field("none", description="activations to compute again in the backward pass: less memory")
+    compile: bool = Field(False, description="let torch.compile fuse the blocks, where there is an accelerator")
 
 
 @dataclass(frozen=True)
@@ -198,15 +199,18 @@ class Trainer:
         optimizer: OptimizerConfig,
         *,
         temperature: float = 1.0,
-        recompute: Recompute = "none",
+        config: TrainerConfig | None = None,
     ) -> None:
         """
         Args:
             temperature: divides the logits, as it did when the tokens were sampled.
         """
+        config = config or TrainerConfig()
         self.stage, self.groups = stage, groups
         self.transformer = transformer_of(stage)
-        self.transformer.recompute = recompute
+        self.transformer.recompute = config.recompute
+        if config.compile and local_device(groups.rank).type != "cpu":
+            self.transformer.compile_blocks()
         self._temperature = temperature
         self.engine = Engine(
             stage,

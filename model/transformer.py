@@ -87,6 +87,11 @@ class Transformer(nn.Module):
         if self.groups.is_last_stage:
             self._packed_head = packed(self.head_weight)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Let torch.compile fuse what a block does around attention, for rows of any length."""
+        for block in self.blocks.values():
+            block.compile(backend=backend, dynamic=True)
+
     @property
     def tied_over_stages(self) -> nn.Parameter | None:
         """The embedding, where first and last stage each hold a copy that must stay equal."""

@@ -156,7 +156,7 @@ class PolicyWorker(_Named):
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
         stage = build(self.model, groups, DTYPES[dtype], Masters(source) if dtype == "float32" else source)
-        self.trainer = Trainer(stage, groups, optimizer, temperature=temperature, recompute=self.config.recompute)
+        self.trainer = Trainer(stage, groups, optimizer, temperature=temperature, config=self.config)
         self.reference: Any = None
         self.log.info("ready with %s", self.layout)
 

@@ -14,7 +14,7 @@ from lockstep.distributed.worlds import Worlds
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.loss import nll
 from lockstep.model.names import pieces
-from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
+from lockstep.model.train import OptimizerConfig, Trainer, TrainerConfig, build, row_rules, transformer_of
 from lockstep.model.transformer import Recompute
 
 LAYOUTS = [
@@ -61,11 +61,14 @@ def train(
     row_tokens: int,
     recompute: Recompute = "none",
     optimizer: OptimizerConfig = ADAMW,
+    traced: bool = False,
 ) -> tuple[list[tuple[float, float]], Any]:
     """Losses, norms and the owned pieces of the weights after some steps."""
     source = HuggingFaceFolder(folder)
     stage = build(source.config, groups, torch.float32, source)
-    trainer = Trainer(stage, groups, optimizer, recompute=recompute)
+    trainer = Trainer(stage, groups, optimizer, config=TrainerConfig(recompute=recompute))
+    if traced:
+        trainer.transformer.compile_blocks("eager")
     history = []
     for step in range(steps):
         batch = global_batch(source.config.vocabulary, step % 2)
@@ -134,6 +137,15 @@ def test_computing_activations_again_changes_no_number(
 ) -> None:
     history, _ = worlds.run(layout, train, tiny_folder, 4, 64, recompute)[0]
     np.testing.assert_allclose(history, alone[0], rtol=0 if layout == Layout() else 2e-5)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, sequence=True)], ids=str)
+def test_blocks_that_torch_compile_traces_compute_the_same(
+    layout: Layout, alone: Any, worlds: Worlds, tiny_folder: Path
+) -> None:
+    """Its kernels need an accelerator; what it makes of our code does not."""
+    history, _ = worlds.run(layout, train, tiny_folder, 4, 64, "none", ADAMW, True)[0]
+    np.testing.assert_allclose(history, alone[0], rtol=2e-5)
 
 
 def test_training_learned_something(alone: Any) -> None:

@@ -14,7 +14,7 @@ from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
 from lockstep.model.routing import TIE, Choices, Routing, RoutingWatch, tie
-from lockstep.model.train import Trainer, build, row_rules
+from lockstep.model.train import Trainer, TrainerConfig, build, row_rules
 from lockstep.model.transformer import Recompute
 from tests.distributed.test_parity import ADAMW, global_batch
 
@@ -37,7 +37,10 @@ def choices(*tokens: int, margin: float = 0.1) -> Choices:
 
 def watched(groups: Groups, recompute: Recompute) -> Routing:
     trainer = Trainer(
-        build(MODEL, groups, torch.float32, RandomWeights(MODEL, seed=1)), groups, ADAMW, recompute=recompute
+        build(MODEL, groups, torch.float32, RandomWeights(MODEL, seed=1)),
+        groups,
+        ADAMW,
+        config=TrainerConfig(recompute=recompute),
     )
     watch = RoutingWatch(trainer.transformer)
     rows = rows_for_ranks(global_batch(MODEL.vocabulary, 0), row_rules(groups.layout, 40))
