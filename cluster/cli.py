@@ -162,12 +162,13 @@ def convert(
     from lockstep.cluster import contents, conversion
     from lockstep.cluster.convert import convert as convert_checkpoint
     from lockstep.cluster.memory import in_words, size_of
+    from lockstep.cluster.partial import check_destination
     from lockstep.cluster.targets import TARGETS
     from lockstep.model.formats.recast import DTYPES
 
     _check_choice("--to", to, TARGETS)
     _check_choice("--dtype", dtype, (None, *DTYPES))
-    conversion.check_destination(destination)
+    check_destination(destination)
     wanted = conversion.Conversion(source, destination, to, dtype, size_of(shard_size), size_of(max_memory), workers)
     for line in contents.plan(wanted):
         (out if dry_run else err).print(line, markup=False, highlight=False)

@@ -23,8 +23,12 @@ _FIXED = 64 << 20
 """Bytes that a process may need for threads, open files and the names of tensors."""
 
 
-class TooMuchMemory(BadSource):
-    """A conversion that would need, or needs, more memory than it was given."""
+class BadConversion(ValueError):
+    """A conversion that did not come to its end."""
+
+
+class TooMuchMemory(BadConversion):
+    """One that would need, or needs, more memory than it was given."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +60,15 @@ class Conversion:
         return min(LARGEST_PART, 1 << (room.bit_length() - 1))
 
 
-def check_destination(destination: Path) -> None:
-    """Refuse to write over anything."""
-    if destination.exists():
-        raise BadSource(f"{destination} exists: give a folder that does not")
-
-
 def target_of(conversion: Conversion, opened: OpenModel, folder: Path) -> tuple[Target, Recast]:
     """What is to be written into a folder, and the source as it is then read."""
     source, model, files = opened
     form = TARGETS[conversion.to]
     recast = Recast(source, model, conversion.dtype, states=form.has_states)
-    return form.target(folder, Wanted(model, recast, files, conversion.shard_bytes, conversion.part_bytes)), recast
+    try:
+        return form.target(folder, Wanted(model, recast, files, conversion.shard_bytes, conversion.part_bytes)), recast
+    except KeyError as error:
+        raise BadSource(str(error.args[0])) from error
 
 
 def tasks_of(parts: Sequence[Part], limit: int) -> list[list[Part]]:

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from lockstep.cluster.conversion import Conversion, TooMuchMemory, begun_with, check_destination, target_of, tasks_of
+from lockstep.cluster.conversion import BadConversion, Conversion, TooMuchMemory, begun_with, target_of, tasks_of
 from lockstep.cluster.memory import Watch, in_words
-from lockstep.cluster.partial import Partial
-from lockstep.cluster.sources import BadSource, open_source
+from lockstep.cluster.partial import CONTENT, BadTarget, Partial, check_destination, partial_folder
+from lockstep.cluster.sources import open_source
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.spec import Piece, Source, to_torch, whole
 from lockstep.distributed.layout import Layout
@@ -64,16 +64,15 @@ def convert(conversion: Conversion, progress: Progress = lambda done, total: Non
     """Do it, or go on with it.
 
     Raises:
-        BadSource: when the source is none, or the destination exists.
-        BadTarget: when `DST.partial` is another conversion's.
+        BadSource: when the source is none.
+        BadTarget: when the destination exists, is too small, or has a `DST.partial` of another conversion.
     """
-    watch = Watch()
+    watch, folder = Watch(), partial_folder(conversion.destination)
     check_destination(conversion.destination)
-    opened = open_source(conversion.source)
+    target, _ = target_of(conversion, open_source(conversion.source), folder / CONTENT)
+    _check_space(folder, target.parts)
     begun = Partial(conversion.destination, begun_with(conversion))
     try:
-        target, _ = target_of(conversion, opened, begun.content)
-        _check_space(begun, target.parts)
         target.create()
         return _finish(conversion, target, begun, watch, progress)
     finally:
@@ -86,7 +85,7 @@ def _finish(conversion: Conversion, target: Target, begun: Partial, watch: Watch
     left = [i for i in range(len(tasks)) if i not in begun.done]
     written = sum(part.size for i in begun.done for part in tasks[i])
     progress(written, done.size)
-    for worked in _run(conversion, target, begun.content, left):
+    for worked in _run(conversion, target, partial_folder(conversion.destination) / CONTENT, left, watch):
         begun.record(worked.task, worked.digests)
         begun.done[worked.task] = worked.digests
         done.peaks |= {worked.process: worked.peak, os.getpid(): watch.peak()}
@@ -100,16 +99,16 @@ def _finish(conversion: Conversion, target: Target, begun: Partial, watch: Watch
     return done
 
 
-def _run(conversion: Conversion, target: Target, folder: Path, left: Sequence[int]) -> Iterator[_Worked]:
+def _run(conversion: Conversion, target: Target, folder: Path, left: Sequence[int], watch: Watch) -> Iterator[_Worked]:
     if conversion.workers == 1 or len(left) < 2:
-        tasks, watch = tasks_of(target.parts, conversion.part_bytes), Watch()
+        tasks = tasks_of(target.parts, conversion.part_bytes)
         yield from (_write(target, tasks[i], i, watch) for i in left)
         return
     pool = ProcessPoolExecutor(min(conversion.workers, len(left)), get_context("spawn"), _start_worker)
     try:
         yield from pool.map(partial(_work, conversion, folder), left)
     except BrokenProcessPool as error:
-        raise BadSource(
+        raise BadConversion(
             "a worker process died, perhaps for want of memory: run the same command again to go on, "
             "with fewer workers if it dies again"
         ) from error
@@ -156,13 +155,14 @@ def _check_memory(done: Done, conversion: Conversion) -> None:
         )
 
 
-def _check_space(begun: Partial, parts: Sequence[Part]) -> None:
-    needed, folder = sum(part.size for part in parts), begun.content.parent
+def _check_space(folder: Path, parts: Sequence[Part]) -> None:
+    needed = sum(part.size for part in parts)
     taken = sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
-    free = shutil.disk_usage(folder).free
+    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(nearest).free
     if needed > free + taken:
         said = f"{folder} needs {in_words(needed)}, and its disk has {in_words(free)} left"
-        raise BadSource(f"{said}: make room, or choose another disk")
+        raise BadTarget(f"{said}: make room, or choose another disk")
 
 
 def tensors(source: Source, model: ModelConfig) -> Iterator[tuple[Tensor, Piece]]:
@@ -189,6 +189,6 @@ def to_huggingface(name: str, destination: Path, *, dtype: str | None = None) ->
     """A model as a folder that `from_pretrained` reads.
 
     Raises:
-        BadSource: when the destination exists.
+        BadTarget: when the destination exists.
     """
     return convert(Conversion(name, destination, "hf", dtype)).folder

@@ -15,6 +15,21 @@ class BadTarget(ValueError):
     """A place that cannot be written to."""
 
 
+CONTENT = "content"
+"""Inside of `DST.partial`: what becomes DST."""
+
+
+def partial_folder(destination: Path) -> Path:
+    """`DST.partial`."""
+    return destination.with_name(f"{destination.name}.partial")
+
+
+def check_destination(destination: Path) -> None:
+    """Refuse to write over anything."""
+    if destination.exists():
+        raise BadTarget(f"{destination} exists: give a folder that does not")
+
+
 class Partial:
     """`DST.partial`, locked by this process."""
 
@@ -27,8 +42,8 @@ class Partial:
             BadTarget: when another process writes there, or an earlier one began otherwise.
         """
         self._destination = destination
-        self._folder = destination.with_name(f"{destination.name}.partial")
-        self.content = self._folder / "content"
+        self._folder = partial_folder(destination)
+        self._content = self._folder / CONTENT
         self._folder.mkdir(parents=True, exist_ok=True)
         self._journal = open(self._folder / "done.jsonl", "a+")  # noqa: SIM115
         self._lock()
@@ -43,10 +58,10 @@ class Partial:
 
     def commit(self) -> None:
         """Give the content its final name."""
-        for path in (*self.content.rglob("*"), self.content):
+        for path in (*self._content.rglob("*"), self._content):
             if not path.is_symlink():
                 _sync(path)
-        self.content.rename(self._destination)
+        self._content.rename(self._destination)
         _sync(self._destination.parent)
         shutil.rmtree(self._folder)
         self.close()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lockstep.distributed.checkpoint.spec import Box, WeightsOnly
 from lockstep.model.config import UnknownModel
 from lockstep.model.families import from_huggingface
-from lockstep.model.formats.extents import BadFile, read_bytes
+from lockstep.model.formats.extents import BadFile, left_out, read_bytes
 from lockstep.model.formats.gguf_tokenizer import tokenizer_files
 from lockstep.model.names import logical_tensors
 
@@ -135,15 +135,12 @@ class GGUFFile(WeightsOnly):
         return self._tensors[stored]
 
     def _notes(self) -> tuple[str, ...]:
-        unused = sorted(self._tensors.keys() - self._names.values())
-        notes = (
-            [f"left out are {len(unused)} tensors that the model does not have: {', '.join(unused)}"] if unused else []
-        )
+        notes = left_out(self._tensors.keys() - self._names.values())
         try:
             tokenizer_files(self._value)
         except (UnknownModel, BadFile) as error:
-            notes.append(f"left out is the tokenizer: {error}")
-        return tuple(notes)
+            return (*notes, f"the tokenizer is left out: {error}")
+        return notes
 
     def _logical_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         if self._architecture != "llama" or name.split(".")[-2] not in ("q_proj", "k_proj"):

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from lockstep.distributed.checkpoint.spec import Box, WeightsOnly
 from lockstep.model.config import ModelConfig
 from lockstep.model.families import from_huggingface
-from lockstep.model.formats.extents import Extent
+from lockstep.model.formats.extents import Extent, left_out
 from lockstep.model.formats.safetensors import read_header
 from lockstep.model.formats.torch_file import read_torch
 from lockstep.model.names import EMBEDDING, HEAD, logical_tensors
@@ -131,10 +131,7 @@ class HuggingFaceFolder(WeightsOnly):
 
     def _notes(self, found: dict[str, Extent]) -> tuple[str, ...]:
         used = {extent for _, extent in self._places.values()}
-        unused = sorted(name for name, extent in found.items() if extent not in used)
-        return (
-            (f"left out are {len(unused)} tensors that the model does not have: {', '.join(unused)}",) if unused else ()
-        )
+        return left_out(name for name, extent in found.items() if extent not in used)
 
     def _place(self, name: str, shape: tuple[int, ...], found: dict[str, Extent]) -> tuple[Stored, Extent]:
         stored = self._in_file(name)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
 from lockstep.cluster.convert import to_huggingface, to_lockstep
-from lockstep.cluster.sources import BadSource
+from lockstep.cluster.partial import BadTarget
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.groups import leave
@@ -87,7 +87,7 @@ def test_a_dtype_may_be_chosen(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_existing_destination_is_left_alone(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadSource, match="exists: give a folder that does not"):
+    with pytest.raises(BadTarget, match="exists: give a folder that does not"):
         to_huggingface(str(folder), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
