@@ -65,6 +65,7 @@ def _whole(opened: OpenModel, progress: Progress) -> Found:
     table = source.manifest.get("tensors", {}) if isinstance(source, Checkpoint) else {}
     shapes = names_of(source, model)
     faults = [f"the manifest lists {name}, which the model does not have" for name in table.keys() - shapes.keys()]
+    faults += [f"the manifest does not list {name}" for name in shapes if table and name not in table]
     for done, (name, shape) in enumerate(shapes.items(), start=1):
         faults += _faults(source, name, shape, table.get(name))
         progress(done, len(shapes))

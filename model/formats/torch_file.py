@@ -3,6 +3,7 @@
 Format: https://docs.pytorch.org/docs/stable/notes/serialization.html. Only what `weights_only` allows is unpickled.
 """
 
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,9 +26,10 @@ def read_torch(path: Path) -> dict[str, Extent]:
     try:
         with FakeTensorMode():
             state: Any = torch.load(path, weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadFile(f"{path} cannot be read as weights alone ({reason}): save it again as safetensors") from error
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {foreign[1]}" if foreign else "it is damaged or cut off"
+        raise BadFile(f"{path} cannot be read as weights alone, because {reason}: save it as safetensors") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise BadFile(f"{path} holds more than tensors by name: save the model's state_dict alone")
     found = {name: _extent(path, name, tensor) for name, tensor in state.items()}

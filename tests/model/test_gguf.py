@@ -1,4 +1,4 @@
-"""GGUF files of several architectures, by llama.cpp's names: the weights as before, and as `transformers` reads them."""
+"""GGUF files of several architectures, by llama.cpp's names: the weights as before, as `transformers` reads them."""
 
 from pathlib import Path
 from typing import Any
