@@ -218,13 +218,14 @@ def inspect(
 
     Example: lockstep inspect runs/quickstart --json
     """
-    from lockstep.cluster.contents import contents, table
+    from lockstep.cluster.contents import contents, lines
 
     found = contents(checkpoint)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        out.print(table(found), highlight=False)
+        for line in lines(found):
+            out.print(line, markup=False, highlight=False)
 
 
 @app.command()

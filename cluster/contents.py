@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
 
 from lockstep.cluster.conversion import Conversion, target_of
 from lockstep.cluster.memory import in_words
@@ -105,15 +104,12 @@ def contents(name: str) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> Table:
-    """The same for people: a row a tensor."""
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """The same for people: a line about the whole, then one a tensor."""
+    rows = [(t["name"], str(t["shape"]), t["dtype"], in_words(t["bytes"])) for t in found["tensors"]]
     size = in_words(sum(tensor["bytes"] for tensor in found["tensors"]))
-    said = {key: found[key] for key in ("step", "updates", "layout") if found[key] is not None}
-    title = f"{found['path']}: {found['format']}, {found['family']}, {found['parameters']:,} parameters, {size}"
-    rows = Table(title=title, caption=", ".join(f"{key} {value}" for key, value in said.items()), title_justify="left")
-    for column in ("tensor", "shape", "dtype"):
-        rows.add_column(column)
-    rows.add_column("size", justify="right")
-    for tensor in found["tensors"]:
-        rows.add_row(tensor["name"], str(tensor["shape"]), tensor["dtype"], in_words(tensor["bytes"]))
-    return rows
+    yield f"{found['path']}: {found['format']}, {found['family']}, {found['parameters']:,} parameters, {size}"
+    yield from (f"{key} {found[key]}" for key in ("step", "updates", "layout") if found[key] is not None)
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for name, shape, dtype, held in rows:
+        yield f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  {held:>{widths[3]}}"
