@@ -22,8 +22,9 @@ from lockstep.cluster.conversion import BadConversion, Conversion, TooMuchMemory
 from lockstep.cluster.memory import Watch, in_words
 from lockstep.cluster.partial import CONTENT, BadTarget, Partial, check_destination, partial_folder
 from lockstep.cluster.sources import open_source
-from lockstep.distributed.checkpoint import manager
-from lockstep.distributed.checkpoint.spec import Piece, Source, to_torch, whole
+from lockstep.distributed.checkpoint.reshard import chunks_of
+from lockstep.distributed.checkpoint.saver import Saver
+from lockstep.distributed.checkpoint.spec import Source, to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.parts import Part, Target
@@ -165,18 +166,17 @@ def _check_space(folder: Path, parts: Sequence[Part]) -> None:
         raise BadTarget(f"{said}: make room, or choose another disk")
 
 
-def tensors(source: Source, model: ModelConfig) -> Iterator[tuple[Tensor, Piece]]:
+def tensors(source: Source, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Every logical tensor, whole, one at a time."""
     for name, shape in logical_tensors(model).items():
-        tensor = to_torch(np.ascontiguousarray(source.read(name, whole(shape))))
-        yield tensor, Piece(name, shape, whole(shape), whole(shape), shape)
+        yield name, to_torch(np.ascontiguousarray(source.read(name, whole(shape))))
 
 
 def write_checkpoint(source: Source, model: ModelConfig, files: dict[str, str], destination: Path) -> Path:
     """A model as our sharded checkpoint `destination/step-000000`."""
     destination.mkdir(parents=True, exist_ok=True)
-    held, manifest = tensors(source, model), describe(model, Layout())
-    return manager.save(destination, 0, held, manifest, files, rank=0, barrier=lambda: None)
+    chunks = (chunk for name, tensor in tensors(source, model) for chunk in chunks_of(tensor, name))
+    return Saver(destination).save(0, chunks, describe(model, Layout()), files)
 
 
 def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:

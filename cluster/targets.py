@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.distributed.checkpoint import manager, store
-from lockstep.distributed.checkpoint.spec import Piece, digest, to_torch, whole
+from lockstep.distributed.checkpoint.spec import to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
@@ -57,9 +57,9 @@ class LockstepTarget:
         shape, _ = self._tensors[part.tensor]
         box = ((part.start, part.stop), *whole(shape[1:]))
         array = self._wanted.source.read(part.tensor, box)
-        piece = Piece(part.tensor, shape, box, whole(array.shape), self._chunk(part.tensor))
-        store.write(self._folder / "arrays", [(to_torch(array), piece)])
-        return digest(array)
+        chunk = store.Chunk(part.tensor, shape, self._chunk(part.tensor), box, to_torch(array))
+        written = store.write(self._folder / "arrays", [chunk])
+        return written[part.tensor]["digests"][chunk.number]
 
     def finish(self, digests: Mapping[Part, str]) -> None:
         """See `Target`."""

@@ -62,7 +62,7 @@ def names_of(source: Source, model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _whole(opened: OpenModel, progress: Progress) -> Found:
     source, model, _ = opened
-    table = source.manifest.get("tensors", {}) if isinstance(source, Checkpoint) else {}
+    table = source.tensors if isinstance(source, Checkpoint) else {}
     shapes = names_of(source, model)
     faults = [f"the manifest lists {name}, which the model does not have" for name in table.keys() - shapes.keys()]
     faults += [f"the manifest does not list {name}" for name in shapes if table and name not in table]
