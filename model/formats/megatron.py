@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lockstep.distributed.checkpoint.spec import Box, Source, state_name
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface, to_huggingface
-from lockstep.model.formats.megatron_names import STORED_EMBEDDING, Part, Place, parts, place, variants
+from lockstep.model.formats.megatron_names import STORED_EMBEDDING, Part, Place, extra_states, parts, place, variants
 from lockstep.model.formats.megatron_words import from_megatron, to_megatron
 from lockstep.model.formats.torch_dist import BadTorchDist, Piece, TorchDist, Writer, rows_of_chunk
 from lockstep.model.names import EMBEDDING, logical_tensors
@@ -213,6 +213,7 @@ def write(
                 writer.add(_pieces(source, part, kind))
     if states:
         _name_masters(writer, {part.key for part in stored})
+    writer.add_empty(extra_states(stored))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for name, text in tokenizer.items():
         (folder / name).write_text(text)

@@ -6,7 +6,7 @@ its value in this order; gate and up are one matrix, the whole gate first, whate
 vocabulary may end in rows of padding.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -163,3 +163,19 @@ def parts(places: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]) ->
         Part(key, lead, (*count[key], sum(rows for *_, rows in within), *shapes[within[0][0]][1:]), tuple(within))
         for (key, lead), within in held.items()
     ]
+
+
+def extra_states(stored: Iterable[Part]) -> Iterator[str]:
+    """What a GPTModel asks for beside its tensors: empty but for FP8, and of Transformer Engine's norms, too."""
+    for part in stored:
+        module = part.key.rsplit(".", 1)[0]
+        if module.endswith(_STATELESS):
+            continue
+        counts = part.shape[: len(part.lead)]
+        place = f"{'.'.join(map(str, part.lead or (0,)))}_{'.'.join(map(str, counts or (1,)))}"
+        yield f"{module}._extra_state/shard_{place}"
+        if module.endswith("self_attention.linear_proj"):
+            yield f"{module.removesuffix('linear_proj')}core_attention._extra_state/shard_{place}"
+
+
+_STATELESS = ("_embeddings", "output_layer", "mlp.router", "mlp.shared_experts")

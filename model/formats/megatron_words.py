@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel, refuse
-from lockstep.model.families import FAMILIES, to_huggingface
+from lockstep.model.families import to_huggingface
 from lockstep.model.rope import LinearScaling, Llama3Scaling, Rope
 
 Words = Mapping[str, Any]
@@ -124,7 +124,9 @@ def _without_losses(model: ModelConfig) -> ModelConfig:
 
 def _named(model: ModelConfig) -> ModelConfig:
     """The model under the first family whose words can say it, so that it can be exported."""
-    for family in FAMILIES:
+    dense = ("gpt2",) if model.rope is None else ("llama", "qwen2", "qwen3", "gemma")
+    sparse = ("qwen2_moe",) if model.moe and model.moe.shared_gate else ("mixtral", "qwen3_moe")
+    for family in sparse if model.moe else dense:
         named = model.model_copy(update={"family": family})
         try:
             to_huggingface(named, "float32")

@@ -208,6 +208,7 @@ class Writer:
         folder.mkdir(parents=True)
         self.folder = folder
         self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._objects: dict[MetadataIndex, _StorageInfo] = {}
         self._places: dict[str, list[_StorageInfo]] = {}
         self._files = 0
         self._file: IO[bytes] = self._next()
@@ -215,15 +216,9 @@ class Writer:
     def add(self, pieces: Iterable[Piece]) -> None:
         """Write chunks."""
         for piece in pieces:
-            tensor = to_torch(np.ascontiguousarray(piece.array))
-            buffer = io.BytesIO()
+            tensor, buffer = to_torch(np.ascontiguousarray(piece.array)), io.BytesIO()
             torch.save(tensor, buffer)
-            if self._file.tell() > LARGEST_FILE:
-                self._file.close()
-                self._file = self._next()
-            place = _StorageInfo(Path(self._file.name).name, self._file.tell(), buffer.tell())
-            self._file.write(buffer.getbuffer())
-            self._list(piece, tensor.dtype, place)
+            self._list(piece, tensor.dtype, self._write(buffer))
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -232,13 +227,28 @@ class Writer:
         """Another name of a tensor that was written: its chunks are stored once."""
         self._tensors[name], self._places[name] = self._tensors[of], self._places[of]
 
+    def add_empty(self, names: Iterable[str]) -> None:
+        """Write objects of which there is nothing to say: Megatron looks for one beside each linear layer."""
+        buffer = io.BytesIO()
+        torch.save([None], buffer)
+        place = self._write(buffer)
+        self._objects |= {MetadataIndex(name): place for name in names}
+
     def close(self, common: dict[str, Any]) -> None:
         """Describe what was written, and what else there is to say: `metadata.json` comes last."""
         self._file.close()
         torch.save(common, self.folder / "common.pt")
         with (self.folder / ".metadata").open("wb") as file:
-            pickle.dump(Metadata(self._tensors, storage_data=dict(self._placed())), file)
+            pickle.dump(self._described(), file)
         (self.folder / "metadata.json").write_text(json.dumps(BACKEND | {"common_backend_version": 1}))
+
+    def _write(self, buffer: io.BytesIO) -> _StorageInfo:
+        if self._file.tell() > LARGEST_FILE:
+            self._file.close()
+            self._file = self._next()
+        place = _StorageInfo(Path(self._file.name).name, self._file.tell(), buffer.tell())
+        self._file.write(buffer.getbuffer())
+        return place
 
     def _next(self) -> IO[bytes]:
         self._files += 1
@@ -249,6 +259,10 @@ class Writer:
         chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.array.shape))
         self._tensors.setdefault(piece.name, described).chunks.append(chunk)
         self._places.setdefault(piece.name, []).append(place)
+
+    def _described(self) -> Metadata:
+        objects = {index.fqn: BytesStorageMetadata() for index in self._objects}
+        return Metadata({**self._tensors, **objects}, storage_data=dict(self._placed()) | self._objects)
 
     def _placed(self) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
         for name, places in self._places.items():

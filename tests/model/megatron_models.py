@@ -1,4 +1,4 @@
-"""GPTModels of megatron-core for the tests of its format: filled from logical tensors by hand, saved by megatron-core."""
+"""GPTModels of megatron-core for tests of its format: filled from logical tensors by hand, saved by megatron-core."""
 
 import multiprocessing
 import queue
@@ -11,10 +11,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lockstep.distributed.checkpoint.spec import Source, to_torch, whole
 from lockstep.distributed.device import megatron_device
@@ -36,7 +39,9 @@ def gpt(groups: Groups, model: ModelConfig, dtype: torch.dtype) -> GPTModel:
             "moe_router_topk": moe.experts_per_token,
             "moe_ffn_hidden_size": moe.intermediate,
             "moe_shared_expert_intermediate_size": moe.shared_intermediate or None,
-            "moe_token_dispatcher_type": "allgather" if not moe.shared_intermediate else "alltoall",
+            "moe_shared_expert_gate": moe.shared_gate,
+            "moe_router_pre_softmax": not moe.normalize,
+            "moe_token_dispatcher_type": "alltoall",
             "expert_model_parallel_size": groups.layout.expert,
         }
     config = TransformerConfig(
@@ -190,3 +195,48 @@ def save(folder: Path, state: dict[str, Any], metadata: dict[str, Any] | None = 
     with megatron_device():
         dist_checkpointing.save(state, str(folder), content_metadata=metadata)
     dist.barrier()
+
+
+@torch.no_grad()
+def loaded(groups: Groups, model: ModelConfig, dtype: torch.dtype, folder: Path) -> GPTModel:
+    """A GPTModel that megatron-core fills from a folder."""
+    with megatron_device():
+        module = gpt(groups, model, dtype).to(dtype)
+        state = dist_checkpointing.load({"model": module.sharded_state_dict()}, str(folder))
+    module.load_state_dict(state["model"])
+    return module
+
+
+class _CudaNames(TorchFunctionMode):
+    """Megatron's optimizers ask a tensor for the name of its type, and know those on an accelerator only."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return found.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and len(args) == 1 else found
+
+
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def resaved(
+    groups: Groups, model: ModelConfig, dtype: torch.dtype, folder: Path, back: Path, sharding: str | None
+) -> list[Any]:
+    """Have Megatron's optimizer load a folder and save it: the distributed one with a sharding, or the plain one.
+
+    Returns its parameter groups.
+    """
+    kind = {"params_dtype": dtype, "bf16": dtype == torch.bfloat16, "use_distributed_optimizer": sharding is not None}
+    with megatron_device(), _CudaNames():
+        module = gpt(groups, model, dtype).to(dtype)
+        parallel = DistributedDataParallelConfig(use_distributed_optimizer=sharding is not None)
+        wrapped = DistributedDataParallel(module.config, parallel, module)
+        optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4, min_lr=0.0, **kind), [wrapped])
+        weights = module.sharded_state_dict(metadata=SHARDING)
+        wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=SHARDING)
+        state = dist_checkpointing.load({"model": weights, "optimizer": wanted}, str(folder))
+        module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        metadata = SHARDING | {"distrib_optim_sharding_type": sharding}
+        weights = module.sharded_state_dict(metadata=metadata)
+        save(back, {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=metadata)}, metadata)
+        return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
