@@ -23,6 +23,9 @@ from lockstep.model.transformer import Transformer, padded_vocabulary
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 POSITIONS = "model.embed_positions.weight"
 
+Place = tuple[int, int]
+"""A rank on an axis, and the axis's degree."""
+
 _OUTSIDE = {
     "embedding": ("model.embed_tokens", 0),
     "positions": ("model.embed_positions", None),
@@ -133,24 +136,51 @@ def is_projection(name: str) -> bool:
 def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
     """Every piece that this rank holds. Copies that another rank or stage owns have `owned=False`."""
     groups, shapes = transformer.groups, logical_tensors(transformer.model)
-    replica, tensor, rank = groups.owns_replicated, groups.layout.tensor, groups.tensor_rank
+    tensor, expert = (groups.tensor_rank, groups.layout.tensor), (groups.expert_rank, groups.layout.expert)
     for path, parameter in transformer.named_parameters():
-        if path.endswith((".mlp.gate_up", ".mlp.down")):
-            for part in _expert_pieces(path, groups, shapes):
-                yield parameter, part
+        for piece in parameter_pieces(path, transformer.model, shapes, tensor, expert):
+            yield parameter, replace(piece, owned=_owned(path, piece, groups))
+
+
+def _owned(path: str, piece: Piece, groups: Groups) -> bool:
+    if _is_stack(path):
+        return groups.owns_experts
+    other_stage = piece.name == EMBEDDING and not groups.is_first_stage
+    copied = piece.tile == piece.shape and groups.tensor_rank > 0
+    return groups.owns_replicated and not (other_stage or copied)
+
+
+def parameter_pieces(
+    path: str, model: ModelConfig, shapes: dict[str, tuple[int, ...]], tensor: Place = (0, 1), expert: Place = (0, 1)
+) -> Iterator[Piece]:
+    """The pieces in the parameter of this path in a `Transformer`.
+
+    Args:
+        shapes: the model's `logical_tensors`.
+        tensor: whose parameter it is, on the tensor axis; and on the expert axis.
+
+    Raises:
+        KeyError: when a `Transformer` of this model has no such parameter.
+    """
+    if _is_stack(path):
+        yield from _expert_pieces(path, shapes, tensor, expert)
+        return
+    names, split = _logical_names(path, model)
+    offset = 0
+    for name in names:
+        shape = shapes[name]
+        if split is None:
+            yield Piece(name, shape, whole(shape), whole(shape), shape)
             continue
-        names, split = _logical_names(path, transformer.model)
-        offset = 0
-        for name in names:
-            shape = shapes[name]
-            if split is None:
-                yield parameter, _copy(name, shape, owned=replica and rank == 0)
-                continue
-            owned = replica and not (name == EMBEDDING and not groups.is_first_stage)
-            part = _share(name, shape, split, tensor, rank, offset, owned)
-            offset += part.tile[0]
-            if part.box[split][0] < part.box[split][1]:
-                yield parameter, part
+        part = _share(name, shape, split, tensor, offset)
+        offset += part.tile[0]
+        if part.box[split][0] < part.box[split][1]:
+            yield part
+
+
+def _is_stack(path: str) -> bool:
+    """Whether a parameter is a stack of experts' matrices."""
+    return path.endswith((".mlp.gate_up", ".mlp.down"))
 
 
 def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None]:
@@ -181,28 +211,26 @@ def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None
     return [f"model.layers.{layer}.{name}.{part}" for name in names], split
 
 
-def _expert_pieces(path: str, groups: Groups, shapes: dict[str, tuple[int, ...]]) -> Iterator[Piece]:
+def _expert_pieces(path: str, shapes: dict[str, tuple[int, ...]], tensor: Place, expert: Place) -> Iterator[Piece]:
     """Pieces of a stack [local experts, …] of matrices; ranks of the expert axis hold consecutive experts."""
     _, layer, _, kind = path.split(".")
     names, split = (["gate_proj", "up_proj"], 0) if kind == "gate_up" else (["down_proj"], 1)
     experts, _ = shapes[f"model.layers.{layer}.mlp.gate.weight"]
-    local, tensor = experts // groups.layout.expert, groups.layout.tensor
+    rank, degree = expert
+    local = experts // degree
     for place in range(local):
         offset = 0
         for kind in names:
-            name = f"model.layers.{layer}.mlp.experts.{groups.expert_rank * local + place}.{kind}.weight"
-            part = _share(name, shapes[name], split, tensor, groups.tensor_rank, offset, groups.owns_experts)
+            name = f"model.layers.{layer}.mlp.experts.{rank * local + place}.{kind}.weight"
+            part = _share(name, shapes[name], split, tensor, offset)
             offset += part.tile[0]
             yield replace(part, local=((place, place + 1), *part.local))
 
 
-def _copy(name: str, shape: tuple[int, ...], owned: bool) -> Piece:
-    return Piece(name, shape, whole(shape), whole(shape), shape, owned)
-
-
-def _share(name: str, shape: tuple[int, ...], split: int, tensor: int, rank: int, offset: int, owned: bool) -> Piece:
-    """This rank's part along `split`; in the parameter it starts at row `offset` (only dim 0 is ever shared)."""
-    size = padded_vocabulary(shape[split], tensor) // tensor
+def _share(name: str, shape: tuple[int, ...], split: int, tensor: Place, offset: int) -> Piece:
+    """A tensor rank's part along `split`; in the parameter it starts at row `offset` (only dim 0 is ever shared)."""
+    rank, degree = tensor
+    size = padded_vocabulary(shape[split], degree) // degree
     start, stop = min(rank * size, shape[split]), min((rank + 1) * size, shape[split])
     box: list[tuple[int, int]] = [(0, n) for n in shape]
     local = list(box)
@@ -210,7 +238,7 @@ def _share(name: str, shape: tuple[int, ...], split: int, tensor: int, rank: int
     local[split] = (offset, offset + stop - start)
     tile = list(shape)
     tile[split] = size
-    return Piece(name, shape, tuple(box), tuple(local), tuple(tile), owned)
+    return Piece(name, shape, tuple(box), tuple(local), tuple(tile))
 
 
 @torch.no_grad()
