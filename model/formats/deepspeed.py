@@ -82,6 +82,11 @@ class DeepSpeedFolder:
         return self._held[place.rank].weights[place.name]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `DeepSpeedFolder` is the one to read a folder; a `config.json` may lie in it, too."""
+    return path.is_dir() and any(step_folder(path).glob("*mp_rank_*_model_states.pt"))
+
+
 def step_folder(path: Path) -> Path:
     """The folder that has the files: the one given, or the newest in it.
 
@@ -133,6 +138,7 @@ def write_universal(
         UnknownModel: when no Hugging Face family has words for the model.
     """
     dtype = _dtype_of(source, model)
+    words = json.dumps(to_huggingface(model, str(dtype).removeprefix("torch.")), indent=2)
     step = folder / f"global_step{source.updates}_universal"
     (step / "zero").mkdir(parents=True)
     stored = _stored(model)
@@ -142,7 +148,6 @@ def write_universal(
     torch.save(_optimizer_state(source.updates), step / "zero" / "optimizer_state.pt")
     for prefix in ("", "zero_pp_rank_0_"):  # ZeRO 3 looks for the other name
         torch.save(_model_states(stored, dtype, source.updates), step / f"{prefix}mp_rank_00_model_states.pt")
-    words = json.dumps(to_huggingface(model, str(dtype).removeprefix("torch.")), indent=2)
     for file, text in {**(tokenizer or {}), "config.json": words, "latest_universal": step.name}.items():
         (folder / file).write_text(text)
     return step

@@ -1,12 +1,12 @@
 """Parameters as DeepSpeed's files hold them: in parts, laid flat, mapped from disk and read when they are needed."""
 
 import argparse
+import errno
 import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,32 +22,15 @@ class BadDeepSpeedFolder(ValueError):
     """A folder that is not a whole DeepSpeed checkpoint of a model that the reader understands."""
 
 
-@dataclass
-class Fragment:
-    """Stands in for `fragment_address`: elements of a flat tensor."""
-
-    numel: int
-    start: int
-
-
 class Ignored:
     """Stands in for classes whose content nobody reads."""
-
-
-class Stage(IntEnum):
-    """Stands in for `ZeroStageEnum`."""
-
-    disabled = 0
-    optimizer_states = 1
-    gradients = 2
-    weights = 3
 
 
 _REBUILD_ARRAY = numpy.empty(0).__reduce__()[0]
 
 _HARMLESS: list[Any] = [
-    (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (Ignored, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (Ignored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (Ignored, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     argparse.Namespace,
@@ -77,10 +60,18 @@ def load(path: Path) -> Any:
                 f"{path} holds {foreign[1] if foreign else 'something'}, which could run code when it is read: "
                 "save the checkpoint without it in client_state"
             ) from error
-        except (RuntimeError, EOFError) as error:
+        except (RuntimeError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             raise BadDeepSpeedFolder(
                 f"{path} is not a whole file: copy it again, or take another checkpoint"
             ) from error
+
+
+def param(path: Path) -> Tensor:
+    """The tensor of a file in a universal checkpoint."""
+    found = load(path)
+    return found["param"] if isinstance(found, dict) else found
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,7 @@ class Filed:
 
     def flatten(self) -> Tensor:
         """All elements."""
-        return load(self.path)["param"].flatten()
+        return param(self.path).flatten()
 
 
 @dataclass(frozen=True)
@@ -118,12 +109,12 @@ class Laid:
         """A part of the parameter; only its rows are read from disk."""
         row = math.prod(self.shape[1:])
         (first, last), *_ = box
-        found = list(_between(self.parts, first * row, last * row))
+        found = list(between(self.parts, first * row, last * row))
         rows = (found[0] if len(found) == 1 else torch.cat(found)).view(last - first, *self.shape[1:])
         return rows[(slice(None), *(slice(a, b) for a, b in box[1:]))].to(self.dtype)
 
 
-def _between(parts: Sequence[Tensor | Filed], start: int, stop: int) -> Iterator[Tensor]:
+def between(parts: Sequence[Tensor | Filed], start: int, stop: int) -> Iterator[Tensor]:
     """The elements from start to stop of parts that follow one another."""
     ends = itertools.accumulate(part.numel() for part in parts)
     for part, end in zip(parts, ends, strict=True):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lockstep.model.formats.deepspeed_tensors import BadDeepSpeedFolder, Filed, Held, Laid, Stage, load
+from lockstep.model.formats.deepspeed_tensors import BadDeepSpeedFolder, Filed, Held, Laid, between, load, param
 
 MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": "momentum"}
 """Tensors of an optimizer's state, by their names in files, and the kinds that they are."""
@@ -77,7 +77,7 @@ def _held(models: Sequence[dict[str, Any]], optimizers: Sequence[dict[str, Any]]
     if not optimizers:
         return _without_zero(models[0], module)
     saved = [file["optimizer_state_dict"] for file in optimizers]
-    if saved[0].get("zero_stage") == Stage.weights:
+    if saved[0].get("zero_stage") == 3:
         return _zero3(models, module, saved)
     return _zero12(models[0], module, saved)
 
@@ -102,16 +102,20 @@ def _as_saved(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Laid]:
 
 
 def _zero12(model: Mapping[str, Any], module: dict[str, Tensor], saved: Sequence[Mapping[str, Any]]) -> Held:
-    """ZeRO 1 and 2: each rank's flat tensor of a group, and which fragment of which parameter lies where."""
-    if "param_slice_mappings" not in saved[0]:
-        raise BadDeepSpeedFolder("the checkpoint lacks param_slice_mappings: DeepSpeed writes them since version 0.8")
+    """ZeRO 1 and 2: the parameters of a group follow one another, and each rank has an equal part of that.
+
+    Not by `param_slice_mappings`, which are wrong where `round_robin_gradients` reorders a group.
+    """
     held = Held(_as_saved(module.items()), updates=_updates(_group_state(saved[0], 0), model))
     for index, shapes in enumerate(model["param_shapes"]):
         flats = [_flats(_group_state(s, index), s["single_partition_of_fp32_groups"][index]) for s in saved]
-        places = [s["param_slice_mappings"][index] for s in saved]
-        for name, kind in itertools.product(shapes, flats[0]):
-            found = [(p[name], flat[kind]) for p, flat in zip(places, flats, strict=True) if name in p]
-            held.add(kind, name, shapes[name], [flat.narrow(0, at.start, at.numel) for at, flat in found])
+        paddings = saved[0]["param_alignment_paddings"][index] if "param_alignment_paddings" in saved[0] else ()
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        padded = itertools.zip_longest(sizes, paddings, fillvalue=0)
+        starts = itertools.accumulate(map(sum, padded), initial=0)
+        for (name, shape), size, start in zip(shapes.items(), sizes, starts, strict=False):
+            for kind in flats[0]:
+                held.add(kind, name, shape, [*between([flat[kind] for flat in flats], start, start + size)])
     return held
 
 
@@ -204,8 +208,12 @@ def _universal(zero: Path, models: Sequence[Mapping[str, Any]]) -> Held:
     module = {name: tensor for model in models for name, tensor in _module(model).items()}
     steps = [{"step": load(path)} for path in itertools.islice(zero.glob("*/step.pt"), 1)]
     held = Held(updates=_updates(steps[0] if steps else {}, models[0]))
-    for name in module:
-        shape = load(zero / name / "fp32.pt")["param"].shape
+    shapes = {
+        name: shape for model in models for group in model.get("param_shapes", ()) for name, shape in group.items()
+    }
+    for name in (n for n in module if (zero / n / "fp32.pt").is_file()):
+        found = param(zero / name / "fp32.pt")
+        shape = found.shape if found.dim() > 1 else shapes.get(name, found.shape)  # ZeRO 3's are laid flat
         for file, kind in ({"fp32": "master"} | MOMENTS).items():
             path = zero / name / f"{file}.pt"
             if path.is_file():
