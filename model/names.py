@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, Source, WeightsOnly, to_torch, whole
+from lockstep.distributed.checkpoint.spec import Box, Piece, Source, WeightsOnly, concurrently, to_torch, whole
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.transformer import Transformer, padded_vocabulary
@@ -23,7 +23,7 @@ from lockstep.model.transformer import Transformer, padded_vocabulary
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 POSITIONS = "model.embed_positions.weight"
 
-Place = tuple[int, int]
+OnAxis = tuple[int, int]
 """A rank on an axis, and the axis's degree."""
 
 _OUTSIDE = {
@@ -134,24 +134,32 @@ def is_projection(name: str) -> bool:
 
 
 def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
-    """Every piece that this rank holds. Copies that another rank or stage owns have `owned=False`."""
+    """Every piece that this rank holds."""
     groups, shapes = transformer.groups, logical_tensors(transformer.model)
     tensor, expert = (groups.tensor_rank, groups.layout.tensor), (groups.expert_rank, groups.layout.expert)
     for path, parameter in transformer.named_parameters():
         for piece in parameter_pieces(path, transformer.model, shapes, tensor, expert):
-            yield parameter, replace(piece, owned=_owned(path, piece, groups))
+            yield parameter, _held(path, piece, groups)
 
 
-def _owned(path: str, piece: Piece, groups: Groups) -> bool:
+def held_pieces(transformer: Transformer) -> dict[nn.Parameter, list[Piece]]:
+    """The pieces in each of this rank's parameters."""
+    held: dict[nn.Parameter, list[Piece]] = {parameter: [] for parameter in transformer.parameters()}
+    for parameter, piece in pieces(transformer):
+        held[parameter].append(piece)
+    return held
+
+
+def _held(path: str, piece: Piece, groups: Groups) -> Piece:
+    """A piece as one of several copies."""
     if _is_stack(path):
-        return groups.owns_experts
-    other_stage = piece.name == EMBEDDING and not groups.is_first_stage
-    copied = piece.tile == piece.shape and groups.tensor_rank > 0
-    return groups.owns_replicated and not (other_stage or copied)
+        return replace(piece, owned=groups.owns_experts)
+    first = piece.first and (groups.is_first_stage or piece.name != EMBEDDING)
+    return replace(piece, first=first, owned=first and groups.owns_replicated)
 
 
 def parameter_pieces(
-    path: str, model: ModelConfig, shapes: dict[str, tuple[int, ...]], tensor: Place = (0, 1), expert: Place = (0, 1)
+    path: str, model: ModelConfig, shapes: dict[str, tuple[int, ...]], tensor: OnAxis = (0, 1), expert: OnAxis = (0, 1)
 ) -> Iterator[Piece]:
     """The pieces in the parameter of this path in a `Transformer`.
 
@@ -170,7 +178,7 @@ def parameter_pieces(
     for name in names:
         shape = shapes[name]
         if split is None:
-            yield Piece(name, shape, whole(shape), whole(shape), shape)
+            yield Piece(name, shape, whole(shape), whole(shape), shape, first=tensor[0] == 0)
             continue
         part = _share(name, shape, split, tensor, offset)
         offset += part.tile[0]
@@ -211,7 +219,7 @@ def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None
     return [f"model.layers.{layer}.{name}.{part}" for name in names], split
 
 
-def _expert_pieces(path: str, shapes: dict[str, tuple[int, ...]], tensor: Place, expert: Place) -> Iterator[Piece]:
+def _expert_pieces(path: str, shapes: dict[str, tuple[int, ...]], tensor: OnAxis, expert: OnAxis) -> Iterator[Piece]:
     """Pieces of a stack [local experts, …] of matrices; ranks of the expert axis hold consecutive experts."""
     _, layer, _, kind = path.split(".")
     names, split = (["gate_proj", "up_proj"], 0) if kind == "gate_up" else (["down_proj"], 1)
@@ -227,7 +235,7 @@ def _expert_pieces(path: str, shapes: dict[str, tuple[int, ...]], tensor: Place,
             yield replace(part, local=((place, place + 1), *part.local))
 
 
-def _share(name: str, shape: tuple[int, ...], split: int, tensor: Place, offset: int) -> Piece:
+def _share(name: str, shape: tuple[int, ...], split: int, tensor: OnAxis, offset: int) -> Piece:
     """A tensor rank's part along `split`; in the parameter it starts at row `offset` (only dim 0 is ever shared)."""
     rank, degree = tensor
     size = padded_vocabulary(shape[split], degree) // degree
@@ -244,10 +252,15 @@ def _share(name: str, shape: tuple[int, ...], split: int, tensor: Place, offset:
 @torch.no_grad()
 def load(transformer: Transformer, source: Source) -> None:
     """Fill every parameter of this rank from a source, which may have been written in any layout; padding becomes 0."""
-    for parameter, piece in pieces(transformer):
+    held = list(pieces(transformer))
+    for parameter, piece in held:
         if piece.name in (EMBEDDING, HEAD):
             parameter[piece.local[0][1] :] = 0
+
+    def read(parameter: nn.Parameter, piece: Piece) -> None:
         piece.view(parameter).copy_(to_torch(source.read(piece.name, piece.box)))
+
+    concurrently(lambda pair: read(*pair), held)
 
 
 class RandomWeights(WeightsOnly):
