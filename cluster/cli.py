@@ -149,7 +149,7 @@ def evaluate(
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint in any format, or a name on the Hugging Face Hub.")],
     destination: Annotated[Path, typer.Argument(help="A folder that does not exist.")],
-    to: Annotated[str, typer.Option(help="lockstep or hf.")] = "lockstep",
+    to: Annotated[str, typer.Option(help="lockstep, hf, megatron or deepspeed.")] = "lockstep",
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; as in the source otherwise.")
     ] = None,
@@ -179,7 +179,8 @@ def convert(
         return
     with progress("converting") as advance:
         done = convert_checkpoint(wanted, advance)
-    peak = f"peak memory {in_words(done.peak)} above the interpreter's and its imports', of {max_memory} allowed"
+    bound = f"{'of' if done.peak <= wanted.max_memory else 'MORE than the'} {max_memory} allowed"
+    peak = f"peak memory {in_words(done.peak)} above the interpreter's and its imports', {bound}"
     out.print(f"wrote {done.folder}: {in_words(done.size)}, {peak}", highlight=False)
 
 

@@ -52,9 +52,9 @@ def plan(conversion: Conversion) -> Iterator[str]:
     opened = outlined(conversion.source)
     source, model, files = opened
     target, recast = target_of(conversion, opened, Path())
-    form, size = TARGETS[conversion.to], sum(part.size for part in target.parts)
+    form, sizes = TARGETS[conversion.to], [part.size for part in target.parts]
     yield f"{conversion.source}: {recognise(locate(conversion.source)).title}, {_shape(model)}"
-    yield f"{conversion.destination}: {form.title}, {in_words(size)} in {len(target.parts)} parts, {_dtypes(recast)}"
+    yield f"{conversion.destination}: {form.title}, {in_words(sum(sizes))}, {_dtypes(recast)}"
     yield _of_optimizer(source, recast, form.title, form.has_states)
     if recast.takes_masters:
         yield "the weights are the optimizer's fp32 masters, from which the source's own were rounded"

@@ -90,9 +90,10 @@ def _finish(conversion: Conversion, target: Target, begun: Partial, watch: Watch
         begun.record(worked.task, worked.digests)
         begun.done[worked.task] = worked.digests
         done.peaks |= {worked.process: worked.peak, os.getpid(): watch.peak()}
-        _check_memory(done, conversion)
         written += sum(part.size for part in tasks[worked.task])
         progress(written, done.size)
+        if written < done.size:
+            _check_memory(done, conversion)
     pairs = (zip(tasks[i], digests, strict=True) for i, digests in begun.done.items())
     target.finish({part: said for pair in pairs for part, said in pair})
     begun.commit()

@@ -9,8 +9,9 @@ from lockstep.cluster.config import SourceConfig
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.spec import Source
 from lockstep.model.config import ModelConfig
-from lockstep.model.formats import huggingface
+from lockstep.model.formats import deepspeed, huggingface
 from lockstep.model.formats.gguf import GGUFFile
+from lockstep.model.formats.megatron import MegatronFolder
 from lockstep.model.names import RandomWeights
 
 QUICKSTART_MODEL = "smollm2-135m-instruct"
@@ -59,9 +60,30 @@ def _open_gguf(path: Path) -> OpenModel:
     return file, file.config, file.text_files()
 
 
+def _is_megatron(path: Path) -> bool:
+    return (path / ".metadata").is_file() or (path / "latest_checkpointed_iteration.txt").is_file()
+
+
+def _open_megatron(path: Path) -> OpenModel:
+    folder = MegatronFolder(path)
+    return folder, folder.config, _beside(folder.folder)
+
+
+def _open_deepspeed(path: Path) -> OpenModel:
+    folder = deepspeed.DeepSpeedFolder(path)
+    return folder, folder.config, _beside(folder.folder)
+
+
+def _beside(folder: Path) -> dict[str, str]:
+    """Text files in a step's folder, or in the one above."""
+    return huggingface.read_text_files(folder) or huggingface.read_text_files(folder.parent)
+
+
 FORMATS = (
     Format("gguf", "GGUF", lambda path: path.suffix == ".gguf", _open_gguf),
     Format("lockstep", "Lockstep", _is_lockstep, _open_lockstep, manager.find),
+    Format("megatron", "Megatron torch_dist", _is_megatron, _open_megatron),
+    Format("deepspeed", "DeepSpeed", deepspeed.is_checkpoint, _open_deepspeed),
     Format("hf", "Hugging Face", lambda path: (path / huggingface.CONFIG).is_file(), _open_huggingface),
 )
 """In the order in which they are tried: a folder of another format may have a config.json beside it."""

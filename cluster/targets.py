@@ -1,6 +1,8 @@
 """What a model can be converted to: each format says whether it holds an optimizer's state, and how it is written."""
 
 import json
+import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from lockstep.distributed.checkpoint import manager, store
 from lockstep.distributed.checkpoint.spec import to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
+from lockstep.model.formats import deepspeed, megatron
 from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
 from lockstep.model.formats.parts import Part, Target, rows_of_part, split
 from lockstep.model.formats.recast import Recast
@@ -86,6 +89,35 @@ class LockstepTarget:
         return (self._rows[name], *self._tensors[name][0][1:])
 
 
+class WholeTarget:
+    """A format whose writer goes through all tensors by itself, as a `Target` of one part."""
+
+    def __init__(self, folder: Path, wanted: Wanted, write: Callable[[Path, Wanted], object]) -> None:
+        self._folder, self._wanted, self._write = folder, wanted, write
+        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in wanted.source.tensors.values())
+        self.parts: Sequence[Part] = [Part("all", 0, 1, sum(sizes))]
+
+    def create(self) -> None:
+        """See `Target`."""
+
+    def write(self, part: Part) -> str:
+        """See `Target`. What an interrupted run left is written again."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._write(self._folder, self._wanted)
+        return ""
+
+    def finish(self, digests: Mapping[Part, str]) -> None:
+        """See `Target`."""
+
+
+def _megatron(folder: Path, wanted: Wanted) -> Target:
+    return WholeTarget(folder, wanted, lambda at, w: megatron.write(at, w.model, w.source, w.files))
+
+
+def _deepspeed(folder: Path, wanted: Wanted) -> Target:
+    return WholeTarget(folder, wanted, lambda at, w: deepspeed.write_universal(at, w.model, w.source, w.files))
+
+
 def _huggingface(folder: Path, wanted: Wanted) -> Target:
     return HuggingFaceTarget(
         folder,
@@ -100,5 +132,7 @@ def _huggingface(folder: Path, wanted: Wanted) -> Target:
 TARGETS: dict[str, TargetFormat] = {
     "lockstep": TargetFormat("Lockstep", True, LockstepTarget),
     "hf": TargetFormat("Hugging Face", False, _huggingface),
+    "megatron": TargetFormat("Megatron torch_dist", True, _megatron),
+    "deepspeed": TargetFormat("DeepSpeed universal", True, _deepspeed),
 }
 """By the name that `--to` takes."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box, Source, state_name
+from lockstep.distributed.checkpoint.spec import Box, Source, state_name, to_numpy
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface, to_huggingface
 from lockstep.model.formats.megatron_names import STORED_EMBEDDING, Part, Place, extra_states, parts, place, variants
@@ -65,9 +65,11 @@ class MegatronFolder:
         if tensor not in self._places or (kind and (kind, self._places[tensor].key) not in self._states):
             raise KeyError(f"{self.folder} has no tensor {name}")
         found = self._places[tensor]
+        key = self._states[kind, found.key] if kind else found.key
+        if any(start == stop for start, stop in box):
+            return to_numpy(torch.empty([stop - start for start, stop in box], dtype=self._stored.dtype(key)))
         rows = found.rows(*box[0])
         lead = [(i, i + 1) for i in found.lead]
-        key = self._states[kind, found.key] if kind else found.key
         array = self._stored.read(key, (*lead, (int(rows[0]), int(rows[-1]) + 1), *box[1:]))
         array = array.reshape(array.shape[len(lead) :])
         picked = array if len(array) == len(rows) else array[rows - rows[0]]

@@ -111,7 +111,9 @@ def test_a_model_converts_there_and_back_unchanged(tiny_folder: Path, tmp_path: 
     assert (Path(theirs) / "tokenizer.json").read_text() == (tiny_folder / "tokenizer.json").read_text()
     assert "exists" in refused("convert", str(tiny_folder), ours)
     assert "exists" in refused("convert", str(tiny_folder), theirs, "--to", "hf")
-    assert "use lockstep or hf" in refused("convert", str(tiny_folder), str(tmp_path / "x"), "--to", "onnx")
+    assert "use lockstep, hf, megatron or deepspeed" in refused(
+        "convert", str(tiny_folder), str(tmp_path / "x"), "--to", "onnx"
+    )
     words = refused("convert", str(tiny_folder), str(tmp_path / "x"), "--dtype", "int8")
     assert "use float32, bfloat16 or float16" in words
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,21 @@ def test_fp32_weights_go_where_they_belong(tmp_path: Path) -> None:
             parts = [c.read(state_name(kind, name), whole(shape)) for c in (low, high, again)]
             assert np.array_equal(parts[0], parts[1]), name
             assert np.array_equal(parts[0], parts[2]), name
+
+
+@pytest.mark.parametrize("dtype", [bfloat16, np.float32], ids=["bfloat16", "float32"])
+def test_every_format_that_has_a_place_for_it_keeps_the_optimizers_state(dtype: Any, tmp_path: Path) -> None:
+    kinds = 3 if dtype == np.float32 else 4
+    written(tmp_path / "lockstep", SMALL, Recast(WithState(SMALL, dtype), SMALL, None))
+    names = ["lockstep", "megatron", "deepspeed", "again"]
+    for source, name in pairwise(names):
+        to = "lockstep" if name == "again" else name
+        assert convert(Conversion(str(tmp_path / source), tmp_path / name, to)).folder == tmp_path / name
+        found = verify(str(tmp_path / "lockstep"), str(tmp_path / name))
+        assert found.faults == found.notes == ()
+        assert found.tensors == kinds * len(logical_tensors(SMALL))
+        assert verify(str(tmp_path / name)).faults == ()
+        assert open_source(str(tmp_path / name))[0].updates == 17
 
 
 def test_a_plan_says_what_becomes_of_the_optimizer(tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """Folders that megatron-core wrote, read bit for bit, and folders that we wrote, loaded by megatron-core."""
 
-import argparse
-import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from megatron.core import dist_checkpointing
 
 from lockstep.distributed.checkpoint.spec import Box, Source, digest, state_name, to_numpy, whole
 from lockstep.distributed.device import megatron_device
@@ -20,9 +14,8 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.attention import DocumentAttention
-from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel
+from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.formats.megatron import MegatronFolder, write
-from lockstep.model.formats.restricted import UnreadFile
 from lockstep.model.formats.torch_dist import BadTorchDist
 from lockstep.model.logprobs import local_logits
 from lockstep.model.names import RandomWeights, logical_tensors
