@@ -6,14 +6,18 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
 
 from lockstep.cluster import corpus
 from lockstep.cluster.console import err, out, progress, sentences
+
+if TYPE_CHECKING:
+    from lockstep.cluster.workers import Workers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -156,6 +160,7 @@ def convert(
     shard_size: Annotated[str, typer.Option(help="Largest file of weights, where a format has several.")] = "5GB",
     max_memory: Annotated[str, typer.Option(help="That all processes may need above their imports.")] = "8GB",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to work on; this machine otherwise.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> None:
     """Convert a checkpoint. Killed, the same command goes on where it stopped.
@@ -178,10 +183,20 @@ def convert(
     if dry_run:
         return
     with progress("converting") as advance:
-        done = convert_checkpoint(wanted, advance)
+        done = convert_checkpoint(wanted, advance, _workers(address))
     bound = f"{'of' if done.peak <= wanted.max_memory else 'MORE than the'} {max_memory} allowed"
     peak = f"peak memory {in_words(done.peak)} above the interpreter's and its imports', {bound}"
     out.print(f"wrote {done.folder}: {in_words(done.size)}, {peak}", highlight=False)
+
+
+def _workers(address: str | None) -> "Workers":
+    from lockstep.cluster.workers import processes
+
+    if address is None:
+        return processes
+    from lockstep.cluster.ray_workers import ray_tasks
+
+    return partial(ray_tasks, address)
 
 
 def _check_choice(option: str, given: str | None, known: Iterable[str | None]) -> None:

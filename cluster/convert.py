@@ -3,25 +3,19 @@
 Every tensor passes through the slice map of `model/names.py`, and none is changed but in dtype.
 """
 
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from lockstep.cluster.conversion import BadConversion, Conversion, TooMuchMemory, begun_with, target_of, tasks_of
+from lockstep.cluster.conversion import Conversion, TooMuchMemory, begun_with, target_of, tasks_of
 from lockstep.cluster.memory import Watch, in_words
 from lockstep.cluster.partial import CONTENT, BadTarget, Partial, check_destination, partial_folder
 from lockstep.cluster.sources import open_source
+from lockstep.cluster.workers import Workers, processes, this_process
 from lockstep.distributed.checkpoint.reshard import chunks_of
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.spec import Source, to_torch, whole
@@ -42,7 +36,7 @@ class Done:
 
     folder: Path
     size: int
-    peaks: dict[int, int] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
     """By process: bytes above what its interpreter and imports hold."""
 
     @property
@@ -51,18 +45,13 @@ class Done:
         return sum(self.peaks.values())
 
 
-@dataclass(frozen=True)
-class _Worked:
-    """What one process says of a task."""
-
-    task: int
-    digests: list[str]
-    process: int
-    peak: int
-
-
-def convert(conversion: Conversion, progress: Progress = lambda done, total: None) -> Done:
+def convert(
+    conversion: Conversion, progress: Progress = lambda done, total: None, workers: Workers = processes
+) -> Done:
     """Do it, or go on with it.
+
+    Args:
+        workers: who writes; other processes see the same folders.
 
     Raises:
         BadSource: when the source is none.
@@ -75,21 +64,23 @@ def convert(conversion: Conversion, progress: Progress = lambda done, total: Non
     begun = Partial(conversion.destination, begun_with(conversion))
     try:
         target.create()
-        return _finish(conversion, target, begun, watch, progress)
+        return _finish(conversion, target, begun, watch, progress, workers)
     finally:
         begun.close()
 
 
-def _finish(conversion: Conversion, target: Target, begun: Partial, watch: Watch, progress: Progress) -> Done:
+def _finish(
+    conversion: Conversion, target: Target, begun: Partial, watch: Watch, progress: Progress, workers: Workers
+) -> Done:
     tasks = tasks_of(target.parts, conversion.part_bytes)
     done = Done(conversion.destination, sum(part.size for part in target.parts))
     left = [i for i in range(len(tasks)) if i not in begun.done]
     written = sum(part.size for i in begun.done for part in tasks[i])
     progress(written, done.size)
-    for worked in _run(conversion, target, partial_folder(conversion.destination) / CONTENT, left, watch):
+    for worked in workers(conversion, partial_folder(conversion.destination) / CONTENT, left):
         begun.record(worked.task, worked.digests)
         begun.done[worked.task] = worked.digests
-        done.peaks |= {worked.process: worked.peak, os.getpid(): watch.peak()}
+        done.peaks[worked.process] = worked.peak
         written += sum(part.size for part in tasks[worked.task])
         progress(written, done.size)
         if written < done.size:
@@ -97,56 +88,8 @@ def _finish(conversion: Conversion, target: Target, begun: Partial, watch: Watch
     pairs = (zip(tasks[i], digests, strict=True) for i, digests in begun.done.items())
     target.finish({part: said for pair in pairs for part, said in pair})
     begun.commit()
-    done.peaks[os.getpid()] = watch.peak()
+    done.peaks[this_process()] = watch.peak()
     return done
-
-
-def _run(conversion: Conversion, target: Target, folder: Path, left: Sequence[int], watch: Watch) -> Iterator[_Worked]:
-    if conversion.workers == 1 or len(left) < 2:
-        tasks = tasks_of(target.parts, conversion.part_bytes)
-        yield from (_write(target, tasks[i], i, watch) for i in left)
-        return
-    pool = ProcessPoolExecutor(min(conversion.workers, len(left)), get_context("spawn"), _start_worker)
-    try:
-        yield from pool.map(partial(_work, conversion, folder), left)
-    except BrokenProcessPool as error:
-        raise BadConversion(
-            "a worker process died, perhaps for want of memory: run the same command again to go on, "
-            "with fewer workers if it dies again"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """A worker leaves interruption to its parent, and ends when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
-
-
-@lru_cache(1)
-def _opened(conversion: Conversion, folder: Path) -> tuple[Target, list[list[Part]], Watch]:
-    """Once in a process."""
-    watch = Watch()
-    target, _ = target_of(conversion, open_source(conversion.source), folder)
-    return target, tasks_of(target.parts, conversion.part_bytes), watch
-
-
-def _work(conversion: Conversion, folder: Path, task: int) -> _Worked:
-    target, tasks, watch = _opened(conversion, folder)
-    return _write(target, tasks[task], task, watch)
-
-
-def _write(target: Target, parts: Iterable[Part], task: int, watch: Watch) -> _Worked:
-    digests = [target.write(part) for part in parts]
-    return _Worked(task, digests, os.getpid(), watch.peak())
 
 
 def _check_memory(done: Done, conversion: Conversion) -> None:

@@ -322,6 +322,14 @@ def test_killed_workers_leave_work_that_counts(large_folder: Path, tmp_path: Pat
     assert verify(str(tmp_path / "ours")).faults == ()
 
 
+def test_tasks_of_a_ray_cluster_write_the_same(large_folder: Path, tmp_path: Path) -> None:
+    arguments = ("--workers", "2", "--max-memory", "160MB", "--address", "local")
+    command = Command(tmp_path / "log", "convert", str(large_folder), str(tmp_path / "ours"), *arguments)
+    assert command.wait() == 0, command.output
+    assert verify(str(large_folder), str(tmp_path / "ours")).faults == ()
+    assert verify(str(tmp_path / "ours")).faults == ()
+
+
 def test_memory_stays_within_its_bound(tmp_path: Path) -> None:
     model = LARGE.model_copy(update={"vocabulary": 60_001})
     zeros = HuggingFaceTarget(tmp_path / "model", model, Recast(ConfigurationAlone("float32"), model, None), {})
@@ -368,7 +376,7 @@ def test_a_plan_of_a_configuration_alone_takes_seconds(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["convert", str(tmp_path), str(tmp_path / "x"), "--to", to, "--dry-run"])
         assert result.exit_code == 0, result.output
         assert "70,553,706,496 parameters in 80 layers" in result.stdout
-        assert "141 GB in" in result.stdout
+        assert "141 GB, " in result.stdout
         assert "723 tensors in bfloat16" in result.stdout
     assert time.process_time() - began < 5
     assert contents(str(tmp_path))["parameters"] == 70_553_706_496
