@@ -172,8 +172,8 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.01
 
-    def groups(self, updates: int) -> list[dict[str, Any]]:
-        """Megatron's two groups: matrices, and what is not decayed."""
+    def state(self, updates: int) -> dict[str, Any]:
+        """What has no shape, and Megatron's two groups: matrices, and what is not decayed."""
         common = {
             "lr": self.lr,
             "max_lr": self.lr,
@@ -186,7 +186,8 @@ class Adam:
             "default_config": True,
             "step": updates,
         }
-        return [common | {"wd_mult": mult, "weight_decay": mult * self.weight_decay} for mult in (1.0, 0.0)]
+        groups = [common | {"wd_mult": mult, "weight_decay": mult * self.weight_decay} for mult in (1.0, 0.0)]
+        return {"param_groups": groups, "state": {"common_step": updates}}
 
 
 def write(
@@ -285,5 +286,11 @@ def _common(words: dict[str, Any], updates: int, adam: Adam | None) -> dict[str,
     }
     if adam is None:
         return common
-    inner = {"param_groups": adam.groups(updates), "state": {"common_step": updates}}
-    return common | {"optimizer": {"optimizer": inner, "param_state_sharding_type": "fully_reshardable"}}
+    # Within another `optimizer` for the optimizers of bf16 models and the distributed one, without for that of fp32.
+    return common | {
+        "optimizer": {
+            "optimizer": adam.state(updates),
+            "param_state_sharding_type": "fully_reshardable",
+            **adam.state(updates),
+        }
+    }

@@ -2,14 +2,17 @@
 
 import multiprocessing
 import queue
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -74,24 +77,36 @@ def gpt(groups: Groups, model: ModelConfig, dtype: torch.dtype) -> GPTModel:
         qk_layernorm=model.qk_norm == "head",
         normalization=config.normalization,
     )
-    return GPTModel(
-        config,
-        spec,
-        vocab_size=padded(model, groups.layout.tensor),
-        max_sequence_length=model.context,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=model.tied,
-        position_embedding_type="learned_absolute" if model.rope is None else "rope",
-        rotary_base=int(model.rope.theta) if model.rope else 10000,
-    )
+    # Shared experts have a stream of their own, and there is none without an accelerator.
+    with patch.object(torch.cuda, "Stream", lambda: None):
+        return GPTModel(
+            config,
+            spec,
+            vocab_size=padded(model, groups.layout.tensor),
+            max_sequence_length=model.context,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.tied,
+            position_embedding_type="learned_absolute" if model.rope is None else "rope",
+            rotary_base=int(model.rope.theta) if model.rope else 10000,
+        )
 
 
 def padded(model: ModelConfig, tensor: int) -> int:
     """Rows of Megatron's vocabulary."""
     multiple = DIVISOR * tensor
     return -(-model.vocabulary // multiple) * multiple
+
+
+@torch.no_grad()
+def logits(module: GPTModel, tokens_T: Tensor) -> Tensor:
+    """[T, padded vocabulary], computed by megatron-core; its dropout, which is 0, asks for states of an accelerator."""
+    positions = torch.arange(len(tokens_T))
+    mask = (positions[:, None] < positions)[None, None]
+    states = SimpleNamespace(fork=nullcontext)
+    with megatron_device(), patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: states):
+        return module.eval()(tokens_T[None], positions[None], mask)[0]
 
 
 class Naive:
@@ -231,6 +246,8 @@ def resaved(
         parallel = DistributedDataParallelConfig(use_distributed_optimizer=sharding is not None)
         wrapped = DistributedDataParallel(module.config, parallel, module)
         optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4, min_lr=0.0, **kind), [wrapped])
+        if sharding:  # it reads how often torch's Adam has stepped, and Megatron's training has it step first
+            optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()
         weights = module.sharded_state_dict(metadata=SHARDING)
         wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=SHARDING)
         state = dist_checkpointing.load({"model": weights, "optimizer": wanted}, str(folder))
