@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from lockstep.distributed.checkpoint.spec import Box, Source, state_name
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface, to_huggingface
-from lockstep.model.formats.megatron_names import STORED_EMBEDDING, Part, Place, extra_states, parts, place, variants
+from lockstep.model.formats.megatron_names import (
+    STORED_EMBEDDING,
+    Part,
+    Place,
+    extra_states,
+    parts,
+    place,
+    spellings,
+    variants,
+)
 from lockstep.model.formats.megatron_words import from_megatron, to_megatron
 from lockstep.model.formats.torch_dist import BadTorchDist, Piece, TorchDist, Writer, rows_of_chunk
 from lockstep.model.names import EMBEDDING, logical_tensors
@@ -214,6 +223,9 @@ def write(
                 writer.add(_pieces(source, part, kind))
     if states:
         _name_masters(writer, {part.key for part in stored})
+    for name in writer.names:
+        for other in spellings(name):
+            writer.alias(other, name)
     writer.add_empty(extra_states(stored))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for name, text in tokenizer.items():
@@ -265,7 +277,7 @@ def _key(kind: str, key: str) -> str:
 def _name_masters(writer: Writer, keys: Iterable[str]) -> None:
     """Where weights are fp32 they are their own masters, and masters have the names that either optimizer asks for."""
     for key in keys:
-        if _key("master", key) not in writer:
+        if _key("master", key) not in writer.names:
             writer.alias(_key("master", key), key)
         writer.alias(f"optimizer.state.fp32_param.{key}", _key("master", key))
 

@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -230,6 +231,13 @@ class _CudaNames(TorchFunctionMode):
         return found.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and len(args) == 1 else found
 
 
+def _with_step(self: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
+    """What is loaded has no count of steps for each tensor, and torch's Adam has one, unlike that of an accelerator."""
+    _set_states(self, parameter, {**self._get_main_param_and_optimizer_states(parameter), **tensors})
+
+
+_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -252,7 +260,8 @@ def resaved(
         wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=SHARDING)
         state = dist_checkpointing.load({"model": weights, "optimizer": wanted}, str(folder))
         module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        with patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", _with_step):
+            optimizer.load_state_dict(state["optimizer"])
         metadata = SHARDING | {"distrib_optim_sharding_type": sharding}
         weights = module.sharded_state_dict(metadata=metadata)
         save(back, {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=metadata)}, metadata)

@@ -73,6 +73,8 @@ MODELS = {
     ),
 }
 LAYOUTS = [Layout(tensor=2, pipeline=2), Layout(tensor=2), Layout(pipeline=2), Layout()]
+NAMING = {LAYOUTS[1]: {"singleton_local_shards": True}, LAYOUTS[2]: {"non_homogeneous_layers": True}}
+"""Layers with names of their own, and experts, gates and ups as well."""
 
 
 class Drawn(RandomWeights):
@@ -126,7 +128,8 @@ def saved_by_megatron(groups: Groups, folder: Path) -> None:
         if model.moe and groups.layout.processes > 2:
             continue
         module = filled(groups, model, dtype_of(name), Drawn(model, dtype_of(name)))
-        save(folder / name, {"model": module.sharded_state_dict(), "iteration": 3})
+        state = module.sharded_state_dict(metadata=NAMING.get(groups.layout, {}))
+        save(folder / name, {"model": state, "iteration": 3})
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +242,7 @@ def test_adam_goes_through_megatron_and_back(
 
 def test_buckets_without_names_are_refused_and_weights_are_not(ours: Path, tmp_path: Path, worlds: Worlds) -> None:
     model = MODELS["untied"]
-    arguments = (model, torch.float32, ours / "untied", tmp_path / "back", "dp_reshardable")
-    worlds.run(Layout(tensor=2), resaved, *arguments)
+    worlds.run(Layout(tensor=2), resaved, model, torch.float32, ours / "untied", tmp_path / "back", "dp_reshardable")
     found = MegatronFolder(tmp_path / "back", model)
     assert differing(found, Drawn(model, torch.float32), model) == []
     with pytest.raises(BadTorchDist, match="save with --dist-ckpt-optim-fully-reshardable"):
