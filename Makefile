@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint bench parity
+.PHONY: help quickstart test lint bench parity chaos
 
 help:
 	@echo "make quickstart [MODEL=folder or GGUF] [SEED=n] [ARGS='--set key=value']   train a small model from a reward"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint                          ruff, mypy, direction of imports"
 	@echo "make bench      [ARGS=…]           compare one GRPO step with TRL's"
 	@echo "make parity                        compare every kind of layout with one process (half an hour)"
+	@echo "make chaos                         kill saves at two hundred moments"
 	@echo "Each makes $(VENV) on first use; PYTHON=python3.12 chooses the interpreter."
 
 quickstart: $(VENV)/installed
@@ -29,6 +30,9 @@ lint: $(VENV)/installed-dev
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/grpo_vs_trl.py $(ARGS)
+
+chaos: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m exhaustive --timeout 3600 tests/distributed/test_interrupted_saves.py
 
 # Every axis alone, then mixtures, up to 8 processes; a model may leave out what it cannot be split by.
 TENSOR   := tensor=2 tensor=4 tensor=2,sequence=true tensor=4,sequence=true
@@ -48,7 +52,8 @@ GPT2 := 'model.config.family="gpt2"' 'model.config.activation="gelu_tanh"' model
         model.config.rope=learned model.config.kv_heads=8
 PARITY := $(BIN)/lockstep parity recipes/parity-tiny.toml --steps 20
 
-parity: $(VENV)/installed
+parity: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m exhaustive --timeout 3600 tests/model
 	$(PARITY) --set model.config.tied=true --layouts $(TENSOR) $(PIPELINE) $(CONTEXT) $(DATA) $(MIXTURES)
 	$(PARITY) --set model.config.tied=false --layouts $(TENSOR) $(PIPELINE) $(DATA) $(MIXTURES)
 	$(PARITY) $(addprefix --set ,$(GPT2)) --layouts $(TENSOR) $(PIPELINE) $(CONTEXT) $(DATA) $(MIXTURES)

@@ -41,6 +41,9 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Trace a few steps of each trainer rank into <run>/traces, for Perfetto.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's last checkpoint, in this layout, if it saved one.")
+    ] = False,
 ) -> None:
     """Run all phases of a recipe and print what it brought.
 
@@ -54,7 +57,7 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     try:
-        folder = jobs.train(resolved, out, address=address, profile=profile)
+        folder = jobs.train(resolved, out, address=address, profile=profile, resume=resume)
     except (WorkerFailed, Diverged) as error:
         err.print(str(error), markup=False)
         raise typer.Exit(1) from error

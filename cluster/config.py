@@ -19,6 +19,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lockstep.data.problems import TaskConfig
+from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.pretrain import PretrainConfig
@@ -73,7 +74,7 @@ class Recipe(_Section):
     name: str = "run"
     seed: int = Field(0, ge=0)
     run: str = Field("runs/{name}", description="the folder that the run leaves; {name} stands for the recipe's name")
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves one at the end")
+    checkpoints: CheckpointConfig = CheckpointConfig()
     model: SourceConfig = SourceConfig()
     task: TaskConfig = TaskConfig()
     layout: Layout = Layout()

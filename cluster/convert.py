@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lockstep.cluster.config import SourceConfig
 from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.reshard import chunks_of
+from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.spec import Piece, Source, to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
@@ -114,8 +116,8 @@ def write_checkpoint(
 ) -> Path:
     """A model as our sharded checkpoint `destination/step-000000`."""
     destination.mkdir(parents=True, exist_ok=True)
-    held = tensors(source, model, dtype)
-    return manager.save(destination, 0, held, describe(model, Layout()), files, rank=0, barrier=lambda: None)
+    chunks = (chunk for tensor, piece in tensors(source, model, dtype) for chunk in chunks_of(tensor, piece.name))
+    return Saver(destination).save(0, chunks, describe(model, Layout()), files)
 
 
 def to_huggingface(name: str, destination: Path, *, dtype: str | None = None) -> Path:

@@ -25,6 +25,7 @@ from lockstep.data.loader import PretrainingData
 from lockstep.data.problems import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
+from lockstep.model.config import ModelConfig
 from lockstep.model.train import OptimizerConfig
 from lockstep.model.transformer import check_layout
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
@@ -123,32 +124,58 @@ def check(recipe: Recipe) -> OpenModel:
     return start
 
 
-def train(recipe: Recipe, console: Console, *, address: str | None = None, profile: bool = False) -> Path:
+def train(
+    recipe: Recipe, console: Console, *, address: str | None = None, profile: bool = False, resume: bool = False
+) -> Path:
     """Run all phases of a recipe; returns the run's folder, with its report written.
 
     Args:
         profile: trace a few steps of the trainer.
+        resume: go on with the run that lies there from its last checkpoint, where it has saved one.
 
     Raises:
         ValueError: when the recipe does not fit its model; nothing is written then.
     """
     start = check(recipe)
+    last = _last_checkpoint(recipe, start[1]) if resume else None
     split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
     traces = recipe.folder / "traces" if profile else None
     with Interruption() as interruption:
-        run = RunFolder.create(recipe.folder, to_toml(recipe), recipe.name)
+        run = RunFolder.resume(recipe.folder) if last else RunFolder.create(recipe.folder, to_toml(recipe), recipe.name)
         try:
             with run, Progress(console) as progress:
                 _describe(run, split)
                 with ray_cluster(address):
                     interruption.listen()
                     if split is None:
-                        run_pretraining(recipe, start, run, progress, traces)
+                        run_pretraining(recipe, start, run, progress, traces, last)
                     else:
                         _run_phases(recipe, start, split, run, progress, traces)
         finally:
             write_report(recipe.folder)
     return recipe.folder
+
+
+def _last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | None:
+    """What a run goes on from, or None where it has saved nothing.
+
+    Raises:
+        RecipeError: when the recipe is not one that can go on from there.
+    """
+    if recipe.pretrain is None:
+        raise RecipeError("--resume goes on with runs that train on text: give a recipe with a [pretrain] section")
+    if not manager.saved(recipe.folder / "checkpoints"):
+        return None
+    last = manager.Checkpoint(recipe.folder / "checkpoints")
+    for key, there, here in (
+        ("model", ModelConfig(**last.manifest["model"]), model),
+        ("pretrain.optimizer.kind", last.manifest.get("optimizer"), recipe.pretrain.optimizer.kind),
+        ("seed", last.manifest.get("seed"), recipe.seed),
+        ("pretrain.samples_per_step", last.manifest.get("samples_per_step"), recipe.pretrain.samples_per_step),
+    ):
+        if there != here:
+            raise RecipeError(f"{last.path} was saved with {key}={there}, and the recipe says {here}: make them equal")
+    return last
 
 
 def _describe(run: RunFolder, split: Split | None) -> None:
@@ -188,6 +215,7 @@ def _run_phases(
         phases.run("rl", recipe.rl.steps, controller.reinforce(recipe.rl))
         phases.measure("after")
     phases.save()
+    policy.call("saved")
     verifiers.close()
 
 
@@ -203,6 +231,7 @@ def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, V
     )
     temperature = (sampling.temperature if sampling else 1.0) or 1.0
     gather(policy.start(checkpoint, recipe.model.dtype, optimizer, temperature) + calls)
+    policy.call("open_checkpoints", (recipe.folder / "checkpoints").resolve(), recipe.checkpoints)
     return policy, rollouts, verifiers
 
 
@@ -237,7 +266,7 @@ class _Phases:
         if record.scored:
             self._run.rollouts(record.step, [_rollout_row(record.step, i, s) for i, s in enumerate(record.scored)])
         self._progress.step(name, record.step, record.metrics)
-        every = self._recipe.checkpoint_every
+        every = self._recipe.checkpoints.every
         if every and self._steps % every == 0:
             self.save()
 
@@ -255,8 +284,7 @@ class _Phases:
     def save(self) -> None:
         """A checkpoint of the policy as it is."""
         if self._saved != self._steps:
-            folder = (self._recipe.folder / "checkpoints").resolve()
-            self._policy.save(folder, self._steps, {"name": self._recipe.name})
+            self._policy.call("save", self._steps, {"name": self._recipe.name}, False, False)
             self._saved = self._steps
 
 

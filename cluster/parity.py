@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 from rich.table import Table
 
 from lockstep.cluster.config import Recipe, RecipeError, parse_layout
 from lockstep.cluster.convert import starting_point, write_checkpoint
 from lockstep.data.loader import PretrainingConfig, PretrainingData
 from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.spec import Source, to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
@@ -198,15 +198,7 @@ def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baselin
         routing.append(watch.taken())
     with trainer.engine.whole_weights():
         if is_baseline:
-            manager.save(
-                baseline,
-                0,
-                pieces(trainer.transformer),
-                describe(job.model, groups.layout),
-                {},
-                rank=groups.rank,
-                barrier=dist.barrier,
-            )
+            Saver(baseline).save(0, trainer.chunks(state=False), describe(job.model, groups.layout), {})
             return Course(tuple(losses), tuple(norms), routing=tuple(routing))
         weights, worst = _farthest(trainer, manager.Checkpoint(baseline), job.model)
     return Course(tuple(losses), tuple(norms), weights, worst, tuple(routing))

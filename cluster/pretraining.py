@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from lockstep.cluster.display import Progress
 from lockstep.cluster.records import RunFolder
 from lockstep.cluster.rewinds import Rewinds
 from lockstep.cluster.tracing import traced
+from lockstep.data.schedule import Rewind, SampleSchedule
 from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.engine import StepResult
 from lockstep.model.flops import training_flops
 from lockstep.model.pretrain import PretrainConfig, random_data
@@ -23,11 +26,14 @@ class Diverged(RuntimeError):
     """A run that no longer learns; the sentence says since when, what is saved, and where the batch is."""
 
 
-def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: Progress, traces: Path | None) -> None:
+def run_pretraining(
+    recipe: Recipe, start: OpenModel, run: RunFolder, progress: Progress, traces: Path | None, last: Checkpoint | None
+) -> None:
     """Train, measure, save.
 
     Args:
         traces: a folder for traces of the first steps, where they are wanted.
+        last: the checkpoint to go on from, where the run goes on.
 
     Raises:
         Diverged: after `pretrain.give_up_after` steps in a row without a finite gradient, or at a spike too many.
@@ -35,37 +41,69 @@ def run_pretraining(recipe: Recipe, start: OpenModel, run: RunFolder, progress: 
     config = recipe.pretrain
     assert config is not None
     model = start[1]
-    progress.say(f"writing the model of step 0 into {recipe.folder / 'model'}")
-    checkpoint = write_checkpoint(*start, recipe.folder / "model")
     data = config.data or random_data(recipe.folder / "random", model, config, recipe.seed)
+    done, samples = _position(config, last)
+    checkpoint = last.path if last else _first_checkpoint(recipe, start, progress)
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
     policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
     gather(policy.start(checkpoint.resolve(), recipe.model.dtype, config.optimizer, 1.0))
-    policy.call("open_text", config, data, recipe.seed)
+    if last:
+        progress.say(f"going on after step {done}, which {last.path} holds")
+        policy.call("restore", checkpoint.resolve())
+    policy.call("open_text", config, data, recipe.seed, done, samples)
+    policy.call("open_checkpoints", (recipe.folder / "checkpoints").resolve(), recipe.checkpoints)
     flops, peak = training_flops(model, data.length), sum(policy.call("peak_flops"))
     progress.say(
         f"{model.parameters / 1e6:.1f}M parameters, {flops / 1e9:.3f} GFLOP a token (6 per weight in a product, and "
         f"6 · layers · width · length for attention); measured peak {peak / 1e9:.0f} GFLOP/s"
     )
     run.update(speed={"flops_per_token": flops, "peak_flops": peak})
-    loop = _Loop(recipe, config, policy, run, progress, flops / peak)
+    loop = _Loop(recipe, config, policy, run, progress, flops / peak, done, samples)
     with traced(policy, traces, progress):
         loop.run(data.length * config.samples_per_step)
+
+
+def _first_checkpoint(recipe: Recipe, start: OpenModel, progress: Progress) -> Path:
+    progress.say(f"writing the model of step 0 into {recipe.folder / 'model'}")
+    return write_checkpoint(*start, recipe.folder / "model")
+
+
+def _position(config: PretrainConfig, last: Checkpoint | None) -> tuple[int, SampleSchedule]:
+    """After which step the run is, and what it reads from there on."""
+    if last is None:
+        return 0, config.schedule
+    rewinds = tuple(Rewind(snapshot, spike) for snapshot, spike in last.manifest["rewinds"])
+    return int(last.manifest["step"]), replace(config.schedule, rewinds=rewinds)
 
 
 class _Loop:
     """Steps and what is written down of them."""
 
     def __init__(
-        self, recipe: Recipe, config: PretrainConfig, policy: Policy, run: RunFolder, progress: Progress, cost: float
+        self,
+        recipe: Recipe,
+        config: PretrainConfig,
+        policy: Policy,
+        run: RunFolder,
+        progress: Progress,
+        cost: float,
+        done: int,
+        samples: SampleSchedule,
     ) -> None:
         """
         Args:
             cost: seconds that a token takes at the measured peak.
+            done: the step that the weights are of.
         """
         self._recipe, self._config, self._policy = recipe, config, policy
         self._run, self._progress, self._cost = run, progress, cost
-        self._rewinds = Rewinds(config.spikes, config.schedule, policy)
+        losses, held_out = (
+            {m["step"]: m["loss"] for m in run.metrics() if m["phase"] == phase and m["step"] <= done}
+            for phase in ("pretrain", "held_out")
+        )
+        self._rewinds = Rewinds(config.spikes, samples, policy, [losses[step] for step in range(1, done + 1)])
+        self._done, self._saved = done, done or None
+        self._best = min(((loss, step) for step, loss in held_out.items()), default=(math.inf, 0))
         self._checkpoints = (recipe.folder / "checkpoints").resolve()
         self._spoilt = self._skipped = 0
         self._speeds: list[float] = []
@@ -74,13 +112,14 @@ class _Loop:
         """All steps of so many tokens each."""
         config = self._config
         self._progress.begin("pretrain", config.steps)
-        self.measure(0)
-        self._rewinds.keep_snapshot(0)
-        step = 0
+        step = self._done
+        if not step:
+            self.measure(0)
         while step < config.steps:
             step = self._advance(step + 1, tokens)
         self.measure(config.steps)
         self.save(config.steps)
+        self._policy.call("saved")
         self._policy.call("text", "close")
         if self._speeds:
             speed = statistics.median(self._speeds)
@@ -92,11 +131,11 @@ class _Loop:
         if self._rewinds.is_spike(loss):
             return self._go_back(step, loss)
         self._check_gradients(step)
-        self._rewinds.stand(step, loss)
+        self._rewinds.stand(loss)
         if step < self._config.steps:
             if _due(step, self._config.evaluate_every):
                 self.measure(step)
-            if _due(step, self._recipe.checkpoint_every):
+            if _due(step, self._recipe.checkpoints.every):
                 self.save(step)
         return step
 
@@ -126,6 +165,7 @@ class _Loop:
         """End a run whose gradients are no numbers any more."""
         if self._spoilt >= self._config.give_up_after:
             self.save(step)
+            self._policy.call("saved")
             batch = self._save_batch(step - self._spoilt + 1, step)
             raise Diverged(
                 f"{self._spoilt} steps in a row, the last one {step}, had no finite loss and gradient: their updates "
@@ -137,10 +177,12 @@ class _Loop:
         spike, left = f"the loss of step {step}, {loss:.4g}, is a spike", self._rewinds.left
         batch = None if left else self._save_batch(step, step)
         back = self._rewinds.take_back(step)
+        self._policy.call("saved")
         manager.drop_after(self._checkpoints, back)
         self._spoilt = 0
         if batch:
             self.save(back)
+            self._policy.call("saved")
             raise Diverged(
                 f"{spike}, and the run went back as often as pretrain.spikes.rewinds allows: the weights of step "
                 f"{back} are saved, and what step {step} read is in {batch}"
@@ -165,13 +207,25 @@ class _Loop:
         """The held-out loss, where documents are held out."""
         loss = self._policy.call("text", "held_out_loss")[0]
         if loss is not None:
+            self._best = min(self._best, (loss, step))
             self._run.log("held_out", step, {"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
             self._progress.say(f"held-out loss after {step} steps: {loss:.4f} nats a token")
 
-    def save(self, step: int) -> Path:
-        """A checkpoint of the weights as they are, which says what samples they have not learned from."""
-        left_out = [[r.start, r.stop] for r in self._rewinds.samples.left_out]
-        return self._policy.save(self._checkpoints, step, {"name": self._recipe.name, "left_out": left_out})
+    def save(self, step: int) -> None:
+        """A checkpoint of weights and optimizer as they are, which says what samples they have not learned from."""
+        if step == self._saved:
+            return
+        self._saved = step
+        samples = self._rewinds.samples
+        said = {
+            "name": self._recipe.name,
+            "seed": self._recipe.seed,
+            "optimizer": self._config.optimizer.kind,
+            "samples_per_step": self._config.samples_per_step,
+            "left_out": [[r.start, r.stop] for r in samples.left_out],
+            "rewinds": [[r.snapshot, r.spike] for r in samples.rewinds],
+        }
+        self._policy.call("save", step, said, True, step == self._best[1])
 
 
 def _due(step: int, every: int) -> bool:

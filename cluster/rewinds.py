@@ -1,5 +1,7 @@
 """Rewinds of a run: which losses stand, where its last snapshot is, and what it reads after steps were taken back."""
 
+from collections.abc import Sequence
+
 from lockstep.data.schedule import Rewind, SampleSchedule
 from lockstep.model.spikes import SpikeConfig, is_spike
 from lockstep.rl.actors import Policy
@@ -8,12 +10,18 @@ from lockstep.rl.actors import Policy
 class Rewinds:
     """Keeps snapshots in the trainer's ranks and goes back to them; without a configuration it sees no spikes."""
 
-    def __init__(self, config: SpikeConfig | None, samples: SampleSchedule, policy: Policy) -> None:
+    def __init__(
+        self, config: SpikeConfig | None, samples: SampleSchedule, policy: Policy, losses: Sequence[float] = ()
+    ) -> None:
+        """
+        Args:
+            losses: of the steps that stand already.
+        """
         self.samples = samples
         """What each step reads."""
         self._config, self._policy = config, policy
-        self._losses: list[float] = []
-        self._snapshot = 0
+        self._losses = list(losses)
+        self._keep_snapshot()
 
     @property
     def left(self) -> int:
@@ -24,16 +32,17 @@ class Rewinds:
         """Whether the loss of the next step is a spike beside those that stand."""
         return self._config is not None and is_spike(loss, self._losses, self._config)
 
-    def keep_snapshot(self, step: int) -> None:
-        """Remember weights and optimizer as they are after a step, where that is due."""
-        if self._config and step % self._config.snapshot_every == 0:
+    def _keep_snapshot(self) -> None:
+        """Remember weights and optimizer as they are."""
+        self._snapshot = len(self._losses)
+        if self._config:
             self._policy.call("text", "keep_snapshot")
-            self._snapshot = step
 
-    def stand(self, step: int, loss: float) -> None:
+    def stand(self, loss: float) -> None:
         """Count a step among those that stand."""
         self._losses.append(loss)
-        self.keep_snapshot(step)
+        if self._config and len(self._losses) % self._config.snapshot_every == 0:
+            self._keep_snapshot()
 
     def take_back(self, step: int) -> int:
         """Go back from a spike to the last snapshot, and on with samples after the spike's; returns its step."""

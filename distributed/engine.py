@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lockstep.distributed.checkpoint.reshard import Kept
+from lockstep.distributed.checkpoint.spec import Piece, Source
 from lockstep.distributed.device import peak_memory
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Forward, Loss, Stage, run_forward, run_forward_backward
@@ -100,6 +102,23 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """This rank's part of weights and optimizer in host memory; all ranks take and restore theirs between steps."""
         return Snapshot(*self._zero.changing())
+
+    def kept(self) -> Iterator[Kept]:
+        """What this rank keeps of weights and optimizer, for `whole_chunks`."""
+        return self._zero.kept()
+
+    @property
+    def updates(self) -> int:
+        """How many updates the optimizer's state has seen."""
+        return self._zero.updates
+
+    def restore(self, source: Source, pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> None:
+        """Take over the optimizer's state that was saved in any layout; the weights were loaded before.
+
+        Args:
+            pieces: of logical tensors in each parameter.
+        """
+        self._zero.restore(source, pieces)
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Within this block the module's parameters hold their values, whatever the ZeRO stage."""

@@ -1,10 +1,13 @@
 """Which elements of which parameters a rank's optimizer is given: ZeRO lays parameters flat and cuts them anywhere."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup as Group
 
 
 @dataclass(frozen=True)
@@ -14,10 +17,22 @@ class Share:
     parameter: nn.Parameter
     shape: torch.Size
     """Of the parameter; its own shape is empty where ZeRO-3 has split it."""
-    start: int
-    length: int
+    cuts: tuple[int, ...]
+    """[ranks + 1] where the share of each rank that shares the parameter begins, and where the last one ends."""
+    rank: int
+    """This one among them."""
     offset: int
     """Where they lie in the tensor that the optimizer is given, laid flat."""
+
+    @property
+    def start(self) -> int:
+        """The first of these elements."""
+        return self.cuts[self.rank]
+
+    @property
+    def length(self) -> int:
+        """How many they are."""
+        return self.cuts[self.rank + 1] - self.start
 
     def of(self, whole: Tensor) -> Tensor:
         """These elements of a contiguous tensor of the parameter's shape."""
@@ -26,6 +41,32 @@ class Share:
     def within(self, held: Tensor) -> Tensor:
         """These elements of the tensor that the optimizer is given, or of its gradient or state."""
         return held.view(-1)[self.offset : self.offset + self.length]
+
+
+def share_of(parameter: nn.Parameter, cuts: Iterable[int], rank: int, offset: int) -> Share:
+    """The elements of a parameter between a rank's cuts; cuts may lie outside of it."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return Share(parameter, shape, tuple(min(max(0, cut), shape.numel()) for cut in cuts), rank, offset)
+
+
+def shares_of_all(parameters: Sequence[nn.Parameter], places: Sequence[int], size: int, group: Group) -> list[Share]:
+    """ZeRO-1 and 2: each rank has `size` elements of all parameters laid one after the other."""
+    ranks, rank = group.size(), group.rank()
+    return [
+        share_of(p, [cut * size - at for cut in range(ranks + 1)], rank, max(0, at - rank * size))
+        for p, at in zip(parameters, places, strict=True)
+    ]
+
+
+def shares_of_each(parameters: Sequence[Any], group: Group) -> list[Share]:
+    """ZeRO-3: each rank has an equal part of each parameter, and those lie one after the other."""
+    ranks, rank = group.size(), group.rank()
+    sizes = [p.partition_numel() for p in parameters]
+    ends = itertools.accumulate(sizes)
+    return [
+        share_of(p, [cut * size for cut in range(ranks + 1)], rank, end - size)
+        for p, size, end in zip(parameters, sizes, ends, strict=True)
+    ]
 
 
 class Sharded(torch.optim.Optimizer):

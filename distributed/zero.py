@@ -5,7 +5,6 @@ them, then `step` reduces over the data axis, clips by the global norm and updat
 axis, so losses are multiplied by its size and gradients become sums over the global batch.
 """
 
-import itertools
 import logging
 import math
 import os
@@ -28,8 +27,10 @@ from deepspeed.runtime.zero.muon import original_muon
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import logger as deepspeed_logger
 
+from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, fill
+from lockstep.distributed.checkpoint.spec import STATES, Piece, Source, concurrently, state_name
 from lockstep.distributed.groups import Groups, before_leaving
-from lockstep.distributed.shares import Sharded, Share
+from lockstep.distributed.shares import Sharded, Share, share_of, shares_of_all, shares_of_each
 
 # DeepSpeed would compile its shared-memory collectives at start-up, and fail where there is no C++ compiler.
 deepspeed.ops.__compatible_ops__ = {}
@@ -37,6 +38,10 @@ deepspeed.ops.__compatible_ops__ = {}
 
 EXPERTS = "ep_size_0"
 """DeepSpeed's name for the group of parameters that differ over the expert axis; it insists on such a number."""
+
+
+class MissingState(ValueError):
+    """A checkpoint from which training cannot go on."""
 
 
 class _Grid:
@@ -91,6 +96,9 @@ def experts_apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [group for group in found if group["params"]]
 
 
+_STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
+"""Kinds of state, and what optimizers call them."""
+
 _half_precision = original_muon.ns_compute_dtype
 
 
@@ -106,28 +114,6 @@ def newton_schulz(matrices_NAB: Tensor, exact: bool) -> Tensor:
     """
     original_muon.ns_compute_dtype = (lambda _: torch.float32) if exact else _half_precision
     return original_muon.zeropower_via_gram_newtonschulz(matrices_NAB, steps=5).to(matrices_NAB.dtype)
-
-
-def _share(parameter: nn.Parameter, low: int, high: int, offset: int) -> Share:
-    """The elements of a parameter between low and high, which may lie outside of it."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    start, stop = (min(max(0, place), shape.numel()) for place in (low, high))
-    return Share(parameter, shape, start, stop - start, offset)
-
-
-def _shares_of_all(parameters: Sequence[nn.Parameter], places: Sequence[int], low: int, size: int) -> list[Share]:
-    """ZeRO-1 and 2: this rank has `size` elements from `low` on of all parameters laid one after the other."""
-    return [_share(p, low - at, low + size - at, max(0, at - low)) for p, at in zip(parameters, places, strict=True)]
-
-
-def _shares_of_each(parameters: Sequence[Any], rank: int) -> list[Share]:
-    """ZeRO-3: this rank has an equal part of each parameter, and those lie one after the other."""
-    sizes = [p.partition_numel() for p in parameters]
-    ends = itertools.accumulate(sizes)
-    return [
-        _share(p, rank * size, (rank + 1) * size, end - size)
-        for p, size, end in zip(parameters, sizes, ends, strict=True)
-    ]
 
 
 @contextmanager
@@ -221,11 +207,10 @@ class ZeroOptimizer:
         zero: Any = self._engine.optimizer
         if self._plain:
             tensors = [t for group in optimizer.param_groups for t in group["params"]]
-            return {t: [_share(p, 0, p.numel(), 0)] for t, p in zip(tensors, stepped, strict=True)}
+            return {t: [share_of(p, (0, p.numel()), 0, 0)] for t, p in zip(tensors, stepped, strict=True)}
         if self._groups.layout.zero == 3:
-            rank = dist.get_rank(self._groups.replicas)
             return {
-                flat: _shares_of_each(parameters, rank)
+                flat: shares_of_each(parameters, self._groups.replicas)
                 for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
             }
         columns = (
@@ -235,7 +220,7 @@ class ZeroOptimizer:
             zero.real_dp_process_group,
         )
         return {
-            flat: _shares_of_all(parameters, offsets, dist.get_rank(group) * flat.numel(), flat.numel())
+            flat: shares_of_all(parameters, offsets, flat.numel(), group)
             for flat, parameters, offsets, group in zip(*columns, strict=True)
         }
 
@@ -269,6 +254,68 @@ class ZeroOptimizer:
         masters = [p for group in optimizer.param_groups for p in group["params"]]
         return weights + masters + getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", []), optimizer
 
+    def kept(self) -> Iterator[Kept]:
+        """What this rank keeps of all weights, and of what the optimizer remembers of those that it trains."""
+        trained = {share.parameter: (held, share) for held, shares in self._held.items() for share in shares}
+        optimizer = self._innermost()
+        for parameter in self._engine.module.parameters():
+            held, share = trained.get(parameter) or (None, self._share_of(parameter))
+            values = {WEIGHTS: self._values(share)}
+            if held is not None:
+                if self._bfloat16:
+                    values["master"] = share.within(held.detach())
+                state = optimizer.state.get(held, {})
+                values |= {kind: share.within(state[key]) for kind, key in _STATE.items() if key in state}
+            replicas = self._groups.expert_replicas if is_expert(parameter) else self._groups.replicas
+            yield Kept(parameter, share.shape, share.cuts, replicas, values)
+
+    def _share_of(self, parameter: nn.Parameter) -> Share:
+        """The share of a parameter that is not trained."""
+        if self._groups.layout.zero == 3:
+            return shares_of_each([parameter], self._groups.replicas)[0]
+        return share_of(parameter, (0, parameter.numel()), 0, 0)
+
+    def _values(self, share: Share) -> Tensor:
+        """The values of a share, as the model computes with them."""
+        if self._groups.layout.zero == 3:
+            part: Tensor = vars(share.parameter)["ds_tensor"]
+            return part[: share.length]
+        return share.of(share.parameter.detach())
+
+    @property
+    def updates(self) -> int:
+        """How many steps the optimizer has taken that changed something."""
+        return max((int(state.get("step", 0)) for state in self._innermost().state.values()), default=0)
+
+    @torch.no_grad()
+    def restore(self, source: Source, pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> None:
+        """Remember what an optimizer remembered in any layout. The weights themselves are there already.
+
+        Raises:
+            MissingState: when the source has none for something that is trained.
+        """
+        rooms = [room for held, shares in self._held.items() for room in self._rooms(held, shares, source, pieces)]
+        concurrently(lambda room: fill(*room), rooms)
+
+    def _rooms(
+        self, held: Tensor, shares: Sequence[Share], source: Source, pieces: Mapping[nn.Parameter, Sequence[Piece]]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Arguments of `fill` for everything that is remembered of a tensor that the optimizer is given."""
+        names = [piece.name for share in shares for piece in pieces[share.parameter]]
+        states = frozenset(source.states)
+        kinds = [kind for kind in STATES if names and all(state_name(kind, name) in states for name in names)]
+        if names and source.updates and not _STATE.keys() & kinds:
+            raise MissingState(f"there is no optimizer state for {names[0]}, or not of this optimizer")
+        state = self._innermost().state[held] if kinds else {}
+        for kind in kinds:
+            into = held.detach()
+            if kind in _STATE:
+                into = state[_STATE[kind]] = torch.zeros_like(held)
+            for share in shares:
+                yield share.within(into), share.start, share.shape, pieces[share.parameter], source, kind
+        if "exp_avg" in kinds:
+            state["step"] = torch.tensor(float(source.updates))
+
     def _innermost(self) -> torch.optim.Optimizer:
         """The optimizer inside of DeepSpeed's."""
         optimizer: Any = self._engine.optimizer
@@ -298,9 +345,8 @@ class ZeroOptimizer:
         if self._groups.layout.zero < 3:
             yield from ((p, p.detach(), self._holders(p)) for p in parameters)
             return
-        rank = dist.get_rank(self._groups.replicas)
-        for share in _shares_of_each(parameters, rank):
-            yield share.parameter, vars(share.parameter)["ds_tensor"][: share.length], 1
+        for share in shares_of_each(parameters, self._groups.replicas):
+            yield share.parameter, self._values(share), 1
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         """Without ZeRO, DeepSpeed does not say the norm of fp32 gradients, and leaves experts out of that of bf16 ones.

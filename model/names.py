@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, Source, WeightsOnly, to_torch, whole
+from lockstep.distributed.checkpoint.spec import Box, Piece, Source, WeightsOnly, concurrently, to_torch, whole
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.transformer import Transformer, padded_vocabulary
@@ -131,26 +131,34 @@ def is_projection(name: str) -> bool:
 
 
 def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
-    """Every piece that this rank holds. Copies that another rank or stage owns have `owned=False`."""
+    """Every piece that this rank holds."""
     groups, shapes = transformer.groups, logical_tensors(transformer.model)
-    replica, tensor, rank = groups.owns_replicated, groups.layout.tensor, groups.tensor_rank
+    tensor, rank = groups.layout.tensor, groups.tensor_rank
     for path, parameter in transformer.named_parameters():
         if path.endswith((".mlp.gate_up", ".mlp.down")):
             for part in _expert_pieces(path, groups, shapes):
-                yield parameter, part
+                yield parameter, replace(part, owned=groups.owns_experts)
             continue
         names, split = _logical_names(path, transformer.model)
         offset = 0
         for name in names:
             shape = shapes[name]
             if split is None:
-                yield parameter, _copy(name, shape, owned=replica and rank == 0)
-                continue
-            owned = replica and not (name == EMBEDDING and not groups.is_first_stage)
-            part = _share(name, shape, split, tensor, rank, offset, owned)
-            offset += part.tile[0]
-            if part.box[split][0] < part.box[split][1]:
-                yield parameter, part
+                part, first = Piece(name, shape, whole(shape), whole(shape), shape), rank == 0
+            else:
+                part = _share(name, shape, split, tensor, rank, offset)
+                first = groups.is_first_stage or name != EMBEDDING
+                offset += part.tile[0]
+            if part.box[split or 0][0] < part.box[split or 0][1]:
+                yield parameter, replace(part, first=first, owned=first and groups.owns_replicated)
+
+
+def held_pieces(transformer: Transformer) -> dict[nn.Parameter, list[Piece]]:
+    """The pieces in each of this rank's parameters."""
+    held: dict[nn.Parameter, list[Piece]] = {parameter: [] for parameter in transformer.parameters()}
+    for parameter, piece in pieces(transformer):
+        held[parameter].append(piece)
+    return held
 
 
 def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None]:
@@ -191,16 +199,12 @@ def _expert_pieces(path: str, groups: Groups, shapes: dict[str, tuple[int, ...]]
         offset = 0
         for kind in names:
             name = f"model.layers.{layer}.mlp.experts.{groups.expert_rank * local + place}.{kind}.weight"
-            part = _share(name, shapes[name], split, tensor, groups.tensor_rank, offset, groups.owns_experts)
+            part = _share(name, shapes[name], split, tensor, groups.tensor_rank, offset)
             offset += part.tile[0]
             yield replace(part, local=((place, place + 1), *part.local))
 
 
-def _copy(name: str, shape: tuple[int, ...], owned: bool) -> Piece:
-    return Piece(name, shape, whole(shape), whole(shape), shape, owned)
-
-
-def _share(name: str, shape: tuple[int, ...], split: int, tensor: int, rank: int, offset: int, owned: bool) -> Piece:
+def _share(name: str, shape: tuple[int, ...], split: int, tensor: int, rank: int, offset: int) -> Piece:
     """This rank's part along `split`; in the parameter it starts at row `offset` (only dim 0 is ever shared)."""
     size = padded_vocabulary(shape[split], tensor) // tensor
     start, stop = min(rank * size, shape[split]), min((rank + 1) * size, shape[split])
@@ -210,16 +214,21 @@ def _share(name: str, shape: tuple[int, ...], split: int, tensor: int, rank: int
     local[split] = (offset, offset + stop - start)
     tile = list(shape)
     tile[split] = size
-    return Piece(name, shape, tuple(box), tuple(local), tuple(tile), owned)
+    return Piece(name, shape, tuple(box), tuple(local), tuple(tile))
 
 
 @torch.no_grad()
 def load(transformer: Transformer, source: Source) -> None:
     """Fill every parameter of this rank from a source, which may have been written in any layout; padding becomes 0."""
-    for parameter, piece in pieces(transformer):
+    held = list(pieces(transformer))
+    for parameter, piece in held:
         if piece.name in (EMBEDDING, HEAD):
             parameter[piece.local[0][1] :] = 0
+
+    def read(parameter: nn.Parameter, piece: Piece) -> None:
         piece.view(parameter).copy_(to_torch(source.read(piece.name, piece.box)))
+
+    concurrently(lambda pair: read(*pair), held)
 
 
 class RandomWeights(WeightsOnly):

@@ -56,11 +56,24 @@ def random_data(store: Path, model: ModelConfig, config: PretrainConfig, seed: i
 class Pretraining:
     """One rank's share of a run."""
 
-    def __init__(self, trainer: Trainer, config: PretrainConfig, data: PretrainingData, rules: RowRules) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        config: PretrainConfig,
+        data: PretrainingData,
+        rules: RowRules,
+        done: int = 0,
+        samples: SampleSchedule | None = None,
+    ) -> None:
+        """
+        Args:
+            done: the step after which the trainer is.
+            samples: what each step reads, if the run has gone back before.
+        """
         self._trainer, self._config, self._data, self._rules = trainer, config, data, rules
         self._rank = trainer.groups.data_rank
-        self._samples = config.schedule
-        self._ahead = self._read_from(1)
+        self._samples = samples or config.schedule
+        self._ahead = self._read_from(done + 1)
         self._snapshot: Snapshot | None = None
         self._held_out = data.held_out_rows(rules, self._rank)
 

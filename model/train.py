@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from lockstep.data.batch import COLUMNS, Ints, RowRules, TokenBatch, part, sequences_of
+from lockstep.distributed.checkpoint.reshard import WEIGHTS, whole_chunks
 from lockstep.distributed.checkpoint.spec import Piece, Source
+from lockstep.distributed.checkpoint.store import Chunk
 from lockstep.distributed.context import held_places
 from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine, StepResult
@@ -27,7 +29,7 @@ from lockstep.model.context import attention
 from lockstep.model.logprobs import token_scores
 from lockstep.model.loss import Columns
 from lockstep.model.moe import Sequences
-from lockstep.model.names import is_projection, load, part_sizes, parts, pieces
+from lockstep.model.names import held_pieces, is_projection, load, part_sizes, parts, pieces
 from lockstep.model.transformer import Recompute, Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -246,6 +248,20 @@ class Trainer:
         scales = {part: norm / math.sqrt(sizes[part]) for part, norm in self.engine.weight_norms().items()}
         groups = {"grad_norm": result.grad_norms, "weight_rms": scales}
         return {f"{name}/{part}": value for name, values in groups.items() for part, value in values.items()}
+
+    def chunks(self, *, state: bool) -> list[Chunk]:
+        """What this rank writes of a checkpoint; all ranks call this together.
+
+        Args:
+            state: of the optimizer, too.
+        """
+        kept = self.engine.kept()
+        weights = (replace(each, values={WEIGHTS: each.values[WEIGHTS]}) for each in kept)
+        return whole_chunks(kept if state else weights, held_pieces(self.transformer))
+
+    def restore(self, source: Source) -> None:
+        """Take over the optimizer's state of a checkpoint whose weights the model was built with."""
+        self.engine.restore(source, held_pieces(self.transformer))
 
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
         """What an objective reports over this data rank's rows of a global batch and all others', without an update."""

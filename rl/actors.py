@@ -18,15 +18,17 @@ import torch
 
 from lockstep.data.batch import Sample, TokenBatch, rows_for_ranks
 from lockstep.data.loader import PretrainingConfig, PretrainingData
+from lockstep.data.schedule import SampleSchedule
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
+from lockstep.distributed.checkpoint.spec import Masters
 from lockstep.distributed.engine import StepResult
 from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.trace import Trace
 from lockstep.model.config import ModelConfig
 from lockstep.model.flops import peak_flops
-from lockstep.model.names import pieces
 from lockstep.model.pretrain import PretrainConfig, Pretraining
 from lockstep.model.train import (
     DTYPES,
@@ -153,7 +155,7 @@ class PolicyWorker(_Named):
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
-        stage = build(self.model, groups, DTYPES[dtype], source)
+        stage = build(self.model, groups, DTYPES[dtype], Masters(source) if dtype == "float32" else source)
         self.trainer = Trainer(stage, groups, optimizer, temperature=temperature, recompute=self.config.recompute)
         self.reference: Any = None
         self.log.info("ready with %s", self.layout)
@@ -171,11 +173,18 @@ class PolicyWorker(_Named):
         self.step = step
         return self._ended(self.trainer.step(rows, objective, learning_rate, self.reference))
 
-    def open_text(self, config: PretrainConfig, data: PretrainingConfig, seed: int) -> None:
-        """Open the text to train on and begin to read ahead."""
+    def restore(self, checkpoint: Path) -> None:
+        """Take over the optimizer's state of the checkpoint that this rank started from."""
+        self.trainer.restore(manager.Checkpoint(checkpoint))
+
+    def open_text(
+        self, config: PretrainConfig, data: PretrainingConfig, seed: int, done: int, samples: SampleSchedule
+    ) -> None:
+        """Open the text to train on, after so many steps, and begin to read ahead."""
         tokenizer = Tokenizer(self.tokenizer_files).digest if self.tokenizer_files else None
         text = PretrainingData(data, seed=seed, vocabulary=self.model.vocabulary, tokenizer=tokenizer)
-        self._pretraining = Pretraining(self.trainer, config, text, row_rules(self.layout, self.config.row_tokens))
+        rules = row_rules(self.layout, self.config.row_tokens)
+        self._pretraining = Pretraining(self.trainer, config, text, rules, done, samples)
 
     def pretrain(self, step: int) -> StepResult:
         """One gradient step on text."""
@@ -210,18 +219,21 @@ class PolicyWorker(_Named):
         with self.trainer.engine.whole_weights():
             return shards_of(self.trainer.transformer)
 
-    def save(self, checkpoints: Path, step: int, manifest: dict[str, Any]) -> Path:
-        """Write this rank's part of a checkpoint."""
-        with self.trainer.engine.whole_weights():
-            return manager.save(
-                checkpoints,
-                step,
-                pieces(self.trainer.transformer),
-                manifest | describe(self.model, self.layout),
-                self.tokenizer_files,
-                rank=self.rank,
-                barrier=torch.distributed.barrier,
-            )
+    def open_checkpoints(self, folder: Path, config: CheckpointConfig) -> None:
+        """Be ready to save into a folder."""
+        processes = self.layout.processes
+        self.saver = Saver(folder, config, rank=self.rank, ranks=processes, barrier=torch.distributed.barrier)
+
+    def save(self, step: int, manifest: dict[str, Any], state: bool, best: bool) -> None:
+        """Begin to write this rank's part of a checkpoint, with the optimizer's state or without."""
+        trainer = self.trainer
+        said = describe(self.model, self.layout) | {"updates": trainer.engine.updates} | manifest
+        wait = not self.saver.config.asynchronous
+        self.saver.save(step, trainer.chunks(state=state), said, self.tokenizer_files, wait=wait, best=best)
+
+    def saved(self) -> None:
+        """Return when this rank's part of the last checkpoint is on disk."""
+        self.saver.wait()
 
 
 @ray.remote(max_restarts=0, num_cpus=0)
@@ -305,10 +317,6 @@ class Policy:
         calls = [(w, w.handle.shards.remote()) for w in self.workers]
         wait_for(calls)
         return [call for _, call in calls]
-
-    def save(self, checkpoints: Path, step: int, manifest: dict[str, Any]) -> Path:
-        """Write a checkpoint from all ranks."""
-        return gather([(w, w.handle.save.remote(checkpoints, step, manifest)) for w in self.workers])[0]
 
 
 class Rollouts:

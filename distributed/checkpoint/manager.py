@@ -1,19 +1,17 @@
-"""A run's checkpoints: `step-000120` folders that appear whole or not at all, and `latest`, a link to the newest."""
+"""A folder of checkpoints: `step-000120` folders that are whole or do not exist, and `latest`, a link to the newest."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from lockstep.distributed.checkpoint.spec import STATES
+from lockstep.distributed.checkpoint.store import ArrayFolder, Entry
 
-from lockstep.distributed.checkpoint.spec import STATES, Piece
-from lockstep.distributed.checkpoint.store import ArrayFolder, write
-
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -26,60 +24,24 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save(
-    checkpoints: Path,
-    step: int,
-    held: Iterable[tuple[Tensor, Piece]],
-    manifest: dict[str, Any],
-    files: dict[str, str],
-    *,
-    rank: int,
-    barrier: Callable[[], object],
-) -> Path:
-    """Write one checkpoint from all ranks; it takes its final name when every rank's part is on disk.
-
-    Args:
-        held: the parameters of this rank and the pieces in them.
-        manifest: what the checkpoint says of itself; written by rank 0, last.
-        files: text files to keep beside the arrays, such as the tokenizer's.
-        barrier: returns when every rank has called it.
-    """
-    final = checkpoints / step_name(step)
-    partial = checkpoints / f"{final.name}.partial"
-    if rank == 0:
-        for interrupted in checkpoints.glob("step-*.partial"):
-            shutil.rmtree(interrupted, ignore_errors=True)
-        (partial / "arrays").mkdir(parents=True)
-    barrier()
-    write(partial / "arrays", held)
-    barrier()
-    if rank == 0:
-        for name, text in files.items():
-            (partial / name).write_text(text)
-        own = {"format": FORMAT, "step": step, "files": sorted(files)}
-        (partial / "manifest.json").write_text(json.dumps(own | manifest, indent=2))
-        _commit(partial, final)
-    barrier()
-    return final
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint that nobody takes for one as soon as that begins."""
+    going = checkpoint.with_name(f"{checkpoint.name}.partial")
+    checkpoint.rename(going)
+    shutil.rmtree(going)
 
 
-def _commit(partial: Path, final: Path) -> None:
-    for path in (*partial.rglob("*"), partial):
-        _sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _link_latest(final)
+def link(checkpoint: Path, name: str) -> None:
+    """Let a link beside a checkpoint point to it."""
+    new = checkpoint.parent / f"{name}.{os.getpid()}"
+    new.unlink(missing_ok=True)
+    new.symlink_to(checkpoint.name)
+    new.replace(checkpoint.parent / name)
+    sync(checkpoint.parent)
 
 
-def _link_latest(checkpoint: Path) -> None:
-    link = checkpoint.parent / f"latest.{os.getpid()}"
-    link.symlink_to(checkpoint.name)
-    link.replace(checkpoint.parent / "latest")
-    _sync(checkpoint.parent)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when what a folder lists is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -96,13 +58,13 @@ def find(path: Path) -> Path:
     for place in (path, path / "checkpoints"):
         if (place / "manifest.json").is_file():
             return place
-        steps = _saved(place)
+        steps = saved(place)
         if steps:
             return steps[max(steps)]
     raise BadCheckpoint(f"{path} holds no checkpoint: give a folder with a manifest.json, or a run that saved one")
 
 
-def _saved(checkpoints: Path) -> dict[int, Path]:
+def saved(checkpoints: Path) -> dict[int, Path]:
     """The whole checkpoints of a folder, by step."""
     names = {p: _NAME.fullmatch(p.name) for p in checkpoints.glob("step-*") if (p / "manifest.json").is_file()}
     return {int(match[1]): path for path, match in names.items() if match}
@@ -110,14 +72,16 @@ def _saved(checkpoints: Path) -> dict[int, Path]:
 
 def drop_after(checkpoints: Path, step: int) -> None:
     """Remove the checkpoints of later steps, which a run has taken back; `latest` is the newest that is left."""
-    steps = _saved(checkpoints)
+    steps = saved(checkpoints)
     left = [s for s in steps if s <= step]
     if left:
-        _link_latest(steps[max(left)])
+        link(steps[max(left)], "latest")
     elif steps:
         (checkpoints / "latest").unlink()
     for later in steps.keys() - left:
-        shutil.rmtree(steps[later])
+        remove(steps[later])
+    if not (checkpoints / "best").exists():
+        (checkpoints / "best").unlink(missing_ok=True)
 
 
 class Checkpoint:
@@ -129,7 +93,11 @@ class Checkpoint:
             BadCheckpoint: when the path holds none, or one of a newer format.
         """
         self.path = find(path)
-        self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        file = self.path / "manifest.json"
+        try:
+            self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BadCheckpoint(f"{file} is damaged: {error}") from error
         if self.manifest.get("format") != FORMAT:
             raise BadCheckpoint(
                 f"{self.path} has format {self.manifest.get('format')}, and this program reads format {FORMAT}"
@@ -137,9 +105,15 @@ class Checkpoint:
         self.read = ArrayFolder(self.path / "arrays").read
 
     @property
+    def tensors(self) -> Mapping[str, Entry]:
+        """Shape, dtype, chunks and digests of every array, by name."""
+        entries: dict[str, Entry] = self.manifest["tensors"]
+        return entries
+
+    @property
     def states(self) -> Sequence[str]:
         """See `Source`."""
-        return tuple(name for name in self.manifest.get("tensors", ()) if name.startswith(STATES))
+        return tuple(name for name in self.tensors if name.startswith(tuple(f"{kind}/" for kind in STATES)))
 
     @property
     def updates(self) -> int:

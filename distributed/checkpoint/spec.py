@@ -4,9 +4,10 @@ A logical tensor is what a model has, whatever the layout; a piece is a rectangl
 Saving, loading, conversion and weight sync all speak in pieces, and read through the same `Source`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -32,8 +33,10 @@ class Piece:
     """Where that part lies in the parameter: as large as `box`, after leading dims of one place each in a stack."""
     tile: tuple[int, ...]
     """Size of the regular tiles that this piece is one of; the last tile of a dim may be smaller."""
+    first: bool = True
+    """Whether this is the first of the equal copies that ranks of the tensor axis, or tied stages, hold."""
     owned: bool = True
-    """Whether this rank writes the piece; the other holders have equal copies."""
+    """Whether it is the first of all copies, those of replicas included."""
 
     def view(self, parameter: Tensor) -> Tensor:
         """The part of the parameter that this piece is."""
@@ -43,6 +46,12 @@ class Piece:
 
 STATES = ("master", "exp_avg", "exp_avg_sq", "momentum")
 """Kinds of an optimizer's state: fp32 weights where the model's are not, Adam's moments, Muon's averaged gradients."""
+
+
+READERS = 4
+"""Threads that read at a time."""
+
+T = TypeVar("T")
 
 
 def state_name(kind: str, name: str) -> str:
@@ -70,6 +79,26 @@ class Source(Protocol):
             KeyError: when there is no such tensor.
         """
         ...
+
+
+def concurrently(work: Callable[[T], None], items: Iterable[T]) -> None:
+    """Do the work for every item, some at a time: what reads waits for disks and networks."""
+    with ThreadPoolExecutor(READERS) as readers:
+        for _ in readers.map(work, items):
+            pass
+
+
+class Masters:
+    """A `Source` of another's weights as an optimizer keeps them, in fp32, where it keeps them apart."""
+
+    def __init__(self, source: Source) -> None:
+        self.states, self.updates = source.states, source.updates
+        self._source, self._known = source, frozenset(source.states)
+
+    def read(self, name: str, box: Box) -> NDArray[Any]:
+        """See `Source`."""
+        master = state_name("master", name)
+        return self._source.read(master if master in self._known else name, box)
 
 
 class WeightsOnly:

@@ -1,7 +1,9 @@
-"""Logical tensors on disk: one zarr3 array each, through TensorStore; every rank writes the pieces that it owns."""
+"""Arrays on disk: one zarr3 array a tensor, through TensorStore, written chunk by chunk by whoever has a chunk."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,40 @@ import tensorstore
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, WeightsOnly, to_numpy
+from lockstep.distributed.checkpoint.spec import Box, WeightsOnly, digest, to_numpy
 
 LARGEST_CHUNK = 64 << 20
 """Bytes of a chunk at most, so that a reader of a small slice does not read a whole matrix."""
+THREADS = 4
+"""That compute digests."""
+
+Entry = dict[str, Any]
+"""Of an array in the manifest: `shape`, `dtype`, `chunk` (its shape) and `digests` of chunks by their numbers."""
 
 
-def _spec(folder: Path, name: str) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder / name}/"}}
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of an array, whole."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the array."""
+    grid: tuple[int, ...]
+    """Of a chunk; the last of a dim may be smaller."""
+    box: Box
+    """Where in the array this one lies."""
+    values: Tensor
+    """As large as `box`."""
+
+    @property
+    def number(self) -> int:
+        """Its place among all chunks of the array, in row-major order."""
+        counts = [-(-size // step) for size, step in zip(self.shape, self.grid, strict=True)]
+        places = [start // step for (start, _), step in zip(self.box, self.grid, strict=True)]
+        return int(np.ravel_multi_index(places, counts)) if places else 0
 
 
-def chunk_shape(tile: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
+def chunk_shape(tile: Sequence[int], item_bytes: int) -> tuple[int, ...]:
     """Chunks that subdivide the tiles of a layout, so that no two ranks write into one chunk: rows are split first."""
     rows, row_bytes = tile[0], math.prod(tile[1:]) * item_bytes
     parts = 1
@@ -29,29 +54,78 @@ def chunk_shape(tile: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
     return (rows // parts, *tile[1:])
 
 
-def write(folder: Path, held: Iterable[tuple[Tensor, Piece]]) -> None:
-    """Write the owned pieces of this rank; returns when they are handed to the file system."""
-    pending = []
-    for parameter, piece in held:
-        if not piece.owned:
-            continue
-        array = to_numpy(piece.view(parameter))
-        target = _create(folder, piece, array.dtype)
-        pending.append(target[tuple(slice(a, b) for a, b in piece.box)].write(array))
-    for future in pending:
-        future.result()
+def write(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Entry]:
+    """Write chunks; returns when they are on disk, with what the manifest is to say of them.
+
+    Raises:
+        ValueError: when a chunk comes twice.
+    """
+    arrays: dict[str, Any] = {}
+    entries: dict[str, Entry] = {}
+    with ThreadPoolExecutor(THREADS) as digesting:
+        pending = []
+        for chunk in chunks:
+            values = to_numpy(chunk.values)
+            if chunk.name not in arrays:
+                arrays[chunk.name] = tensorstore.open(_new(folder, chunk, values.dtype), create=True, open=True)
+                entries[chunk.name] = {
+                    "shape": list(chunk.shape),
+                    "dtype": str(values.dtype),
+                    "chunk": list(chunk.grid),
+                    "digests": {},
+                }
+            if chunk.number in entries[chunk.name]["digests"]:
+                raise ValueError(f"a chunk of {chunk.name} was written twice")
+            entries[chunk.name]["digests"][chunk.number] = ""
+            place = arrays[chunk.name].result()[tuple(slice(a, b) for a, b in chunk.box)]
+            writing = place.write(values, can_reference_source_data_indefinitely=True)
+            pending.append((chunk, writing, digesting.submit(digest, values)))
+        for chunk, writing, digested in pending:
+            writing.result()
+            entries[chunk.name]["digests"][chunk.number] = digested.result()
+    return entries
 
 
-def _create(folder: Path, piece: Piece, dtype: np.dtype) -> Any:
-    chunks = chunk_shape(piece.tile, dtype.itemsize)
+def merged(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
+    """What several writers have to say of the arrays that they wrote together; digests become lists.
+
+    Raises:
+        ValueError: when a chunk was written twice or by nobody.
+    """
+    arrays: dict[str, Entry] = {}
+    for part in parts:
+        for name, entry in part.items():
+            known = arrays.setdefault(name, entry | {"digests": {}})
+            digests = {int(number): text for number, text in entry["digests"].items()}
+            if known["digests"].keys() & digests.keys():
+                raise ValueError(f"a chunk of {name} was written twice")
+            known["digests"] |= digests
+    for name, entry in arrays.items():
+        count = chunk_count(entry)
+        if sorted(entry["digests"]) != list(range(count)):
+            raise ValueError(f"{name} has {count} chunks, and {len(entry['digests'])} were written")
+        entry["digests"] = [entry["digests"][number] for number in range(count)]
+    return dict(sorted(arrays.items()))
+
+
+def chunk_count(entry: Entry) -> int:
+    """How many chunks an array consists of."""
+    return math.prod(-(-size // step) for size, step in zip(entry["shape"], entry["chunk"], strict=True))
+
+
+def _spec(folder: Path, name: str) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder / name}/"}}
+
+
+def _new(folder: Path, chunk: Chunk, dtype: np.dtype) -> dict[str, Any]:
     metadata = {
-        "shape": list(piece.shape),
+        "shape": list(chunk.shape),
         "data_type": str(dtype),
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk.grid)}},
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
     }
-    spec = _spec(folder, piece.name) | {"metadata": metadata}
-    return tensorstore.open(spec, create=True, open=True).result()
+    # A chunk of zeros is written, too: one that is not there is lost, and not zero.
+    return _spec(folder, chunk.name) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
 
 
 class ArrayFolder(WeightsOnly):
@@ -62,9 +136,21 @@ class ArrayFolder(WeightsOnly):
         self._open: dict[str, Any] = {}
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
-        """See `Source`. The checksum of every chunk is verified."""
+        """See `Source`. The checksum of every chunk is verified.
+
+        Raises:
+            BadArray: when a chunk that is needed is missing or damaged.
+        """
         if name not in self._open:
-            if not (self.folder / name).is_dir():
+            if not (self.folder / name / "zarr.json").is_file():
                 raise KeyError(f"{self.folder} has no tensor {name}")
-            self._open[name] = tensorstore.open(_spec(self.folder, name), open=True, read=True).result()
-        return self._open[name][tuple(slice(a, b) for a, b in box)].read().result()
+            spec = _spec(self.folder, name) | {"fill_missing_data_reads": False}
+            self._open[name] = tensorstore.open(spec, open=True, read=True).result()
+        try:
+            return self._open[name][tuple(slice(a, b) for a, b in box)].read().result()
+        except ValueError as error:
+            raise BadArray(f"{self.folder / name} has a chunk that is missing or damaged: {error}") from error
+
+
+class BadArray(ValueError):
+    """An array on disk that is not whole."""

@@ -13,7 +13,7 @@ from lockstep.cluster.config import Recipe, RecipeError, load_recipe, parse, to_
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.toml"
 KEYS = [
     "name",
-    "checkpoint_every",
+    "checkpoints",
     "layout",
     "layout.tensor",
     "rollout.length",

@@ -59,7 +59,7 @@ def settings(folder: Path, store: Path) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
     folder = tmp_path_factory.mktemp("rewinds")
-    code, output = train(folder / "log", *settings(folder, store), "checkpoint_every=6", "pretrain.spikes.rewinds=3")
+    code, output = train(folder / "log", *settings(folder, store), "checkpoints.every=6", "pretrain.spikes.rewinds=3")
     assert code == 0, output
     (folder / "run" / "log").write_text(output)
     return folder / "run"

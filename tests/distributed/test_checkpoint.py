@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.distributed.checkpoint import manager
-from lockstep.distributed.checkpoint.manager import BadCheckpoint, Checkpoint, find, save
-from lockstep.distributed.checkpoint.spec import Box, Piece, digest, overlap, to_numpy, to_torch, whole, within
-from lockstep.distributed.checkpoint.store import LARGEST_CHUNK, ArrayFolder, chunk_shape
+from lockstep.distributed.checkpoint.manager import BadCheckpoint, Checkpoint, find
+from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, chunks_of, whole_chunks
+from lockstep.distributed.checkpoint.saver import CheckpointConfig, SaveFailed, Saver
+from lockstep.distributed.checkpoint.spec import Box, digest, overlap, to_numpy, to_torch, within
+from lockstep.distributed.checkpoint.store import LARGEST_CHUNK, ArrayFolder, BadArray, chunk_shape
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.zero import is_expert
 from lockstep.model.config import ModelConfig, MoEConfig
-from lockstep.model.names import RandomWeights, logical_tensors, pieces
+from lockstep.model.names import RandomWeights, held_pieces, logical_tensors, pieces
 from lockstep.model.train import build, transformer_of
+from lockstep.model.transformer import Transformer
 
 SIZES: dict[str, Any] = {"width": 12, "heads": 4, "kv_heads": 2, "head_dim": 4, "intermediate": 10, "context": 8}
 MODELS = {
@@ -50,15 +55,25 @@ def dtype_of(source: Layout) -> torch.dtype:
     return torch.bfloat16 if source.data == 2 else torch.float32
 
 
-def written(groups: Groups, folder: Path) -> list[tuple[str, str, Box]]:
-    """Save random weights of both models from all ranks; returns the parts that this rank owned."""
-    owned = []
+def kept(transformer: Transformer) -> Iterator[Kept]:
+    """All weights, of which every replica has all."""
+    groups = transformer.groups
+    for parameter in transformer.parameters():
+        replicas = groups.expert_replicas if is_expert(parameter) else groups.replicas
+        values = {WEIGHTS: parameter.detach().view(-1)}
+        yield Kept(parameter, parameter.shape, (0, parameter.numel()), replicas, values)
+
+
+def written(groups: Groups, folder: Path) -> int:
+    """Save random weights of all models from all ranks; returns how many bytes this rank wrote."""
+    written = 0
     for name, model in MODELS.items():
         transformer = transformer_of(build(model, groups, dtype_of(groups.layout), RandomWeights(model, seed=1)))
-        files = {"note.txt": "ä"}
-        save(folder / name, 7, pieces(transformer), {}, files, rank=groups.rank, barrier=dist.barrier)
-        owned += [(name, piece.name, piece.box) for _, piece in pieces(transformer) if piece.owned]
-    return owned
+        chunks = whole_chunks(kept(transformer), held_pieces(transformer))
+        saver = Saver(folder / name, rank=groups.rank, ranks=groups.layout.processes, barrier=dist.barrier)
+        saver.save(7, chunks, {}, {"note.txt": "ä"})
+        written += sum(chunk.values.nbytes for chunk in chunks)
+    return written
 
 
 def differing(groups: Groups, folders: list[tuple[Path, torch.dtype]]) -> tuple[int, list[str]]:
@@ -94,44 +109,98 @@ def test_any_layout_loads_what_any_layout_saved(
 
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_every_part_of_every_tensor_is_written_once(
+def test_the_manifest_says_what_lies_there(
     name: str, source: Layout, saved: dict[Layout, tuple[Path, list[Any]]]
 ) -> None:
-    folder, ranks = saved[source]
-    for tensor, shape in logical_tensors(MODELS[name]).items():
-        count = np.zeros(shape, int)
-        for box in (box for rank in ranks for n, t, box in rank if (n, t) == (name, tensor)):
-            count[tuple(slice(a, b) for a, b in box)] += 1
-        assert (count == 1).all(), tensor
-    stored = Checkpoint(folder / name)
-    assert {p.name for p in (stored.path / "arrays").iterdir()} == set(logical_tensors(MODELS[name]))
+    stored = Checkpoint(saved[source][0] / name)
+    shapes = logical_tensors(MODELS[name])
+    assert {p.name for p in (stored.path / "arrays").iterdir()} == stored.tensors.keys() == shapes.keys()
     assert stored.files == {"note.txt": "ä"}
+    assert sorted(p.name for p in stored.path.iterdir()) == ["arrays", "manifest.json", "note.txt"]
+    for tensor, entry in stored.tensors.items():
+        assert tuple(entry["shape"]) == shapes[tensor]
+        assert entry["dtype"] == str(dtype_of(source)).removeprefix("torch.")
+        corners = itertools.product(
+            *(range(0, n, step) for n, step in zip(shapes[tensor], entry["chunk"], strict=True))
+        )
+        for corner, expected in zip(corners, entry["digests"], strict=True):
+            ends = (min(c + s, n) for c, s, n in zip(corner, entry["chunk"], shapes[tensor], strict=True))
+            assert digest(stored.read(tensor, tuple(zip(corner, ends, strict=True)))) == expected
+
+
+def test_replicas_share_the_writing(saved: dict[Layout, tuple[Path, list[Any]]]) -> None:
+    first, second = saved[Layout(data=2)][1]
+    assert 0.9 < first / second < 1.1
 
 
 def save_alone(checkpoints: Path, step: int, value: float = 1.0, **arrays: torch.Tensor) -> Path:
     """A checkpoint of one process."""
     held = arrays or {"w": torch.full((4, 3), value)}
-    shaped = [(t, Piece(n, tuple(t.shape), whole(t.shape), whole(t.shape), tuple(t.shape))) for n, t in held.items()]
-    return save(checkpoints, step, shaped, {"kind": "test"}, {}, rank=0, barrier=lambda: None)
+    chunks = [chunk for name, tensor in held.items() for chunk in chunks_of(tensor, name)]
+    return Saver(checkpoints).save(step, chunks, {"kind": "test"}, {})
 
 
 def test_a_save_that_was_interrupted_is_never_found(tmp_path: Path) -> None:
     def killed() -> None:
         raise KeyboardInterrupt
 
-    for calls in range(3):
+    for calls in range(2):
         barriers = iter([lambda: None] * calls)
-        tensor = torch.ones(2)
-        held = [(tensor, Piece("w", (2,), whole((2,)), whole((2,)), (2,)))]
-        if calls < 2:
-            with pytest.raises(KeyboardInterrupt):
-                save(tmp_path, calls, held, {}, {}, rank=0, barrier=lambda b=barriers: next(b, killed)())
-            assert (tmp_path / f"{manager.step_name(calls)}.partial").is_dir()
-            with pytest.raises(BadCheckpoint, match="holds no checkpoint"):
-                find(tmp_path)
+        saver = Saver(tmp_path, ranks=1 + calls, barrier=lambda b=barriers: next(b, killed)())
+        if calls:  # the other rank never says that it is done
+            saver._closed.set()
+        with pytest.raises((KeyboardInterrupt, SaveFailed)):
+            saver.save(calls, chunks_of(torch.ones(2), "w"), {}, {})
+        assert (tmp_path / f"{manager.step_name(calls)}.partial").is_dir()
+        with pytest.raises(BadCheckpoint, match="holds no checkpoint"):
+            find(tmp_path)
     finished = save_alone(tmp_path, 2)
     assert find(tmp_path) == finished
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000002"]
+
+
+def test_what_is_written_in_the_background_is_a_copy(tmp_path: Path) -> None:
+    saver, tensor = Saver(tmp_path), torch.arange(12.0).view(4, 3)
+    for step in (1, 2):
+        saver.save(step, chunks_of(tensor, "w"), {}, {}, wait=False)
+        tensor += 100
+    saver.close()
+    for step in (1, 2):
+        stored = Checkpoint(tmp_path / manager.step_name(step)).read("w", ((0, 4), (0, 3)))
+        np.testing.assert_array_equal(stored, np.arange(12).reshape(4, 3) + 100 * (step - 1))
+
+
+def test_a_save_that_fails_in_the_background_is_told_by_the_next(tmp_path: Path) -> None:
+    saver = Saver(tmp_path)
+    saver.save(1, [*chunks_of(torch.ones(2), "w")] * 2, {}, {}, wait=False)
+    with pytest.raises(SaveFailed, match="step-000001 was not saved: a chunk of w was written twice"):
+        saver.save(2, chunks_of(torch.ones(2), "w"), {}, {})
+    assert not manager.saved(tmp_path)
+
+
+def test_the_failure_of_a_rank_fails_the_save(tmp_path: Path) -> None:
+    (tmp_path / "step-000001.partial" / "parts").mkdir(parents=True)
+    saver = Saver(tmp_path, ranks=2, barrier=lambda: put_failed(tmp_path))
+    with pytest.raises(SaveFailed, match="was not saved: rank 1: no space left"):
+        saver.save(1, chunks_of(torch.ones(2), "w"), {}, {})
+
+
+def put_failed(checkpoints: Path) -> None:
+    (checkpoints / "step-000001.partial" / "parts" / "00001.failed").write_text("no space left")
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [(0, 0, [1, 2, 3, 4, 5, 6]), (2, 0, [2, 5, 6]), (1, 3, [2, 3, 6]), (9, 0, [1, 2, 3, 4, 5, 6])],
+)
+def test_old_checkpoints_go(keep_last: int, keep_every: int, left: list[int], tmp_path: Path) -> None:
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=keep_last, keep_every=keep_every))
+    for step in range(1, 7):
+        saver.save(step, chunks_of(torch.ones(2), "w"), {}, {}, best=step == 2)
+    assert sorted(manager.saved(tmp_path)) == left
+    assert {p.name for p in tmp_path.iterdir()} - {manager.step_name(s) for s in left} == {"best", "latest"}
+    assert (tmp_path / "best").resolve().name == "step-000002"
+    assert (tmp_path / "latest").resolve().name == "step-000006"
 
 
 def test_what_an_interrupted_save_left_is_not_mixed_in(tmp_path: Path) -> None:
@@ -150,7 +219,7 @@ def test_latest_points_to_the_newest(tmp_path: Path) -> None:
         assert (run / "checkpoints" / "latest").readlink() == Path(saved.name)
         for path in (saved, run, run / "checkpoints", run / "checkpoints" / "latest"):
             found = Checkpoint(path)
-            assert found.manifest == {"format": 1, "step": step, "files": [], "kind": "test"}
+            assert found.manifest.items() >= {"format": 2, "step": step, "files": [], "kind": "test"}.items()
             assert (found.read("w", ((1, 3), (0, 2))) == step).all()
     assert sorted(p.name for p in (run / "checkpoints").iterdir() if not p.is_symlink()) == [
         "step-000005",
@@ -190,11 +259,27 @@ def test_a_flipped_bit_is_an_error(tmp_path: Path) -> None:
     assert Checkpoint(saved).read("w", ((0, 4), (0, 3))).sum() == 66
 
 
+def test_a_chunk_that_is_gone_is_an_error_and_no_zeros(tmp_path: Path) -> None:
+    saved = save_alone(tmp_path, 1, w=torch.zeros(4, 3))
+    assert (Checkpoint(saved).read("w", ((0, 4), (0, 3))) == 0).all()
+    (chunk,) = (p for p in (saved / "arrays" / "w").rglob("*") if p.is_file() and p.name != "zarr.json")
+    chunk.unlink()
+    with pytest.raises(BadArray, match="arrays/w has a chunk that is missing or damaged"):
+        Checkpoint(saved).read("w", ((1, 2), (0, 3)))
+
+
+def test_a_damaged_manifest_is_one_sentence(tmp_path: Path) -> None:
+    file = save_alone(tmp_path, 1) / "manifest.json"
+    file.write_text(file.read_text()[:-3])
+    with pytest.raises(BadCheckpoint, match=r"manifest.json is damaged"):
+        Checkpoint(tmp_path)
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     saved = save_alone(tmp_path, 1)
     manifest = json.loads((saved / "manifest.json").read_text())
-    (saved / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(BadCheckpoint, match="has format 2, and this program reads format 1"):
+    (saved / "manifest.json").write_text(json.dumps(manifest | {"format": 3}))
+    with pytest.raises(BadCheckpoint, match="has format 3, and this program reads format 2"):
         Checkpoint(tmp_path)
 
 

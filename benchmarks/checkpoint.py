@@ -1,0 +1,194 @@
+"""Saving and loading 1 GiB of weights and optimizer state: Lockstep, torch's DCP and safetensors beside the disk.
+
+    python benchmarks/checkpoint.py [--gib 1] [--rounds 3] [--folder .]
+
+Two processes with ZeRO-1 save a model in bf16 with fp32 masters and AdamW's moments, and two tensor-parallel processes
+load it: another layout, so that every rank reads slices. DCP saves and loads the same bytes from the same processes,
+each its own, and safetensors from one. Every save counts until all is on disk (fsync), every load with no byte of it in
+the page cache. The disk's own rate is that of one file, written in pieces of 16 MiB and synced, and read back likewise.
+Rounds alternate; medians count.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.saver import Saver
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
+from lockstep.model.config import ModelConfig
+from lockstep.model.names import RandomWeights, load
+from lockstep.model.train import OptimizerConfig, Trainer, build, describe
+
+BYTES = 14
+"""Of a parameter: bf16, and three times fp32."""
+ROUNDS = 3
+SAVING, LOADING = Layout(data=2, zero=1), Layout(tensor=2)
+
+
+def model_of(gib: float) -> ModelConfig:
+    """A Llama whose checkpoint has about so many GiB: half of it in blocks, half in the embedding and the head."""
+    width, layers = 1024, max(1, round(gib * 5))
+    model = ModelConfig(
+        layers=layers, width=width, heads=16, kv_heads=8, head_dim=64, intermediate=2816, vocabulary=256, context=512
+    )
+    rest = gib * 2**30 / BYTES - model.parameters
+    return model.model_copy(update={"vocabulary": 256 + max(0, int(rest / width / 2))})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk to measure")
+    args = parser.parse_args()
+    model = model_of(args.gib)
+    size = model.parameters * BYTES
+    print(f"{size / 2**30:.2f} GiB: {model.parameters / 1e6:.1f}M parameters", flush=True)
+    rounds: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmark-") as name, Worlds(900) as worlds:
+        for number in range(args.rounds):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            rounds.append(one_round(worlds, model, folder, size))
+            shutil.rmtree(folder)
+            print(json.dumps({k: round(v, 3) for k, v in rounds[-1].items()}), flush=True)
+    report({key: statistics.median(r[key] for r in rounds) for key in rounds[0]}, size)
+
+
+def one_round(worlds: Worlds, model: ModelConfig, folder: Path, size: int) -> dict[str, float]:
+    """Seconds of everything, once."""
+    seconds = raw(folder / "raw", size)
+    seconds |= slowest(worlds.run(SAVING, saving, model, folder))
+    seconds |= slowest(worlds.run(LOADING, loading, model, folder))
+    seconds |= one_file(folder / "all.safetensors", size)
+    return seconds
+
+
+def slowest(ranks: list[dict[str, float]]) -> dict[str, float]:
+    return {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+
+
+def timed(function: Callable[[], object]) -> float:
+    if dist.is_initialized():
+        dist.barrier()
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def forget(path: Path) -> None:
+    """Drop files from the page cache."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def raw(path: Path, size: int) -> dict[str, float]:
+    """One file, in pieces of 16 MiB."""
+    block = np.random.default_rng(0).bytes(16 << 20)
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(size // len(block)):
+                file.write(block)
+            os.fsync(file.fileno())
+
+    def read() -> None:
+        room = bytearray(16 << 20)
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(room):
+                pass
+
+    seconds = {"disk write": timed(write)}
+    forget(path)
+    seconds["disk read"] = timed(read)
+    path.unlink()
+    return seconds
+
+
+def trainer_of(groups: Groups, model: ModelConfig, source: Any) -> Trainer:
+    return Trainer(build(model, groups, torch.bfloat16, source), groups, OptimizerConfig())
+
+
+def saving(groups: Groups, model: ModelConfig, folder: Path) -> dict[str, float]:
+    """Ours, at once and in the background, and DCP's."""
+    trainer = trainer_of(groups, model, RandomWeights(model, 0))
+    for held in trainer.engine._zero._held:  # as after a step
+        state = trainer.engine._zero._innermost().state[held]
+        state.update(step=torch.tensor(1.0), exp_avg=torch.randn_like(held), exp_avg_sq=torch.rand_like(held))
+    saver = Saver(folder / "ours", rank=groups.rank, ranks=groups.layout.processes, barrier=dist.barrier)
+    said = describe(model, groups.layout) | {"updates": 1}
+    seconds = {"save": timed(lambda: saver.save(1, trainer.chunks(state=True), said, {}))}
+    for step in (2, 3):  # the first background save makes room for its copies
+        seconds["stall"] = timed(lambda step=step: saver.save(step, trainer.chunks(state=True), said, {}, wait=False))
+        saver.wait()
+    own = {f"{c.name}@{c.number}": c.values.clone() for c in trainer.chunks(state=True)}
+    seconds["DCP save"] = timed(lambda: dcp.save(own, checkpoint_id=folder / "dcp"))
+    dist.barrier()
+    for name in ("ours", "dcp"):
+        forget(folder / name)
+    seconds["DCP load"] = timed(lambda: dcp.load(own, checkpoint_id=folder / "dcp"))
+    return seconds
+
+
+def loading(groups: Groups, model: ModelConfig, folder: Path) -> dict[str, float]:
+    """Weights and state into a layout that cuts every matrix elsewhere."""
+    trainer = trainer_of(groups, model, RandomWeights(model, 1))
+    forget(folder / "ours")
+
+    def read() -> None:
+        checkpoint = Checkpoint(folder / "ours" / "step-000003")
+        load(trainer.transformer, checkpoint)
+        trainer.restore(checkpoint)
+
+    return {"load": timed(read)}
+
+
+def one_file(path: Path, size: int) -> dict[str, float]:
+    """safetensors, from one process."""
+    tensors = {str(i): torch.randn(1 << 24) for i in range(max(1, size >> 26))}
+
+    def write() -> None:
+        save_file(tensors, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def read() -> None:
+        with safe_open(path, "pt") as file:
+            for name in tensors:
+                tensors[name].copy_(file.get_tensor(name))
+
+    seconds = {"safetensors save": timed(write)}
+    forget(path)
+    return seconds | {"safetensors load": timed(read)}
+
+
+def report(seconds: dict[str, float], size: int) -> None:
+    """Rates, and the three ratios that count."""
+    for key, value in seconds.items():
+        print(f"{key:18} {value:7.3f} s  {size / value / 1e9:6.2f} GB/s")
+    print(f"save / disk write: {seconds['disk write'] / seconds['save']:.2f}")
+    print(f"load into another layout / disk read: {seconds['disk read'] / seconds['load']:.2f}")
+    print(f"stall in the background / save: {seconds['stall'] / seconds['save']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

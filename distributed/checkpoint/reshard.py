@@ -1,0 +1,173 @@
+"""Whole chunks out of what replicas keep: each chunk of an array is written by one rank, whoever has its elements.
+
+ZeRO cuts parameters wherever it likes, and chunks lie on a grid. The replica that keeps most of a chunk writes it, and
+the others send it what they have, all in one exchange; so no rank ever holds more than its share and a few chunks.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lockstep.distributed.checkpoint.spec import Box, Piece, Source, state_name, to_torch, whole
+from lockstep.distributed.checkpoint.store import Chunk, chunk_shape
+from lockstep.distributed.exchange import all_to_all
+
+WEIGHTS = "weights"
+"""The kind of values that is no optimizer's state."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A run of a parameter's elements, laid flat, that this rank keeps."""
+
+    parameter: nn.Parameter
+    shape: torch.Size
+    """Of the parameter; its own shape is empty where ZeRO-3 has split it."""
+    cuts: tuple[int, ...]
+    """[replicas + 1] where the run of each replica begins, and where the last one ends; two where each keeps all."""
+    group: dist.ProcessGroup
+    """The replicas."""
+    values: Mapping[str, Tensor]
+    """This rank's run, flat, by kind of value; the same kinds on every replica."""
+
+
+def parts_of(piece: Piece, shape: Sequence[int], item_bytes: int) -> Iterator[tuple[Box, tuple[int, int]]]:
+    """The chunks that a piece consists of, and where each begins and ends in its parameter, laid flat.
+
+    Args:
+        shape: of the parameter.
+    """
+    rows, row = piece.box[0][1] - piece.box[0][0], math.prod(b - a for a, b in piece.box[1:])
+    step, base = chunk_shape(piece.tile, item_bytes)[0], flat_start(piece, shape)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        box = ((piece.box[0][0] + first, piece.box[0][0] + last), *piece.box[1:])
+        yield box, (base + first * row, base + last * row)
+
+
+def flat_start(piece: Piece, shape: Sequence[int]) -> int:
+    """Where a piece begins in its parameter, laid flat; it has all of the parameter's trailing dims."""
+    split = next((i for i, (a, b) in enumerate(piece.local) if b - a > 1), len(shape) - 1)
+    assert all(piece.local[i] == (0, shape[i]) for i in range(split + 1, len(shape))), piece
+    return sum(a * math.prod(shape[i + 1 :]) for i, (a, _) in enumerate(piece.local))
+
+
+def whole_chunks(kept: Iterable[Kept], pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> list[Chunk]:
+    """The chunks that fall to this rank; all replicas call this together.
+
+    Values are views of what is kept where one replica has all of a chunk, and copies elsewhere.
+    """
+    chunks: list[Chunk] = []
+    exchanges: dict[dist.ProcessGroup, _Exchange] = {}
+    for each in kept:
+        exchange = exchanges.setdefault(each.group, _Exchange(each.group))
+        for piece in (p for p in pieces[each.parameter] if p.first):
+            for kind, values in each.values.items():
+                chunks += exchange.chunks(each, piece, kind, values)
+    for exchange in exchanges.values():
+        exchange.run()
+    return chunks
+
+
+class _Exchange:
+    """What replicas send to each other so that each chunk is whole somewhere."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self._rank, self._ranks = group, group.rank(), group.size()
+        self._device = torch.device("cpu")
+        self._loads = [0] * self._ranks
+        self._sent: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self._awaited: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+    def chunks(self, kept: Kept, piece: Piece, kind: str, values: Tensor) -> Iterator[Chunk]:
+        """The chunks of a piece that fall to this rank; those that others have parts of are filled by `run`."""
+        name = piece.name if kind == WEIGHTS else state_name(kind, piece.name)
+        item, self._device = values.element_size(), values.device
+        grid, run = chunk_shape(piece.tile, item), kept.cuts[self._rank] if len(kept.cuts) > 2 else 0
+        for box, span in parts_of(piece, kept.shape, item):
+            parts = self._parts(kept, span)
+            owner = max(range(self._ranks), key=lambda rank: parts[rank][1] - parts[rank][0])
+            start, stop = parts[self._rank]
+            mine = values[start - run : stop - run]
+            if owner == self._rank:
+                whole = mine if (start, stop) == span else self._assembled(mine, span, parts)
+                yield Chunk(name, piece.shape, grid, box, whole.view([b - a for a, b in box]))
+            elif len(mine):
+                self._sent[owner].append(mine)
+
+    def _parts(self, kept: Kept, span: tuple[int, int]) -> list[tuple[int, int]]:
+        """Of a chunk, what each replica writes or sends; where all have all of it, the least busy one writes it."""
+        if len(kept.cuts) > 2 or self._ranks == 1:
+            return [_common(span, run) for run in zip(kept.cuts, kept.cuts[1:], strict=False)]
+        writer = self._loads.index(min(self._loads))
+        self._loads[writer] += span[1] - span[0]
+        return [span if rank == writer else (span[0], span[0]) for rank in range(self._ranks)]
+
+    def _assembled(self, mine: Tensor, span: tuple[int, int], parts: Sequence[tuple[int, int]]) -> Tensor:
+        """Room for a chunk with this rank's part in it, and places where the others' will go."""
+        room = mine.new_empty(span[1] - span[0])
+        for rank, (start, stop) in enumerate(parts):
+            place = room[start - span[0] : stop - span[0]]
+            if rank == self._rank:
+                place.copy_(mine)
+            elif len(place):
+                self._awaited[rank].append(place)
+        return room
+
+    def run(self) -> None:
+        """Send and receive."""
+        if self._ranks == 1:
+            return
+        sent = [self._bytes(self._sent[rank]) for rank in range(self._ranks)]
+        counts = [sum(t.numel() * t.element_size() for t in self._awaited[rank]) for rank in range(self._ranks)]
+        arrived = all_to_all(torch.cat(sent), self._group, [len(s) for s in sent], counts)
+        for rank, part in enumerate(arrived.split(counts)):
+            places = self._awaited[rank]
+            sizes = [t.numel() * t.element_size() for t in places]
+            for place, values in zip(places, part.split(sizes), strict=True):
+                place.view(torch.uint8).copy_(values)
+
+    def _bytes(self, tensors: Sequence[Tensor]) -> Tensor:
+        none = torch.empty(0, dtype=torch.uint8, device=self._device)
+        return torch.cat([none, *(t.view(torch.uint8) for t in tensors)])
+
+
+def _common(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """The common part of two intervals, empty where there is none."""
+    start = min(max(a[0], b[0]), a[1])
+    return start, max(start, min(a[1], b[1]))
+
+
+def fill(into: Tensor, start: int, shape: Sequence[int], pieces: Sequence[Piece], source: Source, kind: str) -> None:
+    """Read the elements of a parameter from `start` on, as many as `into` has; those of no logical tensor become 0.
+
+    Args:
+        shape: of the parameter.
+        pieces: of logical tensors in it.
+    """
+    into.zero_()
+    for piece in pieces:
+        row, base = math.prod(b - a for a, b in piece.box[1:]), flat_start(piece, shape)
+        rows = piece.box[0][1] - piece.box[0][0]
+        first, last = _common((start, start + len(into)), (base, base + rows * row))
+        if first == last:
+            continue
+        low, high = (first - base) // row, -((base - last) // row)
+        box = ((piece.box[0][0] + low, piece.box[0][0] + high), *piece.box[1:])
+        values = to_torch(source.read(state_name(kind, piece.name), box)).view(-1)
+        skipped = base + low * row
+        into[first - start : last - start].copy_(values[first - skipped : last - skipped])
+
+
+def chunks_of(tensor: Tensor, name: str) -> Iterator[Chunk]:
+    """A whole logical tensor as chunks."""
+    shape = tuple(tensor.shape)
+    piece = Piece(name, shape, whole(shape), whole(shape), shape)
+    grid = chunk_shape(shape, tensor.element_size())
+    for box, (start, stop) in parts_of(piece, shape, tensor.element_size()):
+        yield Chunk(name, shape, grid, box, tensor.reshape(-1)[start:stop].view([b - a for a, b in box]))
