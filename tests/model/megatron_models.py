@@ -201,7 +201,7 @@ def filled(groups: Groups, model: ModelConfig, dtype: torch.dtype, source: Sourc
     return module
 
 
-def save(folder: Path, state: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+def save(folder: Path, state: dict[str, Any]) -> None:
     """`dist_checkpointing.save`. It starts processes, which a rank of our worlds may not, and one that outlives it."""
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     filesystem_async._results_queue = queue.Queue()
@@ -209,7 +209,7 @@ def save(folder: Path, state: dict[str, Any], metadata: dict[str, Any] | None = 
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     with megatron_device():
-        dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+        dist_checkpointing.save(state, str(folder))
     dist.barrier()
 
 
@@ -256,13 +256,14 @@ def resaved(
         optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4, min_lr=0.0, **kind), [wrapped])
         if sharding:  # it reads how often torch's Adam has stepped, and Megatron's training has it step first
             optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()
-        weights = module.sharded_state_dict(metadata=SHARDING)
-        wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=SHARDING)
+        metadata = dict(SHARDING)  # a copy, in which Megatron keeps a process group
+        weights = module.sharded_state_dict(metadata=metadata)
+        wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
         state = dist_checkpointing.load({"model": weights, "optimizer": wanted}, str(folder))
         module.load_state_dict(state["model"])
         with patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", _with_step):
             optimizer.load_state_dict(state["optimizer"])
-        metadata = SHARDING | {"distrib_optim_sharding_type": sharding}
+        metadata |= {"distrib_optim_sharding_type": sharding}
         weights = module.sharded_state_dict(metadata=metadata)
-        save(back, {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=metadata)}, metadata)
+        save(back, {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=metadata)})
         return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

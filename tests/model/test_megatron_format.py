@@ -128,7 +128,7 @@ def saved_by_megatron(groups: Groups, folder: Path) -> None:
         if model.moe and groups.layout.processes > 2:
             continue
         module = filled(groups, model, dtype_of(name), Drawn(model, dtype_of(name)))
-        state = module.sharded_state_dict(metadata=NAMING.get(groups.layout, {}))
+        state = module.sharded_state_dict(metadata=dict(NAMING.get(groups.layout, {})))
         save(folder / name, {"model": state, "iteration": 3})
 
 
