@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from lockstep.distributed.checkpoint.spec import Box, Source, state_name, to_numpy
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface, to_huggingface
-from lockstep.model.formats.megatron_names import STORED_EMBEDDING, Part, Place, extra_states, parts, place, variants
+from lockstep.model.formats.megatron_names import (
+    STORED_EMBEDDING,
+    Part,
+    Place,
+    extra_states,
+    parts,
+    place,
+    spellings,
+    variants,
+)
 from lockstep.model.formats.megatron_words import from_megatron, to_megatron
 from lockstep.model.formats.torch_dist import BadTorchDist, Piece, TorchDist, Writer, rows_of_chunk
 from lockstep.model.names import EMBEDDING, logical_tensors
@@ -174,8 +183,8 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.01
 
-    def groups(self, updates: int) -> list[dict[str, Any]]:
-        """Megatron's two groups: matrices, and what is not decayed."""
+    def state(self, updates: int) -> dict[str, Any]:
+        """What has no shape, and Megatron's two groups: matrices, and what is not decayed."""
         common = {
             "lr": self.lr,
             "max_lr": self.lr,
@@ -188,7 +197,8 @@ class Adam:
             "default_config": True,
             "step": updates,
         }
-        return [common | {"wd_mult": mult, "weight_decay": mult * self.weight_decay} for mult in (1.0, 0.0)]
+        groups = [common | {"wd_mult": mult, "weight_decay": mult * self.weight_decay} for mult in (1.0, 0.0)]
+        return {"param_groups": groups, "state": {"common_step": updates}}
 
 
 def write(
@@ -215,6 +225,9 @@ def write(
                 writer.add(_pieces(source, part, kind))
     if states:
         _name_masters(writer, {part.key for part in stored})
+    for name in writer.names:
+        for other in spellings(name):
+            writer.alias(other, name)
     writer.add_empty(extra_states(stored))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for name, text in tokenizer.items():
@@ -266,7 +279,7 @@ def _key(kind: str, key: str) -> str:
 def _name_masters(writer: Writer, keys: Iterable[str]) -> None:
     """Where weights are fp32 they are their own masters, and masters have the names that either optimizer asks for."""
     for key in keys:
-        if _key("master", key) not in writer:
+        if _key("master", key) not in writer.names:
             writer.alias(_key("master", key), key)
         writer.alias(f"optimizer.state.fp32_param.{key}", _key("master", key))
 
@@ -287,5 +300,11 @@ def _common(words: dict[str, Any], updates: int, adam: Adam | None) -> dict[str,
     }
     if adam is None:
         return common
-    inner = {"param_groups": adam.groups(updates), "state": {"common_step": updates}}
-    return common | {"optimizer": {"optimizer": inner, "param_state_sharding_type": "fully_reshardable"}}
+    # Within another `optimizer` for the optimizers of bf16 models and the distributed one, without for that of fp32.
+    return common | {
+        "optimizer": {
+            "optimizer": adam.state(updates),
+            "param_state_sharding_type": "fully_reshardable",
+            **adam.state(updates),
+        }
+    }

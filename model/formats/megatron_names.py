@@ -110,24 +110,30 @@ def _inner(owner: str, model: ModelConfig) -> int:
 
 def variants(found: Place) -> Iterator[Place]:
     """All ways in which Megatron may have stored what this place says."""
-    yield from _spellings(found)
+    yield from _spelled(found)
     if not found.key.startswith("decoder.layers."):
         return
     layer, *expert = found.lead
     alone = replace(found, key=found.key.replace("layers.", f"layers.{layer}.", 1), lead=tuple(expert))
-    yield from _spellings(alone)
+    yield from _spelled(alone)
     if expert:
         alone = replace(alone, key=alone.key.replace("experts.experts.", f"experts.experts.{expert[0]}."), lead=())
         yield alone
     yield replace(alone, key=f"{alone.key}_{'v' if alone.start else 'w'}", start=0)
 
 
-def _spellings(found: Place) -> Iterator[Place]:
+def _spelled(found: Place) -> Iterator[Place]:
     yield found
+    for other in spellings(found.key):
+        yield replace(found, key=other)
+
+
+def spellings(key: str) -> Iterator[str]:
+    """Other names of a stored norm: not all specs of a layer keep it in the same place."""
     for names in _NORMS.values():
         for one, other in (names, names[::-1]):
-            if one in found.key:
-                yield replace(found, key=found.key.replace(one, other))
+            if one in key:
+                yield key.replace(one, other)
 
 
 @dataclass(frozen=True)

@@ -220,8 +220,10 @@ class Writer:
             torch.save(tensor, buffer)
             self._list(piece, tensor.dtype, self._write(buffer))
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors so far."""
+        return tuple(self._tensors)
 
     def alias(self, name: str, of: str) -> None:
         """Another name of a tensor that was written: its chunks are stored once."""

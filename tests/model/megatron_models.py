@@ -2,19 +2,23 @@
 
 import multiprocessing
 import queue
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -74,24 +78,36 @@ def gpt(groups: Groups, model: ModelConfig, dtype: torch.dtype) -> GPTModel:
         qk_layernorm=model.qk_norm == "head",
         normalization=config.normalization,
     )
-    return GPTModel(
-        config,
-        spec,
-        vocab_size=padded(model, groups.layout.tensor),
-        max_sequence_length=model.context,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=model.tied,
-        position_embedding_type="learned_absolute" if model.rope is None else "rope",
-        rotary_base=int(model.rope.theta) if model.rope else 10000,
-    )
+    # Shared experts have a stream of their own, and there is none without an accelerator.
+    with patch.object(torch.cuda, "Stream", lambda: None):
+        return GPTModel(
+            config,
+            spec,
+            vocab_size=padded(model, groups.layout.tensor),
+            max_sequence_length=model.context,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.tied,
+            position_embedding_type="learned_absolute" if model.rope is None else "rope",
+            rotary_base=int(model.rope.theta) if model.rope else 10000,
+        )
 
 
 def padded(model: ModelConfig, tensor: int) -> int:
     """Rows of Megatron's vocabulary."""
     multiple = DIVISOR * tensor
     return -(-model.vocabulary // multiple) * multiple
+
+
+@torch.no_grad()
+def logits(module: GPTModel, tokens_T: Tensor) -> Tensor:
+    """[T, padded vocabulary], computed by megatron-core; its dropout, which is 0, asks for states of an accelerator."""
+    positions = torch.arange(len(tokens_T))
+    mask = (positions[:, None] < positions)[None, None]
+    states = SimpleNamespace(fork=nullcontext)
+    with megatron_device(), patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: states):
+        return module.eval()(tokens_T[None], positions[None], mask)[0]
 
 
 class Naive:
@@ -185,7 +201,7 @@ def filled(groups: Groups, model: ModelConfig, dtype: torch.dtype, source: Sourc
     return module
 
 
-def save(folder: Path, state: dict[str, Any], metadata: dict[str, Any] | None = None) -> None:
+def save(folder: Path, state: dict[str, Any]) -> None:
     """`dist_checkpointing.save`. It starts processes, which a rank of our worlds may not, and one that outlives it."""
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     filesystem_async._results_queue = queue.Queue()
@@ -193,7 +209,7 @@ def save(folder: Path, state: dict[str, Any], metadata: dict[str, Any] | None = 
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     with megatron_device():
-        dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+        dist_checkpointing.save(state, str(folder))
     dist.barrier()
 
 
@@ -215,6 +231,13 @@ class _CudaNames(TorchFunctionMode):
         return found.replace("torch.", "torch.cuda.") if func is torch.Tensor.type and len(args) == 1 else found
 
 
+def _with_step(self: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Tensor]) -> None:
+    """What is loaded has no count of steps for each tensor, and torch's Adam has one, unlike that of an accelerator."""
+    _set_states(self, parameter, {**self._get_main_param_and_optimizer_states(parameter), **tensors})
+
+
+_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -231,12 +254,16 @@ def resaved(
         parallel = DistributedDataParallelConfig(use_distributed_optimizer=sharding is not None)
         wrapped = DistributedDataParallel(module.config, parallel, module)
         optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4, min_lr=0.0, **kind), [wrapped])
-        weights = module.sharded_state_dict(metadata=SHARDING)
-        wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=SHARDING)
+        if sharding:  # it reads how often torch's Adam has stepped, and Megatron's training has it step first
+            optimizer.chained_optimizers[0]._init_optimizer_states_with_dummy_values()
+        metadata = dict(SHARDING)  # a copy, in which Megatron keeps a process group
+        weights = module.sharded_state_dict(metadata=metadata)
+        wanted = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
         state = dist_checkpointing.load({"model": weights, "optimizer": wanted}, str(folder))
         module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        metadata = SHARDING | {"distrib_optim_sharding_type": sharding}
+        with patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", _with_step):
+            optimizer.load_state_dict(state["optimizer"])
+        metadata |= {"distrib_optim_sharding_type": sharding}
         weights = module.sharded_state_dict(metadata=metadata)
-        save(back, {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=metadata)}, metadata)
+        save(back, {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=metadata)})
         return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]

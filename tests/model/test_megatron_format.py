@@ -1,27 +1,48 @@
 """Folders that megatron-core wrote, read bit for bit, and folders that we wrote, loaded by megatron-core."""
 
+<<<<<<< HEAD
 from collections.abc import Sequence
+=======
+import os
+import pickle
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+>>>>>>> 350474cc891907991899f45dd6e41888ec16db9a
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+<<<<<<< HEAD
+=======
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.transformer.enums import AttnBackend
+>>>>>>> 350474cc891907991899f45dd6e41888ec16db9a
 
 from lockstep.distributed.checkpoint.spec import Box, Source, digest, state_name, to_numpy, whole
-from lockstep.distributed.device import megatron_device
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.attention import DocumentAttention
+<<<<<<< HEAD
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.formats.megatron import MegatronFolder, write
+=======
+from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel
+from lockstep.model.formats import torch_dist
+from lockstep.model.formats.megatron import MegatronFolder, write
+from lockstep.model.formats.megatron_names import parts, place
+from lockstep.model.formats.megatron_words import from_megatron, to_megatron
+from lockstep.model.formats.restricted import UnreadFile
+>>>>>>> 350474cc891907991899f45dd6e41888ec16db9a
 from lockstep.model.formats.torch_dist import BadTorchDist
 from lockstep.model.logprobs import local_logits
 from lockstep.model.names import RandomWeights, logical_tensors
 from lockstep.model.rope import Rope
 from lockstep.model.train import build, transformer_of
-from tests.model.megatron_models import Naive, filled, loaded, resaved, save
+from tests.model.megatron_models import Naive, filled, loaded, logits, resaved, save
 
 SIZES: dict[str, Any] = {"layers": 4, "width": 24, "heads": 4, "kv_heads": 2, "head_dim": 8, "context": 16}
 MODELS = {
@@ -64,6 +85,8 @@ MODELS = {
     ),
 }
 LAYOUTS = [Layout(tensor=2, pipeline=2), Layout(tensor=2), Layout(pipeline=2), Layout()]
+NAMING = {LAYOUTS[1]: {"singleton_local_shards": True}, LAYOUTS[2]: {"non_homogeneous_layers": True}}
+"""Layers with names of their own, and experts, gates and ups as well."""
 
 
 class Drawn(RandomWeights):
@@ -117,7 +140,8 @@ def saved_by_megatron(groups: Groups, folder: Path) -> None:
         if model.moe and groups.layout.processes > 2:
             continue
         module = filled(groups, model, dtype_of(name), Drawn(model, dtype_of(name)))
-        save(folder / name, {"model": module.sharded_state_dict(), "iteration": 3})
+        state = module.sharded_state_dict(metadata=dict(NAMING.get(groups.layout, {})))
+        save(folder / name, {"model": state, "iteration": 3})
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +214,7 @@ def largest_difference(groups: Groups, folder: Path) -> dict[str, float]:
         transformer = transformer_of(build(model, groups, torch.float32, MegatronFolder(folder / name)))
         hidden = transformer(tokens, positions, DocumentAttention([[11]], tokens.device))[:, 0]
         mine = local_logits(hidden, transformer.head_weight, 0, model.vocabulary)[:, : model.vocabulary]
-        module = loaded(groups, model, torch.float32, folder / name).eval()
-        with megatron_device():
-            mask = torch.ones(11, 11, dtype=torch.bool).triu(1)[None, None]
-            theirs = module(tokens[None], positions[None], mask)[0, :, : model.vocabulary]
+        theirs = logits(loaded(groups, model, torch.float32, folder / name), tokens)[:, : model.vocabulary]
         assert theirs.std() > 0.1
         found[name] = float((mine - theirs).abs().max())
     return found
@@ -233,9 +254,214 @@ def test_adam_goes_through_megatron_and_back(
 
 def test_buckets_without_names_are_refused_and_weights_are_not(ours: Path, tmp_path: Path, worlds: Worlds) -> None:
     model = MODELS["untied"]
-    arguments = (model, torch.float32, ours / "untied", tmp_path / "back", "dp_reshardable")
-    worlds.run(Layout(tensor=2), resaved, *arguments)
+    worlds.run(Layout(tensor=2), resaved, model, torch.float32, ours / "untied", tmp_path / "back", "dp_reshardable")
     found = MegatronFolder(tmp_path / "back", model)
     assert differing(found, Drawn(model, torch.float32), model) == []
     with pytest.raises(BadTorchDist, match="save with --dist-ckpt-optim-fully-reshardable"):
         list(found.states)
+
+
+ARGUMENTS: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "group_query_attention": True,
+    "ffn_hidden_size": 20,
+    "max_position_embeddings": 16,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-5,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "rotary_base": 5000,
+    "untie_embeddings_and_output_weights": False,
+}
+"""A command line of Megatron-LM for the model `tied`."""
+
+
+def test_arguments_say_which_model_it_is() -> None:
+    assert from_megatron(ARGUMENTS | {"vocab_size": 31}, 32) == MODELS["tied"]
+    assert from_megatron(ARGUMENTS, 32) == MODELS["tied"].model_copy(update={"vocabulary": 32})
+    alone = from_megatron(ARGUMENTS | {"group_query_attention": False, "num_query_groups": 1}, 32)
+    assert alone.kv_heads == alone.heads
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_arguments_survive_a_round_trip(name: str) -> None:
+    assert from_megatron(to_megatron(MODELS[name]), 1) == MODELS[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_layers": None}, "arguments lack num_layers: put the model's config.json beside it"),
+        ({"multi_latent_attention": True}, "uses multi_latent_attention"),
+        ({"rotary_percent": 0.5}, r"uses rotary_percent=0\.5"),
+        ({"position_embedding_type": "mrope"}, "uses position_embedding_type=mrope"),
+        ({"normalization": "LayerNorm", "apply_layernorm_1p": True}, "uses apply_layernorm_1p with LayerNorm"),
+        ({"num_experts": 4, "moe_layer_freq": [1, 0, 1, 1]}, r"uses moe_layer_freq=\[1, 0, 1, 1\]"),
+        ({"num_experts": 4, "moe_router_score_function": "sigmoid"}, "uses moe_router_score_function=sigmoid"),
+    ],
+)
+def test_arguments_of_other_models_are_refused(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UnknownModel, match=complaint):
+        from_megatron(ARGUMENTS | change, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"attention_cap": 50.0}, "Megatron's arguments cannot say this model's attention_cap"),
+        ({"window": 4}, "Megatron's arguments cannot say this model's window"),
+        ({"norm_at": "after"}, "Megatron's arguments cannot say this model's norm_at"),
+    ],
+)
+def test_models_that_megatron_lacks_are_not_written(change: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    model = MODELS["tied"].model_copy(update=change)
+    with pytest.raises(UnknownModel, match=complaint):
+        write(tmp_path / "out", model, Drawn(model, torch.float32), {})
+    assert not (tmp_path / "out").exists()
+
+
+def rewritten(folder: Path, **common: Any) -> MegatronFolder:
+    """The folder without its config.json, and with this in its common.pt."""
+    (folder / "config.json").unlink(missing_ok=True)
+    torch.save(common, folder / "common.pt")
+    return MegatronFolder(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The model `tied` without an optimizer's state, as we write it."""
+    write(tmp_path / "one", MODELS["tied"], Drawn(MODELS["tied"], torch.bfloat16), {})
+    return tmp_path / "one"
+
+
+def test_the_model_is_that_of_the_arguments_where_nothing_else_says_it(folder: Path) -> None:
+    padded = MODELS["tied"].model_copy(update={"vocabulary": 31})
+    backend = AttnBackend.auto
+    assert rewritten(folder, args=Namespace(**ARGUMENTS, attention_backend=backend)).config == padded
+    assert rewritten(folder, config=ARGUMENTS).config == padded
+    with pytest.raises(UnknownModel, match=r"does not say which model it holds: put the model's config\.json"):
+        rewritten(folder)
+
+
+def test_the_newest_of_a_run_is_found(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12\n")
+    folder.rename(tmp_path / "iter_0000012")
+    assert MegatronFolder(tmp_path).folder.name == "iter_0000012"
+
+
+def test_a_vocabulary_of_too_few_rows_and_unknown_tensors_are_refused(folder: Path) -> None:
+    larger = MODELS["tied"].model_copy(update={"vocabulary": 40})
+    with pytest.raises(BadTorchDist, match=r"word_embeddings\.weight in .* is \(31, 24\), and .* be \(40"):
+        MegatronFolder(folder, larger)
+    with pytest.raises(BadTorchDist, match=r"lacks output_layer\.weight, which a model of its configuration has"):
+        MegatronFolder(folder, MODELS["tied"].model_copy(update={"tied": False}))
+    deeper = MODELS["tied"].model_copy(update={"layers": 3})
+    with pytest.raises(BadTorchDist, match=r"the model's would be \(3, "):
+        MegatronFolder(folder, deeper)
+    with pytest.raises(BadTorchDist, match=r"lacks decoder\.layers\.self_attention\.linear_qkv\.bias"):
+        MegatronFolder(folder, MODELS["tied"].model_copy(update={"biases": ("qkv",)}))
+    with pytest.raises(KeyError, match=r"has no tensor exp_avg/model\.norm\.weight"):
+        MegatronFolder(folder).read("exp_avg/model.norm.weight", ((0, 24),))
+
+
+def test_tensors_that_the_model_lacks_are_refused(ours: Path) -> None:
+    without = MODELS["biases"].model_copy(update={"biases": ()})
+    with pytest.raises(BadTorchDist, match=r"holds .*linear_qkv\.bias, which a model of its configuration lacks"):
+        MegatronFolder(ours / "biases", without)
+
+
+def test_a_file_that_is_cut_off_missing_or_damaged_is_named(folder: Path) -> None:
+    model, data = MODELS["tied"], folder / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[:-2000])
+    with pytest.raises(BadTorchDist, match=r"__0_0\.distcp ends \d+ bytes before its chunk does: copy the folder"):
+        differing(MegatronFolder(folder), Drawn(model, torch.bfloat16), model)
+    data.write_bytes(b"\0" * len(content))
+    with pytest.raises(UnreadFile, match=r"embed.* in __0_0\.distcp of .* is damaged \("):
+        differing(MegatronFolder(folder), Drawn(model, torch.bfloat16), model)
+    data.unlink()
+    with pytest.raises(BadTorchDist, match=r"lacks __0_0\.distcp: give a folder that Megatron saved whole"):
+        differing(MegatronFolder(folder), Drawn(model, torch.bfloat16), model)
+    for name in ("common.pt", ".metadata", "metadata.json"):
+        (folder / name).unlink()
+        with pytest.raises(BadTorchDist, match=f"lacks {name}"):
+            MegatronFolder(folder)
+
+
+class Foreign:
+    """A class that no checkpoint holds."""
+
+
+def test_a_foreign_class_is_never_made(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnreadFile, match=r"common\.pt is not read: it holds .*Foreign, which is not on the list"):
+        rewritten(folder, args=Namespace(**ARGUMENTS, tokenizer=Foreign()))
+    with pytest.raises(UnreadFile, match=r"it holds builtins\.eval, which is not on the list"):
+        rewritten(folder, args=Call(eval, "1 + 1"))
+    torch.save({}, folder / "common.pt")
+    mark = tmp_path / "made"
+    (folder / ".metadata").write_bytes(pickle.dumps(Call(os.mkdir, str(mark))))
+    with pytest.raises(UnreadFile, match=r"\.metadata is not read: it holds posix\.mkdir, which is not on the list"):
+        MegatronFolder(folder)
+    assert not mark.exists()
+
+
+class Call:
+    """Pickled as a call, which a pickle may hold."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class WithMuon(Drawn):
+    """Drawn weights, with a state of Muon's."""
+
+    updates = 1
+    states = ("momentum/model.norm.weight",)
+
+
+def test_state_of_another_optimizer_is_not_written(tmp_path: Path) -> None:
+    model = MODELS["tied"]
+    with pytest.raises(BadTorchDist, match=r"state is not Adam's \(momentum/model\.norm\.weight is there\)"):
+        write(tmp_path / "out", model, WithMuon(model, torch.float32), {})
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 6), st.booleans())
+def test_parts_of_a_stored_tensor_cover_it_once(groups: int, queries: int, head_dim: int, gated: bool) -> None:
+    sizes = {"heads": groups * queries, "kv_heads": groups, "head_dim": 2 * head_dim}
+    model = MODELS["tied"].model_copy(update=sizes | {"gated": gated})
+    shapes = logical_tensors(model)
+    for part in parts({name: place(name, model) for name in shapes}, shapes):
+        rows = np.concatenate([found.rows(0, count) for _, found, count in part.held])
+        assert sorted(rows) == list(range(part.rows)), part.key
+
+
+class Counted(Drawn):
+    """Drawn weights that remember the largest part that was asked for."""
+
+    largest = 0
+
+    def read(self, name: str, box: Box) -> np.ndarray:
+        part = super().read(name, box)
+        self.largest = max(self.largest, part.nbytes)
+        return part
+
+
+def test_chunks_are_small_and_files_are_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch_dist, "LARGEST_CHUNK", 512)
+    monkeypatch.setattr(torch_dist, "LARGEST_FILE", 20_000)
+    model = MODELS["untied"]
+    source = Counted(model, torch.float32)
+    write(tmp_path / "out", model, source, {})
+    assert source.largest <= 512
+    assert len(list((tmp_path / "out").glob("*.distcp"))) > 3
+    assert differing(MegatronFolder(tmp_path / "out"), source, model) == []
+    part = MegatronFolder(tmp_path / "out").read("model.layers.2.self_attn.k_proj.weight", ((3, 11), (5, 9)))
+    assert digest(part) == digest(source.read("model.layers.2.self_attn.k_proj.weight", ((3, 11), (5, 9))))
