@@ -76,9 +76,14 @@ class Run:
     data: int = 1
     dtype: torch.dtype = torch.bfloat16
     zero_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     two_groups: bool = True
     frozen: bool = False
     """Whether the embedding is not trained."""
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return " ".join([self.family, f"zero {self.zero} x {self.data}", dtype, *self.zero_options, *self.options])
 
 
 BFLOAT16_WITHOUT_ZERO = Run("llama", 0, data=2)
@@ -91,6 +96,9 @@ RUNS = [
     Run("gpt2", 1, data=2, dtype=torch.float32),
     Run("mixtral", 1, data=2),
     Run("llama", 2, data=2, zero_options={"offload_optimizer": {"device": "cpu"}}),
+    Run("llama", 1, data=2, options={"data_types": {"grad_accum_dtype": "fp32"}}),
+    Run("gpt2", 2, data=2, zero_options={"parameter_alignment": True}),
+    Run("llama", 2, dtype=torch.float16),
     Run("qwen3_moe", 2),
     Run("llama tied", 3),
     Run("gpt2", 3, data=2),
@@ -111,11 +119,14 @@ def engine_of(run: Run, groups: Groups, **config: Any) -> Iterator[Any]:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": run.dtype == torch.bfloat16},
+        "fp16": {"enabled": run.dtype == torch.float16, "initial_scale_power": 4},
         "zero_optimization": {"stage": run.zero, "overlap_comm": False, **run.zero_options},
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=_Grid(groups), config=settings | config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, mpu=_Grid(groups), config=settings | run.options | config
+    )
     try:
         yield engine
     finally:
@@ -229,7 +240,7 @@ def check(source: Source, expected: dict[str, Source], model: ModelConfig, kinds
 
 
 def kinds_of(run: Run) -> tuple[str, ...]:
-    return KINDS if run.dtype == torch.bfloat16 else KINDS[1:]
+    return KINDS[1:] if run.dtype == torch.float32 else KINDS
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
