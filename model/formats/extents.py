@@ -1,4 +1,4 @@
-"""Tensors as ranges of bytes in files, read by pread(2): nothing stays mapped, so memory is what a reader asked for."""
+"""Tensors as ranges of bytes in files, read by slices: what is in memory is what a reader asked for."""
 
 import math
 import os

@@ -1,7 +1,7 @@
 """safetensors files, read and written by slices: the header first, then each tensor at the place that it names.
 
 Format: https://huggingface.co/docs/safetensors/index#format. The library of that name writes a file from tensors that
-are all in memory, and reads through a map whose pages count as the process's own; neither suits a file of 50 GB.
+are all in memory, which does not suit one of 5 GB.
 """
 
 import json

@@ -76,9 +76,14 @@ class Run:
     data: int = 1
     dtype: torch.dtype = torch.bfloat16
     zero_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     two_groups: bool = True
     frozen: bool = False
     """Whether the embedding is not trained."""
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return " ".join([self.family, f"zero {self.zero} x {self.data}", dtype, *self.zero_options, *self.options])
 
 
 BFLOAT16_WITHOUT_ZERO = Run("llama", 0, data=2)
@@ -91,6 +96,9 @@ RUNS = [
     Run("gpt2", 1, data=2, dtype=torch.float32),
     Run("mixtral", 1, data=2),
     Run("llama", 2, data=2, zero_options={"offload_optimizer": {"device": "cpu"}}),
+    Run("llama", 1, data=2, options={"data_types": {"grad_accum_dtype": "fp32"}}),
+    Run("gpt2", 2, data=2, zero_options={"parameter_alignment": True}),
+    Run("llama", 2, dtype=torch.float16),
     Run("qwen3_moe", 2),
     Run("llama tied", 3),
     Run("gpt2", 3, data=2),
@@ -111,11 +119,14 @@ def engine_of(run: Run, groups: Groups, **config: Any) -> Iterator[Any]:
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": run.dtype == torch.bfloat16},
+        "fp16": {"enabled": run.dtype == torch.float16, "initial_scale_power": 4},
         "zero_optimization": {"stage": run.zero, "overlap_comm": False, **run.zero_options},
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=_Grid(groups), config=settings | config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, mpu=_Grid(groups), config=settings | run.options | config
+    )
     try:
         yield engine
     finally:
@@ -229,7 +240,7 @@ def check(source: Source, expected: dict[str, Source], model: ModelConfig, kinds
 
 
 def kinds_of(run: Run) -> tuple[str, ...]:
-    return KINDS if run.dtype == torch.bfloat16 else KINDS[1:]
+    return KINDS[1:] if run.dtype == torch.float32 else KINDS
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -348,19 +359,36 @@ def kinds_by_us(name: str, layout: Layout, optimizer: str) -> tuple[str, ...]:
     return ("master", *moments) if layout.zero else moments
 
 
-def trained_by_us(groups: Groups, name: str, optimizer: Literal["adamw", "muon"], folder: Path) -> list[Part]:
-    """Train a Transformer two steps and save it with DeepSpeed; what this rank holds."""
-    model, zero = OURS[name], groups.layout.zero
-    dtype = torch.float32 if zero == 0 else torch.bfloat16
-    config = OptimizerConfig(kind=optimizer)
-    trainer = Trainer(build(model, groups, dtype, RandomWeights(model, 1)), groups, config)
+def trainer_of(groups: Groups, name: str, optimizer: Literal["adamw", "muon"], source: Source) -> Trainer:
+    dtype = torch.float32 if groups.layout.zero == 0 else torch.bfloat16
+    return Trainer(build(OURS[name], groups, dtype, source), groups, OptimizerConfig(kind=optimizer))
+
+
+def our_losses(trainer: Trainer, count: int) -> list[float]:
+    """Of some steps, all on the same texts."""
     tokens = np.random.default_rng(2).integers(3, 31, (6, 12))
-    rows = rows_for_ranks([sample(t[:3], t[3:], weight=1 / 54) for t in tokens], row_rules(groups.layout, 30))
-    for _ in range(2):
-        trainer.step(rows[groups.data_rank], nll, 1e-2)
+    texts = [sample(t[:3], t[3:], weight=1 / 54) for t in tokens]
+    rows = rows_for_ranks(texts, row_rules(trainer.groups.layout, 30))[trainer.groups.data_rank]
+    return [trainer.step(rows, nll, 1e-2).values["loss"] for _ in range(count)]
+
+
+def trained_by_us(
+    groups: Groups, name: str, optimizer: Literal["adamw", "muon"], folder: Path
+) -> tuple[list[Part], list[float]]:
+    """Train two steps, save with DeepSpeed, train two more; what this rank held, and the last losses."""
+    trainer = trainer_of(groups, name, optimizer, RandomWeights(OURS[name], 1))
+    our_losses(trainer, 2)
     engine = trainer.engine._zero._engine
     engine.save_checkpoint(str(folder))
-    return [*parts_of(trainer, engine, optimizer)]
+    return [*parts_of(trainer, engine, optimizer)], our_losses(trainer, 2)
+
+
+def resumed_by_us(groups: Groups, name: str, optimizer: Literal["adamw", "muon"], folder: Path) -> list[float]:
+    """Losses of the last two steps of `trained_by_us`, from what it had saved."""
+    source = DeepSpeedFolder(folder, OURS[name])
+    trainer = trainer_of(groups, name, optimizer, source)
+    trainer.restore(source)
+    return our_losses(trainer, 2)
 
 
 def parts_of(trainer: Trainer, engine: Any, optimizer: str) -> Iterator[Part]:
@@ -386,7 +414,7 @@ def test_a_transformer_of_ours_is_read_from_any_layout(
     assert source.updates == 2
     expected = {state_name(kind, n) for n in shapes for kind in kinds_by_us(n, layout, optimizer)}
     assert {*source.states} == expected
-    for tensor, box, values in (part for rank in ranks for part in rank):
+    for tensor, box, values in (part for parts, _ in ranks for part in parts):
         assert same(source.read(tensor, box), values), (tensor, box)
     write_universal(tmp_path / "universal", OURS[name], source)
     again = DeepSpeedFolder(tmp_path / "universal")
@@ -394,6 +422,14 @@ def test_a_transformer_of_ours_is_read_from_any_layout(
     for tensor in (*shapes, *expected):
         box = whole(shapes[tensor.rpartition("/")[2]])
         assert same(again.read(tensor, box), source.read(tensor, box)), tensor
+
+
+@pytest.mark.parametrize(("name", "layout", "optimizer"), LAYOUTS[1:3], ids=str)
+def test_our_trainer_goes_on_from_deepspeed_s_files(
+    name: str, layout: Layout, optimizer: str, worlds: Worlds, tmp_path: Path
+) -> None:
+    expected = [losses for _, losses in worlds.run(layout, trained_by_us, name, optimizer, tmp_path)]
+    assert worlds.run(layout, resumed_by_us, name, optimizer, tmp_path) == expected
 
 
 @given(st.data())

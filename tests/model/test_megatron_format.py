@@ -1,42 +1,30 @@
 """Folders that megatron-core wrote, read bit for bit, and folders that we wrote, loaded by megatron-core."""
 
-<<<<<<< HEAD
-from collections.abc import Sequence
-=======
 import os
 import pickle
 from argparse import Namespace
 from collections.abc import Callable, Sequence
->>>>>>> 350474cc891907991899f45dd6e41888ec16db9a
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-<<<<<<< HEAD
-=======
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnBackend
->>>>>>> 350474cc891907991899f45dd6e41888ec16db9a
 
 from lockstep.distributed.checkpoint.spec import Box, Source, digest, state_name, to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.attention import DocumentAttention
-<<<<<<< HEAD
-from lockstep.model.config import ModelConfig, MoEConfig
-from lockstep.model.formats.megatron import MegatronFolder, write
-=======
 from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel
 from lockstep.model.formats import torch_dist
 from lockstep.model.formats.megatron import MegatronFolder, write
 from lockstep.model.formats.megatron_names import parts, place
 from lockstep.model.formats.megatron_words import from_megatron, to_megatron
 from lockstep.model.formats.restricted import UnreadFile
->>>>>>> 350474cc891907991899f45dd6e41888ec16db9a
 from lockstep.model.formats.torch_dist import BadTorchDist
 from lockstep.model.logprobs import local_logits
 from lockstep.model.names import RandomWeights, logical_tensors
