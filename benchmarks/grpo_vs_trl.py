@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.cluster.convert import QUICKSTART_MODEL, to_lockstep
+from lockstep.cluster.convert import to_lockstep
 from lockstep.cluster.jobs import ray_cluster
+from lockstep.cluster.sources import QUICKSTART_MODEL
 from lockstep.data.batch import sample
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint

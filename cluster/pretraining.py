@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.cluster.config import Recipe
-from lockstep.cluster.convert import OpenModel, write_checkpoint
+from lockstep.cluster.convert import write_checkpoint
 from lockstep.cluster.display import Progress
 from lockstep.cluster.records import RunFolder
 from lockstep.cluster.rewinds import Rewinds
+from lockstep.cluster.sources import OpenModel
 from lockstep.cluster.tracing import traced
 from lockstep.data.schedule import Rewind, SampleSchedule
 from lockstep.distributed.checkpoint import manager

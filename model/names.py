@@ -23,6 +23,9 @@ from lockstep.model.transformer import Transformer, padded_vocabulary
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 POSITIONS = "model.embed_positions.weight"
 
+OnAxis = tuple[int, int]
+"""A rank on an axis, and the axis's degree."""
+
 _OUTSIDE = {
     "embedding": ("model.embed_tokens", 0),
     "positions": ("model.embed_positions", None),
@@ -133,24 +136,10 @@ def is_projection(name: str) -> bool:
 def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
     """Every piece that this rank holds."""
     groups, shapes = transformer.groups, logical_tensors(transformer.model)
-    tensor, rank = groups.layout.tensor, groups.tensor_rank
+    tensor, expert = (groups.tensor_rank, groups.layout.tensor), (groups.expert_rank, groups.layout.expert)
     for path, parameter in transformer.named_parameters():
-        if path.endswith((".mlp.gate_up", ".mlp.down")):
-            for part in _expert_pieces(path, groups, shapes):
-                yield parameter, replace(part, owned=groups.owns_experts)
-            continue
-        names, split = _logical_names(path, transformer.model)
-        offset = 0
-        for name in names:
-            shape = shapes[name]
-            if split is None:
-                part, first = Piece(name, shape, whole(shape), whole(shape), shape), rank == 0
-            else:
-                part = _share(name, shape, split, tensor, rank, offset)
-                first = groups.is_first_stage or name != EMBEDDING
-                offset += part.tile[0]
-            if part.box[split or 0][0] < part.box[split or 0][1]:
-                yield parameter, replace(part, first=first, owned=first and groups.owns_replicated)
+        for piece in parameter_pieces(path, transformer.model, shapes, tensor, expert):
+            yield parameter, _held(path, piece, groups)
 
 
 def held_pieces(transformer: Transformer) -> dict[nn.Parameter, list[Piece]]:
@@ -159,6 +148,47 @@ def held_pieces(transformer: Transformer) -> dict[nn.Parameter, list[Piece]]:
     for parameter, piece in pieces(transformer):
         held[parameter].append(piece)
     return held
+
+
+def _held(path: str, piece: Piece, groups: Groups) -> Piece:
+    """A piece as one of several copies."""
+    if _is_stack(path):
+        return replace(piece, owned=groups.owns_experts)
+    first = piece.first and (groups.is_first_stage or piece.name != EMBEDDING)
+    return replace(piece, first=first, owned=first and groups.owns_replicated)
+
+
+def parameter_pieces(
+    path: str, model: ModelConfig, shapes: dict[str, tuple[int, ...]], tensor: OnAxis = (0, 1), expert: OnAxis = (0, 1)
+) -> Iterator[Piece]:
+    """The pieces in the parameter of this path in a `Transformer`.
+
+    Args:
+        shapes: the model's `logical_tensors`.
+        tensor: whose parameter it is, on the tensor axis; and on the expert axis.
+
+    Raises:
+        KeyError: when a `Transformer` of this model has no such parameter.
+    """
+    if _is_stack(path):
+        yield from _expert_pieces(path, shapes, tensor, expert)
+        return
+    names, split = _logical_names(path, model)
+    offset = 0
+    for name in names:
+        shape = shapes[name]
+        if split is None:
+            yield Piece(name, shape, whole(shape), whole(shape), shape, first=tensor[0] == 0)
+            continue
+        part = _share(name, shape, split, tensor, offset)
+        offset += part.tile[0]
+        if part.box[split][0] < part.box[split][1]:
+            yield part
+
+
+def _is_stack(path: str) -> bool:
+    """Whether a parameter is a stack of experts' matrices."""
+    return path.endswith((".mlp.gate_up", ".mlp.down"))
 
 
 def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None]:
@@ -189,24 +219,26 @@ def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None
     return [f"model.layers.{layer}.{name}.{part}" for name in names], split
 
 
-def _expert_pieces(path: str, groups: Groups, shapes: dict[str, tuple[int, ...]]) -> Iterator[Piece]:
+def _expert_pieces(path: str, shapes: dict[str, tuple[int, ...]], tensor: OnAxis, expert: OnAxis) -> Iterator[Piece]:
     """Pieces of a stack [local experts, …] of matrices; ranks of the expert axis hold consecutive experts."""
     _, layer, _, kind = path.split(".")
     names, split = (["gate_proj", "up_proj"], 0) if kind == "gate_up" else (["down_proj"], 1)
     experts, _ = shapes[f"model.layers.{layer}.mlp.gate.weight"]
-    local, tensor = experts // groups.layout.expert, groups.layout.tensor
+    rank, degree = expert
+    local = experts // degree
     for place in range(local):
         offset = 0
         for kind in names:
-            name = f"model.layers.{layer}.mlp.experts.{groups.expert_rank * local + place}.{kind}.weight"
-            part = _share(name, shapes[name], split, tensor, groups.tensor_rank, offset)
+            name = f"model.layers.{layer}.mlp.experts.{rank * local + place}.{kind}.weight"
+            part = _share(name, shapes[name], split, tensor, offset)
             offset += part.tile[0]
             yield replace(part, local=((place, place + 1), *part.local))
 
 
-def _share(name: str, shape: tuple[int, ...], split: int, tensor: int, rank: int, offset: int) -> Piece:
-    """This rank's part along `split`; in the parameter it starts at row `offset` (only dim 0 is ever shared)."""
-    size = padded_vocabulary(shape[split], tensor) // tensor
+def _share(name: str, shape: tuple[int, ...], split: int, tensor: OnAxis, offset: int) -> Piece:
+    """A tensor rank's part along `split`; in the parameter it starts at row `offset` (only dim 0 is ever shared)."""
+    rank, degree = tensor
+    size = padded_vocabulary(shape[split], degree) // degree
     start, stop = min(rank * size, shape[split]), min((rank + 1) * size, shape[split])
     box: list[tuple[int, int]] = [(0, n) for n in shape]
     local = list(box)

@@ -1,37 +1,32 @@
-"""GGUF files of the Llama architecture: quantised blocks dequantised, rotary halves back in Hugging Face's order.
+"""GGUF files: quantised blocks dequantised, rotary halves and norms as Hugging Face's files have them.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp interleaves the two halves of each head's
-rows of q and k; `_uninterleaved` undoes that.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensors have the names of llama.cpp's own table,
+which the package `gguf` brings. What llama.cpp changes when it writes a file is undone: in the architecture llama it
+interleaves the two halves of each head's rows of q and k, and to Gemma's norms it adds 1.
 """
 
-import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, ReaderTensor, dequantize
+import numpy as np
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
 from numpy.typing import NDArray
 
 from lockstep.distributed.checkpoint.spec import Box, WeightsOnly
-from lockstep.model.config import ModelConfig, UnknownModel
-from lockstep.model.rope import Rope
+from lockstep.model.config import UnknownModel
+from lockstep.model.families import from_huggingface
+from lockstep.model.formats.extents import BadFile, left_out, read_bytes
+from lockstep.model.formats.gguf_tokenizer import tokenizer_files
+from lockstep.model.names import logical_tensors
 
-_BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_ENDS = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+"""Architectures that are read, and Hugging Face's `model_type` of each."""
+
+_BLOCK = 4 << 20
+"""Bytes of fp32 that are dequantised at once; on the way they are in memory several times."""
+
+_GEMMA_2_27B = 46
+"""Layers of the one Gemma 2 whose scores are divided by the root of width / heads; its files do not say so."""
 
 
 class GGUFFile(WeightsOnly):
@@ -40,129 +35,150 @@ class GGUFFile(WeightsOnly):
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            UnknownModel: for an architecture other than llama, or scaled rotary positions.
+            BadFile: when the file is damaged, or is one of several.
+            UnknownModel: for an architecture that is not in `ARCHITECTURES`, or scaled rotary positions.
         """
-        reader = GGUFReader(path)
-        self._fields: dict[str, Any] = dict(reader.fields.items())
+        self.path = path
+        reader = _reader(path)
+        self._fields = reader.fields
         self._tensors: dict[str, ReaderTensor] = {t.name: t for t in reader.tensors}
-        architecture = self._value("general.architecture")
-        if architecture != "llama":
-            raise UnknownModel(f"{path} has architecture {architecture!r}: only 'llama' is supported in GGUF files")
-        scaling = self._value("llama.rope.scaling.type", "none")
-        if "rope_freqs.weight" in self._tensors or scaling != "none":
+        self._architecture = self._value("general.architecture")
+        if self._architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UnknownModel(f"{path} has architecture {self._architecture!r}: supported in GGUF files are {known}")
+        if self._value("split.count", 1) > 1:
+            raise BadFile(
+                f"{path} is one of {self._value('split.count')} files: join them with llama-gguf-split --merge"
+            )
+        if "rope_freqs.weight" in self._tensors or self._of_model("rope.scaling.type", "none") != "none":
             raise UnknownModel(f"{path} scales its rotary positions: convert the model's Hugging Face folder instead")
-        self.config = self._config()
-        self._dequantised = lru_cache(maxsize=2)(self._dequantise)
+        self.config = from_huggingface(self._words())
+        self._names = self._stored_names()
+        self.notes = self._notes()
+        """What of the file does not come along, as sentences."""
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
         """See `Source`."""
-        return self._dequantised(name)[tuple(slice(a, b) for a, b in box)]
+        if name not in self._names:
+            raise KeyError(f"{self.path} has no tensor {name}")
+        (start, stop), *columns = box
+        rows = self._logical_rows(name, start, stop)
+        if self.config.norm == "rms_offset" and name.endswith("norm.weight"):
+            rows = rows - np.float32(1)
+        return rows[:, *(slice(a, b) for a, b in columns)] if columns else rows
 
-    def tokenizer_files(self) -> dict[str, str]:
-        """The tokenizer as Hugging Face's files: byte-level BPE, special tokens and chat template."""
-        return _tokenizer_files(
-            tokens=self._value("tokenizer.ggml.tokens"),
-            types=self._value("tokenizer.ggml.token_type"),
-            merges=self._value("tokenizer.ggml.merges"),
-            pre=self._value("tokenizer.ggml.pre"),
-            bos=self._value("tokenizer.ggml.bos_token_id"),
-            eos=self._value("tokenizer.ggml.eos_token_id"),
-            template=self._value("tokenizer.chat_template", None),
-        )
+    def text_files(self) -> dict[str, str]:
+        """The tokenizer's files, or none where it is of a kind that is not known here."""
+        try:
+            return tokenizer_files(self._value)
+        except (UnknownModel, BadFile):
+            return {}
 
     def _value(self, key: str, *default: Any) -> Any:
-        return self._fields[key].contents() if key in self._fields or not default else default[0]
+        if key in self._fields:
+            return self._fields[key].contents()
+        if not default:
+            raise BadFile(f"{self.path} lacks {key}")
+        return default[0]
 
-    def _config(self) -> ModelConfig:
-        heads, width = self._value("llama.attention.head_count"), self._value("llama.embedding_length")
-        return ModelConfig(
-            layers=self._value("llama.block_count"),
-            width=width,
-            heads=heads,
-            kv_heads=self._value("llama.attention.head_count_kv", heads),
-            head_dim=self._value("llama.rope.dimension_count", width // heads),
-            intermediate=self._value("llama.feed_forward_length"),
-            vocabulary=self._value("llama.vocab_size", len(self._value("tokenizer.ggml.tokens"))),
-            context=self._value("llama.context_length"),
-            rope=Rope(theta=self._value("llama.rope.freq_base", 10000.0)),
-            norm_eps=float(f"{self._value('llama.attention.layer_norm_rms_epsilon'):.6g}"),
-            tied="output.weight" not in self._tensors,
-            bos_token=self._value("tokenizer.ggml.bos_token_id", None),
-            eos_tokens=(self._value("tokenizer.ggml.eos_token_id"),),
-        )
+    def _of_model(self, key: str, *default: Any) -> Any:
+        return self._value(f"{self._architecture}.{key}", *default)
 
-    def _dequantise(self, name: str) -> NDArray[Any]:
-        tensor = self._tensors[_stored_name(name)]
-        array = dequantize(tensor.data, tensor.tensor_type)
-        heads = {"q_proj": self.config.heads, "k_proj": self.config.kv_heads}.get(name.split(".")[-2])
-        return array if heads is None else _uninterleaved(array, heads)
+    def _words(self) -> dict[str, Any]:
+        """The model in the words of a `config.json`."""
+        heads, width = self._of_model("attention.head_count"), self._of_model("embedding_length")
+        rotated = self._of_model("rope.dimension_count", width // heads)
+        words = {
+            "model_type": ARCHITECTURES[self._architecture],
+            "num_hidden_layers": self._of_model("block_count"),
+            "hidden_size": width,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._of_model("attention.head_count_kv", heads),
+            "head_dim": self._of_model("attention.key_length", rotated),
+            "intermediate_size": self._of_model("feed_forward_length"),
+            "vocab_size": int(self._tensor("token_embd.weight").shape[-1]),
+            "max_position_embeddings": self._of_model("context_length"),
+            "rope_theta": self._of_model("rope.freq_base", 10000.0),
+            "rms_norm_eps": float(f"{self._of_model('attention.layer_norm_rms_epsilon'):.6g}"),
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "attention_bias": "blk.0.attn_output.bias" in self._tensors,
+            "bos_token_id": self._value("tokenizer.ggml.bos_token_id", None),
+            "eos_token_id": self._value("tokenizer.ggml.eos_token_id", None),
+        }
+        return words | (self._gemma_words(words) if self._architecture.startswith("gemma") else {})
+
+    def _gemma_words(self, words: dict[str, Any]) -> dict[str, Any]:
+        is_27b = self._architecture == "gemma2" and words["num_hidden_layers"] == _GEMMA_2_27B
+        scalar = words["hidden_size"] // words["num_attention_heads"] if is_27b else words["head_dim"]
+        caps = {
+            "attn_logit_softcapping": self._of_model("attn_logit_softcapping", None),
+            "final_logit_softcapping": self._of_model("final_logit_softcapping", None),
+        }
+        window = self._of_model("attention.sliding_window", None)
+        return caps | {"sliding_window": window, "query_pre_attn_scalar": scalar}
+
+    def _stored_names(self) -> dict[str, str]:
+        """By logical name, the file's; every tensor is there and has the right shape."""
+        architecture = next(a for a in MODEL_ARCH if MODEL_ARCH_NAMES[a] == self._architecture)
+        table = get_tensor_name_map(architecture, self.config.layers)
+        names = {}
+        for name, shape in logical_tensors(self.config).items():
+            names[name] = table.get_name(name, (".weight", ".bias")) or name
+            found = tuple(int(n) for n in reversed(self._tensor(names[name]).shape))
+            if found != shape:
+                raise BadFile(f"{names[name]} in {self.path} has shape {found}, and the model's is {shape}")
+        return names
+
+    def _tensor(self, stored: str) -> ReaderTensor:
+        if stored not in self._tensors:
+            raise BadFile(f"{self.path} lacks the tensor {stored}")
+        return self._tensors[stored]
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = left_out(self._tensors.keys() - self._names.values())
+        try:
+            tokenizer_files(self._value)
+        except (UnknownModel, BadFile) as error:
+            return (*notes, f"the tokenizer is left out: {error}")
+        return notes
+
+    def _logical_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        if self._architecture != "llama" or name.split(".")[-2] not in ("q_proj", "k_proj"):
+            return self._rows(name, start, stop)
+        size = self.config.head_dim
+        first, last = start // size * size, -(-stop // size) * size
+        return _uninterleaved(self._rows(name, first, last), size)[start - first : stop - first]
+
+    def _rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows of a tensor as the file has it; a vector is one row there."""
+        tensor = self._tensors[self._names[name]]
+        *rest, columns = (int(n) for n in reversed(tensor.shape))
+        if not rest:
+            return self._dequantised(tensor, 0, 1, columns)[0, start:stop]
+        return self._dequantised(tensor, start, stop, columns)
+
+    def _dequantised(self, tensor: ReaderTensor, start: int, stop: int, columns: int) -> NDArray[Any]:
+        row_bytes = int(tensor.n_bytes) * columns // int(tensor.n_elements)
+        out = np.empty((stop - start, columns), np.float32)
+        step = max(1, _BLOCK // (4 * columns))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            data = read_bytes(self.path, int(tensor.data_offset) + first * row_bytes, (last - first) * row_bytes)
+            try:
+                out[first - start : last - start] = dequantize(data.reshape(-1, row_bytes), tensor.tensor_type)
+            except NotImplementedError as error:
+                raise BadFile(f"{tensor.name} in {self.path} cannot be dequantised: {error}") from error
+        return out
 
 
-def _stored_name(name: str) -> str:
-    if name in _ENDS:
-        return _ENDS[name]
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_BLOCK[rest.removesuffix('.weight')]}.weight"
+def _reader(path: Path) -> GGUFReader:
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise BadFile(f"{path} is no whole GGUF file: {error}") from error
 
 
-def _uninterleaved(array: NDArray[Any], heads: int) -> NDArray[Any]:
+def _uninterleaved(array: NDArray[Any], head_dim: int) -> NDArray[Any]:
     """Rows (head, pair, half) → (head, half, pair)."""
-    rows, width = array.shape
-    return array.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
-
-
-_CONTROL = 3
-_SPLITS = {
-    "smollm": [{"type": "Digits", "individual_digits": True}],
-    "gpt-2": [],
-    "default": [],
-}
-
-
-def _tokenizer_files(
-    tokens: list[str], types: list[int], merges: list[str], pre: str, bos: int, eos: int, template: str | None
-) -> dict[str, str]:
-    if pre not in _SPLITS:
-        raise UnknownModel(f"tokenizer.ggml.pre={pre!r} is not supported: known are {', '.join(_SPLITS)}")
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    special = [i for i, kind in enumerate(types) if kind == _CONTROL]
-    added = [
-        {"id": i, "content": tokens[i], "special": True}
-        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for i in special
-    ]
-    document = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*_SPLITS[pre], byte_level]},
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in merges],
-        },
-    }
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[bos],
-        "eos_token": tokens[eos],
-        "pad_token": tokens[eos],
-        "clean_up_tokenization_spaces": False,
-    }
-    if template:
-        settings["chat_template"] = template
-    return {
-        "tokenizer.json": json.dumps(document, ensure_ascii=False),
-        "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False),
-    }
+    rows, *rest = array.shape
+    return array.reshape(rows // head_dim, head_dim // 2, 2, *rest).swapaxes(1, 2).reshape(array.shape)

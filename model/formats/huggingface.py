@@ -1,4 +1,4 @@
-"""Hugging Face folders: safetensors with an index, `config.json`, tokenizer files beside them.
+"""Hugging Face folders, read: tensors in one file or several with an index, `config.json`, tokenizer files beside them.
 
 Files name their tensors as `model/names.py` does, except GPT-2's and Mixtral's. In GPT-2's, q, k and v are one tensor,
 linear layers are stored as [inputs, outputs], and blocks are called `transformer.h` (or `h`, in files of the bare
@@ -6,23 +6,37 @@ model); Mixtral's have words of their own for experts.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from pydantic import ValidationError
 
-from lockstep.distributed.checkpoint.spec import Box, WeightsOnly, to_numpy
+from lockstep.distributed.checkpoint.spec import Box, WeightsOnly
 from lockstep.model.config import ModelConfig
-from lockstep.model.families import from_huggingface, to_huggingface
+from lockstep.model.families import from_huggingface
+from lockstep.model.formats.extents import Extent, left_out
+from lockstep.model.formats.safetensors import read_header
+from lockstep.model.formats.torch_file import read_torch
+from lockstep.model.names import EMBEDDING, HEAD, logical_tensors
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
+)
+"""What a folder has besides its weights and its configuration, and every conversion keeps."""
+
+_WEIGHTS = {"model.safetensors": read_header, "pytorch_model.bin": read_torch}
 
 
 class BadFolder(ValueError):
@@ -38,6 +52,11 @@ class Stored:
     part: int = 0
     """Which of `parts` equal parts along the stored tensor's last dim."""
     parts: int = 1
+
+    def shape(self, logical: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the stored tensor, from the logical one's."""
+        shape = logical[::-1] if self.transposed else logical
+        return (*shape[:-1], shape[-1] * self.parts)
 
 
 _GPT2_ENDS = {
@@ -83,72 +102,118 @@ STORED: dict[str, Callable[[str], Stored]] = {"gpt2": _in_gpt2, "mixtral": _in_m
 
 
 class HuggingFaceFolder(WeightsOnly):
-    """A `Source` over a folder of safetensors; slices are read from disk one by one."""
+    """A `Source` over a folder that `save_pretrained` wrote; slices are read from disk one by one."""
 
     def __init__(self, folder: Path) -> None:
         """
         Raises:
-            BadFolder: when config.json or a file of weights is missing.
+            BadFolder: when config.json, a file of weights or a tensor is missing, or a tensor has another shape.
+            BadFile: when a file is damaged.
         """
-        self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise BadFolder(f"{folder} has no config.json: give a folder that save_pretrained wrote")
-        self.config: ModelConfig = from_huggingface(json.loads((folder / "config.json").read_text()))
-        self._files = {name: self._open(file) for name, file in self._locations().items()}
-        self._stored = STORED.get(self.config.family, Stored)
+        self.folder, self.config = folder, read_config(folder)
+        self._in_file = STORED.get(self.config.family, Stored)
+        found = _tensors(folder)
+        self._places = {name: self._place(name, shape, found) for name, shape in logical_tensors(self.config).items()}
+        self.notes = self._notes(found)
+        """What of the folder does not come along, as sentences."""
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
         """See `Source`."""
-        stored = self._stored(name)
-        name = stored.name if stored.name in self._files else stored.name.removeprefix("transformer.")
-        held = self._files[name].get_slice(name)
-        place = [slice(a, b) for a, b in (box[::-1] if stored.transposed else box)]
+        if name not in self._places:
+            raise KeyError(f"{self.folder} has no tensor {name}")
+        stored, extent = self._places[name]
+        place = list(box[::-1] if stored.transposed else box)
         if stored.parts > 1:
-            first = stored.part * (held.get_shape()[-1] // stored.parts)
-            place[-1] = slice(first + place[-1].start, first + place[-1].stop)
-        part: Tensor = held[tuple(place)]
-        return to_numpy(part.t() if stored.transposed else part)
+            first = stored.part * (extent.shape[-1] // stored.parts)
+            place[-1] = (first + place[-1][0], first + place[-1][1])
+        part = extent.read(tuple(place))
+        return part.T if stored.transposed else part
 
-    def _locations(self) -> dict[str, str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            return json.loads(index.read_text())["weight_map"]
-        with self._open("model.safetensors") as file:
-            return dict.fromkeys(file.keys(), "model.safetensors")
+    def _notes(self, found: dict[str, Extent]) -> tuple[str, ...]:
+        used = {extent for _, extent in self._places.values()}
+        return left_out(name for name, extent in found.items() if extent not in used)
 
-    def _open(self, name: str) -> Any:
-        if not (self.folder / name).is_file():
-            raise BadFolder(f"{self.folder} lacks {name}")
-        return safe_open(self.folder / name, "pt")
+    def _place(self, name: str, shape: tuple[int, ...], found: dict[str, Extent]) -> tuple[Stored, Extent]:
+        stored = self._in_file(name)
+        names = [stored.name, stored.name.removeprefix("transformer."), stored.name.removeprefix("model.")]
+        if name == EMBEDDING and self.config.tied:
+            names.append(HEAD)
+        extent = next((found[n] for n in names if n in found), None)
+        if extent is None:
+            raise BadFolder(f"{self.folder} lacks the tensor {stored.name}, which its config.json asks for")
+        wanted = stored.shape(shape)
+        if extent.shape != wanted:
+            raise BadFolder(
+                f"{stored.name} in {extent.path} has shape {extent.shape}, and config.json asks for {wanted}"
+            )
+        return stored, extent
 
 
-def write(folder: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: dict[str, str]) -> None:
-    """Write a folder that `from_pretrained` reads.
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has more than a configuration."""
+    return any(folder.glob("*.safetensors*")) or any(folder.glob("pytorch_model*"))
 
-    Args:
-        tokenizer: file name → text of the tokenizer's files.
+
+def read_words(folder: Path) -> dict[str, Any]:
+    """A folder's config.json.
+
+    Raises:
+        BadFolder: when there is none, or it is no JSON.
     """
-    folder.mkdir(parents=True)
-    state = _joined(tensors, STORED.get(config.family, Stored))
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(to_huggingface(config, dtype), indent=2))
-    for name, text in tokenizer.items():
-        (folder / name).write_text(text)
+    if not (folder / CONFIG).is_file():
+        raise BadFolder(f"{folder} has no config.json: give a folder that save_pretrained wrote")
+    return _json(folder / CONFIG)
 
 
-def _joined(tensors: Iterable[tuple[str, Tensor]], stored: Callable[[str], Stored]) -> dict[str, Tensor]:
-    """Logical tensors as a file stores them."""
-    parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for name, tensor in tensors:
-        place = stored(name)
-        parts[place.name][place.part] = tensor.t() if place.transposed else tensor
-    return {
-        name: (held[0] if len(held) == 1 else torch.cat([held[i] for i in sorted(held)], dim=-1)).contiguous()
-        for name, held in parts.items()
-    }
+def read_config(folder: Path) -> ModelConfig:
+    """The model that a folder's config.json describes.
+
+    Raises:
+        BadFolder: when there is none, or it describes no possible model.
+        UnknownModel: for a family, or a feature, that the block lacks.
+    """
+    try:
+        return from_huggingface(read_words(folder))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = str(first.get("ctx", {}).get("error", "")) or f"{first['loc'][0]}: {first['msg']}"
+        raise BadFolder(f"{folder / CONFIG} describes no model: {reason}") from error
 
 
-def read_tokenizer(folder: Path) -> dict[str, str]:
-    """Text of the tokenizer's files that the folder has."""
-    return {name: (folder / name).read_text() for name in TOKENIZER_FILES if (folder / name).is_file()}
+def read_text_files(folder: Path) -> dict[str, str]:
+    """Text of the files that stand beside the weights, the tokenizer's above all."""
+    return {name: (folder / name).read_text() for name in TEXT_FILES if (folder / name).is_file()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadFolder(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadFolder(f"{path} holds no JSON object")
+    return found
+
+
+def _tensors(folder: Path) -> dict[str, Extent]:
+    """All tensors of a folder's files, by the names that they have there."""
+    for file, read in _WEIGHTS.items():
+        index = folder / f"{file}.index.json"
+        if index.is_file():
+            return _indexed(index, read)
+        if (folder / file).is_file():
+            return read(folder / file)
+    raise BadFolder(f"{folder} lacks model.safetensors, and has no other file of weights")
+
+
+def _indexed(index: Path, read: Callable[[Path], dict[str, Extent]]) -> dict[str, Extent]:
+    files: dict[str, str] = _json(index).get("weight_map", {})
+    held: dict[str, dict[str, Extent]] = {}
+    for file in sorted(set(files.values())):
+        if not (index.parent / file).is_file():
+            raise BadFolder(f"{index.parent} lacks {file}, which {index.name} names")
+        held[file] = read(index.parent / file)
+    for name, file in files.items():
+        if name not in held[file]:
+            raise BadFolder(f"{index.parent / file} lacks {name}, which {index.name} says it has")
+    return {name: held[file][name] for name, file in files.items()}

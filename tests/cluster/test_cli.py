@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from lockstep.cluster.cli import app
 from tests.cluster.commands import Command, write_recipe
 
-COMMANDS = ("train", "generate", "eval", "convert", "report", "submit")
+COMMANDS = ("train", "generate", "eval", "convert", "verify", "inspect", "report", "submit")
 
 
 def lockstep(*arguments: str) -> Result:
@@ -111,8 +111,11 @@ def test_a_model_converts_there_and_back_unchanged(tiny_folder: Path, tmp_path: 
     assert (Path(theirs) / "tokenizer.json").read_text() == (tiny_folder / "tokenizer.json").read_text()
     assert "exists" in refused("convert", str(tiny_folder), ours)
     assert "exists" in refused("convert", str(tiny_folder), theirs, "--to", "hf")
-    assert "use lockstep or hf" in refused("convert", str(tiny_folder), str(tmp_path / "x"), "--to", "onnx")
-    assert "use bfloat16 or float32" in refused("convert", str(tiny_folder), str(tmp_path / "x"), "--dtype", "int8")
+    assert "use lockstep, hf, megatron or deepspeed" in refused(
+        "convert", str(tiny_folder), str(tmp_path / "x"), "--to", "onnx"
+    )
+    words = refused("convert", str(tiny_folder), str(tmp_path / "x"), "--dtype", "int8")
+    assert "use float32, bfloat16 or float16" in words
 
 
 def test_an_unknown_model_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

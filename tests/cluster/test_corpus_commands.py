@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lockstep.cluster.cli import app
-from lockstep.cluster.convert import tokenizer_files
+from lockstep.cluster.sources import tokenizer_files
 from lockstep.data.store import Store
 from lockstep.data.tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lockstep.cluster.config import RecipeError, load_recipe, parse_layout
-from lockstep.cluster.convert import starting_point
 from lockstep.cluster.parity import FP32_BOUND, Course, Difference, Parity, Runs, difference, job_of, table
+from lockstep.cluster.sources import starting_point
 from lockstep.distributed.checkpoint.spec import Box, Source, WeightsOnly
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
-from lockstep.cluster.convert import BadSource, to_huggingface, to_lockstep
+from lockstep.cluster.convert import to_huggingface, to_lockstep
+from lockstep.cluster.partial import BadTarget
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.groups import leave
@@ -21,7 +22,7 @@ from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface
 from lockstep.model.families import to_huggingface as to_huggingface_config
 from lockstep.model.formats.gguf import GGUFFile
-from lockstep.model.formats.huggingface import BadFolder, HuggingFaceFolder, read_tokenizer
+from lockstep.model.formats.huggingface import BadFolder, HuggingFaceFolder, read_text_files
 from lockstep.model.logprobs import local_logits
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
 from lockstep.rl.rollout.sampler import SamplingConfig
@@ -63,7 +64,7 @@ def test_there_and_back_no_bit_changes(folder: Path, tmp_path: Path) -> None:
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
         assert np.array_equal(after[name].view(torch.uint8).numpy(), tensor.view(torch.uint8).numpy()), name
-    assert read_tokenizer(back) == read_tokenizer(folder)
+    assert read_text_files(back) == read_text_files(folder)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -86,7 +87,7 @@ def test_a_dtype_may_be_chosen(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_existing_destination_is_left_alone(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadSource, match="exists: give a folder that does not"):
+    with pytest.raises(BadTarget, match="exists: give a folder that does not"):
         to_huggingface(str(folder), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -223,7 +224,7 @@ def test_gguf_speaks_greedily_as_transformers_does(ours: tuple[RolloutEngine, To
 @needs_gguf
 def test_gguf_tokenizer_equals_that_of_transformers() -> None:
     assert GGUF is not None
-    tokenizer = Tokenizer(GGUFFile(GGUF).tokenizer_files())
+    tokenizer = Tokenizer(GGUFFile(GGUF).text_files())
     reference = AutoTokenizer.from_pretrained(GGUF.parent, gguf_file=GGUF.name)
     for text in [*QUESTIONS, *chats(tokenizer), "naïve café 東京 😀 12345 x=3.14;\n\n\tend  "]:
         assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)

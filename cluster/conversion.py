@@ -1,0 +1,108 @@
+"""What a conversion is: from what into what, with how much of the machine, and the parts that follow from that."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from lockstep.cluster.memory import in_words
+from lockstep.cluster.sources import BadSource, OpenModel, locate, recognise
+from lockstep.cluster.targets import TARGETS, Wanted
+from lockstep.model.formats.huggingface_writer import SHARD_BYTES
+from lockstep.model.formats.parts import LARGEST_PART, Part, Target
+from lockstep.model.formats.recast import Recast
+
+MAX_MEMORY = 8 * 10**9
+"""Bytes that a conversion may need, unless told otherwise."""
+
+_COPIES = 8
+"""Times that a part may be in memory: as read, cast, encoded, on its way to the disk; and what allocators keep."""
+
+_FIXED = 64 << 20
+"""Bytes that a process may need for threads, open files and the names of tensors."""
+
+
+class BadConversion(ValueError):
+    """A conversion that did not come to its end."""
+
+
+class TooMuchMemory(BadConversion):
+    """One that would need, or needs, more memory than it was given."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What is converted into what, and with how much of the machine."""
+
+    source: str
+    destination: Path
+    to: str
+    dtype: str | None = None
+    shard_bytes: int = SHARD_BYTES
+    max_memory: int = MAX_MEMORY
+    workers: int = 1
+
+    @property
+    def part_bytes(self) -> int:
+        """Largest part that keeps every worker within its share of the memory.
+
+        Raises:
+            TooMuchMemory: when even small parts would not.
+        """
+        room = (self.max_memory // self.workers - _FIXED) // _COPIES
+        if room < 1 << 20:
+            needed = in_words(self.workers * (_FIXED + (_COPIES << 20)))
+            raise TooMuchMemory(
+                f"--max-memory {in_words(self.max_memory)} is too little for --workers {self.workers}: give {needed} "
+                "or more, or fewer workers"
+            )
+        return min(LARGEST_PART, 1 << (room.bit_length() - 1))
+
+
+def target_of(conversion: Conversion, opened: OpenModel, folder: Path) -> tuple[Target, Recast]:
+    """What is to be written into a folder, and the source as it is then read."""
+    source, model, files = opened
+    form = TARGETS[conversion.to]
+    recast = Recast(source, model, conversion.dtype, states=form.has_states)
+    try:
+        return form.target(folder, Wanted(model, recast, files, conversion.shard_bytes, conversion.part_bytes)), recast
+    except KeyError as error:
+        raise BadSource(str(error.args[0])) from error
+
+
+def tasks_of(parts: Sequence[Part], limit: int) -> list[list[Part]]:
+    """Parts in groups that are written one after the other: large ones alone, small ones together."""
+    tasks: list[list[Part]] = []
+    held = limit + 1
+    for part in parts:
+        if held + part.size > limit:
+            tasks.append([])
+            held = 0
+        tasks[-1].append(part)
+        held += part.size
+    return tasks
+
+
+def begun_with(conversion: Conversion) -> dict[str, str | int | None]:
+    """What decides the bytes that are written."""
+    path = locate(conversion.source)
+    root = recognise(path).root(path)
+    return {
+        "source": str(root.resolve()),
+        "source files": _fingerprint(root),
+        "to": conversion.to,
+        "dtype": conversion.dtype,
+        "shard bytes": conversion.shard_bytes,
+        "part bytes": conversion.part_bytes,
+    }
+
+
+def _fingerprint(root: Path) -> str:
+    """Of the names, sizes and times of all files of a source."""
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+    said = xxhash.xxh3_64()
+    for path in files:
+        status = path.stat()
+        said.update(f"{path.relative_to(root.parent)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return said.hexdigest()

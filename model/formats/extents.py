@@ -1,0 +1,86 @@
+"""Tensors as ranges of bytes in files, read by slices: what is in memory is what a reader asked for."""
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lockstep.distributed.checkpoint.spec import Box
+
+_BLOCK = 8 << 20
+"""Bytes that are read at once where only some columns of the rows are wanted."""
+
+
+class BadFile(ValueError):
+    """A file that is damaged, or that is not in the format that its name says."""
+
+
+def read_bytes(path: Path, offset: int, size: int) -> NDArray[np.uint8]:
+    """`size` bytes from `offset` on.
+
+    Raises:
+        BadFile: when the file ends before.
+    """
+    buffer = np.empty(size, np.uint8)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        held = 0
+        while held < size:
+            got = os.preadv(descriptor, [buffer[held:].data], offset + held)
+            if not got:
+                raise BadFile(f"{path} is cut off: byte {offset + size} was to be read, and it ends at {offset + held}")
+            held += got
+    finally:
+        os.close(descriptor)
+    return buffer
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A tensor that lies in a file, row after row without gaps."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, box: Box) -> NDArray[Any]:
+        """A part of the tensor.
+
+        Raises:
+            BadFile: when the file ends before it.
+        """
+        (start, stop), *columns = box
+        if all(interval == (0, n) for interval, n in zip(columns, self.shape[1:], strict=True)):
+            return self._rows(start, stop)
+        out = np.empty([b - a for a, b in box], self.dtype)
+        step = max(1, _BLOCK // self._row_size)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            out[first - start : last - start] = self._rows(first, last)[:, *(slice(a, b) for a, b in columns)]
+        return out
+
+    @property
+    def _row_size(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
+        data = read_bytes(self.path, self.offset + start * self._row_size, (stop - start) * self._row_size)
+        return data.view(self.dtype).reshape(stop - start, *self.shape[1:])
+
+
+def left_out(names: Iterable[str]) -> tuple[str, ...]:
+    """What is said of tensors that lie in a file and that the model does not have: a sentence, or none."""
+    unused = sorted(names)
+    shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+    return (f"{len(unused)} tensors that the model does not have are left out: {shown}",) if unused else ()

@@ -1,0 +1,57 @@
+"""What a conversion is written in: rows of stored tensors, each small, and each written without knowing of the others.
+
+So any process may write any part, in any order, and again after it was killed.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+LARGEST_PART = 64 << 20
+"""Bytes of a part at most: large enough that disks do not notice, small enough that memory does not."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows [start, stop) of a stored tensor, and their bytes."""
+
+    tensor: str
+    start: int
+    stop: int
+    size: int
+
+
+class Target(Protocol):
+    """A checkpoint that is being written into a folder of its own."""
+
+    parts: Sequence[Part]
+    """All that is to be written, the same for the same source and options."""
+
+    def create(self) -> None:
+        """Make the files that parts are written into; what is there already stays."""
+        ...
+
+    def write(self, part: Part) -> str:
+        """Write one part; returns its digest when it is on disk."""
+        ...
+
+    def finish(self, digests: Mapping[Part, str]) -> None:
+        """Write what is said of the whole, when every part is on disk."""
+        ...
+
+
+def rows_of_part(shape: Sequence[int], item_bytes: int, limit: int) -> int:
+    """Rows of a tensor's parts: the fewest equal parts, a power of two of them, that are no larger than limit."""
+    row_bytes, parts = math.prod(shape[1:]) * item_bytes, 1
+    while -(-shape[0] // parts) * row_bytes > limit and parts < shape[0]:
+        parts *= 2
+    return -(-shape[0] // parts)
+
+
+def split(tensor: str, shape: Sequence[int], item_bytes: int, limit: int) -> Iterator[Part]:
+    """The parts of one tensor, in order."""
+    rows, row_bytes = rows_of_part(shape, item_bytes, limit), math.prod(shape[1:]) * item_bytes
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        yield Part(tensor, start, stop, (stop - start) * row_bytes)

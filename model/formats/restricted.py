@@ -1,0 +1,88 @@
+"""Pickles from elsewhere, read with a list of the classes that they may hold: a pickle can call any function."""
+
+import enum
+import importlib
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+import torch
+
+_PLAIN = {"argparse": "Namespace", "types": "SimpleNamespace", "pathlib": "PosixPath", "signal": "Signals"}
+"""By module: classes that may stand beside tensors in a file of `torch.save`."""
+
+
+class UnreadFile(ValueError):
+    """A file that is damaged, or holds something that is not on the list."""
+
+
+class _Foreign(Exception):
+    """A class that is not on the list."""
+
+
+def load_torch(content: bytes, what: str) -> Any:
+    """What `torch.save` made these bytes of: tensors, containers, namespaces, and enumerations of megatron-core.
+
+    Args:
+        what: name of the file, for the error.
+
+    Raises:
+        UnreadFile: names the class that was in the way, or says that the file is damaged.
+    """
+
+    def load() -> Any:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+        with torch.serialization.safe_globals([_known_class(name) for name in names]):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    return _guarded(load, what)
+
+
+def load_pickle(file: IO[bytes], listed: Mapping[str, tuple[str, ...]], what: str) -> Any:
+    """What was pickled of classes that are `listed` by module, and of torch's dtypes.
+
+    Raises:
+        UnreadFile: as `load_torch`.
+    """
+    return _guarded(_Restricted(file, listed).load, what)
+
+
+class _Restricted(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], listed: Mapping[str, tuple[str, ...]]) -> None:
+        super().__init__(file)
+        self._listed = listed
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in self._listed.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise _Foreign(f"{module}.{name}")
+
+
+def _known_class(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    if _PLAIN.get(module) == name:
+        return getattr(importlib.import_module(module), name)
+    found = _enumeration(module, name) if module.startswith("megatron.core.") else None
+    if found is None:
+        raise _Foreign(path)
+    return found
+
+
+def _enumeration(module: str, name: str) -> type | None:
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) and issubclass(found, enum.Enum) else None
+
+
+def _guarded(load: Callable[[], Any], what: str) -> Any:
+    try:
+        return load()
+    except _Foreign as error:
+        raise UnreadFile(f"{what} is not read: it holds {error}, which is not on the list of what may be") from error
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UnreadFile(f"{what} is damaged ({type(error).__name__}): copy it again") from error
