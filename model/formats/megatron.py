@@ -215,8 +215,9 @@ def write(
         BadTorchDist: when the source has an optimizer's state other than Adam's.
     """
     words, shapes = to_megatron(model), logical_tensors(model)
-    config = to_huggingface(model, str(source.read(EMBEDDING, ((0, 1), (0, 1))).dtype))
-    states = _adams(source, shapes)
+    dtype = source.read(EMBEDDING, ((0, 1), (0, 1))).dtype
+    config = to_huggingface(model, str(dtype))
+    states = _adams(source, shapes, dtype)
     writer = Writer(folder)
     stored = parts({name: place(name, model) for name in shapes}, shapes)
     for part in stored:
@@ -235,9 +236,11 @@ def write(
     writer.close(_common(words, source.updates, (adam or Adam()) if states else None))
 
 
-def _adams(source: Source, names: Iterable[str]) -> set[str]:
+def _adams(source: Source, names: Iterable[str], dtype: np.dtype) -> set[str]:
+    """The names of Adam's state, if the source has any: weights that are not fp32 have masters, too."""
     states = set(source.states)
-    missing = {state_name(kind, name) for name in names for kind in _ADAM[1:]} - states
+    needed = {state_name(kind, name) for name in names for kind in _ADAM[1:]}
+    missing = (needed if dtype == np.float32 else needed | {state_name("master", EMBEDDING)}) - states
     others = {name for name in states if not name.startswith(_ADAM)}
     if states and (missing or others):
         raise BadTorchDist(

@@ -115,11 +115,11 @@ _SAID = tuple(name for name in ModelConfig.model_fields if name not in ("family"
 
 
 def _without_losses(model: ModelConfig) -> ModelConfig:
-    """The model without its routers' losses, which change no tensor and no logits, and with what no layer reads."""
-    update: dict[str, Any] = {}
-    if model.moe is not None:
-        update["moe"] = model.moe.model_copy(update={"balance_coefficient": 0.0, "z_coefficient": 0.0})
-    return model.model_copy(update=update)
+    """The model without its routers' losses, which are a matter of training."""
+    if model.moe is None:
+        return model
+    silent = model.moe.model_copy(update={"balance_coefficient": 0.0, "z_coefficient": 0.0})
+    return model.model_copy(update={"moe": silent})
 
 
 def _named(model: ModelConfig) -> ModelConfig:

@@ -134,21 +134,21 @@ class TorchDist:
         for chunk in stored.near(box):
             common = overlap(chunk.box, box)
             if common is not None:
-                part = self._chunk(name, chunk)[within(common, chunk.box)]
+                part = self._chunk(name, chunk, stored.dtype)[within(common, chunk.box)]
                 out[within(common, box)] = part
                 found += part.size
         if found != out.size:
             raise BadTorchDist(f"{self.folder} holds {found} of the {out.size} values of {name} at {box}")
         return out
 
-    def _chunk(self, name: str, chunk: _Chunk) -> NDArray[Any]:
+    def _chunk(self, name: str, chunk: _Chunk, dtype: torch.dtype) -> NDArray[Any]:
         what = f"{name} in {chunk.place.relative_path} of {self.folder}"
         if getattr(chunk.place, "transform_descriptors", None):
             raise BadTorchDist(f"{what} is compressed: save without transforms")
         tensor = load_torch(self._bytes(chunk.place), what)
         shape = tuple(stop - start for start, stop in chunk.box)
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            raise BadTorchDist(f"{what} is not the tensor {shape} that .metadata lists")
+        if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+            raise BadTorchDist(f"{what} is not the tensor {shape} of {dtype} that .metadata lists")
         return to_numpy(tensor)
 
     def _bytes(self, place: _StorageInfo) -> bytes:

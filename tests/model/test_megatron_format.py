@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnBackend
+from ml_dtypes import bfloat16
 
 from lockstep.distributed.checkpoint.spec import Box, Source, digest, state_name, to_numpy, whole
 from lockstep.distributed.groups import Groups
@@ -73,6 +74,8 @@ MODELS = {
     ),
 }
 LAYOUTS = [Layout(tensor=2, pipeline=2), Layout(tensor=2), Layout(pipeline=2), Layout()]
+EXPERT = Layout(expert=2)
+"""Models without experts have no such layout."""
 NAMING = {LAYOUTS[1]: {"singleton_local_shards": True}, LAYOUTS[2]: {"non_homogeneous_layers": True}}
 """Layers with names of their own, and experts, gates and ups as well."""
 
@@ -122,11 +125,15 @@ class WithAdam(Drawn):
         return drawn[tuple(slice(a, b) for a, b in box)]
 
 
+def models_of(layout: Layout) -> dict[str, ModelConfig]:
+    """Those that are tried in a layout; experts in those of two processes at most."""
+    with_experts = {EXPERT: (True,), LAYOUTS[0]: (False,)}.get(layout, (True, False))
+    return {name: model for name, model in MODELS.items() if (model.moe is not None) in with_experts}
+
+
 def saved_by_megatron(groups: Groups, folder: Path) -> None:
     """Save every model, filled by hand, from all ranks."""
-    for name, model in MODELS.items():
-        if model.moe and groups.layout.processes > 2:
-            continue
+    for name, model in models_of(groups.layout).items():
         module = filled(groups, model, dtype_of(name), Drawn(model, dtype_of(name)))
         state = module.sharded_state_dict(metadata=dict(NAMING.get(groups.layout, {})))
         save(folder / name, {"model": state, "iteration": 3})
@@ -134,18 +141,17 @@ def saved_by_megatron(groups: Groups, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Path]:
-    folders = {layout: tmp_path_factory.mktemp("megatron") for layout in LAYOUTS}
+    folders = {layout: tmp_path_factory.mktemp("megatron") for layout in (*LAYOUTS, EXPERT)}
     for layout, folder in folders.items():
         worlds.run(layout, saved_by_megatron, folder)
     return folders
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, EXPERT], ids=str)
 def test_what_megatron_saved_is_read_bit_for_bit(layout: Layout, saved: dict[Layout, Path]) -> None:
-    for folder in saved[layout].iterdir():
-        model = MODELS[folder.name]
-        found = MegatronFolder(folder, model)
-        assert differing(found, Drawn(model, dtype_of(folder.name)), model) == []
+    for name, model in models_of(layout).items():
+        found = MegatronFolder(saved[layout] / name, model)
+        assert differing(found, Drawn(model, dtype_of(name)), model) == []
         assert not found.states
         assert found.updates == 0
 
@@ -176,9 +182,7 @@ def test_what_we_wrote_is_read_bit_for_bit(name: str, ours: Path) -> None:
 def differing_in_megatron(groups: Groups, folder: Path) -> list[str]:
     """Parameters of this rank's GPTModels that megatron-core filled with other bits than we do by hand."""
     wrong = []
-    for name, model in MODELS.items():
-        if model.moe and groups.layout.processes > 2:
-            continue
+    for name, model in models_of(groups.layout).items():
         module = loaded(groups, model, dtype_of(name), folder / name)
         naive = Naive(groups, model, Drawn(model, dtype_of(name)))
         wrong += [
@@ -187,7 +191,7 @@ def differing_in_megatron(groups: Groups, folder: Path) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, EXPERT], ids=str)
 def test_megatron_loads_what_we_wrote(layout: Layout, ours: Path, worlds: Worlds) -> None:
     assert worlds.run(layout, differing_in_megatron, ours) == [[]] * layout.processes
 
@@ -419,6 +423,19 @@ def test_state_of_another_optimizer_is_not_written(tmp_path: Path) -> None:
     model = MODELS["tied"]
     with pytest.raises(BadTorchDist, match=r"state is not Adam's \(momentum/model\.norm\.weight is there\)"):
         write(tmp_path / "out", model, WithMuon(model, torch.float32), {})
+    with pytest.raises(BadTorchDist, match=r"\(master/model\.embed_tokens\.weight is missing\)"):
+        write(tmp_path / "out", model, Halved(WithAdam(model, torch.float32)), {})
+    assert not (tmp_path / "out").exists()
+
+
+class Halved:
+    """Another's weights in bfloat16, whose state knows nothing of it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.states, self.updates = source, source.states, source.updates
+
+    def read(self, name: str, box: Box) -> np.ndarray:
+        return self.source.read(name, box).astype(bfloat16)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 6), st.booleans())
