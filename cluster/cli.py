@@ -161,6 +161,9 @@ def convert(
     max_memory: Annotated[str, typer.Option(help="That all processes may need above their imports.")] = "8GB",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to work on; this machine otherwise.")] = None,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Leave the optimizer's state where it is.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ) -> None:
     """Convert a checkpoint. Killed, the same command goes on where it stopped.
@@ -177,7 +180,9 @@ def convert(
     _check_choice("--to", to, TARGETS)
     _check_choice("--dtype", dtype, (None, *DTYPES))
     check_destination(destination)
-    wanted = conversion.Conversion(source, destination, to, dtype, size_of(shard_size), size_of(max_memory), workers)
+    wanted = conversion.Conversion(
+        source, destination, to, dtype, size_of(shard_size), size_of(max_memory), workers, weights_only
+    )
     for line in contents.plan(wanted):
         (out if dry_run else err).print(line, markup=False, highlight=False)
     if dry_run:

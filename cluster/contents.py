@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.cluster.conversion import Conversion, target_of
+from lockstep.cluster.conversion import Conversion, chosen, target_of
 from lockstep.cluster.memory import in_words
 from lockstep.cluster.sources import OpenModel, locate, recognise
 from lockstep.cluster.targets import TARGETS
@@ -50,7 +50,7 @@ def outlined(name: str) -> OpenModel:
 def plan(conversion: Conversion) -> Iterator[str]:
     """What a conversion will do, a sentence a line."""
     opened = outlined(conversion.source)
-    source, model, files = opened
+    source, model, files = chosen(conversion, opened)
     target, recast = target_of(conversion, opened, Path())
     form, sizes = TARGETS[conversion.to], [part.size for part in target.parts]
     yield f"{conversion.source}: {recognise(locate(conversion.source)).title}, {_shape(model)}"
@@ -58,7 +58,7 @@ def plan(conversion: Conversion) -> Iterator[str]:
     yield _of_optimizer(source, recast, form.title, form.has_states)
     if recast.takes_masters:
         yield "the weights are the optimizer's fp32 masters, from which the source's own were rounded"
-    yield from getattr(source, "notes", ())
+    yield from getattr(opened[0], "notes", ())
     yield f"beside the weights: {', '.join(sorted(files)) or 'nothing, the source has no tokenizer'}"
 
 
@@ -74,7 +74,7 @@ def _dtypes(recast: Recast) -> str:
 
 def _of_optimizer(source: Source, recast: Recast, title: str, has_place: bool) -> str:
     if not source.states:
-        return "the source has no optimizer state"
+        return "no optimizer state comes along: the source has none, or its weights alone are wanted"
     held = source.states if not has_place else recast.states
     kinds = ", ".join(kind for kind in STATES if any(name.startswith(f"{kind}/") for name in held))
     state = f"the optimizer's state after {source.updates} updates ({kinds})"

@@ -9,6 +9,7 @@ import xxhash
 from lockstep.cluster.memory import in_words
 from lockstep.cluster.sources import BadSource, OpenModel, locate, recognise
 from lockstep.cluster.targets import TARGETS, Wanted
+from lockstep.distributed.checkpoint.spec import Source, WeightsOnly
 from lockstep.model.formats.huggingface_writer import SHARD_BYTES
 from lockstep.model.formats.parts import LARGEST_PART, Part, Target
 from lockstep.model.formats.recast import Recast
@@ -42,6 +43,7 @@ class Conversion:
     shard_bytes: int = SHARD_BYTES
     max_memory: int = MAX_MEMORY
     workers: int = 1
+    weights_only: bool = False
 
     @property
     def part_bytes(self) -> int:
@@ -60,9 +62,22 @@ class Conversion:
         return min(LARGEST_PART, 1 << (room.bit_length() - 1))
 
 
+class Weights(WeightsOnly):
+    """A `Source` without the optimizer's state that it has."""
+
+    def __init__(self, source: Source) -> None:
+        self.read = source.read
+
+
+def chosen(conversion: Conversion, opened: OpenModel) -> OpenModel:
+    """A model without what the conversion leaves where it is."""
+    source, model, files = opened
+    return (Weights(source), model, files) if conversion.weights_only else opened
+
+
 def target_of(conversion: Conversion, opened: OpenModel, folder: Path) -> tuple[Target, Recast]:
     """What is to be written into a folder, and the source as it is then read."""
-    source, model, files = opened
+    source, model, files = chosen(conversion, opened)
     form = TARGETS[conversion.to]
     recast = Recast(source, model, conversion.dtype, states=form.has_states)
     try:
@@ -94,6 +109,7 @@ def begun_with(conversion: Conversion) -> dict[str, str | int | None]:
         "to": conversion.to,
         "dtype": conversion.dtype,
         "shard bytes": conversion.shard_bytes,
+        "weights only": conversion.weights_only,
         "part bytes": conversion.part_bytes,
     }
 

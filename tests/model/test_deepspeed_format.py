@@ -23,6 +23,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -249,6 +250,18 @@ def test_what_deepspeed_saved_is_read_bit_for_bit(run: Run, saved: Callable[[Run
     # Without ZeRO, DeepSpeed's bf16 optimizer begins with a step of its own, which Adam counts.
     assert source.updates == (4 if run == BFLOAT16_WITHOUT_ZERO else 3)
     check(source, saved(run).expected, source.config, kinds_of(run))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2"])
+def test_modules_of_older_transformers_are_read(family: str, tmp_path: Path) -> None:
+    """Their parameters were named as files still are; GPT-2's of the bare model lack a prefix."""
+    words = dict(FAMILIES[family])
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(words.pop("model_type"), **words)).save_pretrained(tmp_path)
+    expected = HuggingFaceFolder(tmp_path)
+    module = {n.removeprefix("transformer."): t for n, t in load_file(tmp_path / "model.safetensors").items()}
+    states = {"module": module, "mp_world_size": 1, "dp_world_size": 1, "param_shapes": None, "optimizer": None}
+    torch.save(states, tmp_path / "mp_rank_00_model_states.pt")
+    check(DeepSpeedFolder(tmp_path), {"": expected}, expected.config, ())
 
 
 @pytest.mark.parametrize("zero", [1, 3])
