@@ -20,7 +20,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/lockstep train recipes/quickstart.toml $(if $(MODEL),--set 'model.source=$(MODEL)') $(if $(SEED),--set 'seed=$(SEED)') $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -138,7 +138,7 @@ def train(
         ValueError: when the recipe does not fit its model; nothing is written then.
     """
     start = check(recipe)
-    last = _last_checkpoint(recipe, start[1]) if resume else None
+    last = last_checkpoint(recipe, start[1]) if resume else None
     split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
     traces = recipe.folder / "traces" if profile else None
     with Interruption() as interruption:
@@ -157,7 +157,7 @@ def train(
     return recipe.folder
 
 
-def _last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | None:
+def last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | None:
     """What a run goes on from, or None where it has saved nothing.
 
     Raises:

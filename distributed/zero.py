@@ -36,6 +36,9 @@ from lockstep.distributed.shares import Sharded, Share, share_of, shares_of_all,
 deepspeed.ops.__compatible_ops__ = {}
 
 
+_linear = torch.nn.functional.linear
+"""ZeRO-3 puts one of its own in its place, for all."""
+
 EXPERTS = "ep_size_0"
 """DeepSpeed's name for the group of parameters that differ over the expert axis; it insists on such a number."""
 
@@ -179,9 +182,10 @@ class ZeroOptimizer:
             self._engine.optimizer.check_overflow = lambda **_: None
 
     def _close(self) -> None:
-        """Take off DeepSpeed's hooks, and what it remembers elsewhere: they keep the model and its groups alive."""
+        """Take off DeepSpeed's hooks, its linear layer and what it remembers: they keep the model and its groups."""
         self._engine.destroy()
         deepspeed_groups.mpu = None
+        torch.nn.functional.linear = _linear
         parameter_offload.FWD_MODULE_STACK.clear()
 
     def _config(self) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def load(path: Path) -> Any:
     Raises:
         BadDeepSpeedFolder: when the file is not whole, or holds a class that could run code.
     """
-    with torch.serialization.safe_globals(_HARMLESS):
+    known = torch.serialization.get_safe_globals()  # others' classes would be taken off the list behind the block
+    with torch.serialization.safe_globals([each for each in _HARMLESS if each not in known]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except UnpicklingError as error:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lockstep.data.tokenizer import BadTokenizer, Tokenizer, train_tokenizer
-from lockstep.model.formats.huggingface import read_tokenizer
+from lockstep.model.formats.huggingface import read_text_files
 
 TEXTS = [
     "",
@@ -24,7 +24,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def ours(tiny_folder: Path) -> Tokenizer:
-    return Tokenizer(read_tokenizer(tiny_folder))
+    return Tokenizer(read_text_files(tiny_folder))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_learned_tokenizer_returns_every_text(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_that_of_what_tokens_mean(ours: Tokenizer, tiny_folder: Path) -> None:
-    files = read_tokenizer(tiny_folder)
+    files = read_text_files(tiny_folder)
     values = json.loads(files["tokenizer.json"])
     values["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     assert Tokenizer({"tokenizer.json": json.dumps(values)}).digest == ours.digest
@@ -116,7 +116,7 @@ def test_a_broken_tokenizer_file_is_refused() -> None:
 
 
 def test_a_chat_without_a_template_is_refused(tiny_folder: Path) -> None:
-    plain = Tokenizer({"tokenizer.json": read_tokenizer(tiny_folder)["tokenizer.json"]})
+    plain = Tokenizer({"tokenizer.json": read_text_files(tiny_folder)["tokenizer.json"]})
     assert plain.eos is None
     with pytest.raises(BadTokenizer, match=r"no chat template: set task\.chat=false"):
         plain.chat([{"role": "user", "content": "hi"}])

@@ -139,12 +139,9 @@ def test_computing_activations_again_changes_no_number(
     np.testing.assert_allclose(history, alone[0], rtol=0 if layout == Layout() else 2e-5)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, sequence=True)], ids=str)
-def test_blocks_that_torch_compile_traces_compute_the_same(
-    layout: Layout, alone: Any, worlds: Worlds, tiny_folder: Path
-) -> None:
+def test_blocks_that_torch_compile_traces_compute_the_same(alone: Any, worlds: Worlds, tiny_folder: Path) -> None:
     """Its kernels need an accelerator; what it makes of our code does not."""
-    history, _ = worlds.run(layout, train, tiny_folder, 4, 64, "none", ADAMW, True)[0]
+    history, _ = worlds.run(Layout(), train, tiny_folder, 4, 64, "none", ADAMW, True)[0]
     np.testing.assert_allclose(history, alone[0], rtol=2e-5)
 
 

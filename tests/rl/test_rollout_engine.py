@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.groups import Groups
 from lockstep.model.attention import DocumentAttention
-from lockstep.model.formats.huggingface import HuggingFaceFolder, read_tokenizer
+from lockstep.model.formats.huggingface import HuggingFaceFolder, read_text_files
 from lockstep.model.linear import PackedWeight
 from lockstep.model.logprobs import local_logits, token_logprobs
 from lockstep.model.train import build, transformer_of
@@ -31,7 +31,7 @@ def transformer(tiny_folder: Path, groups: Groups) -> Transformer:
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_folder: Path) -> Tokenizer:
-    return Tokenizer(read_tokenizer(tiny_folder))
+    return Tokenizer(read_text_files(tiny_folder))
 
 
 @pytest.fixture(scope="module")
