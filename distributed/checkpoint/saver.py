@@ -8,7 +8,7 @@ import ctypes
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -77,7 +77,7 @@ class Saver:
         """Save one checkpoint; all ranks call this together. A save before it is waited for.
 
         Args:
-            chunks: those that this rank writes.
+            chunks: those that this rank writes; with `wait` they may be made one by one.
             manifest: what the checkpoint says of itself, beside what its arrays are.
             files: text files to keep beside the arrays, such as the tokenizer's.
             wait: return when the checkpoint is on disk; otherwise when `chunks` were copied to host memory.
@@ -95,7 +95,7 @@ class Saver:
             for folder in ("arrays", "parts"):
                 (partial / folder).mkdir(parents=True)
         self._barrier()
-        held = list(chunks) if wait else [self._copied(chunk) for chunk in chunks]
+        held = chunks if wait else [self._copied(chunk) for chunk in chunks]
         own = {"format": FORMAT, "step": step, "files": sorted(files)} | dict(manifest)
         self._writing = self._thread.submit(self._write, partial, final, held, own, files, best)
         if wait:
@@ -134,7 +134,7 @@ class Saver:
         self,
         partial: Path,
         final: Path,
-        chunks: Sequence[Chunk],
+        chunks: Iterable[Chunk],
         manifest: dict[str, Any],
         files: Mapping[str, str],
         best: bool,

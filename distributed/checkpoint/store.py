@@ -1,8 +1,9 @@
 """Arrays on disk: one zarr3 array a tensor, through TensorStore, written chunk by chunk by whoever has a chunk."""
 
 import math
+from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ LARGEST_CHUNK = 64 << 20
 """Bytes of a chunk at most, so that a reader of a small slice does not read a whole matrix."""
 THREADS = 4
 """That compute digests."""
+UNDER_WAY = 512 << 20
+"""Bytes that may be handed to TensorStore and not be on disk yet."""
 
 Entry = dict[str, Any]
 """Of an array in the manifest: `shape`, `dtype`, `chunk` (its shape) and `digests` of chunks by their numbers."""
@@ -57,33 +60,44 @@ def chunk_shape(tile: Sequence[int], item_bytes: int) -> tuple[int, ...]:
 def write(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Entry]:
     """Write chunks; returns when they are on disk, with what the manifest is to say of them.
 
+    Of chunks that are made one by one, few exist at a time.
+
     Raises:
         ValueError: when a chunk comes twice.
     """
     arrays: dict[str, Any] = {}
     entries: dict[str, Entry] = {}
+    under_way: deque[tuple[Chunk, Any, Future[str]]] = deque()
+
+    def settle() -> int:
+        chunk, writing, digested = under_way.popleft()
+        writing.result()
+        entries[chunk.name]["digests"][chunk.number] = digested.result()
+        return chunk.values.nbytes
+
     with ThreadPoolExecutor(THREADS) as digesting:
-        pending = []
+        held = 0
         for chunk in chunks:
             values = to_numpy(chunk.values)
+            entry = entries.setdefault(chunk.name, _entry(chunk, values.dtype))
+            if chunk.number in entry["digests"]:
+                raise ValueError(f"a chunk of {chunk.name} was written twice")
+            entry["digests"][chunk.number] = ""
             if chunk.name not in arrays:
                 arrays[chunk.name] = tensorstore.open(_new(folder, chunk, values.dtype), create=True, open=True)
-                entries[chunk.name] = {
-                    "shape": list(chunk.shape),
-                    "dtype": str(values.dtype),
-                    "chunk": list(chunk.grid),
-                    "digests": {},
-                }
-            if chunk.number in entries[chunk.name]["digests"]:
-                raise ValueError(f"a chunk of {chunk.name} was written twice")
-            entries[chunk.name]["digests"][chunk.number] = ""
             place = arrays[chunk.name].result()[tuple(slice(a, b) for a, b in chunk.box)]
             writing = place.write(values, can_reference_source_data_indefinitely=True)
-            pending.append((chunk, writing, digesting.submit(digest, values)))
-        for chunk, writing, digested in pending:
-            writing.result()
-            entries[chunk.name]["digests"][chunk.number] = digested.result()
+            under_way.append((chunk, writing, digesting.submit(digest, values)))
+            held += values.nbytes
+            while held > UNDER_WAY:
+                held -= settle()
+        while under_way:
+            settle()
     return entries
+
+
+def _entry(chunk: Chunk, dtype: np.dtype) -> Entry:
+    return {"shape": list(chunk.shape), "dtype": str(dtype), "chunk": list(chunk.grid), "digests": {}}
 
 
 def merged(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
