@@ -185,6 +185,8 @@ class ZeroOptimizer:
         """Take off DeepSpeed's hooks, its linear layer and what it remembers: they keep the model and its groups."""
         self._engine.destroy()
         deepspeed_groups.mpu = None
+        for experts in (deepspeed_groups._EXPERT_PARALLEL_GROUP, deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP):
+            experts.pop(EXPERTS, None)
         torch.nn.functional.linear = _linear
         parameter_offload.FWD_MODULE_STACK.clear()
 

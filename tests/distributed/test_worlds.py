@@ -3,13 +3,14 @@
 import psutil
 import pytest
 import torch
+from deepspeed.utils import groups as deepspeed_groups
 
 from lockstep.data.batch import rows_for_ranks, sample
 from lockstep.distributed.engine import StepResult
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
 from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules
@@ -26,9 +27,9 @@ def threads_before_a_step(groups: Groups) -> int:
     return threads
 
 
-def step_of_a_tiny_model(groups: Groups) -> StepResult:
+def step_of_a_tiny_model(groups: Groups, model: ModelConfig = MODEL) -> StepResult:
     """One update in a new world."""
-    stage = build(MODEL, groups, torch.float32, RandomWeights(MODEL, 0))
+    stage = build(model, groups, torch.float32, RandomWeights(model, 0))
     trainer = Trainer(stage, groups, OptimizerConfig())
     samples = [sample([1, 2], [3, 4, 5], weight=1 / 6)] * 2
     rows = rows_for_ranks(samples, row_rules(groups.layout, 16))[groups.data_rank]
@@ -40,3 +41,17 @@ def test_groups_of_a_world_that_was_left_are_gone(worlds: Worlds, zero: int) -> 
     layout = Layout(data=2, zero=zero)
     first, *later = [worlds.run(layout, threads_before_a_step) for _ in range(3)]
     assert later == [first, first]
+
+
+def what_deepspeed_left(groups: Groups) -> tuple[str, list[str]]:
+    """What stands in the place of torch's linear layer before a step with experts, and which of them are known."""
+    left = torch.nn.functional.linear.__name__, [*deepspeed_groups._EXPERT_PARALLEL_GROUP]
+    moe = MoEConfig(experts=2, experts_per_token=1, intermediate=8)
+    step_of_a_tiny_model(groups, MODEL.model_copy(update={"moe": moe} if groups.layout.expert > 1 else {}))
+    return left
+
+
+@pytest.mark.parametrize("layout", [Layout(data=2, zero=3), Layout(expert=2)], ids=str)
+def test_deepspeed_forgets_a_world_that_was_left(worlds: Worlds, layout: Layout) -> None:
+    for _ in range(2):
+        assert worlds.run(layout, what_deepspeed_left) == [("linear", [])] * 2
