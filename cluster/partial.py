@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lockstep.distributed.checkpoint.manager import sync
+
 
 class BadTarget(ValueError):
     """A place that cannot be written to."""
@@ -60,9 +62,9 @@ class Partial:
         """Give the content its final name."""
         for path in (*self._content.rglob("*"), self._content):
             if not path.is_symlink():
-                _sync(path)
+                sync(path)
         self._content.rename(self._destination)
-        _sync(self._destination.parent)
+        sync(self._destination.parent)
         shutil.rmtree(self._folder)
         self.close()
 
@@ -100,11 +102,3 @@ class Partial:
         self._journal.truncate(len(whole.encode()))
         lines = [json.loads(line) for line in whole.splitlines()]
         return {line["task"]: line["digests"] for line in lines}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -98,13 +98,12 @@ class _Loop:
         """
         self._recipe, self._config, self._policy = recipe, config, policy
         self._run, self._progress, self._cost = run, progress, cost
-        losses, held_out = (
+        losses, self._held_out = (
             {m["step"]: m["loss"] for m in run.metrics() if m["phase"] == phase and m["step"] <= done}
             for phase in ("pretrain", "held_out")
         )
         self._rewinds = Rewinds(config.spikes, samples, policy, [losses[step] for step in range(1, done + 1)])
         self._done, self._saved = done, done or None
-        self._best = min(((loss, step) for step, loss in held_out.items()), default=(math.inf, 0))
         self._checkpoints = (recipe.folder / "checkpoints").resolve()
         self._spoilt = self._skipped = 0
         self._speeds: list[float] = []
@@ -180,6 +179,8 @@ class _Loop:
         back = self._rewinds.take_back(step)
         self._policy.call("saved")
         manager.drop_after(self._checkpoints, back)
+        self._saved = None
+        self._held_out = {measured: loss for measured, loss in self._held_out.items() if measured <= back}
         self._spoilt = 0
         if batch:
             self.save(back)
@@ -208,7 +209,7 @@ class _Loop:
         """The held-out loss, where documents are held out."""
         loss = self._policy.call("text", "held_out_loss")[0]
         if loss is not None:
-            self._best = min(self._best, (loss, step))
+            self._held_out[step] = loss
             self._run.log("held_out", step, {"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
             self._progress.say(f"held-out loss after {step} steps: {loss:.4f} nats a token")
 
@@ -226,7 +227,8 @@ class _Loop:
             "left_out": [[r.start, r.stop] for r in samples.left_out],
             "rewinds": [[r.snapshot, r.spike] for r in samples.rewinds],
         }
-        self._policy.call("save", step, said, True, step == self._best[1])
+        best = min(self._held_out, key=lambda measured: self._held_out[measured], default=None)
+        self._policy.call("save", step, said, True, step == best)
 
 
 def _due(step: int, every: int) -> bool:

@@ -2,19 +2,18 @@
 
 import os
 import platform
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 from lockstep.cluster.conversion import BadConversion, Conversion, target_of, tasks_of
 from lockstep.cluster.memory import Watch
 from lockstep.cluster.sources import open_source
+from lockstep.data.children import follow_parent
 from lockstep.model.formats.parts import Part, Target
 
 
@@ -44,7 +43,7 @@ def processes(conversion: Conversion, folder: Path, tasks: Sequence[int]) -> Ite
         _opened.cache_clear()
         yield from (work(conversion, folder, task) for task in tasks)
         return
-    pool = ProcessPoolExecutor(min(conversion.workers, len(tasks)), get_context("spawn"), _start)
+    pool = ProcessPoolExecutor(min(conversion.workers, len(tasks)), get_context("spawn"), follow_parent)
     try:
         yield from pool.map(partial(work, conversion, folder), tasks)
     except BrokenProcessPool as error:
@@ -69,16 +68,3 @@ def _opened(conversion: Conversion, folder: Path) -> tuple[Target, list[list[Par
     watch = Watch()
     target, _ = target_of(conversion, open_source(conversion.source), folder)
     return target, tasks_of(target.parts, conversion.part_bytes), watch
-
-
-def _start() -> None:
-    """A worker leaves interruption to its parent, and ends when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)

@@ -9,8 +9,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,13 +17,14 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from glob import escape
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import xxhash
 
+from lockstep.data.children import follow_parent
 from lockstep.data.store import BadStore, Note, SourceNote, Store, beside, prefix, read_note
 from lockstep.data.store_writer import StoreWriter
 from lockstep.data.text import Bad, BadText, Chunk, Reading, cut, documents, find_files
@@ -219,15 +218,7 @@ def _run(parts: Sequence[Part], how: Tokenization, workers: int) -> Iterator[Non
 def _start_worker() -> None:
     """A worker leaves parallelism to the processes, interruption to its parent, and ends when its parent is killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
+    follow_parent()
 
 
 @lru_cache(1)

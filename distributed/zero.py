@@ -300,16 +300,23 @@ class ZeroOptimizer:
         Raises:
             MissingState: when the source has none for something that is trained.
         """
-        rooms = [room for held, shares in self._held.items() for room in self._rooms(held, shares, source, pieces)]
+        known = frozenset(source.states)
+        rooms = [
+            room for held, shares in self._held.items() for room in self._rooms(held, shares, source, known, pieces)
+        ]
         concurrently(lambda room: fill(*room), rooms)
 
     def _rooms(
-        self, held: Tensor, shares: Sequence[Share], source: Source, pieces: Mapping[nn.Parameter, Sequence[Piece]]
+        self,
+        held: Tensor,
+        shares: Sequence[Share],
+        source: Source,
+        known: frozenset[str],
+        pieces: Mapping[nn.Parameter, Sequence[Piece]],
     ) -> Iterator[tuple[Any, ...]]:
         """Arguments of `fill` for everything that is remembered of a tensor that the optimizer is given."""
         names = [piece.name for share in shares for piece in pieces[share.parameter]]
-        states = frozenset(source.states)
-        kinds = [kind for kind in STATES if names and all(state_name(kind, name) in states for name in names)]
+        kinds = [kind for kind in STATES if names and all(state_name(kind, name) in known for name in names)]
         if names and source.updates and not _STATE.keys() & kinds:
             raise MissingState(f"there is no optimizer state for {names[0]}, or not of this optimizer")
         state = self._innermost().state[held] if kinds else {}

@@ -22,13 +22,13 @@ from lockstep.data.schedule import SampleSchedule
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
-from lockstep.distributed.checkpoint.spec import Masters
 from lockstep.distributed.engine import StepResult
 from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.trace import Trace
 from lockstep.model.config import ModelConfig
 from lockstep.model.flops import peak_flops
+from lockstep.model.formats.recast import Recast
 from lockstep.model.pretrain import PretrainConfig, Pretraining
 from lockstep.model.train import (
     DTYPES,
@@ -155,7 +155,9 @@ class PolicyWorker(_Named):
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
-        stage = build(self.model, groups, DTYPES[dtype], Masters(source) if dtype == "float32" else source)
+        stage = build(
+            self.model, groups, DTYPES[dtype], Recast(source, self.model, dtype) if dtype == "float32" else source
+        )
         self.trainer = Trainer(stage, groups, optimizer, temperature=temperature, config=self.config)
         self.reference: Any = None
         self.log.info("ready with %s", self.layout)

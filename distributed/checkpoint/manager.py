@@ -41,7 +41,7 @@ def link(checkpoint: Path, name: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when what a folder lists is on disk."""
+    """Return when what a file holds, or a folder lists, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

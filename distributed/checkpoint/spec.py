@@ -88,19 +88,6 @@ def concurrently(work: Callable[[T], None], items: Iterable[T]) -> None:
             pass
 
 
-class Masters:
-    """A `Source` of another's weights as an optimizer keeps them, in fp32, where it keeps them apart."""
-
-    def __init__(self, source: Source) -> None:
-        self.states, self.updates = source.states, source.updates
-        self._source, self._known = source, frozenset(source.states)
-
-    def read(self, name: str, box: Box) -> NDArray[Any]:
-        """See `Source`."""
-        master = state_name("master", name)
-        return self._source.read(master if master in self._known else name, box)
-
-
 class WeightsOnly:
     """What a `Source` without an optimizer's state says of it."""
 

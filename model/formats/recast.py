@@ -41,9 +41,10 @@ class Recast:
         """
         self._source, self._shapes = source, logical_tensors(model)
         self._wanted = None if dtype is None else DTYPES[dtype]
-        self._masters = {name for name in self._shapes if state_name("master", name) in source.states}
-        self._moments = [name for name in source.states if not name.startswith("master/")]
-        self._with_states = states and bool(source.states)
+        held = dict.fromkeys(source.states)
+        self._masters = {name for name in self._shapes if state_name("master", name) in held}
+        self._moments = [name for name in held if not name.startswith("master/")]
+        self._with_states = states and bool(held)
         self._found: dict[str, np.dtype[Any]] = {}
 
     @property

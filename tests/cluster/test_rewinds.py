@@ -10,6 +10,7 @@ from lockstep.cluster.config import load_recipe
 from lockstep.data.loader import PretrainingData
 from lockstep.data.store import Note
 from lockstep.data.store_writer import StoreWriter
+from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
@@ -73,6 +74,10 @@ def test_the_strange_samples_are_left_out_and_the_run_ends_as_if_they_did_not_ex
     assert steps[STEPS]["samples_left_out"] == 7 * PER_STEP
     assert Checkpoint(run).manifest["left_out"] == [[240, 320], [320, 336], [336, 352]]
     assert summary(run)["status"] == "finished"
+
+
+def test_checkpoints_that_were_taken_back_are_saved_again(run: Path) -> None:
+    assert sorted(manager.saved(run / "checkpoints")) == [*range(6, STEPS, 6), STEPS]
 
 
 def test_every_rewind_is_on_the_screen_and_in_the_metrics(run: Path) -> None:

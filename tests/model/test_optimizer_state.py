@@ -13,12 +13,13 @@ from lockstep.data.batch import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.reshard import Kept, fill, whole_chunks
 from lockstep.distributed.checkpoint.saver import Saver
-from lockstep.distributed.checkpoint.spec import Masters, Piece, WeightsOnly, state_name, to_numpy, whole
+from lockstep.distributed.checkpoint.spec import Piece, WeightsOnly, state_name, to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.distributed.zero import MissingState
 from lockstep.model.config import ModelConfig, MoEConfig
+from lockstep.model.formats.recast import Recast
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
 from lockstep.model.train import DTYPES, OptimizerConfig, Trainer, build, describe, row_rules
@@ -175,7 +176,7 @@ def test_an_fp32_run_goes_on_from_the_masters_of_a_bf16_run(worlds: Worlds, tmp_
 
 def in_fp32(groups: Groups, source: Path, target: Path) -> None:
     checkpoint = Checkpoint(source)
-    trainer = trainer_of(groups, "dense", "float32", ADAMW, Masters(checkpoint))
+    trainer = trainer_of(groups, "dense", "float32", ADAMW, Recast(checkpoint, MODELS["dense"], "float32"))
     trainer.restore(checkpoint)
     save(trainer, target, 2)
 
