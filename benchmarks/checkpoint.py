@@ -32,9 +32,11 @@ from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
-from lockstep.model.config import ModelConfig
-from lockstep.model.names import RandomWeights, load
-from lockstep.model.train import OptimizerConfig, Trainer, build, describe
+from lockstep.model.config import ModelConfig, describe
+from lockstep.model.held import load
+from lockstep.model.names import RandomWeights
+from lockstep.model.recipes import OptimizerConfig
+from lockstep.model.train import Trainer, build
 
 BYTES = 14
 """Of a parameter: bf16, and three times fp32."""

@@ -28,7 +28,7 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.model.loss import Clip, token_loss
-from lockstep.model.train import OptimizerConfig, TrainerConfig
+from lockstep.model.recipes import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
 from lockstep.rl.rollout.sampler import SamplingConfig
 from lockstep.rl.types import Prompt

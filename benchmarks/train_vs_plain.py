@@ -33,8 +33,9 @@ from lockstep.distributed.groups import alone
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.names import RandomWeights
-from lockstep.model.pretrain import PretrainConfig, Pretraining
-from lockstep.model.train import DTYPES, Trainer, build, row_rules
+from lockstep.model.pretrain import Pretraining
+from lockstep.model.recipes import PretrainConfig, row_rules
+from lockstep.model.train import DTYPES, Trainer, build
 from lockstep.rl.actors import ENVIRONMENT
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pretrain-10m.toml"

@@ -24,7 +24,8 @@ from lockstep.data.batch import RowRules, rows_for_ranks, sample
 from lockstep.distributed.groups import alone
 from lockstep.model.flops import peak_flops, training_flops
 from lockstep.model.loss import nll
-from lockstep.model.train import OptimizerConfig, Trainer, build
+from lockstep.model.recipes import OptimizerConfig
+from lockstep.model.train import Trainer, build
 from lockstep.rl.actors import ENVIRONMENT
 
 SEQUENCES, LENGTH, RATE = 4, 512, 1e-5

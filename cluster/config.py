@@ -13,17 +13,16 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lockstep.cluster.sources import SourceConfig
 from lockstep.data.problems import TaskConfig
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.layout import Layout
-from lockstep.model.config import ModelConfig
-from lockstep.model.pretrain import PretrainConfig
-from lockstep.model.train import TrainerConfig
+from lockstep.model.recipes import PretrainConfig, TrainerConfig
 from lockstep.rl.recipes import RLConfig, SupervisedConfig
 
 
@@ -33,17 +32,6 @@ class RecipeError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SourceConfig(_Section):
-    """The model to start from, and the dtype to compute in."""
-
-    source: str = Field(
-        "smollm2-135m-instruct", description="a checkpoint, a Hugging Face folder or Hub name, or a .gguf file"
-    )
-    config: ModelConfig | None = Field(None, description="start from random weights of this shape instead")
-    tokenizer: str | None = Field(None, description="for random weights: a folder, checkpoint or .gguf file with one")
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 class RolloutConfig(_Section):

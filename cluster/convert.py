@@ -20,11 +20,10 @@ from lockstep.distributed.checkpoint.reshard import chunks_of
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.spec import Source, to_torch, whole
 from lockstep.distributed.layout import Layout
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, describe
 from lockstep.model.formats.parts import Part, Target
 from lockstep.model.formats.recast import Recast
 from lockstep.model.names import logical_tensors
-from lockstep.model.train import describe
 
 Progress = Callable[[int, int], object]
 """Is told the bytes that are done, and all of them."""

@@ -26,9 +26,8 @@ from lockstep.data.loader import PretrainingData
 from lockstep.data.problems import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
-from lockstep.model.config import ModelConfig
-from lockstep.model.train import OptimizerConfig
-from lockstep.model.transformer import check_layout
+from lockstep.model.config import ModelConfig, check_layout
+from lockstep.model.recipes import OptimizerConfig
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.types import Scored

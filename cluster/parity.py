@@ -25,13 +25,13 @@ from lockstep.distributed.checkpoint.spec import Source, to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, check_layout, describe
+from lockstep.model.held import pieces
 from lockstep.model.loss import nll
-from lockstep.model.names import logical_tensors, pieces
-from lockstep.model.pretrain import PretrainConfig, random_data
+from lockstep.model.names import logical_tensors
+from lockstep.model.recipes import PretrainConfig, TrainerConfig, row_rules
 from lockstep.model.routing import Routing, RoutingWatch, tie
-from lockstep.model.train import DTYPES, Trainer, TrainerConfig, build, describe, row_rules
-from lockstep.model.transformer import check_layout
+from lockstep.model.train import DTYPES, Trainer, build
 
 FP32_BOUND = {"loss": 2e-5, "norm": 2e-5, "weights": 1e-4}
 """Largest relative differences in fp32."""
@@ -173,7 +173,7 @@ def job_of(recipe: Recipe, source: Source, model: ModelConfig, steps: int, folde
         start=write_checkpoint(source, model, {}, folder / "start"),
         dtype=recipe.model.dtype,
         pretrain=pretrain,
-        data=pretrain.data or random_data(folder / "random", model, pretrain, recipe.seed),
+        data=pretrain.text(model, folder / "random", recipe.seed),
         trainer=recipe.trainer,
         seed=recipe.seed,
         steps=steps,

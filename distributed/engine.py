@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +13,13 @@ from lockstep.distributed.checkpoint.spec import Piece, Source
 from lockstep.distributed.device import peak_memory
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Forward, Loss, Stage, run_forward, run_forward_backward
+from lockstep.distributed.result import StepResult
 from lockstep.distributed.snapshot import Snapshot
 from lockstep.distributed.zero import ZeroOptimizer, replicate
 
 
 class MissingGradient(RuntimeError):
     """A trainable parameter took no part in the loss."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one update reports, the same on every rank, and the gradient's norm before clipping: global and by part.
-
-    A value is the sum over the global batch, or the largest of its micro-batches if its name ends in `_max`. One comes
-    from the engine: `memory_gb`, the most that any rank held so far (`peak_memory`), in 10⁹ bytes.
-    """
-
-    values: dict[str, float]
-    grad_norm: float
-    grad_norms: dict[str, float]
 
 
 class Engine:

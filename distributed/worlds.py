@@ -1,5 +1,6 @@
 """Worlds of processes on this machine: started once for each size, they form a new world for each call."""
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import traceback
@@ -89,6 +90,8 @@ def _serve(pipe: Connection) -> None:
             layout, rank, port, timeout_s, function, args = pipe.recv()
         except EOFError:
             return
+        if not gc.get_freeze_count():
+            gc.freeze()  # the libraries, imported by now: each world that is left looks for garbage
         try:
             groups = join(layout, rank=rank, meeting=meeting_at("127.0.0.1", port), timeout_s=timeout_s)
             answer = (True, function(groups, *args))

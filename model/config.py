@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from lockstep.distributed.layout import Layout, check_divides
 from lockstep.model.rope import Rope
 
 
@@ -196,3 +197,17 @@ class ModelConfig(BaseModel):
         embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
         positions = self.context * self.width if self.rope is None else 0
         return self.layers * block + embeddings + positions + norm
+
+
+def check_layout(layout: Layout, model: ModelConfig) -> None:
+    """Refuse a layout that does not fit a model.
+
+    Raises:
+        LayoutError: names the degree that was given and the degrees that would work.
+    """
+    check_divides(layout, **model.sizes)
+
+
+def describe(model: ModelConfig, layout: Layout) -> dict[str, Any]:
+    """What a checkpoint's manifest says of its content."""
+    return {"model": model.model_dump(), "layout": layout.model_dump()}

@@ -3,6 +3,7 @@
 Sums run over the selected tokens of a micro-batch; the weight column already divides by the size of the global batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,10 @@ class Columns:
     advantage: Tensor
     old_logp: Tensor
     reference_logp: Tensor
+
+
+Objective = Callable[[Tensor, Columns], tuple[Tensor, dict[str, Tensor]]]
+"""The loss of a micro-batch, and what it reports, from log-probabilities and columns."""
 
 
 @dataclass(frozen=True)

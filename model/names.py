@@ -1,10 +1,10 @@
-"""The slice map: which part of which logical tensor each local parameter holds.
+"""The slice map: which part of which logical tensor each local parameter holds, in any layout.
 
 Logical tensors have the names of Hugging Face's Llama files and unpadded shapes: q, k, v, gate and up apart, the
 vocabulary without padding, a tied head recorded once. What Llama lacks has the name that most families give it
 (`mlp.up_proj` alone without a gate, `self_attn.q_norm`, `model.embed_positions`); the norms of a block are named as
-Gemma 2 and OLMo 2 do. Everything that moves tensors goes through `pieces`; families whose files say other words are
-translated where those are read and written.
+Gemma 2 and OLMo 2 do. Everything that moves tensors goes through `parameter_pieces`; families whose files say other
+words are translated where those are read and written.
 """
 
 import math
@@ -12,13 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import nn
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, Source, WeightsOnly, concurrently, to_torch, whole
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.checkpoint.spec import Box, Piece, WeightsOnly, whole
 from lockstep.model.config import ModelConfig, MoEConfig
-from lockstep.model.transformer import Transformer, padded_vocabulary
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 POSITIONS = "model.embed_positions.weight"
@@ -119,43 +115,9 @@ def part_sizes(model: ModelConfig) -> dict[str, int]:
     return sizes
 
 
-def parts(transformer: Transformer) -> dict[str, list[nn.Parameter]]:
-    """This rank's parameters of each part of the whole model: see `part_sizes`."""
-    found: dict[str, list[nn.Parameter]] = {part: [] for part in part_sizes(transformer.model)}
-    for path, parameter in transformer.named_parameters():
-        module, index, *_ = path.split(".")
-        found[f"layers.{index}" if module == "blocks" else module].append(parameter)
-    return found
-
-
 def is_projection(name: str) -> bool:
     """Whether a logical tensor is a matrix of attention, of a feed-forward layer or of an expert; routers are not."""
     return name.endswith("_proj.weight")
-
-
-def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
-    """Every piece that this rank holds."""
-    groups, shapes = transformer.groups, logical_tensors(transformer.model)
-    tensor, expert = (groups.tensor_rank, groups.layout.tensor), (groups.expert_rank, groups.layout.expert)
-    for path, parameter in transformer.named_parameters():
-        for piece in parameter_pieces(path, transformer.model, shapes, tensor, expert):
-            yield parameter, _held(path, piece, groups)
-
-
-def held_pieces(transformer: Transformer) -> dict[nn.Parameter, list[Piece]]:
-    """The pieces in each of this rank's parameters."""
-    held: dict[nn.Parameter, list[Piece]] = {parameter: [] for parameter in transformer.parameters()}
-    for parameter, piece in pieces(transformer):
-        held[parameter].append(piece)
-    return held
-
-
-def _held(path: str, piece: Piece, groups: Groups) -> Piece:
-    """A piece as one of several copies."""
-    if _is_stack(path):
-        return replace(piece, owned=groups.owns_experts)
-    first = piece.first and (groups.is_first_stage or piece.name != EMBEDDING)
-    return replace(piece, first=first, owned=first and groups.owns_replicated)
 
 
 def parameter_pieces(
@@ -170,7 +132,7 @@ def parameter_pieces(
     Raises:
         KeyError: when a `Transformer` of this model has no such parameter.
     """
-    if _is_stack(path):
+    if is_stack(path):
         yield from _expert_pieces(path, shapes, tensor, expert)
         return
     names, split = _logical_names(path, model)
@@ -186,7 +148,7 @@ def parameter_pieces(
             yield part
 
 
-def _is_stack(path: str) -> bool:
+def is_stack(path: str) -> bool:
     """Whether a parameter is a stack of experts' matrices."""
     return path.endswith((".mlp.gate_up", ".mlp.down"))
 
@@ -235,6 +197,11 @@ def _expert_pieces(path: str, shapes: dict[str, tuple[int, ...]], tensor: OnAxis
             yield replace(part, local=((place, place + 1), *part.local))
 
 
+def padded_vocabulary(vocabulary: int, tensor: int) -> int:
+    """The vocabulary with rows of padding, so that it divides by the tensor degree."""
+    return -(-vocabulary // tensor) * tensor
+
+
 def _share(name: str, shape: tuple[int, ...], split: int, tensor: OnAxis, offset: int) -> Piece:
     """A tensor rank's part along `split`; in the parameter it starts at row `offset` (only dim 0 is ever shared)."""
     rank, degree = tensor
@@ -247,20 +214,6 @@ def _share(name: str, shape: tuple[int, ...], split: int, tensor: OnAxis, offset
     tile = list(shape)
     tile[split] = size
     return Piece(name, shape, tuple(box), tuple(local), tuple(tile))
-
-
-@torch.no_grad()
-def load(transformer: Transformer, source: Source) -> None:
-    """Fill every parameter of this rank from a source, which may have been written in any layout; padding becomes 0."""
-    held = list(pieces(transformer))
-    for parameter, piece in held:
-        if piece.name in (EMBEDDING, HEAD):
-            parameter[piece.local[0][1] :] = 0
-
-    def read(parameter: nn.Parameter, piece: Piece) -> None:
-        piece.view(parameter).copy_(to_torch(source.read(piece.name, piece.box)))
-
-    concurrently(lambda pair: read(*pair), held)
 
 
 class RandomWeights(WeightsOnly):

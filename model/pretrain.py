@@ -5,52 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.data.batch import RowRules, TokenBatch
-from lockstep.data.loader import PretrainingConfig, PretrainingData
+from lockstep.data.loader import PretrainingData
 from lockstep.data.prefetch import Prefetch
 from lockstep.data.schedule import SampleSchedule
-from lockstep.data.synthetic import write_random_store
-from lockstep.distributed.engine import StepResult
+from lockstep.distributed.result import StepResult
 from lockstep.distributed.snapshot import Snapshot
-from lockstep.model.config import ModelConfig
 from lockstep.model.loss import nll
-from lockstep.model.spikes import SpikeConfig
-from lockstep.model.train import OptimizerConfig, Trainer
-
-
-class PretrainConfig(BaseModel):
-    """Training from text, as much as there is."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(ge=0)
-    samples_per_step: int = Field(32, ge=1, description="samples of data.length tokens in a global batch")
-    optimizer: OptimizerConfig = OptimizerConfig()
-    z_coefficient: float = Field(0.0, ge=0, description="of the loss that keeps logits small; PaLM took 1e-4")
-    evaluate_every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0 for the end")
-    statistics_every: int = Field(
-        0,
-        ge=0,
-        description="steps between metrics of each layer: norm of its gradient, size of its weights; 0 for none",
-    )
-    give_up_after: int = Field(3, ge=1, description="steps in a row without a finite gradient that end the run")
-    spikes: SpikeConfig | None = Field(None, description="go back when the loss spikes; never when it is not there")
-    data: PretrainingConfig | None = Field(None, description="what to read; random documents when it is not there")
-
-    @property
-    def schedule(self) -> SampleSchedule:
-        """Which samples each step reads, as long as the run does not go back."""
-        return SampleSchedule(self.samples_per_step)
-
-
-def random_data(store: Path, model: ModelConfig, config: PretrainConfig, seed: int) -> PretrainingConfig:
-    """Random documents for a recipe that names none: eight steps' worth, then they come again."""
-    length = min(32, model.context)
-    tokens = max(4096, 8 * config.samples_per_step * length)
-    write_random_store(store, vocabulary=model.vocabulary, tokens=tokens, seed=seed, mean_length=length // 2)
-    return PretrainingConfig.model_validate({"blend": [{"path": str(store)}], "length": length, "held_out": 0.05})
+from lockstep.model.recipes import PretrainConfig
+from lockstep.model.train import Trainer
 
 
 class Pretraining:

@@ -1,91 +1,39 @@
 """A transformer and its optimizer as one thing that learns from rows of tokens: what every trainer process owns."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from lockstep.data.batch import COLUMNS, Ints, RowRules, TokenBatch, part, sequences_of
+from lockstep.data.batch import COLUMNS, Ints, TokenBatch, part, sequences_of
 from lockstep.distributed.checkpoint.reshard import WEIGHTS, whole_chunks
 from lockstep.distributed.checkpoint.spec import Piece, Source
 from lockstep.distributed.checkpoint.store import Chunk
 from lockstep.distributed.context import held_places
 from lockstep.distributed.device import local_device
-from lockstep.distributed.engine import Engine, StepResult
+from lockstep.distributed.engine import Engine
 from lockstep.distributed.groups import Groups
-from lockstep.distributed.layout import Layout
 from lockstep.distributed.muon import Muon
 from lockstep.distributed.pipeline import Loss, Stage, megatron_config
+from lockstep.distributed.result import StepResult
 from lockstep.distributed.zero import experts_apart
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
 from lockstep.model.context import attention
+from lockstep.model.held import held_pieces, load, parts, pieces
 from lockstep.model.logprobs import token_scores
-from lockstep.model.loss import Columns
+from lockstep.model.loss import Columns, Objective
 from lockstep.model.moe import Sequences
-from lockstep.model.names import held_pieces, is_projection, load, part_sizes, parts, pieces
-from lockstep.model.transformer import Recompute, Transformer
+from lockstep.model.names import is_projection, part_sizes
+from lockstep.model.recipes import OptimizerConfig, TrainerConfig
+from lockstep.model.transformer import Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 """What models can be computed in, by the names that recipes use."""
-
-Objective = Callable[[Tensor, Columns], tuple[Tensor, dict[str, Tensor]]]
-
-
-class OptimizerConfig(BaseModel):
-    """AdamW, with or without Muon; the rate of both rises linearly, then follows its schedule.
-
-    Loshchilov & Hutter 2019; Jordan et al. 2024. Muon updates the matrices of attention, feed-forward layers and
-    experts; embeddings, head, routers, norms and biases remain with AdamW.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["adamw", "muon"] = Field("adamw", description="what updates the matrices inside of blocks")
-    learning_rate: float = Field(1e-5, gt=0)
-    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
-    schedule: Literal["constant", "linear", "cosine", "stable"] = Field(
-        "constant", description="of the rate after the warm-up; stable falls linearly at the end only"
-    )
-    decay_share: float = Field(0.2, gt=0, le=1, description="share of all steps in which a stable rate falls")
-    final_share: float = Field(0.0, ge=0, le=1, description="what is left of the rate when it has fallen")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
-    weight_decay: float = Field(0.0, ge=0, description="for matrices only")
-    clip_norm: float = Field(1.0, ge=0, description="bound of the gradient's global norm; 0 for none")
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a step, numbered from 1, in a phase of so many steps.
-
-        Cosine: Loshchilov & Hutter 2017, eq. 5, without restarts. Stable: warmup-stable-decay, Hu et al. 2024, eq. 1.
-        """
-        left = (steps + 1 - step) / max(1, steps - self.warmup_steps)
-        if self.schedule == "cosine":
-            left = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left))
-        elif self.schedule == "stable":
-            left = (steps + 1 - step) / max(1.0, self.decay_share * steps)
-        elif self.schedule == "constant":
-            left = 1.0
-        fallen = self.final_share + (1 - self.final_share) * min(1.0, left)
-        return self.learning_rate * min(fallen, step / (self.warmup_steps + 1))
-
-
-class TrainerConfig(BaseModel):
-    """How the trainer's processes work."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    row_tokens: int = Field(2048, ge=1, description="tokens of a packed row, which is the micro-batch")
-    recompute: Recompute = Field("none", description="activations to compute again in the backward pass: less memory")
-    compile: bool = Field(False, description="let torch.compile fuse the blocks, where there is an accelerator")
 
 
 @dataclass(frozen=True)
@@ -99,18 +47,6 @@ class DeviceBatch:
     columns: Columns
     attend: Attend
     sequences: Sequences
-
-
-def row_rules(layout: Layout, budget: int) -> RowRules:
-    """How a global batch is cut into rows for a layout."""
-    return RowRules(
-        ranks=layout.replicas,
-        budget=budget,
-        multiple=layout.row_multiple,
-        equal=layout.pipeline > 1,
-        count=layout.pipeline if layout.virtual > 1 else 1,
-        in_step=layout.in_step,
-    )
 
 
 def to_device(batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.device) -> DeviceBatch:
@@ -146,11 +82,6 @@ def build(model: ModelConfig, groups: Groups, dtype: torch.dtype, source: Source
     transformer = Transformer(model, groups, config).to(local_device(groups.rank))
     load(transformer, source)
     return Stage(transformer, config)
-
-
-def describe(model: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """What a checkpoint's manifest says of its content."""
-    return {"model": model.model_dump(), "layout": layout.model_dump()}
 
 
 def transformer_of(stage: Stage) -> Transformer:

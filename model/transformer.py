@@ -5,7 +5,6 @@ a batch of one.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from megatron.core import tensor_parallel
@@ -14,29 +13,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lockstep.distributed.groups import Groups
-from lockstep.distributed.layout import Layout, check_divides, ranges, stage_layers
+from lockstep.distributed.layout import ranges, stage_layers
 from lockstep.model.attention import Attend, Recomputed, recomputed
 from lockstep.model.block import Block, Norm
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, check_layout
 from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed, sequence_group
 from lockstep.model.moe import Sequences
-
-Recompute = Literal["none", "selective", "full"]
-"""Activations that the backward pass computes again: none, those of attention, or all inside of a block."""
-
-
-def padded_vocabulary(vocabulary: int, tensor: int) -> int:
-    """The vocabulary with rows of padding, so that it divides by the tensor degree."""
-    return -(-vocabulary // tensor) * tensor
-
-
-def check_layout(layout: Layout, model: ModelConfig) -> None:
-    """Refuse a layout that does not fit a model.
-
-    Raises:
-        LayoutError: names the degree that was given and the degrees that would work.
-    """
-    check_divides(layout, **model.sizes)
+from lockstep.model.names import padded_vocabulary
+from lockstep.model.recipes import Recompute
 
 
 def _layers(model: ModelConfig, groups: Groups) -> list[range]:

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lockstep.model.loss import Clip, token_loss
-from lockstep.model.train import Objective, OptimizerConfig
+from lockstep.model.loss import Clip, Objective, token_loss
+from lockstep.model.recipes import OptimizerConfig
 from lockstep.rl.rollout.sampler import SamplingConfig
 
 

@@ -11,7 +11,7 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from lockstep.distributed.checkpoint.spec import Box, WeightsOnly, digest, overlap, to_numpy, within
-from lockstep.model.names import load, pieces
+from lockstep.model.held import load, pieces
 from lockstep.model.transformer import Transformer
 
 

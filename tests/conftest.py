@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lockstep.distributed.worlds import Worlds
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other on cores that others use are slow
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("patient", deadline=None)  # a loaded machine is no bug
 settings.load_profile("patient")
 

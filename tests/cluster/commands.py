@@ -9,8 +9,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import psutil
+from typer.testing import CliRunner, Result
+
+from lockstep.cluster.cli import app
 
 RECIPE = """
 name = "tiny"
@@ -65,6 +69,27 @@ def write_recipe(folder: Path, model: Path) -> Path:
 def overrides(*pairs: str) -> list[str]:
     """`--set` options."""
     return [part for pair in pairs for part in ("--set", pair)]
+
+
+def lockstep(*arguments: str) -> Result:
+    """The command, in this process."""
+    return CliRunner().invoke(app, list(arguments))
+
+
+def refused(*arguments: str) -> str:
+    """The one sentence that a command ends with."""
+    result = lockstep(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+class Train(Protocol):
+    """Runs a recipe to its end; returns the exit code and what it printed into `log`."""
+
+    def __call__(self, log: Path, recipe: Path, *settings: str, options: tuple[str, ...] = ()) -> tuple[int, str]: ...
 
 
 class Command:

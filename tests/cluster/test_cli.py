@@ -5,27 +5,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from typer.testing import CliRunner, Result
 
-from lockstep.cluster.cli import app
-from tests.cluster.commands import Command, write_recipe
+from tests.cluster.commands import Command, lockstep, refused, write_recipe
 
 COMMANDS = ("train", "generate", "eval", "convert", "verify", "inspect", "report", "submit")
-
-
-def lockstep(*arguments: str) -> Result:
-    """The command, in this process."""
-    return CliRunner().invoke(app, list(arguments))
-
-
-def refused(*arguments: str) -> str:
-    """The one sentence that a command ends with."""
-    result = lockstep(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

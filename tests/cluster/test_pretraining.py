@@ -3,7 +3,6 @@
 import json
 import math
 import tomllib
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,26 +15,18 @@ from lockstep.cluster.jobs import check
 from lockstep.data.store import Store
 from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from tests.cluster.commands import Command, metrics, overrides, summary
+from tests.cluster.commands import Command, Train, metrics, summary
 from tests.distributed.traces import steps_and_kinds
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"
 
 
-def train(log: Path, *settings: str, options: Sequence[str] = ()) -> tuple[int, str]:
-    command = Command(log, "train", str(RECIPE), *overrides(*settings), *options)
-    try:
-        return command.wait(), command.output
-    finally:
-        command.kill()
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
     folder = tmp_path_factory.mktemp("pretraining")
     every = ("pretrain.evaluate_every=6", "pretrain.statistics_every=5")
     settings = ("layout.data=2", "layout.zero=2", "pretrain.steps=12", "pretrain.optimizer.kind=muon", *every)
-    code, output = train(folder / "log", f"run={folder}/run", *settings, options=["--profile"])
+    code, output = train(folder / "log", RECIPE, f"run={folder}/run", *settings, options=("--profile",))
     assert code == 0, output
     return folder / "run"
 
@@ -99,9 +90,9 @@ def test_the_trained_weights_are_a_checkpoint_and_the_run_has_a_report(run: Path
     assert "There is no RL step" not in page
 
 
-def test_a_run_whose_gradients_are_no_numbers_ends_and_keeps_the_weights_before(tmp_path: Path) -> None:
+def test_a_run_whose_gradients_are_no_numbers_ends_and_keeps_the_weights_before(tmp_path: Path, train: Train) -> None:
     settings = ("pretrain.steps=8", "pretrain.optimizer.learning_rate=1e30", "pretrain.give_up_after=2")
-    code, output = train(tmp_path / "log", f"run={tmp_path}/run", *settings)
+    code, output = train(tmp_path / "log", RECIPE, f"run={tmp_path}/run", *settings)
     assert code == 1
     assert "2 steps in a row" in output
     assert "Traceback" not in output
@@ -116,7 +107,7 @@ def test_a_run_whose_gradients_are_no_numbers_ends_and_keeps_the_weights_before(
         assert batch["tokens"].shape == batch["documents"].shape == (32, 33)
 
 
-def test_text_becomes_a_tokenizer_a_store_and_a_model_in_three_commands(tmp_path: Path) -> None:
+def test_text_becomes_a_tokenizer_a_store_and_a_model_in_three_commands(tmp_path: Path, train: Train) -> None:
     draw = np.random.default_rng(0)
     words = ["to", "be", "or", "not", "that", "is", "the", "question"]
     lines = [" ".join(draw.choice(words, size=30)) for _ in range(600)]
@@ -129,13 +120,14 @@ def test_text_becomes_a_tokenizer_a_store_and_a_model_in_three_commands(tmp_path
     for arguments in (
         ("data", "tokenizer", text, tokenizer, "--vocabulary", "300"),
         ("data", "tokenize", text, store, "--tokenizer", tokenizer),
-        ("train", str(recipe), *overrides(*small, *steps, *places)),
     ):
         command = Command(tmp_path / "log", *arguments)
         try:
             assert command.wait() == 0, command.output
         finally:
             command.kill()
+    code, output = train(tmp_path / "log", recipe, *small, *steps, *places)
+    assert code == 0, output
     losses = [m["loss"] for m in metrics(tmp_path / "run", "pretrain")]
     assert losses[0] == pytest.approx(math.log(4096), abs=0.3)
     assert losses[-1] < losses[0]

@@ -11,9 +11,10 @@ from lockstep.cluster.jobs import last_checkpoint
 from lockstep.cluster.sources import starting_point
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.spec import whole
-from tests.cluster.commands import Command, metrics, overrides, summary, until
+from tests.cluster.commands import Command, Train, metrics, overrides, summary, until
+from tests.cluster.heads import Head
 
-RECIPE = str(Path(__file__).parents[2] / "recipes" / "parity-tiny.toml")
+RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"
 STEPS = 12
 SETTINGS = (
     f"pretrain.steps={STEPS}",
@@ -24,25 +25,23 @@ SETTINGS = (
 )
 
 
-def train(folder: Path, *words: str) -> tuple[int, str]:
-    command = Command(folder / "log", "train", RECIPE, *overrides(f"run={folder}/run", *SETTINGS), *words)
-    try:
-        return command.wait(), command.output
-    finally:
-        command.kill()
-
-
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
     folder = tmp_path_factory.mktemp("straight")
-    code, output = train(folder)
+    code, output = train(folder / "log", RECIPE, f"run={folder}/run", *SETTINGS)
     assert code == 0, output
     return folder / "run"
 
 
-def killed_after_a_checkpoint(folder: Path) -> Path:
+def killed_after_a_checkpoint(folder: Path, head: Head) -> Path:
     """A run that was killed outright when its first checkpoint was there."""
-    command = Command(folder / "log", "train", RECIPE, *overrides(f"run={folder}/run", *SETTINGS))
+    command = Command(
+        folder / "log",
+        "train",
+        str(RECIPE),
+        *overrides(f"run={folder}/run", *SETTINGS),
+        RAY_ADDRESS=head.cluster,
+    )
     try:
         until(lambda: (folder / "run" / "checkpoints" / "step-000003").exists(), 120)
     finally:
@@ -61,9 +60,9 @@ def check_equal(a: Path, b: Path) -> None:
         np.testing.assert_array_equal(first.read(name, box), second.read(name, box), name)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path) -> None:
-    run = killed_after_a_checkpoint(tmp_path)
-    code, output = train(tmp_path, "--resume")
+def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path, train: Train, head: Head) -> None:
+    run = killed_after_a_checkpoint(tmp_path, head)
+    code, output = train(tmp_path / "log", RECIPE, f"run={tmp_path}/run", *SETTINGS, options=("--resume",))
     assert code == 0, output
     assert "going on after step" in output
     check_equal(straight, run)
@@ -83,14 +82,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path) -
     ],
 )
 def test_another_run_is_not_gone_on_with(setting: str, sentence: str, straight: Path) -> None:
-    recipe = load_recipe(Path(RECIPE), [f"run={straight}", *SETTINGS, setting])
+    recipe = load_recipe(RECIPE, [f"run={straight}", *SETTINGS, setting])
     with pytest.raises(RecipeError) as caught:
         last_checkpoint(recipe, starting_point(recipe.model, recipe.seed)[1])
     assert sentence in str(caught.value)
 
 
 def test_a_run_that_saved_nothing_begins(tmp_path: Path) -> None:
-    recipe = load_recipe(Path(RECIPE), [f"run={tmp_path}"])
+    recipe = load_recipe(RECIPE, [f"run={tmp_path}"])
     assert last_checkpoint(recipe, starting_point(recipe.model, recipe.seed)[1]) is None
 
 

@@ -16,10 +16,11 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig
+from lockstep.model.held import pieces
 from lockstep.model.loss import nll
-from lockstep.model.names import pieces
-from lockstep.model.train import Trainer, build, row_rules
-from tests.cluster.commands import Command, metrics, overrides, summary
+from lockstep.model.recipes import row_rules
+from lockstep.model.train import Trainer, build
+from tests.cluster.commands import Train, metrics, summary
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"
 STEPS, STRANGE = 32, 1300
@@ -37,14 +38,6 @@ def write_store(path: Path) -> Path:
     return path
 
 
-def train(log: Path, *settings: str) -> tuple[int, str]:
-    command = Command(log, "train", str(RECIPE), *overrides(*settings))
-    try:
-        return command.wait(), command.output
-    finally:
-        command.kill()
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_store(tmp_path_factory.mktemp("store") / "store")
@@ -58,9 +51,11 @@ def settings(folder: Path, store: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, store: Path, train: Train) -> Path:
     folder = tmp_path_factory.mktemp("rewinds")
-    code, output = train(folder / "log", *settings(folder, store), "checkpoints.every=6", "pretrain.spikes.rewinds=3")
+    code, output = train(
+        folder / "log", RECIPE, *settings(folder, store), "checkpoints.every=6", "pretrain.spikes.rewinds=3"
+    )
     assert code == 0, output
     (folder / "run" / "log").write_text(output)
     return folder / "run"
@@ -119,8 +114,10 @@ def test_losses_and_weights_are_those_of_a_run_that_never_saw_them(run: Path, wo
         assert same_weights
 
 
-def test_a_spike_too_many_ends_the_run_with_good_weights_and_the_batch(tmp_path: Path, store: Path) -> None:
-    code, output = train(tmp_path / "log", *settings(tmp_path, store), "pretrain.spikes.rewinds=1")
+def test_a_spike_too_many_ends_the_run_with_good_weights_and_the_batch(
+    tmp_path: Path, store: Path, train: Train
+) -> None:
+    code, output = train(tmp_path / "log", RECIPE, *settings(tmp_path, store), "pretrain.spikes.rewinds=1")
     file = tmp_path / "run" / "batches" / "step-000016.npz"
     assert code == 1
     assert "the run went back as often as pretrain.spikes.rewinds allows: the weights of step 15 are saved" in output

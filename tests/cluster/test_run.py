@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lockstep.cluster.config import load_recipe, to_toml
-from tests.cluster.commands import Command, metrics, overrides, summary, write_recipe
+from tests.cluster.commands import Command, Train, metrics, summary, write_recipe
 from tests.distributed.traces import steps_and_kinds
 
 LAYOUTS = {
@@ -40,18 +40,16 @@ def run(
     finished: dict[str, Run],
     tmp_path_factory: pytest.TempPathFactory,
     tiny_folder: Path,
+    train: Train,
 ) -> Run:
     """A run of the tiny recipe with another layout, the same for all tests."""
     name: str = request.param
     if name not in finished:
         folder = tmp_path_factory.mktemp("run")
         recipe = write_recipe(folder, tiny_folder)
-        command = Command(folder / "log", "train", str(recipe), *overrides(*LAYOUTS[name]), "--profile")
-        try:
-            assert command.wait() == 0, command.output
-            finished[name] = Run(folder / "tiny", recipe, LAYOUTS[name], command.output)
-        finally:
-            command.kill()
+        code, output = train(folder / "log", recipe, *LAYOUTS[name], options=("--profile",))
+        assert code == 0, output
+        finished[name] = Run(folder / "tiny", recipe, LAYOUTS[name], output)
     return finished[name]
 
 

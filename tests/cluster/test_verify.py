@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
-from lockstep.cluster.cli import app
 from lockstep.cluster.sources import open_source
 from lockstep.cluster.targets import LockstepTarget, Wanted
 from lockstep.distributed.checkpoint.manager import Checkpoint
@@ -18,16 +16,12 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.formats import huggingface_writer
 from lockstep.model.formats.recast import Recast
 from lockstep.model.names import RandomWeights, logical_tensors
+from tests.cluster.commands import lockstep
 
 MODEL = ModelConfig(
     layers=2, width=12, heads=4, kv_heads=2, head_dim=4, intermediate=10, vocabulary=31, context=16, tied=False
 )
 NAME = "model.layers.1.mlp.down_proj.weight"
-
-
-def lockstep(*arguments: str) -> Result:
-    """The command, in this process."""
-    return CliRunner().invoke(app, list(arguments))
 
 
 def fault(*arguments: str) -> str:

@@ -25,7 +25,8 @@ from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.distributed.zero import is_expert
 from lockstep.model.config import ModelConfig, MoEConfig
-from lockstep.model.names import RandomWeights, held_pieces, logical_tensors, pieces
+from lockstep.model.held import held_pieces, pieces
+from lockstep.model.names import RandomWeights, logical_tensors
 from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer
 

@@ -11,6 +11,7 @@ from lockstep.distributed.worlds import Worlds
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.context import HeadsAttention, RingAttention, attention
 from lockstep.model.full_attention import Scoring
+from tests.parameters import every
 
 DOCUMENTS = ((7, 5, 6), (20,), (3, 9), (14, 0, 0))
 HEADS, KV_HEADS, WIDTH, LENGTH = 8, 4, 4, 64
@@ -43,15 +44,13 @@ def whole(scoring: Scoring) -> list[Tensor]:
     return [mixed.detach(), *(t.grad for t in inputs if t.grad is not None)]
 
 
-@pytest.mark.parametrize("scoring", SCORINGS, ids=str)
 @pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(context=2, context_by="heads"),
-        Layout(context=4, context_by="heads"),
-        Layout(context=2, context_by="ring"),
-        Layout(context=4, context_by="ring"),
-    ],
+    ("layout", "scoring"),
+    every(
+        [Layout(context=degree, context_by=by) for by in ("heads", "ring") for degree in (2, 4)],
+        SCORINGS,
+        part=lambda layout, scoring: layout.context == 2 or scoring in SCORINGS[:2],
+    ),
     ids=str,
 )
 def test_a_split_row_attends_as_the_whole_one(layout: Layout, scoring: Scoring, worlds: Worlds) -> None:

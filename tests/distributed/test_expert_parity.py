@@ -27,9 +27,11 @@ from lockstep.distributed.worlds import WorldFailed, Worlds
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface
 from lockstep.model.formats.huggingface import HuggingFaceFolder
+from lockstep.model.held import pieces
 from lockstep.model.loss import nll
-from lockstep.model.names import RandomWeights, logical_tensors, pieces
-from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
+from lockstep.model.names import RandomWeights, logical_tensors
+from lockstep.model.recipes import OptimizerConfig, row_rules
+from lockstep.model.train import Trainer, build, transformer_of
 from lockstep.rl.sync import Shard, receive, shards_of
 from tests.distributed.test_parity import ADAMW, assembled, global_batch
 from tests.model.test_transformer import LENGTHS, packed_and_alone, tokens_of

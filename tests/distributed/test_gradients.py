@@ -12,9 +12,11 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig, MoEConfig
+from lockstep.model.held import pieces
 from lockstep.model.loss import nll
-from lockstep.model.names import RandomWeights, pieces
-from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
+from lockstep.model.names import RandomWeights
+from lockstep.model.recipes import OptimizerConfig, row_rules
+from lockstep.model.train import Trainer, build, transformer_of
 from tests.distributed.test_parity import global_batch
 
 DENSE = ModelConfig(

@@ -12,10 +12,10 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.formats.huggingface import HuggingFaceFolder
+from lockstep.model.held import pieces
 from lockstep.model.loss import nll
-from lockstep.model.names import pieces
-from lockstep.model.train import OptimizerConfig, Trainer, TrainerConfig, build, row_rules, transformer_of
-from lockstep.model.transformer import Recompute
+from lockstep.model.recipes import OptimizerConfig, Recompute, TrainerConfig, row_rules
+from lockstep.model.train import Trainer, build, transformer_of
 
 LAYOUTS = [
     Layout(),

@@ -6,14 +6,15 @@ import torch
 from deepspeed.utils import groups as deepspeed_groups
 
 from lockstep.data.batch import rows_for_ranks, sample
-from lockstep.distributed.engine import StepResult
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.result import StepResult
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
-from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules
+from lockstep.model.recipes import OptimizerConfig, row_rules
+from lockstep.model.train import Trainer, build
 
 MODEL = ModelConfig(
     layers=2, width=16, heads=4, kv_heads=2, head_dim=4, intermediate=24, vocabulary=61, context=32, tied=False

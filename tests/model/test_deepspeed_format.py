@@ -38,9 +38,11 @@ from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.formats.deepspeed import DeepSpeedFolder, write_universal
 from lockstep.model.formats.deepspeed_tensors import BadDeepSpeedFolder, Laid, load
 from lockstep.model.formats.huggingface import HuggingFaceFolder
+from lockstep.model.held import pieces
 from lockstep.model.loss import nll
-from lockstep.model.names import EMBEDDING, RandomWeights, is_projection, logical_tensors, pieces
-from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules
+from lockstep.model.names import EMBEDDING, RandomWeights, is_projection, logical_tensors
+from lockstep.model.recipes import OptimizerConfig, row_rules
+from lockstep.model.train import Trainer, build
 
 SIZES: dict[str, Any] = dict(
     vocab_size=31,

@@ -23,11 +23,13 @@ from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface, to_huggingface
 from lockstep.model.formats import huggingface_writer
 from lockstep.model.formats.huggingface import HuggingFaceFolder
+from lockstep.model.held import pieces
 from lockstep.model.logprobs import local_logits, token_logprobs
 from lockstep.model.loss import nll
-from lockstep.model.names import RandomWeights, logical_tensors, pieces
+from lockstep.model.names import RandomWeights, logical_tensors
+from lockstep.model.recipes import OptimizerConfig, row_rules
 from lockstep.model.rope import Rope
-from lockstep.model.train import OptimizerConfig, Trainer, build, row_rules, transformer_of
+from lockstep.model.train import Trainer, build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampler import SamplingConfig

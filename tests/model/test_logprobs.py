@@ -11,7 +11,7 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.logprobs import CHUNK, local_logits, token_logprobs, token_scores
-from lockstep.model.transformer import padded_vocabulary
+from lockstep.model.names import padded_vocabulary
 
 WIDTH = 12
 SIZES = [(0, 31), (1, 31), (5, 2), (CHUNK, 30), (CHUNK + 3, 31), (2 * CHUNK + 1, 7)]

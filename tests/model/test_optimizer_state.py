@@ -18,11 +18,12 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.distributed.zero import MissingState
-from lockstep.model.config import ModelConfig, MoEConfig
+from lockstep.model.config import ModelConfig, MoEConfig, describe
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
-from lockstep.model.train import DTYPES, OptimizerConfig, Trainer, build, describe, row_rules
+from lockstep.model.recipes import OptimizerConfig, row_rules
+from lockstep.model.train import DTYPES, Trainer, build
 from tests.distributed.test_parity import global_batch
 
 SIZES: dict[str, Any] = {"width": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "intermediate": 20, "context": 64}

@@ -15,11 +15,14 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig
+from lockstep.model.held import pieces
 from lockstep.model.loss import nll
 from lockstep.model.moe import MoEConfig
-from lockstep.model.names import RandomWeights, pieces
-from lockstep.model.pretrain import PretrainConfig, Pretraining
-from lockstep.model.train import DTYPES, OptimizerConfig, Trainer, build, row_rules
+from lockstep.model.names import RandomWeights
+from lockstep.model.pretrain import Pretraining
+from lockstep.model.recipes import OptimizerConfig, PretrainConfig, row_rules
+from lockstep.model.train import DTYPES, Trainer, build
+from tests.parameters import every
 
 LAYOUTS = [
     Layout(tensor=2, sequence=True),
@@ -120,8 +123,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_store(tmp_path_factory.mktemp("store") / "store", vocabulary=61, tokens=4000, seed=1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    every(
+        LAYOUTS,
+        ["float32", "bfloat16"],
+        part=lambda layout, dtype: dtype == "float32" or layout in (Layout(expert=2, zero=2), Layout(data=2, zero=3)),
+    ),
+    ids=str,
+)
 def test_after_a_rewind_no_bit_remembers_the_steps_that_were_taken_back(
     layout: Layout, dtype: str, worlds: Worlds, store: Path
 ) -> None:
@@ -152,17 +162,20 @@ def with_and_without_a_spoilt_step(groups: Groups, *args: Any) -> tuple[list[Any
     return found, spoilt_norms
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "layout",
-    [
-        Layout(tensor=2),
-        Layout(data=2, zero=0),
-        Layout(data=2, zero=1),
-        Layout(data=2, zero=2),
-        Layout(data=2, zero=3),
-        Layout(data=2, zero=2, offload=True),
-    ],
+    ("layout", "dtype"),
+    every(
+        [
+            Layout(tensor=2),
+            Layout(data=2, zero=0),
+            Layout(data=2, zero=1),
+            Layout(data=2, zero=2),
+            Layout(data=2, zero=3),
+            Layout(data=2, zero=2, offload=True),
+        ],
+        ["float32", "bfloat16"],
+        part=lambda layout, dtype: dtype == "float32" or layout in (Layout(data=2, zero=1), Layout(data=2, zero=3)),
+    ),
     ids=str,
 )
 def test_a_gradient_that_is_no_number_leaves_weights_and_moments_alone(

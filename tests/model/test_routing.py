@@ -13,9 +13,9 @@ from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
+from lockstep.model.recipes import Recompute, TrainerConfig, row_rules
 from lockstep.model.routing import TIE, Choices, Routing, RoutingWatch, tie
-from lockstep.model.train import Trainer, TrainerConfig, build, row_rules
-from lockstep.model.transformer import Recompute
+from lockstep.model.train import Trainer, build
 from tests.distributed.test_parity import ADAMW, global_batch
 
 MODEL = ModelConfig(

@@ -15,9 +15,9 @@ from lockstep.distributed.worlds import Worlds
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.logprobs import local_logits
-from lockstep.model.names import logical_tensors
+from lockstep.model.names import logical_tensors, padded_vocabulary
 from lockstep.model.train import build, transformer_of
-from lockstep.model.transformer import Transformer, padded_vocabulary
+from lockstep.model.transformer import Transformer
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

@@ -1,0 +1,16 @@
+"""What an update reports. It stands alone, so that who only reads reports loads no library of training."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update reports, the same on every rank, and the gradient's norm before clipping: global and by part.
+
+    A value is the sum over the global batch, or the largest of its micro-batches if its name ends in `_max`. One comes
+    from the engine: `memory_gb`, the most that any rank held so far (`peak_memory`), in 10⁹ bytes.
+    """
+
+    values: dict[str, float]
+    grad_norm: float
+    grad_norms: dict[str, float]

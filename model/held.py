@@ -1,0 +1,60 @@
+"""What a rank holds: its parameters as pieces of logical tensors, and filling them from a source."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lockstep.distributed.checkpoint.spec import Piece, Source, concurrently, to_torch
+from lockstep.distributed.groups import Groups
+from lockstep.model.names import EMBEDDING, HEAD, is_stack, logical_tensors, parameter_pieces, part_sizes
+from lockstep.model.transformer import Transformer
+
+
+def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
+    """Every piece that this rank holds."""
+    groups, shapes = transformer.groups, logical_tensors(transformer.model)
+    tensor, expert = (groups.tensor_rank, groups.layout.tensor), (groups.expert_rank, groups.layout.expert)
+    for path, parameter in transformer.named_parameters():
+        for piece in parameter_pieces(path, transformer.model, shapes, tensor, expert):
+            yield parameter, _held(path, piece, groups)
+
+
+def held_pieces(transformer: Transformer) -> dict[nn.Parameter, list[Piece]]:
+    """The pieces in each of this rank's parameters."""
+    held: dict[nn.Parameter, list[Piece]] = {parameter: [] for parameter in transformer.parameters()}
+    for parameter, piece in pieces(transformer):
+        held[parameter].append(piece)
+    return held
+
+
+def _held(path: str, piece: Piece, groups: Groups) -> Piece:
+    """A piece as one of several copies."""
+    if is_stack(path):
+        return replace(piece, owned=groups.owns_experts)
+    first = piece.first and (groups.is_first_stage or piece.name != EMBEDDING)
+    return replace(piece, first=first, owned=first and groups.owns_replicated)
+
+
+def parts(transformer: Transformer) -> dict[str, list[nn.Parameter]]:
+    """This rank's parameters of each part of the whole model: see `part_sizes`."""
+    found: dict[str, list[nn.Parameter]] = {part: [] for part in part_sizes(transformer.model)}
+    for path, parameter in transformer.named_parameters():
+        module, index, *_ = path.split(".")
+        found[f"layers.{index}" if module == "blocks" else module].append(parameter)
+    return found
+
+
+@torch.no_grad()
+def load(transformer: Transformer, source: Source) -> None:
+    """Fill every parameter of this rank from a source, which may have been written in any layout; padding becomes 0."""
+    held = list(pieces(transformer))
+    for parameter, piece in held:
+        if piece.name in (EMBEDDING, HEAD):
+            parameter[piece.local[0][1] :] = 0
+
+    def read(parameter: nn.Parameter, piece: Piece) -> None:
+        piece.view(parameter).copy_(to_torch(source.read(piece.name, piece.box)))
+
+    concurrently(lambda pair: read(*pair), held)

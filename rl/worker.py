@@ -1,0 +1,28 @@
+"""A worker: what an actor's process does, whose log lines say who speaks and at which step."""
+
+import logging
+import os
+import sys
+
+
+class Worker:
+    """One process of a role."""
+
+    role: str
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.step = rank, 0
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.addFilter(self._tag)
+        self.log = logging.getLogger("lockstep")
+        self.log.handlers, self.log.propagate = [handler], False
+        self.log.setLevel(logging.INFO)
+
+    def _tag(self, record: logging.LogRecord) -> bool:
+        record.msg = f"[{self.role} {self.rank} step {self.step}] {record.levelname.lower()}: {record.msg}"
+        return True
+
+    def pid(self) -> int:
+        """Process number."""
+        return os.getpid()
