@@ -12,7 +12,8 @@ from lockstep.distributed.checkpoint import manager, store
 from lockstep.distributed.checkpoint.spec import to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, describe
-from lockstep.model.formats import deepspeed, megatron
+from lockstep.model.formats import megatron
+from lockstep.model.formats.deepspeed_writer import UniversalTarget
 from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
 from lockstep.model.formats.parts import Part, Target, rows_of_part, split
 from lockstep.model.formats.recast import Recast
@@ -114,7 +115,7 @@ def _megatron(folder: Path, wanted: Wanted) -> Target:
 
 
 def _deepspeed(folder: Path, wanted: Wanted) -> Target:
-    return WholeTarget(folder, wanted, lambda at, w: deepspeed.write_universal(at, w.model, w.source, w.files))
+    return UniversalTarget(folder, wanted.model, wanted.source, wanted.files, wanted.part_bytes)
 
 
 def _huggingface(folder: Path, wanted: Wanted) -> Target:

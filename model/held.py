@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lockstep.distributed.checkpoint.spec import Piece, Source, concurrently, to_torch
+from lockstep.distributed.checkpoint.spec import Piece, Source, concurrently, read_tensor
 from lockstep.distributed.groups import Groups
 from lockstep.model.names import EMBEDDING, HEAD, is_stack, logical_tensors, parameter_pieces, part_sizes
 from lockstep.model.transformer import Transformer
@@ -55,6 +55,6 @@ def load(transformer: Transformer, source: Source) -> None:
             parameter[piece.local[0][1] :] = 0
 
     def read(parameter: nn.Parameter, piece: Piece) -> None:
-        piece.view(parameter).copy_(to_torch(source.read(piece.name, piece.box)))
+        read_tensor(source, piece.name, piece.box, piece.view(parameter))
 
     concurrently(lambda pair: read(*pair), held)

@@ -102,7 +102,8 @@ class Checkpoint:
             raise BadCheckpoint(
                 f"{self.path} has format {self.manifest.get('format')}, and this program reads format {FORMAT}"
             )
-        self.read = ArrayFolder(self.path / "arrays").read
+        arrays = ArrayFolder(self.path / "arrays")
+        self.read, self.read_into = arrays.read, arrays.read_into
 
     @property
     def tensors(self) -> Mapping[str, Entry]:

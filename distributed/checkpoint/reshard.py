@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, Source, state_name, to_torch, whole
+from lockstep.distributed.checkpoint.spec import Box, Piece, Source, read_tensor, state_name, to_torch, whole
 from lockstep.distributed.checkpoint.store import Chunk, chunk_shape
 from lockstep.distributed.exchange import all_to_all
 
@@ -43,7 +43,7 @@ def parts_of(piece: Piece, shape: Sequence[int], item_bytes: int) -> Iterator[tu
         shape: of the parameter.
     """
     rows, row = piece.box[0][1] - piece.box[0][0], math.prod(b - a for a, b in piece.box[1:])
-    step, base = chunk_shape(piece.tile, item_bytes)[0], flat_start(piece, shape)
+    step, base = chunk_shape(piece.shape, piece.tile, item_bytes)[0], flat_start(piece, shape)
     for first in range(0, rows, step):
         last = min(first + step, rows)
         box = ((piece.box[0][0] + first, piece.box[0][0] + last), *piece.box[1:])
@@ -88,7 +88,7 @@ class _Exchange:
         """The chunks of a piece that fall to this rank; those that others have parts of are filled by `run`."""
         name = piece.name if kind == WEIGHTS else state_name(kind, piece.name)
         item, self._device = values.element_size(), values.device
-        grid, run = chunk_shape(piece.tile, item), kept.cuts[self._rank] if len(kept.cuts) > 2 else 0
+        grid, run = chunk_shape(piece.shape, piece.tile, item), kept.cuts[self._rank] if len(kept.cuts) > 2 else 0
         for box, span in parts_of(piece, kept.shape, item):
             parts = self._parts(kept, span)
             owner = max(range(self._ranks), key=lambda rank: parts[rank][1] - parts[rank][0])
@@ -150,24 +150,35 @@ def fill(into: Tensor, start: int, shape: Sequence[int], pieces: Sequence[Piece]
         shape: of the parameter.
         pieces: of logical tensors in it.
     """
-    into.zero_()
-    for piece in pieces:
-        row, base = math.prod(b - a for a, b in piece.box[1:]), flat_start(piece, shape)
-        rows = piece.box[0][1] - piece.box[0][0]
-        first, last = _common((start, start + len(into)), (base, base + rows * row))
-        if first == last:
-            continue
-        low, high = (first - base) // row, -((base - last) // row)
-        box = ((piece.box[0][0] + low, piece.box[0][0] + high), *piece.box[1:])
-        values = to_torch(source.read(state_name(kind, piece.name), box)).view(-1)
-        skipped = base + low * row
-        into[first - start : last - start].copy_(values[first - skipped : last - skipped])
+    parts = [(piece, *_common((start, start + len(into)), _span(piece, shape))) for piece in pieces]
+    if sum(last - first for _, first, last in parts) < len(into):
+        into.zero_()
+    for piece, first, last in parts:
+        if first < last:
+            _read(into[first - start : last - start], piece, first - flat_start(piece, shape), source, kind)
+
+
+def _span(piece: Piece, shape: Sequence[int]) -> tuple[int, int]:
+    """Where a piece begins and ends in its parameter, laid flat."""
+    start = flat_start(piece, shape)
+    return start, start + math.prod(b - a for a, b in piece.box)
+
+
+def _read(into: Tensor, piece: Piece, first: int, source: Source, kind: str) -> None:
+    """Read the elements of a piece from `first` on; rows that are wanted in part are read as a whole."""
+    name, (top, _), row = state_name(kind, piece.name), piece.box[0], math.prod(b - a for a, b in piece.box[1:])
+    low, high = first // row, -(-(first + len(into)) // row)
+    box = ((top + low, top + high), *piece.box[1:])
+    if len(into) == (high - low) * row:
+        read_tensor(source, name, box, into.view([b - a for a, b in box]))
+    else:
+        into.copy_(to_torch(source.read(name, box)).view(-1)[first - low * row :][: len(into)])
 
 
 def chunks_of(tensor: Tensor, name: str) -> Iterator[Chunk]:
     """A whole logical tensor as chunks."""
     shape = tuple(tensor.shape)
     piece = Piece(name, shape, whole(shape), whole(shape), shape)
-    grid = chunk_shape(shape, tensor.element_size())
+    grid = chunk_shape(shape, shape, tensor.element_size())
     for box, (start, stop) in parts_of(piece, shape, tensor.element_size()):
         yield Chunk(name, shape, grid, box, tensor.reshape(-1)[start:stop].view([b - a for a, b in box]))

@@ -7,7 +7,7 @@ Saving, loading, conversion and weight sync all speak in pieces, and read throug
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ STATES = ("master", "exp_avg", "exp_avg_sq", "momentum")
 """Kinds of an optimizer's state: fp32 weights where the model's are not, Adam's moments, Muon's averaged gradients."""
 
 
-READERS = 4
+READERS = 16
 """Threads that read at a time."""
 
 T = TypeVar("T")
@@ -79,6 +79,23 @@ class Source(Protocol):
             KeyError: when there is no such tensor.
         """
         ...
+
+
+@runtime_checkable
+class ReadsInto(Protocol):
+    """A `Source` that reads into memory that is there, and so needs no other."""
+
+    def read_into(self, name: str, box: Box, into: NDArray[Any]) -> None:
+        """As `Source.read`, into an array of that shape, and of any dtype that has all numbers of the tensor's."""
+        ...
+
+
+def read_tensor(source: Source, name: str, box: Box, into: Tensor) -> None:
+    """Read a part of a logical tensor, or of its optimizer's state, into a tensor of that shape on any device."""
+    if isinstance(source, ReadsInto) and into.device.type == "cpu":
+        source.read_into(name, box, memory_of(into))
+    else:
+        into.copy_(to_torch(source.read(name, box)))
 
 
 def concurrently(work: Callable[[T], None], items: Iterable[T]) -> None:
@@ -117,6 +134,14 @@ def to_numpy(tensor: Tensor) -> NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(bfloat16)
     return tensor.contiguous().numpy()
+
+
+def memory_of(tensor: Tensor) -> NDArray[Any]:
+    """The memory of a tensor in host memory, to be read and written."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(bfloat16)
+    return tensor.numpy()
 
 
 def to_torch(array: NDArray[Any]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ from torch import Tensor
 from lockstep.distributed.checkpoint.spec import Box, WeightsOnly, digest, to_numpy
 
 LARGEST_CHUNK = 64 << 20
-"""Bytes of a chunk at most, so that a reader of a small slice does not read a whole matrix."""
+"""Bytes of a chunk at most: a chunk is a file, which one rank writes."""
+LARGEST_INNER = 1 << 18
+"""Bytes of an inner chunk at most: what a reader of a slice reads whole, and checks."""
 THREADS = 4
 """That compute digests."""
 UNDER_WAY = 512 << 20
@@ -48,13 +50,35 @@ class Chunk:
         return int(np.ravel_multi_index(places, counts)) if places else 0
 
 
-def chunk_shape(tile: Sequence[int], item_bytes: int) -> tuple[int, ...]:
-    """Chunks that subdivide the tiles of a layout, so that no two ranks write into one chunk: rows are split first."""
+def chunk_shape(shape: Sequence[int], tile: Sequence[int], item_bytes: int) -> tuple[int, ...]:
+    """Chunks that subdivide the tiles of a layout, so that no two ranks write into one chunk: rows are split first.
+
+    A tensor whose rows are one tile may have a chunk that is larger than what is left for it.
+    """
     rows, row_bytes = tile[0], math.prod(tile[1:]) * item_bytes
+    if rows == shape[0]:
+        rows = _rounded(rows, row_bytes)
+    return (_halved(rows, row_bytes, LARGEST_CHUNK), *tile[1:])
+
+
+def inner_shape(chunk: Sequence[int], item_bytes: int) -> tuple[int, ...]:
+    """The inner chunks of a chunk."""
+    return (_halved(chunk[0], math.prod(chunk[1:]) * item_bytes, LARGEST_INNER), *chunk[1:])
+
+
+def _rounded(rows: int, row_bytes: int) -> int:
+    """Rows, and as many more as it takes to halve them into inner chunks."""
     parts = 1
-    while rows % (parts * 2) == 0 and rows // parts * row_bytes > LARGEST_CHUNK:
+    while 2 * parts <= rows and -(-rows // parts) * row_bytes > LARGEST_INNER:
         parts *= 2
-    return (rows // parts, *tile[1:])
+    return -(-rows // parts) * parts
+
+
+def _halved(rows: int, row_bytes: int, limit: int) -> int:
+    """Rows, halved until they are no larger than a limit, or odd."""
+    while rows % 2 == 0 and rows * row_bytes > limit:
+        rows //= 2
+    return rows
 
 
 def write(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Entry]:
@@ -85,7 +109,7 @@ def write(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Entry]:
             entry["digests"][chunk.number] = ""
             if chunk.name not in arrays:
                 arrays[chunk.name] = tensorstore.open(_new(folder, chunk, values.dtype), create=True, open=True)
-            place = arrays[chunk.name].result()[tuple(slice(a, b) for a, b in chunk.box)]
+            place = arrays[chunk.name].result()[_slices(chunk.box)]
             writing = place.write(values, can_reference_source_data_indefinitely=True)
             under_way.append((chunk, writing, digesting.submit(digest, values)))
             held += values.nbytes
@@ -132,11 +156,18 @@ def _spec(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _new(folder: Path, chunk: Chunk, dtype: np.dtype) -> dict[str, Any]:
+    checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    inner = {
+        "chunk_shape": list(inner_shape(chunk.grid, dtype.itemsize)),
+        "codecs": checked,
+        "index_codecs": checked,
+        "index_location": "end",
+    }
     metadata = {
         "shape": list(chunk.shape),
         "data_type": str(dtype),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk.grid)}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "codecs": [{"name": "sharding_indexed", "configuration": inner}],
     }
     # A chunk of zeros is written, too: one that is not there is lost, and not zero.
     return _spec(folder, chunk.name) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
@@ -155,15 +186,30 @@ class ArrayFolder(WeightsOnly):
         Raises:
             BadArray: when a chunk that is needed is missing or damaged.
         """
+        part: NDArray[Any] = self._result(name, lambda array: array[_slices(box)].read())
+        return part
+
+    def read_into(self, name: str, box: Box, into: NDArray[Any]) -> None:
+        """See `ReadsInto`; raises as `read` does."""
+        room = tensorstore.array(into, copy=False, write=True)
+        to_zero = tensorstore.d[:].translate_to[0]
+        self._result(name, lambda array: room.write(tensorstore.cast(array, room.dtype)[_slices(box)][to_zero]))
+
+    def _result(self, name: str, work: Callable[[Any], Any]) -> Any:
+        """What work on an array, which goes on by itself, comes to."""
         if name not in self._open:
             if not (self.folder / name / "zarr.json").is_file():
                 raise KeyError(f"{self.folder} has no tensor {name}")
             spec = _spec(self.folder, name) | {"fill_missing_data_reads": False}
             self._open[name] = tensorstore.open(spec, open=True, read=True).result()
         try:
-            return self._open[name][tuple(slice(a, b) for a, b in box)].read().result()
+            return work(self._open[name]).result()
         except ValueError as error:
             raise BadArray(f"{self.folder / name} has a chunk that is missing or damaged: {error}") from error
+
+
+def _slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in box)
 
 
 class BadArray(ValueError):

@@ -5,22 +5,20 @@ of Lockstep's own `Transformer` in any tensor and pipeline layout. fp32 masters 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lockstep.distributed.checkpoint.spec import STATES, Box, Source, overlap, state_name, to_numpy, to_torch, within
+from lockstep.distributed.checkpoint.spec import STATES, Box, overlap, state_name, to_numpy, within
 from lockstep.model.config import ModelConfig
-from lockstep.model.families import from_huggingface, to_huggingface
-from lockstep.model.formats.deepspeed_places import Place, huggingface_places, places_of
+from lockstep.model.families import from_huggingface
+from lockstep.model.formats.deepspeed_places import Place, places_of
 from lockstep.model.formats.deepspeed_tensors import BadDeepSpeedFolder, Laid
-from lockstep.model.formats.deepspeed_zero import MOMENTS, read_folder
-from lockstep.model.names import logical_tensors
+from lockstep.model.formats.deepspeed_zero import read_folder
 
 
 class DeepSpeedFolder:
@@ -112,104 +110,3 @@ def _config_beside(folder: Path) -> ModelConfig:
     raise BadDeepSpeedFolder(
         f"{folder} does not say which model it is of: put the model's config.json into it, or give a configuration"
     )
-
-
-FORMAT = "0.19.8"
-"""The version of DeepSpeed whose universal checkpoints are written; DeepSpeed refuses to load without one."""
-
-GROUPS = 1024
-"""Groups of parameters that a run may have at most: DeepSpeed passes silently over those that a checkpoint lacks."""
-
-
-def write_universal(
-    folder: Path, model: ModelConfig, source: Source, tokenizer: Mapping[str, str] | None = None
-) -> Path:
-    """Write a universal checkpoint of a Hugging Face model, which DeepSpeed loads into ZeRO 1, 2 and 3.
-
-    The script that continues says `{"checkpoint": {"load_universal": true}}` and calls
-    `engine.load_checkpoint(folder, load_lr_scheduler_states=False)`. Its learning rates and other settings stay as they
-    are. What has no state in the source gets what Adam begins with, moments of 0.
-
-    Args:
-        folder: gets `latest_universal`, `config.json`, and a folder for the step; whole tensors are written one by one.
-        tokenizer: file name → text of the tokenizer's files.
-
-    Returns:
-        The folder for the step.
-
-    Raises:
-        UnknownModel: when no Hugging Face family has words for the model.
-    """
-    dtype = _dtype_of(source, model)
-    words = json.dumps(to_huggingface(model, str(dtype).removeprefix("torch.")), indent=2)
-    step = folder / f"global_step{source.updates}_universal"
-    (step / "zero").mkdir(parents=True)
-    stored = _stored(model)
-    given = {state_name("master", name): name for name in logical_tensors(model)} | {n: n for n in source.states}
-    for name, stack in stored.items():
-        _write_parameter(step / "zero" / name, stack, source, given)
-    torch.save(_optimizer_state(source.updates), step / "zero" / "optimizer_state.pt")
-    for prefix in ("", "zero_pp_rank_0_"):  # ZeRO 3 looks for the other name
-        torch.save(_model_states(stored, dtype, source.updates), step / f"{prefix}mp_rank_00_model_states.pt")
-    for file, text in {**(tokenizer or {}), "config.json": words, "latest_universal": step.name}.items():
-        (folder / file).write_text(text)
-    return step
-
-
-def _dtype_of(source: Source, model: ModelConfig) -> torch.dtype:
-    name, shape = next(iter(logical_tensors(model).items()))
-    return to_torch(source.read(name, tuple((0, 1) for _ in shape))).dtype
-
-
-_ADAM = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-
-Stack = list[tuple[str, Place]]
-"""The logical tensors in a parameter, and where they lie there."""
-
-
-def _stored(model: ModelConfig) -> dict[str, Stack]:
-    """The parameters of the model in `transformers`."""
-    found: dict[str, Stack] = {}
-    for name, shape in logical_tensors(model).items():
-        place = next(huggingface_places(name, shape, model))
-        found.setdefault(place.name, []).append((name, place))
-    return found
-
-
-def _write_parameter(folder: Path, stack: Stack, source: Source, given: Mapping[str, str]) -> None:
-    folder.mkdir()
-    moments = {
-        file: kind for file, kind in MOMENTS.items() if any(state_name(kind, name) in given for name, _ in stack)
-    }
-    for file, kind in ({"fp32": "master"} | (moments or _ADAM)).items():
-        torch.save({"param": _whole(kind, stack, source, given)}, folder / f"{file}.pt")
-    torch.save(torch.tensor(float(source.updates)), folder / "step.pt")
-
-
-def _whole(kind: str, stack: Stack, source: Source, given: Mapping[str, str]) -> Tensor:
-    """A kind of a parameter's state in fp32, or its weights; 0 where the source gives none."""
-    whole = torch.zeros([max(stops) for stops in zip(*([b for _, b in p.local] for _, p in stack), strict=True)])
-    for name, place in stack:
-        if state_name(kind, name) in given:
-            value = to_torch(source.read(given[state_name(kind, name)], place.box))
-            whole[tuple(slice(a, b) for a, b in place.local)] = value.t() if place.transposed else value
-    return whole
-
-
-def _optimizer_state(updates: int) -> dict[str, Any]:
-    """What ZeRO 1 and 2 read, and under `optimizer_state_dict` what ZeRO 3 reads; a group's settings are the run's."""
-    inner = {"state": {0: {"step": torch.tensor(float(updates))}}, "param_groups": [{"params": []}]}
-    return {"ds_version": FORMAT, "param_groups": [{"params": []}] * GROUPS, "optimizer_state_dict": inner}
-
-
-def _model_states(names: Iterable[str], dtype: torch.dtype, updates: int) -> dict[str, Any]:
-    """As ZeRO 3 writes them: the module's parameters are empty, and say what they were rounded to."""
-    return {
-        "module": {name: torch.empty(0, dtype=dtype) for name in names},
-        "buffer_names": [],
-        "global_steps": updates,
-        "skipped_steps": 0,
-        "dp_world_size": 1,
-        "mp_world_size": 1,
-        "ds_version": FORMAT,
-    }

@@ -40,6 +40,20 @@ def read_bytes(path: Path, offset: int, size: int) -> NDArray[np.uint8]:
     return buffer
 
 
+def write_bytes(path: Path, offset: int, data: NDArray[np.uint8]) -> None:
+    """Write bytes at a place of a file, and wait until the disk has them."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        held = 0
+        while held < data.size:
+            held += os.pwrite(descriptor, data[held:].data, offset + held)
+        os.fdatasync(descriptor)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class Extent:
     """A tensor that lies in a file, row after row without gaps."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lockstep.distributed.checkpoint.spec import Source, digest
 from lockstep.model.config import ModelConfig
 from lockstep.model.families import to_huggingface
+from lockstep.model.formats.extents import write_bytes
 from lockstep.model.formats.huggingface import CONFIG, GENERATION, STORED, Stored
 from lockstep.model.formats.parts import LARGEST_PART, Part, split
 from lockstep.model.formats.recast import Recast
@@ -65,14 +66,14 @@ class HuggingFaceTarget:
             size = sum(self._extents[name].size for name in self._shards[file])
             with open(self._folder / file, "ab") as opened:
                 os.posix_fallocate(opened.fileno(), 0, len(header) + size)
-            _write(self._folder / file, 0, np.frombuffer(header, np.uint8))
+            write_bytes(self._folder / file, 0, np.frombuffer(header, np.uint8))
 
     def write(self, part: Part) -> str:
         """See `Target`."""
         extent = self._extents[part.tensor]
         array = self._rows(part)
         row_bytes = extent.size // extent.shape[0]
-        _write(extent.path, extent.offset + part.start * row_bytes, array.reshape(-1).view(np.uint8))
+        write_bytes(extent.path, extent.offset + part.start * row_bytes, array.reshape(-1).view(np.uint8))
         return digest(array)
 
     def finish(self, digests: Mapping[Part, str]) -> None:
@@ -141,20 +142,6 @@ def _shards(tensors: Shapes, limit: int) -> dict[str, Shapes]:
     if len(files) == 1:
         return {_FILE: files[0]}
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, start=1)}
-
-
-def _write(path: Path, offset: int, data: NDArray[np.uint8]) -> None:
-    """Write bytes at a place of a file, and wait until the disk has them."""
-    descriptor = os.open(path, os.O_WRONLY)
-    try:
-        held = 0
-        while held < data.size:
-            held += os.pwrite(descriptor, data[held:].data, offset + held)
-        os.fdatasync(descriptor)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(descriptor)
 
 
 def _dump(words: Mapping[str, Any]) -> str:

@@ -16,10 +16,28 @@ from hypothesis import strategies as st
 
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import BadCheckpoint, Checkpoint, find
-from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, chunks_of, whole_chunks
+from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, chunks_of, fill, whole_chunks
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, SaveFailed, Saver
-from lockstep.distributed.checkpoint.spec import Box, digest, overlap, to_numpy, to_torch, within
-from lockstep.distributed.checkpoint.store import LARGEST_CHUNK, ArrayFolder, BadArray, chunk_shape
+from lockstep.distributed.checkpoint.spec import (
+    Box,
+    Piece,
+    WeightsOnly,
+    digest,
+    overlap,
+    read_tensor,
+    to_numpy,
+    to_torch,
+    whole,
+    within,
+)
+from lockstep.distributed.checkpoint.store import (
+    LARGEST_CHUNK,
+    LARGEST_INNER,
+    ArrayFolder,
+    BadArray,
+    chunk_shape,
+    inner_shape,
+)
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
@@ -299,13 +317,73 @@ def test_every_bit_pattern_survives(dtype: torch.dtype, tmp_path: Path) -> None:
     assert digest(to_numpy(to_torch(back))) == digest(back)
 
 
-@given(st.lists(st.integers(1, 1 << 16), min_size=1, max_size=2), st.sampled_from([2, 4]))
+@pytest.mark.parametrize("into", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_read_into_memory_is_what_torch_copies(saved: torch.dtype, into: torch.dtype, tmp_path: Path) -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32)
+    numbers = ((bits << 16) + 0x7FFF * (bits % 3)).view(torch.float32).view(256, 256)
+    numbers = numbers[numbers.isfinite().all(1)].to(saved)
+    rows, box = len(numbers), ((3, 200), (5, 250))
+    checkpoint = Checkpoint(save_alone(tmp_path, 1, w=numbers))
+    room = torch.full((300, 700), 7.0, dtype=into)
+    read_tensor(checkpoint, "w", box, room[10:207, 1:491:2])
+    expected = torch.full((300, 700), 7.0, dtype=into)
+    expected[10:207, 1:491:2] = numbers[3:200, 5:250]
+    assert rows > 200
+    assert digest(to_numpy(room)) == digest(to_numpy(expected))
+
+
+@given(st.data(), st.integers(1, 7), st.integers(1, 5))
+def test_any_run_of_a_parameter_is_filled_and_what_belongs_to_nothing_is_zero(
+    data: st.DataObject, rows: int, columns: int
+) -> None:
+    """A parameter of two tensors one after the other, and rows of padding, as a fused and padded one is."""
+    tensors = {name: torch.arange(rows * columns).view(rows, columns) + 1.0 + 100 * i for i, name in enumerate("ab")}
+    shape, box = (2 * rows + 2, columns), whole((rows, columns))
+    pieces = [
+        Piece(name, (rows, columns), box, ((i * rows, (i + 1) * rows), (0, columns)), (rows, columns))
+        for i, name in enumerate("ab")
+    ]
+    flat = torch.cat([*tensors.values(), torch.zeros(2, columns)]).view(-1)
+    start = data.draw(st.integers(0, len(flat) - 1))
+    stop = data.draw(st.integers(start, len(flat)))
+    run = torch.full((stop - start,), torch.nan)
+    fill(run, start, shape, pieces, Held({f"exp_avg/{n}": to_numpy(t) for n, t in tensors.items()}), "exp_avg")
+    assert torch.equal(run, flat[start:stop])
+
+
+class Held(WeightsOnly):
+    """Arrays as a source."""
+
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        self._arrays = arrays
+
+    def read(self, name: str, box: Box) -> Any:
+        return self._arrays[name][tuple(slice(a, b) for a, b in box)]
+
+
+tiles = st.lists(st.integers(1, 1 << 16), min_size=1, max_size=2)
+
+
+@given(tiles, st.sampled_from([2, 4]))
 def test_chunks_subdivide_tiles_evenly(tile: list[int], item_bytes: int) -> None:
-    chunk = chunk_shape(tuple(tile), item_bytes)
-    assert chunk[1:] == tuple(tile[1:])
+    chunk = chunk_shape((3 * tile[0], *tile[1:]), tile, item_bytes)
+    part = inner_shape(chunk, item_bytes)
+    assert chunk[1:] == part[1:] == tuple(tile[1:])
     assert tile[0] % chunk[0] == 0
-    # As small as it should be, unless its rows cannot be halved further.
+    assert chunk[0] % part[0] == 0
+    # As small as they should be, unless their rows cannot be halved further.
     assert math.prod(chunk) * item_bytes <= LARGEST_CHUNK or chunk[0] % 2 == 1
+    assert math.prod(part) * item_bytes <= LARGEST_INNER or part[0] % 2 == 1
+
+
+@given(tiles, st.sampled_from([2, 4]))
+def test_rows_of_one_tile_are_split_whatever_their_number(shape: list[int], item_bytes: int) -> None:
+    chunk = chunk_shape(shape, shape, item_bytes)
+    part, row_bytes = inner_shape(chunk, item_bytes), math.prod(shape[1:]) * item_bytes
+    assert chunk[0] % part[0] == 0
+    assert chunk[0] < 2 * shape[0]
+    assert math.prod(part) * item_bytes <= max(LARGEST_INNER, 2 * row_bytes)
 
 
 intervals = st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda p: (min(p), max(p) + 1))

@@ -35,9 +35,11 @@ from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.distributed.zero import _Grid
 from lockstep.model.config import ModelConfig, MoEConfig
-from lockstep.model.formats.deepspeed import DeepSpeedFolder, write_universal
+from lockstep.model.formats.deepspeed import DeepSpeedFolder
 from lockstep.model.formats.deepspeed_tensors import BadDeepSpeedFolder, Laid, load
+from lockstep.model.formats.deepspeed_writer import write_universal
 from lockstep.model.formats.huggingface import HuggingFaceFolder
+from lockstep.model.formats.recast import Recast
 from lockstep.model.held import pieces
 from lockstep.model.loss import nll
 from lockstep.model.names import EMBEDDING, RandomWeights, is_projection, logical_tensors
@@ -269,7 +271,7 @@ def test_what_is_not_trained_has_no_state(zero: int, saved: Callable[[Run], Save
     source = DeepSpeedFolder(there.folder)
     shapes = logical_tensors(source.config)
     assert {*source.states} == {state_name(kind, name) for kind in KINDS for name in shapes if name != EMBEDDING}
-    write_universal(tmp_path / "ours", source.config, source)
+    write_universal(tmp_path / "ours", source.config, Recast(source, source.config, None), {})
     for name, shape in shapes.items():
         for found in (source, DeepSpeedFolder(tmp_path / "ours")):
             assert same(found.read(name, whole(shape)), there.expected[""].read(name, whole(shape))), name
@@ -308,7 +310,7 @@ def test_what_ds_to_universal_wrote_is_read_bit_for_bit(
 @pytest.mark.parametrize("run", RUNS[1:], ids=str)
 def test_what_we_write_is_read_again_bit_for_bit(run: Run, saved: Callable[[Run], Saved], tmp_path: Path) -> None:
     source = DeepSpeedFolder(saved(run).folder)
-    write_universal(tmp_path / "ours", source.config, source)
+    write_universal(tmp_path / "ours", source.config, Recast(source, source.config, None), {})
     again = DeepSpeedFolder(tmp_path / "ours")
     assert (again.updates, again.config) == (source.updates, source.config)
     check(again, saved(run).expected, source.config, kinds_of(run))
@@ -337,7 +339,7 @@ def test_deepspeed_continues_what_we_wrote(
     before: Run, after: Run, saved: Callable[[Run], Saved], worlds: Worlds, tmp_path: Path
 ) -> None:
     source = DeepSpeedFolder(saved(before).folder)
-    write_universal(tmp_path / "ours", source.config, source)
+    write_universal(tmp_path / "ours", source.config, Recast(source, source.config, None), {})
     assert worlds.run(Layout(data=after.data), continued, after, tmp_path / "ours") == saved(before).losses
 
 
@@ -428,7 +430,7 @@ def test_a_transformer_of_ours_is_read_from_any_layout(
     assert {*source.states} == expected
     for tensor, box, values in (part for parts, _ in ranks for part in parts):
         assert same(source.read(tensor, box), values), (tensor, box)
-    write_universal(tmp_path / "universal", OURS[name], source)
+    write_universal(tmp_path / "universal", OURS[name], Recast(source, OURS[name], None), {})
     again = DeepSpeedFolder(tmp_path / "universal")
     assert {*again.states} == expected
     for tensor in (*shapes, *expected):
@@ -595,7 +597,9 @@ class Lean(WeightsOnly):
 
 def test_weights_alone_get_what_adam_begins_with(saved: Callable[[Run], Saved], tmp_path: Path) -> None:
     source = DeepSpeedFolder(saved(Run("llama", 1)).folder)
-    write_universal(tmp_path / "ours", source.config, Lean(source), {"tokenizer.json": "{}"})
+    write_universal(
+        tmp_path / "ours", source.config, Recast(Lean(source), source.config, None), {"tokenizer.json": "{}"}
+    )
     again = DeepSpeedFolder(tmp_path / "ours")
     assert again.updates == 0
     assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
