@@ -1,8 +1,6 @@
 """What a model can be converted to: each format says whether it holds an optimizer's state, and how it is written."""
 
 import json
-import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +10,9 @@ from lockstep.distributed.checkpoint import manager, store
 from lockstep.distributed.checkpoint.spec import to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, describe
-from lockstep.model.formats import megatron
 from lockstep.model.formats.deepspeed_writer import UniversalTarget
 from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
+from lockstep.model.formats.megatron_writer import MegatronTarget
 from lockstep.model.formats.parts import Part, Target, rows_of_part, split
 from lockstep.model.formats.recast import Recast
 
@@ -89,29 +87,8 @@ class LockstepTarget:
         return (self._rows[name], *self._tensors[name][0][1:])
 
 
-class WholeTarget:
-    """A format whose writer goes through all tensors by itself, as a `Target` of one part."""
-
-    def __init__(self, folder: Path, wanted: Wanted, write: Callable[[Path, Wanted], object]) -> None:
-        self._folder, self._wanted, self._write = folder, wanted, write
-        sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in wanted.source.tensors.values())
-        self.parts: Sequence[Part] = [Part("all", 0, 1, sum(sizes))]
-
-    def create(self) -> None:
-        """See `Target`."""
-
-    def write(self, part: Part) -> str:
-        """See `Target`. What an interrupted run left is written again."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._write(self._folder, self._wanted)
-        return ""
-
-    def finish(self, digests: Mapping[Part, str]) -> None:
-        """See `Target`."""
-
-
 def _megatron(folder: Path, wanted: Wanted) -> Target:
-    return WholeTarget(folder, wanted, lambda at, w: megatron.write(at, w.model, w.source, w.files))
+    return MegatronTarget(folder, wanted.model, wanted.source, wanted.files, limit=wanted.part_bytes)
 
 
 def _deepspeed(folder: Path, wanted: Wanted) -> Target:

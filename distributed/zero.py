@@ -99,6 +99,9 @@ def experts_apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [group for group in found if group["params"]]
 
 
+BUCKET = 20_000_000
+"""Elements that are reduced at a time: enough for a network, and few enough that they are still in a cache."""
+
 _STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
 """Kinds of state, and what optimizers call them."""
 
@@ -192,7 +195,11 @@ class ZeroOptimizer:
 
     def _config(self) -> dict[str, Any]:
         layout = self._groups.layout
-        zero: dict[str, Any] = {"stage": layout.zero, "overlap_comm": torch.cuda.is_available()}
+        zero: dict[str, Any] = {
+            "stage": layout.zero,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": BUCKET,
+        }
         if layout.zero == 3:
             zero["stage3_param_persistence_threshold"] = 0  # small weights are split, too: one way for all
         if layout.offload:

@@ -6,9 +6,7 @@ Format: https://docs.nvidia.com/megatron-core/developer-guide/latest/api-guide/c
 
 import json
 import re
-from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +14,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box, Source, state_name, to_numpy
+from lockstep.distributed.checkpoint.spec import Box, state_name, to_numpy
 from lockstep.model.config import ModelConfig, UnknownModel
-from lockstep.model.families import from_huggingface, to_huggingface
+from lockstep.model.families import from_huggingface
 from lockstep.model.formats.megatron_names import (
     STORED_EMBEDDING,
-    Part,
     Place,
-    extra_states,
     parts,
     place,
-    spellings,
     variants,
 )
-from lockstep.model.formats.megatron_words import from_megatron, to_megatron
-from lockstep.model.formats.torch_dist import BadTorchDist, Piece, TorchDist, Writer, rows_of_chunk
-from lockstep.model.names import EMBEDDING, logical_tensors
+from lockstep.model.formats.megatron_words import from_megatron
+from lockstep.model.formats.torch_dist import BadTorchDist, TorchDist
+from lockstep.model.names import logical_tensors
+
+ADAM = ("master", "exp_avg", "exp_avg_sq")
+"""Kinds of state that Megatron's optimizers have."""
 
 _TRACKER = "latest_checkpointed_iteration.txt"
-_ADAM = ("master", "exp_avg", "exp_avg_sq")
 _KINDS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "param": "master", "fp32_param": "master"}
 """Megatron's kinds of state: fp32 weights are `param` to its distributed optimizer and `fp32_param` to the other."""
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?P<kind>\w+)\.(?P<key>.+)")
@@ -97,11 +94,11 @@ class MegatronFolder:
                 f"{self.folder} keeps its optimizer's state in buckets without names ({sharded}): load it in Megatron "
                 "and save with --dist-ckpt-optim-fully-reshardable, or convert the weights alone"
             )
-        foreign = {kind for kind, _ in self._states} - {*_ADAM}
+        foreign = {kind for kind, _ in self._states} - {*ADAM}
         if foreign:
             raise BadTorchDist(f"{self.folder} has the state {min(foreign)}, not Adam's: convert the weights alone")
         return tuple(
-            state_name(kind, name) for name, found in self._places.items() for kind in _ADAM if self._has(kind, found)
+            state_name(kind, name) for name, found in self._places.items() for kind in ADAM if self._has(kind, found)
         )
 
     @property
@@ -170,144 +167,3 @@ def _steps(state: Any) -> Iterator[int]:
     elif isinstance(state, list | tuple):
         for part in state:
             yield from _steps(part)
-
-
-@dataclass(frozen=True)
-class Adam:
-    """How the optimizer goes on from its state: what Megatron writes into its parameter groups and resumes with."""
-
-    lr: float = 1e-4
-    """Also the highest of the schedule; from 0.17, Megatron finds its groups by this and `min_lr`."""
-    min_lr: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-
-    def state(self, updates: int) -> dict[str, Any]:
-        """What has no shape, and Megatron's two groups: matrices, and what is not decayed."""
-        common = {
-            "lr": self.lr,
-            "max_lr": self.lr,
-            "min_lr": self.min_lr,
-            "betas": self.betas,
-            "eps": self.eps,
-            "lr_mult": 1.0,
-            "is_expert_parallel": False,
-            "is_decoupled_lr": False,
-            "default_config": True,
-            "step": updates,
-        }
-        groups = [common | {"wd_mult": mult, "weight_decay": mult * self.weight_decay} for mult in (1.0, 0.0)]
-        return {"param_groups": groups, "state": {"common_step": updates}}
-
-
-def write(
-    folder: Path, model: ModelConfig, source: Source, tokenizer: Mapping[str, str], adam: Adam | None = None
-) -> None:
-    """Write a folder that megatron-core loads into a GPTModel at any layout; a chunk at a time is in memory.
-
-    Args:
-        tokenizer: file name → text of the tokenizer's files.
-        adam: of the run that is to go on with the optimizer's state, where the source has some.
-
-    Raises:
-        UnknownModel: when Megatron's arguments, or the family's `config.json`, cannot say this model.
-        BadTorchDist: when the source has an optimizer's state other than Adam's.
-    """
-    words, shapes = to_megatron(model), logical_tensors(model)
-    dtype = source.read(EMBEDDING, ((0, 1), (0, 1))).dtype
-    config = to_huggingface(model, str(dtype))
-    states = _adams(source, shapes, dtype)
-    writer = Writer(folder)
-    stored = parts({name: place(name, model) for name in shapes}, shapes)
-    for part in stored:
-        for kind in ("", *_ADAM):
-            if not kind or state_name(kind, part.held[0][0]) in states:
-                writer.add(_pieces(source, part, kind))
-    if states:
-        _name_masters(writer, {part.key for part in stored})
-    for name in writer.names:
-        for other in spellings(name):
-            writer.alias(other, name)
-    writer.add_empty(extra_states(stored))
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    for name, text in tokenizer.items():
-        (folder / name).write_text(text)
-    writer.close(_common(words, source.updates, (adam or Adam()) if states else None))
-
-
-def _adams(source: Source, names: Iterable[str], dtype: np.dtype) -> set[str]:
-    """The names of Adam's state, if the source has any: weights that are not fp32 have masters, too."""
-    states = set(source.states)
-    needed = {state_name(kind, name) for name in names for kind in _ADAM[1:]}
-    missing = (needed if dtype == np.float32 else needed | {state_name("master", EMBEDDING)}) - states
-    others = {name for name in states if not name.startswith(_ADAM)}
-    if states and (missing or others):
-        raise BadTorchDist(
-            f"the optimizer's state is not Adam's ({min(others or missing)} is {'there' if others else 'missing'}), "
-            "and Megatron's is: convert the weights alone"
-        )
-    return states
-
-
-def _pieces(source: Source, part: Part, kind: str) -> Iterator[Piece]:
-    """The chunks of a part: of the weights, or of a kind of state."""
-    rest = part.shape[len(part.lead) + 1 :]
-    step = rows_of_chunk((part.rows, *rest), 4)
-    for first in range(0, part.rows, step):
-        array = _rows(source, part, kind, first, min(first + step, part.rows))
-        offset = (*part.lead, first, *(0 for _ in rest))
-        yield Piece(_key(kind, part.key), part.shape, offset, array[(None,) * len(part.lead)])
-
-
-def _rows(source: Source, part: Part, kind: str, first: int, stop: int) -> NDArray[Any]:
-    """The stored rows [first, stop) of a part."""
-    rest = part.shape[len(part.lead) + 1 :]
-    out: NDArray[Any] | None = None
-    for name, found, rows in part.held:
-        at = found.rows(0, rows)
-        a, b = (int(i) for i in np.searchsorted(at, (first, stop)))
-        if a < b:
-            read = source.read(state_name(kind, name) if kind else name, ((a, b), *((0, n) for n in rest)))
-            out = np.empty((stop - first, *rest), read.dtype) if out is None else out
-            out[at[a:b] - first] = read
-    assert out is not None
-    return out
-
-
-def _key(kind: str, key: str) -> str:
-    return f"optimizer.state.{'param' if kind == 'master' else kind}.{key}" if kind else key
-
-
-def _name_masters(writer: Writer, keys: Iterable[str]) -> None:
-    """Where weights are fp32 they are their own masters, and masters have the names that either optimizer asks for."""
-    for key in keys:
-        if _key("master", key) not in writer.names:
-            writer.alias(_key("master", key), key)
-        writer.alias(f"optimizer.state.fp32_param.{key}", _key("master", key))
-
-
-def _common(words: dict[str, Any], updates: int, adam: Adam | None) -> dict[str, Any]:
-    parallel = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "world_size": 1}
-    saved = {"no_save_optim": adam is None, "no_save_rng": True, "ckpt_format": "torch_dist"}
-    common = {
-        "args": Namespace(**words, **parallel, **saved),
-        "checkpoint_version": 3.0,
-        "iteration": updates,
-        "content_metadata": {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            "distrib_optim_fully_reshardable_mem_efficient": False,
-            "singleton_local_shards": False,
-            "chained_optim_avoid_prefix": True,
-        },
-    }
-    if adam is None:
-        return common
-    # Within another `optimizer` for the optimizers of bf16 models and the distributed one, without for that of fp32.
-    return common | {
-        "optimizer": {
-            "optimizer": adam.state(updates),
-            "param_state_sharding_type": "fully_reshardable",
-            **adam.state(updates),
-        }
-    }

@@ -12,8 +12,9 @@ import math
 import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +31,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from lockstep.distributed.checkpoint.spec import Box, overlap, to_numpy, to_torch, within
+from lockstep.model.formats.extents import write_bytes
 from lockstep.model.formats.restricted import load_pickle, load_torch
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
 COMMON_OBJECT = "common_state/shard_0_1"
-LARGEST_CHUNK = 64 << 20
-"""Bytes of a chunk at most, one row excepted."""
 LARGEST_FILE = 4 << 30
 """Bytes after which another file is begun."""
 
@@ -198,27 +198,29 @@ class Piece:
     shape: tuple[int, ...]
     """Of the whole tensor."""
     offset: tuple[int, ...]
-    array: NDArray[Any]
+    extent: tuple[int, ...]
+    """Of the chunk."""
+    dtype: torch.dtype
 
 
 class Writer:
-    """Writes a folder: pieces one by one, none of which is kept; then `close`, without which it is no checkpoint."""
+    """Writes a folder: its chunks are listed first, and written in any order; `close` makes it a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
         self.folder = folder
         self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._objects: dict[MetadataIndex, _StorageInfo] = {}
         self._places: dict[str, list[_StorageInfo]] = {}
-        self._files = 0
-        self._file: IO[bytes] = self._next()
+        self._ends = [0]
+        self._empty: tuple[str, ...] = ()
 
-    def add(self, pieces: Iterable[Piece]) -> None:
-        """Write chunks."""
-        for piece in pieces:
-            tensor, buffer = to_torch(np.ascontiguousarray(piece.array)), io.BytesIO()
-            torch.save(tensor, buffer)
-            self._list(piece, tensor.dtype, self._write(buffer))
+    def place(self, piece: Piece) -> _StorageInfo:
+        """Where a chunk will lie, which is listed by that."""
+        described = TensorStorageMetadata(TensorProperties(piece.dtype), torch.Size(piece.shape), [])
+        chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.extent))
+        self._tensors.setdefault(piece.name, described).chunks.append(chunk)
+        place = self._next(_saved_size(piece.extent, piece.dtype))
+        self._places.setdefault(piece.name, []).append(place)
+        return place
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -226,45 +228,52 @@ class Writer:
         return tuple(self._tensors)
 
     def alias(self, name: str, of: str) -> None:
-        """Another name of a tensor that was written: its chunks are stored once."""
+        """Another name of a tensor that is listed: its chunks are stored once."""
         self._tensors[name], self._places[name] = self._tensors[of], self._places[of]
 
     def add_empty(self, names: Iterable[str]) -> None:
-        """Write objects of which there is nothing to say: Megatron looks for one beside each linear layer."""
+        """List objects of which there is nothing to say: Megatron looks for one beside each linear layer."""
+        self._empty = tuple(names)
+
+    def create(self) -> None:
+        """Make the files; what is there already stays."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, end in enumerate(self._ends):
+            with (self.folder / _file(number)).open("ab") as file:
+                file.truncate(end)
+
+    def write(self, place: _StorageInfo, array: NDArray[Any]) -> None:
+        """Write a chunk, and wait until it is on disk."""
         buffer = io.BytesIO()
-        torch.save([None], buffer)
-        place = self._write(buffer)
-        self._objects |= {MetadataIndex(name): place for name in names}
+        torch.save(to_torch(np.ascontiguousarray(array)), buffer)
+        assert buffer.tell() == place.length, place
+        write_bytes(self.folder / place.relative_path, place.offset, np.frombuffer(buffer.getbuffer(), np.uint8))
 
     def close(self, common: dict[str, Any]) -> None:
         """Describe what was written, and what else there is to say: `metadata.json` comes last."""
-        self._file.close()
+        buffer = io.BytesIO()
+        torch.save([None], buffer)
+        nothing = self._next(buffer.tell())
+        with (self.folder / nothing.relative_path).open("ab") as file:
+            file.truncate(nothing.offset)
+            file.write(buffer.getbuffer())
         torch.save(common, self.folder / "common.pt")
         with (self.folder / ".metadata").open("wb") as file:
-            pickle.dump(self._described(), file)
+            pickle.dump(self._described(nothing), file)
         (self.folder / "metadata.json").write_text(json.dumps(BACKEND | {"common_backend_version": 1}))
 
-    def _write(self, buffer: io.BytesIO) -> _StorageInfo:
-        if self._file.tell() > LARGEST_FILE:
-            self._file.close()
-            self._file = self._next()
-        place = _StorageInfo(Path(self._file.name).name, self._file.tell(), buffer.tell())
-        self._file.write(buffer.getbuffer())
+    def _next(self, length: int) -> _StorageInfo:
+        """Room at the end of the last file, or in a new one."""
+        if self._ends[-1] > LARGEST_FILE:
+            self._ends.append(0)
+        place = _StorageInfo(_file(len(self._ends) - 1), self._ends[-1], length)
+        self._ends[-1] += length
         return place
 
-    def _next(self) -> IO[bytes]:
-        self._files += 1
-        return (self.folder / f"__0_{self._files - 1}.distcp").open("wb")
-
-    def _list(self, piece: Piece, dtype: torch.dtype, place: _StorageInfo) -> None:
-        described = TensorStorageMetadata(TensorProperties(dtype), torch.Size(piece.shape), [])
-        chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.array.shape))
-        self._tensors.setdefault(piece.name, described).chunks.append(chunk)
-        self._places.setdefault(piece.name, []).append(place)
-
-    def _described(self) -> Metadata:
-        objects = {index.fqn: BytesStorageMetadata() for index in self._objects}
-        return Metadata({**self._tensors, **objects}, storage_data=dict(self._placed()) | self._objects)
+    def _described(self, nothing: _StorageInfo) -> Metadata:
+        objects = {MetadataIndex(name): nothing for name in self._empty}
+        described: dict[str, Any] = {name: BytesStorageMetadata() for name in self._empty}
+        return Metadata({**self._tensors, **described}, storage_data=dict(self._placed()) | objects)
 
     def _placed(self) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
         for name, places in self._places.items():
@@ -272,6 +281,19 @@ class Writer:
                 yield MetadataIndex(name, chunk.offsets, i), place
 
 
-def rows_of_chunk(shape: tuple[int, ...], item_bytes: int) -> int:
-    """How many rows of a tensor make a chunk."""
-    return max(1, LARGEST_CHUNK // (math.prod(shape[1:]) * item_bytes))
+def _file(number: int) -> str:
+    return f"__0_{number}.distcp"
+
+
+@lru_cache
+def _saved_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor as `torch.save` makes them."""
+    buffer = io.BytesIO()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), buffer)
+    return len(buffer.getbuffer())
+
+
+def rows_of_chunk(shape: tuple[int, ...], item_bytes: int, limit: int) -> int:
+    """How many rows of a tensor make a chunk of so many bytes, one row at least."""
+    return max(1, limit // (math.prod(shape[1:]) * item_bytes))

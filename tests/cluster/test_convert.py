@@ -286,6 +286,22 @@ def test_a_second_run_goes_on_where_the_first_stopped(large_folder: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
 
 
+@pytest.mark.parametrize("to", ["hf", "megatron", "deepspeed"])
+def test_every_format_goes_on_where_it_stopped(to: str, large_folder: Path, tmp_path: Path) -> None:
+    conversion = Conversion(str(large_folder), tmp_path / "out", to, max_memory=LEAST)
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        convert(conversion, stop)
+    seen: list[int] = []
+    done = convert(conversion, lambda done, total: seen.append(done))
+    assert done.size // 2 < seen[0] < seen[-1] == done.size
+    assert verify(str(large_folder), str(tmp_path / "out")).faults == ()
+
+
 def test_another_source_or_option_is_not_mixed_in(tmp_path: Path) -> None:
     folder = small_folder(tmp_path / "hf")
 

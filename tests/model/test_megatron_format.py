@@ -22,9 +22,11 @@ from lockstep.distributed.worlds import Worlds
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel
 from lockstep.model.formats import torch_dist
-from lockstep.model.formats.megatron import MegatronFolder, write
+from lockstep.model.formats.megatron import MegatronFolder
 from lockstep.model.formats.megatron_names import parts, place
 from lockstep.model.formats.megatron_words import from_megatron, to_megatron
+from lockstep.model.formats.megatron_writer import MegatronTarget, write
+from lockstep.model.formats.recast import Recast
 from lockstep.model.formats.restricted import UnreadFile
 from lockstep.model.formats.torch_dist import BadTorchDist
 from lockstep.model.logprobs import local_logits
@@ -460,11 +462,15 @@ class Counted(Drawn):
 
 
 def test_chunks_are_small_and_files_are_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch_dist, "LARGEST_CHUNK", 512)
     monkeypatch.setattr(torch_dist, "LARGEST_FILE", 20_000)
     model = MODELS["untied"]
     source = Counted(model, torch.float32)
-    write(tmp_path / "out", model, source, {})
+    target = MegatronTarget(tmp_path / "out", model, Recast(source, model, None), {}, limit=512)
+    target.create()
+    digests = {part: target.write(part) for part in reversed(target.parts)}
+    target.create()
+    target.write(target.parts[3])  # again
+    target.finish(digests)
     assert source.largest <= 512
     assert len(list((tmp_path / "out").glob("*.distcp"))) > 3
     assert differing(MegatronFolder(tmp_path / "out"), source, model) == []
