@@ -92,7 +92,7 @@ def _megatron(folder: Path, wanted: Wanted) -> Target:
 
 
 def _deepspeed(folder: Path, wanted: Wanted) -> Target:
-    return UniversalTarget(folder, wanted.model, wanted.source, wanted.files, wanted.part_bytes)
+    return UniversalTarget(folder, wanted.model, wanted.source, wanted.files, limit=wanted.part_bytes)
 
 
 def _huggingface(folder: Path, wanted: Wanted) -> Target:

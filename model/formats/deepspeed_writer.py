@@ -18,8 +18,8 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.families import to_huggingface
 from lockstep.model.formats.deepspeed_places import Place, huggingface_places
 from lockstep.model.formats.deepspeed_zero import MOMENTS
-from lockstep.model.formats.extents import Extent, write_bytes
-from lockstep.model.formats.parts import LARGEST_PART, Part, split
+from lockstep.model.formats.extents import Extent
+from lockstep.model.formats.parts import LARGEST_PART, Part, split, write_whole
 from lockstep.model.formats.recast import Recast
 from lockstep.model.formats.torch_file import read_torch
 from lockstep.model.names import EMBEDDING, logical_tensors
@@ -50,6 +50,7 @@ class UniversalTarget:
         model: ModelConfig,
         source: Recast,
         files: Mapping[str, str],
+        *,
         limit: int = LARGEST_PART,
     ) -> None:
         """
@@ -93,9 +94,8 @@ class UniversalTarget:
 
     def write(self, part: Part) -> str:
         """See `Target`."""
-        extent, rows = _extent(self._step / "zero" / part.tensor), self._rows(part)
-        row_bytes = extent.size // extent.shape[0]
-        write_bytes(extent.path, extent.offset + part.start * row_bytes, rows.reshape(-1).view(np.uint8))
+        rows = self._rows(part)
+        _extent(self._step / "zero" / part.tensor).write(part.start, rows)
         return digest(rows)
 
     def finish(self, digests: Mapping[Part, str]) -> None:
@@ -134,9 +134,7 @@ class UniversalTarget:
 
 def write_universal(folder: Path, model: ModelConfig, source: Recast, files: Mapping[str, str]) -> None:
     """Write a whole universal checkpoint; see `UniversalTarget`."""
-    target = UniversalTarget(folder, model, source, files)
-    target.create()
-    target.finish({part: target.write(part) for part in target.parts})
+    write_whole(UniversalTarget(folder, model, source, files))
 
 
 def _stored(model: ModelConfig) -> dict[str, Stack]:

@@ -84,6 +84,11 @@ class Extent:
             out[first - start : last - start] = self._rows(first, last)[:, *(slice(a, b) for a, b in columns)]
         return out
 
+    def write(self, start: int, rows: NDArray[Any]) -> None:
+        """Write rows, from `start` on, and wait until the disk has them."""
+        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        write_bytes(self.path, self.offset + start * self._row_size, data)
+
     @property
     def _row_size(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize

@@ -15,7 +15,7 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.families import to_huggingface
 from lockstep.model.formats.extents import write_bytes
 from lockstep.model.formats.huggingface import CONFIG, GENERATION, STORED, Stored
-from lockstep.model.formats.parts import LARGEST_PART, Part, split
+from lockstep.model.formats.parts import LARGEST_PART, Part, split, write_whole
 from lockstep.model.formats.recast import Recast
 from lockstep.model.formats.safetensors import Shapes, layout
 from lockstep.model.names import EMBEDDING, logical_tensors
@@ -70,11 +70,9 @@ class HuggingFaceTarget:
 
     def write(self, part: Part) -> str:
         """See `Target`."""
-        extent = self._extents[part.tensor]
-        array = self._rows(part)
-        row_bytes = extent.size // extent.shape[0]
-        write_bytes(extent.path, extent.offset + part.start * row_bytes, array.reshape(-1).view(np.uint8))
-        return digest(array)
+        rows = self._rows(part)
+        self._extents[part.tensor].write(part.start, rows)
+        return digest(rows)
 
     def finish(self, digests: Mapping[Part, str]) -> None:
         """See `Target`."""
@@ -114,9 +112,7 @@ class HuggingFaceTarget:
 
 def write(folder: Path, model: ModelConfig, source: Source, files: Mapping[str, str]) -> None:
     """Write a folder that `from_pretrained` reads, in the source's own dtype."""
-    target = HuggingFaceTarget(folder, model, Recast(source, model, None), files)
-    target.create()
-    target.finish({part: target.write(part) for part in target.parts})
+    write_whole(HuggingFaceTarget(folder, model, Recast(source, model, None), files))
 
 
 def _stored(model: ModelConfig) -> dict[str, list[tuple[str, Stored]]]:

@@ -3,7 +3,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from lockstep.model.formats.megatron import ADAM
 from lockstep.model.formats.megatron_names import Part as Stored
 from lockstep.model.formats.megatron_names import extra_states, parts, place, spellings
 from lockstep.model.formats.megatron_words import to_megatron
-from lockstep.model.formats.parts import LARGEST_PART, Part
+from lockstep.model.formats.parts import LARGEST_PART, Part, split, write_whole
 from lockstep.model.formats.recast import Recast
-from lockstep.model.formats.torch_dist import BadTorchDist, Piece, Writer, rows_of_chunk
+from lockstep.model.formats.torch_dist import BadTorchDist, Piece, Writer
 from lockstep.model.names import EMBEDDING, logical_tensors
 
 
@@ -56,12 +56,10 @@ class Adam:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Rows [first, stop) of a kind of a part, and where they go."""
+    """What a part of the conversion has rows of: a kind of a stored part; and where they go."""
 
-    part: Stored
+    stored: Stored
     kind: str
-    first: int
-    stop: int
     place: _StorageInfo
 
 
@@ -95,11 +93,7 @@ class MegatronTarget:
         self._writer = Writer(folder)
         stored = parts({name: place(name, model) for name in shapes}, shapes)
         kinds = [(part, kind) for part in stored for kind in ("", *ADAM) if self._has(part, kind)]
-        self._chunks = {
-            Part(f"{_key(kind, part.key)} {part.lead}", chunk.first, chunk.stop, chunk.place.length): chunk
-            for part, kind in kinds
-            for chunk in self._placed(part, kind)
-        }
+        self._chunks = dict(chunk for part, kind in kinds for chunk in self._placed(part, kind))
         self.parts: Sequence[Part] = [*self._chunks]
         if self._states:
             _name_masters(self._writer, {part.key for part in stored})
@@ -115,8 +109,8 @@ class MegatronTarget:
     def write(self, part: Part) -> str:
         """See `Target`."""
         chunk = self._chunks[part]
-        array = _rows(self._source, chunk.part, chunk.kind, chunk.first, chunk.stop)
-        self._writer.write(chunk.place, array[(None,) * len(chunk.part.lead)])
+        array = _rows(self._source, chunk.stored, chunk.kind, part.start, part.stop)
+        self._writer.write(chunk.place, array[(None,) * len(chunk.stored.lead)])
         return digest(array)
 
     def finish(self, digests: Mapping[Part, str]) -> None:
@@ -129,24 +123,20 @@ class MegatronTarget:
     def _has(self, part: Stored, kind: str) -> bool:
         return not kind or state_name(kind, part.held[0][0]) in self._states
 
-    def _placed(self, part: Stored, kind: str) -> Iterator[_Chunk]:
-        """The chunks of a part: of the weights, or of a kind of state."""
-        rest = part.shape[len(part.lead) + 1 :]
-        dtype = torch.float32 if kind else getattr(torch, self._source.dtype_of(part.held[0][0]).name)
-        step = rows_of_chunk((part.rows, *rest), 4, self._limit)
-        for first in range(0, part.rows, step):
-            stop = min(first + step, part.rows)
-            offset = (*part.lead, first, *(0 for _ in rest))
-            extent = (*(1 for _ in part.lead), stop - first, *rest)
-            piece = Piece(_key(kind, part.key), part.shape, offset, extent, dtype)
-            yield _Chunk(part, kind, first, stop, self._writer.place(piece))
+    def _placed(self, stored: Stored, kind: str) -> Iterator[tuple[Part, _Chunk]]:
+        """The chunks of a stored part: of the weights, or of a kind of state."""
+        key, rest = _key(kind, stored.key), stored.shape[len(stored.lead) + 1 :]
+        dtype = torch.float32 if kind else getattr(torch, self._source.dtype_of(stored.held[0][0]).name)
+        for part in split(f"{key} {stored.lead}", (stored.rows, *rest), 4, self._limit):
+            offset = (*stored.lead, part.start, *(0 for _ in rest))
+            extent = (*(1 for _ in stored.lead), part.stop - part.start, *rest)
+            place = self._writer.place(Piece(key, stored.shape, offset, extent, dtype))
+            yield replace(part, size=place.length), _Chunk(stored, kind, place)
 
 
 def write(folder: Path, model: ModelConfig, source: Source, files: Mapping[str, str], adam: Adam | None = None) -> None:
     """Write a whole folder, in the source's own dtype; see `MegatronTarget`."""
-    target = MegatronTarget(folder, model, Recast(source, model, None), files, adam=adam)
-    target.create()
-    target.finish({part: target.write(part) for part in target.parts})
+    write_whole(MegatronTarget(folder, model, Recast(source, model, None), files, adam=adam))
 
 
 def _adams(source: Source, names: Iterable[str], dtype: np.dtype) -> set[str]:

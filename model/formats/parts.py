@@ -41,6 +41,12 @@ class Target(Protocol):
         ...
 
 
+def write_whole(target: Target) -> None:
+    """Write all parts, one after the other, in this process."""
+    target.create()
+    target.finish({part: target.write(part) for part in target.parts})
+
+
 def rows_of_part(shape: Sequence[int], item_bytes: int, limit: int) -> int:
     """Rows of a tensor's parts: the fewest equal parts, a power of two of them, that are no larger than limit."""
     row_bytes, parts = math.prod(shape[1:]) * item_bytes, 1

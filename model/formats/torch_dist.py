@@ -8,7 +8,6 @@ Format: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html.
 
 import io
 import json
-import math
 import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -292,8 +291,3 @@ def _saved_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     with torch.serialization.skip_data():
         torch.save(torch.empty(shape, dtype=dtype), buffer)
     return len(buffer.getbuffer())
-
-
-def rows_of_chunk(shape: tuple[int, ...], item_bytes: int, limit: int) -> int:
-    """How many rows of a tensor make a chunk of so many bytes, one row at least."""
-    return max(1, limit // (math.prod(shape[1:]) * item_bytes))

@@ -39,7 +39,7 @@ from lockstep.distributed.checkpoint.spec import Box, state_name, whole
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.extents import BadFile
 from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
-from lockstep.model.formats.parts import Part, rows_of_part, split
+from lockstep.model.formats.parts import Part, rows_of_part, split, write_whole
 from lockstep.model.formats.recast import BadValue, Recast
 from lockstep.model.names import RandomWeights, logical_tensors
 from tests.cluster.commands import Command, until
@@ -58,8 +58,7 @@ def small_folder(folder: Path) -> Path:
     """A Hugging Face folder of random weights in files of 2 KB."""
     source = Recast(RandomWeights(SMALL, seed=3), SMALL, None)
     target = HuggingFaceTarget(folder, SMALL, source, {"tokenizer.json": "{}"}, shard_bytes=2000)
-    target.create()
-    target.finish({part: target.write(part) for part in target.parts})
+    write_whole(target)
     return folder
 
 
@@ -68,8 +67,7 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of 30 MB in fp32: many parts of 1 MiB."""
     folder = tmp_path_factory.mktemp("large") / "model"
     target = HuggingFaceTarget(folder, LARGE, Recast(RandomWeights(LARGE, seed=1), LARGE, None), {})
-    target.create()
-    target.finish({part: target.write(part) for part in target.parts})
+    write_whole(target)
     return folder
 
 
@@ -99,8 +97,7 @@ class WithState:
 def written(folder: Path, model: ModelConfig, source: Recast, part_bytes: int = 1 << 20) -> Checkpoint:
     """Our checkpoint of a source, in parts of a size."""
     target = LockstepTarget(folder, Wanted(model, source, {}, 10**9, part_bytes))
-    target.create()
-    target.finish({part: target.write(part) for part in target.parts})
+    write_whole(target)
     return Checkpoint(folder)
 
 
@@ -115,8 +112,7 @@ def test_parts_of_any_size_make_the_same_checkpoint(limit: int, tmp_path: Path) 
         tmp_path / "back", model, Recast(ours, model, None), {"tokenizer.json": "{}"}, shard_bytes=2000, limit=limit
     )
     assert len(target.parts) > 100 or limit > 100
-    target.create()
-    target.finish({part: target.write(part) for part in target.parts})
+    write_whole(target)
     assert files_of(tmp_path / "back") == files_of(folder)
 
 
@@ -141,8 +137,7 @@ def test_tensors_that_files_join_or_turn_are_written_by_rows(family: str, tmp_pa
     source, model, _ = open_source(str(tmp_path / "theirs"))
     for limit in (90, 1 << 20):
         target = HuggingFaceTarget(tmp_path / f"{limit}", model, Recast(source, model, None), {}, limit=limit)
-        target.create()
-        target.finish({part: target.write(part) for part in target.parts})
+        write_whole(target)
         before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "theirs", tmp_path / f"{limit}"))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)

@@ -6,17 +6,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from lockstep.cluster.cli import app
 from lockstep.cluster.sources import tokenizer_files
 from lockstep.data.store import Store
 from lockstep.data.tokenizer import Tokenizer
+from tests.cluster import commands
 
 
 def lockstep(*arguments: object) -> Result:
     """The command, in this process."""
-    return CliRunner().invoke(app, ["data", *map(str, arguments)])
+    return commands.lockstep("data", *map(str, arguments))
 
 
 def refused(*arguments: object) -> str:

@@ -14,6 +14,7 @@ from lockstep.cluster.targets import LockstepTarget, Wanted
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats import huggingface_writer
+from lockstep.model.formats.parts import write_whole
 from lockstep.model.formats.recast import Recast
 from lockstep.model.names import RandomWeights, logical_tensors
 from tests.cluster.commands import lockstep
@@ -45,8 +46,7 @@ def ours(theirs: Path, tmp_path: Path) -> Path:
     """The same as our checkpoint, in chunks of two rows."""
     source, model, _ = open_source(str(theirs))
     target = LockstepTarget(tmp_path / "ours", Wanted(model, Recast(source, model, None), {}, 10**9, 100))
-    target.create()
-    target.finish({part: target.write(part) for part in target.parts})
+    write_whole(target)
     return Checkpoint(tmp_path / "ours").path
 
 
