@@ -49,7 +49,7 @@ class _TokenLogProb(torch.autograd.Function):
         kept, logp, sums = [], [], []
         for hidden, targets in zip(hidden_KD.split(CHUNK), targets_K.split(CHUNK), strict=True):
             chunk = local_logits(hidden, weight_VD, first, vocabulary, cap)
-            log_sum, at_target = _reduced(chunk, targets - first, temperature, group)
+            log_sum, at_target = reduced(chunk, targets - first, temperature, group)
             sums.append(log_sum)
             logp.append(at_target - log_sum)
             if chunk.dtype != torch.float32:
@@ -82,10 +82,15 @@ def _scaled(chunk: Tensor, temperature: float) -> Tensor:
     return copy if temperature == 1 else copy.div_(temperature)
 
 
-def _reduced(
+def reduced(
     chunk: Tensor, local_targets: Tensor, temperature: float, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and the target's logit over the whole vocabulary, [K] each."""
+    """Log-sum-exp and the target's logit over the whole vocabulary, [K] each in fp32 and over the temperature.
+
+    Args:
+        chunk: this rank's logits [K, V/tensor]; see `local_logits`.
+        local_targets: [K], counted from this rank's first row of the vocabulary; outside of it on all ranks but one.
+    """
     inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
     picked = chunk.gather(1, local_targets.clamp(0, chunk.shape[1] - 1)[:, None])[:, 0].float() / temperature
     at_target = torch.where(inside, picked, torch.zeros_like(picked))
