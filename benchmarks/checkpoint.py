@@ -6,6 +6,10 @@ Two processes with ZeRO-1 save a model in bf16 with fp32 masters and AdamW's mom
 load it: another layout, so that every rank reads slices. DCP saves and loads the same bytes from the same processes,
 each its own, and safetensors from one. Every save counts until all is on disk (fsync), every load with no byte of it in
 the page cache. The disk's own rate is that of one file, written in pieces of 16 MiB and synced, and read back likewise.
+A save in the background stalls the trainer for as long as the call takes, and for as long as the next update waits for
+the copy in host memory; a real step of 2 × 512 tokens goes on meanwhile. What the step itself loses to copying and
+writing on the same cores is given as well.
+
 Rounds alternate; medians count. Free memory is touched before every measurement: where the host takes back what a
 virtual machine does not use, the page cache would else pay for getting it again, in some measurements and not in
 others. Processes have the environment that a run's have.
@@ -30,6 +34,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lockstep.data.batch import rows_for_ranks, sample
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.groups import Groups
@@ -37,8 +42,9 @@ from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig, describe
 from lockstep.model.held import load
+from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
-from lockstep.model.recipes import OptimizerConfig
+from lockstep.model.recipes import OptimizerConfig, row_rules
 from lockstep.model.train import Trainer, build
 from lockstep.rl.actors import ENVIRONMENT
 
@@ -47,6 +53,8 @@ BYTES = 14
 ROUNDS = 3
 TOUCHED = 3 << 30
 """Bytes of free memory that are there when a measurement begins."""
+TOKENS = 512
+"""Of a row of the step beside which a save goes on."""
 SAVING, LOADING = Layout(data=2, zero=1), Layout(tensor=2)
 
 
@@ -156,15 +164,36 @@ def saving(groups: Groups, model: ModelConfig, folder: Path) -> dict[str, float]
     saver = Saver(folder / "ours", rank=groups.rank, ranks=groups.layout.processes, barrier=dist.barrier)
     said = describe(model, groups.layout) | {"updates": 1}
     seconds = {"save": timed(lambda: saver.save(1, trainer.chunks(state=True), said, {}))}
-    for step in (2, 3):  # the first background save makes room for its copies
-        seconds["stall"] = timed(lambda step=step: saver.save(step, trainer.chunks(state=True), said, {}, wait=False))
-        saver.wait()
+    seconds |= in_background(trainer, saver, said, groups)
     own = {f"{c.name}@{c.number}": c.values.clone() for c in trainer.chunks(state=True)}
     seconds["DCP save"] = timed(lambda: dcp.save(own, checkpoint_id=folder / "dcp"))
     dist.barrier()
     for name in ("ours", "dcp"):
         forget(folder / name)
     seconds["DCP load"] = timed(lambda: dcp.load(own, checkpoint_id=folder / "dcp"))
+    return seconds
+
+
+def in_background(trainer: Trainer, saver: Saver, said: dict[str, Any], groups: Groups) -> dict[str, float]:
+    """What the trainer waits for, and how long a step takes beside a save and alone."""
+    tokens = np.random.default_rng(groups.rank).integers(0, 256, (2, TOKENS + 1)).tolist()
+    rows = rows_for_ranks([sample(t[:1], t[1:]) for t in tokens], row_rules(Layout(), TOKENS))[0]
+    waited: list[float] = []
+
+    def wait() -> None:
+        began = time.perf_counter()
+        saver.copied()
+        waited.append(time.perf_counter() - began)
+
+    trainer.engine.before_changes = wait
+    seconds: dict[str, float] = {}
+    for step in (2, 3):  # the first background save makes room for its copies
+        trainer.step(rows, nll, 0.0)
+        alone = timed(lambda: trainer.step(rows, nll, 0.0))
+        call = timed(lambda step=step: saver.save(step, trainer.chunks(state=True), said, {}, wait=False))
+        beside = timed(lambda: trainer.step(rows, nll, 0.0))
+        seconds = {"stall": call + waited[-1], "step alone": alone, "step beside a save": beside}
+        saver.wait()
     return seconds
 
 
@@ -203,7 +232,8 @@ def one_file(path: Path, size: int) -> dict[str, float]:
 def report(seconds: dict[str, float], size: int) -> None:
     """Rates, and the three ratios that count."""
     for key, value in seconds.items():
-        print(f"{key:18} {value:7.3f} s  {size / value / 1e9:6.2f} GB/s")
+        rate = "" if key.startswith("st") else f"{size / value / 1e9:6.2f} GB/s"
+        print(f"{key:18} {value:7.3f} s  {rate}")
     print(f"save / disk write: {seconds['disk write'] / seconds['save']:.2f}")
     print(f"load into another layout / disk read: {seconds['disk read'] / seconds['load']:.2f}")
     print(f"stall in the background / save: {seconds['stall'] / seconds['save']:.3f}")

@@ -152,7 +152,7 @@ def evaluate(
 @sentences
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint in any format, or a name on the Hugging Face Hub.")],
-    destination: Annotated[Path, typer.Argument(help="A folder that does not exist.")],
+    destination: Annotated[str, typer.Argument(help="A folder that does not exist, or a URL for Lockstep's format.")],
     to: Annotated[str, typer.Option(help="lockstep, hf, megatron or deepspeed.")] = "lockstep",
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; as in the source otherwise.")
@@ -175,13 +175,15 @@ def convert(
     from lockstep.cluster.memory import in_words, size_of
     from lockstep.cluster.partial import check_destination
     from lockstep.cluster.targets import TARGETS
+    from lockstep.distributed.checkpoint.place import is_url, place_of
     from lockstep.model.formats.recast import DTYPES
 
     _check_choice("--to", to, TARGETS)
     _check_choice("--dtype", dtype, (None, *DTYPES))
-    check_destination(destination)
+    place = place_of(destination) if is_url(destination) else Path(destination)
+    check_destination(place)
     wanted = conversion.Conversion(
-        source, destination, to, dtype, size_of(shard_size), size_of(max_memory), workers, weights_only
+        source, place, to, dtype, size_of(shard_size), size_of(max_memory), workers, weights_only
     )
     for line in contents.plan(wanted):
         (out if dry_run else err).print(line, markup=False, highlight=False)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lockstep.cluster.sources import SourceConfig
 from lockstep.data.problems import TaskConfig
+from lockstep.distributed.checkpoint.place import Folder, Place, is_url, place_of
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import PretrainConfig, TrainerConfig
@@ -84,6 +85,12 @@ class Recipe(_Section):
     def folder(self) -> Path:
         """Where the run goes."""
         return Path(self.run.replace("{name}", self.name))
+
+    @property
+    def saves(self) -> Place:
+        """Where its checkpoints go."""
+        at = self.checkpoints.at
+        return place_of(at) if is_url(at) else Folder((Path(at) if at else self.folder / "checkpoints").absolute())
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

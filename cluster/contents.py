@@ -39,7 +39,7 @@ def outlined(name: str) -> OpenModel:
     """
     path = locate(name)
     known = recognise(path)
-    if known.name != "hf" or huggingface.has_weights(path):
+    if not isinstance(path, Path) or known.name != "hf" or huggingface.has_weights(path):
         return known.open(path)
     words = huggingface.read_words(path)
     dtype = words.get("dtype") or words.get("torch_dtype") or "float32"

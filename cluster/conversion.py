@@ -9,6 +9,8 @@ import xxhash
 from lockstep.cluster.memory import in_words
 from lockstep.cluster.sources import BadSource, OpenModel, locate, recognise
 from lockstep.cluster.targets import TARGETS, Wanted
+from lockstep.distributed.checkpoint.manager import MANIFEST
+from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.spec import Source, WeightsOnly
 from lockstep.model.formats.huggingface_writer import SHARD_BYTES
 from lockstep.model.formats.parts import LARGEST_PART, Part, Target
@@ -37,7 +39,7 @@ class Conversion:
     """What is converted into what, and with how much of the machine."""
 
     source: str
-    destination: Path
+    destination: Path | Place
     to: str
     dtype: str | None = None
     shard_bytes: int = SHARD_BYTES
@@ -75,10 +77,12 @@ def chosen(conversion: Conversion, opened: OpenModel) -> OpenModel:
     return (Weights(source), model, files) if conversion.weights_only else opened
 
 
-def target_of(conversion: Conversion, opened: OpenModel, folder: Path) -> tuple[Target, Recast]:
+def target_of(conversion: Conversion, opened: OpenModel, folder: Path | Place) -> tuple[Target, Recast]:
     """What is to be written into a folder, and the source as it is then read."""
     source, model, files = chosen(conversion, opened)
     form = TARGETS[conversion.to]
+    if not isinstance(folder, Path) and not form.to_stores:
+        raise BadConversion(f"{form.title} is written to folders only, and {folder} is none: give a folder")
     recast = Recast(source, model, conversion.dtype, states=form.has_states)
     try:
         return form.target(folder, Wanted(model, recast, files, conversion.shard_bytes, conversion.part_bytes)), recast
@@ -104,7 +108,7 @@ def begun_with(conversion: Conversion) -> dict[str, str | int | None]:
     path = locate(conversion.source)
     root = recognise(path).root(path)
     return {
-        "source": str(root.resolve()),
+        "source": str(root.resolve() if isinstance(root, Path) else root),
         "source files": _fingerprint(root),
         "to": conversion.to,
         "dtype": conversion.dtype,
@@ -114,8 +118,10 @@ def begun_with(conversion: Conversion) -> dict[str, str | int | None]:
     }
 
 
-def _fingerprint(root: Path) -> str:
-    """Of the names, sizes and times of all files of a source."""
+def _fingerprint(root: Path | Place) -> str:
+    """Of the names, sizes and times of all files of a source; in a store, of the manifest, which has digests."""
+    if not isinstance(root, Path):
+        return xxhash.xxh3_64_hexdigest(root.read(MANIFEST).encode())
     files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
     said = xxhash.xxh3_64()
     for path in files:

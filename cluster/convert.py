@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lockstep.cluster.conversion import Conversion, TooMuchMemory, begun_with, target_of, tasks_of
 from lockstep.cluster.memory import Watch, in_words
-from lockstep.cluster.partial import CONTENT, BadTarget, Partial, check_destination, partial_folder
+from lockstep.cluster.partial import BadTarget, Partial, check_destination, content_of, partial_folder
 from lockstep.cluster.sources import open_source
 from lockstep.cluster.workers import Workers, processes, this_process
+from lockstep.distributed.checkpoint.manager import step_name
+from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.reshard import chunks_of
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.spec import Source, to_torch, whole
@@ -33,7 +35,7 @@ Progress = Callable[[int, int], object]
 class Done:
     """What a conversion took."""
 
-    folder: Path
+    folder: Path | Place
     size: int
     peaks: dict[str, int] = field(default_factory=dict)
     """By process: bytes above what its interpreter and imports hold."""
@@ -56,10 +58,11 @@ def convert(
         BadSource: when the source is none.
         BadTarget: when the destination exists, is too small, or has a `DST.partial` of another conversion.
     """
-    watch, folder = Watch(), partial_folder(conversion.destination)
+    watch = Watch()
     check_destination(conversion.destination)
-    target, _ = target_of(conversion, open_source(conversion.source), folder / CONTENT)
-    _check_space(folder, target.parts)
+    target, _ = target_of(conversion, open_source(conversion.source), content_of(conversion.destination))
+    if isinstance(conversion.destination, Path):
+        _check_space(partial_folder(conversion.destination), target.parts)
     begun = Partial(conversion.destination, begun_with(conversion))
     try:
         target.create()
@@ -76,7 +79,7 @@ def _finish(
     left = [i for i in range(len(tasks)) if i not in begun.done]
     written = sum(part.size for i in begun.done for part in tasks[i])
     progress(written, done.size)
-    for worked in workers(conversion, partial_folder(conversion.destination) / CONTENT, left):
+    for worked in workers(conversion, content_of(conversion.destination), left):
         begun.record(worked.task, worked.digests)
         begun.done[worked.task] = worked.digests
         done.peaks[worked.process] = worked.peak
@@ -119,7 +122,8 @@ def write_checkpoint(source: Source, model: ModelConfig, files: dict[str, str], 
     """A model as our sharded checkpoint `destination/step-000000`."""
     destination.mkdir(parents=True, exist_ok=True)
     chunks = (chunk for name, tensor in tensors(source, model) for chunk in chunks_of(tensor, name))
-    return Saver(destination).save(0, chunks, describe(model, Layout()), files)
+    Saver(destination).save(0, chunks, describe(model, Layout()), files)
+    return destination / step_name(0)
 
 
 def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:
@@ -134,4 +138,5 @@ def to_huggingface(name: str, destination: Path, *, dtype: str | None = None) ->
     Raises:
         BadTarget: when the destination exists.
     """
-    return convert(Conversion(name, destination, "hf", dtype)).folder
+    convert(Conversion(name, destination, "hf", dtype))
+    return destination

@@ -29,11 +29,9 @@ def _engine(name: str, dtype: str, slots: int, length: int) -> Iterator[tuple[Ro
         raise ValueError(f"--dtype {dtype!r} is not supported: use bfloat16 or float32")
     with tempfile.TemporaryDirectory() as folder:
         source, _, _ = open_source(name)
-        ours = isinstance(source, manager.Checkpoint)
-        path = source.path if isinstance(source, manager.Checkpoint) else to_lockstep(name, Path(folder))
-        assert ours or path.is_dir()
+        ours = source.place if isinstance(source, manager.Checkpoint) else to_lockstep(name, Path(folder))
         try:
-            yield load_rollout_engine(path, dtype=dtype, slots=slots, length=length)
+            yield load_rollout_engine(ours, dtype=dtype, slots=slots, length=length)
         finally:
             leave()
 

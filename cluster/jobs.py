@@ -164,9 +164,9 @@ def last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | 
     """
     if recipe.pretrain is None:
         raise RecipeError("--resume goes on with runs that train on text: give a recipe with a [pretrain] section")
-    if not manager.saved(recipe.folder / "checkpoints"):
+    if not manager.saved(recipe.saves):
         return None
-    last = manager.Checkpoint(recipe.folder / "checkpoints")
+    last = manager.Checkpoint(recipe.saves)
     for key, there, here in (
         ("model", ModelConfig(**last.manifest["model"]), model),
         ("pretrain.optimizer.kind", last.manifest.get("optimizer"), recipe.pretrain.optimizer.kind),
@@ -174,7 +174,7 @@ def last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | 
         ("pretrain.samples_per_step", last.manifest.get("samples_per_step"), recipe.pretrain.samples_per_step),
     ):
         if there != here:
-            raise RecipeError(f"{last.path} was saved with {key}={there}, and the recipe says {here}: make them equal")
+            raise RecipeError(f"{last.place} was saved with {key}={there}, and the recipe says {here}: make them equal")
     return last
 
 
@@ -231,7 +231,7 @@ def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, V
     )
     temperature = (sampling.temperature if sampling else 1.0) or 1.0
     gather(policy.start(checkpoint, recipe.model.dtype, optimizer, temperature) + calls)
-    policy.call("open_checkpoints", (recipe.folder / "checkpoints").resolve(), recipe.checkpoints)
+    policy.call("open_checkpoints", recipe.saves, recipe.checkpoints)
     return policy, rollouts, verifiers
 
 

@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lockstep.distributed.checkpoint.manager import sync
+from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.place import Place, sync
 
 
 class BadTarget(ValueError):
@@ -21,21 +22,27 @@ CONTENT = "content"
 """Inside of `DST.partial`: what becomes DST."""
 
 
-def partial_folder(destination: Path) -> Path:
-    """`DST.partial`."""
-    return destination.with_name(f"{destination.name}.partial")
+def partial_folder(destination: Path | Place) -> Path:
+    """`DST.partial`; in the working directory where DST is in a key-value store."""
+    beside = destination if isinstance(destination, Path) else Path(destination.name)
+    return beside.with_name(f"{beside.name}.partial")
 
 
-def check_destination(destination: Path) -> None:
+def content_of(destination: Path | Place) -> Path | Place:
+    """Where parts are written: a store has no folders to rename, and gets them under their final names."""
+    return partial_folder(destination) / CONTENT if isinstance(destination, Path) else destination
+
+
+def check_destination(destination: Path | Place) -> None:
     """Refuse to write over anything."""
-    if destination.exists():
+    if destination.exists() if isinstance(destination, Path) else manager.exists(destination):
         raise BadTarget(f"{destination} exists: give a folder that does not")
 
 
 class Partial:
     """`DST.partial`, locked by this process."""
 
-    def __init__(self, destination: Path, begun_with: dict[str, Any]) -> None:
+    def __init__(self, destination: Path | Place, begun_with: dict[str, Any]) -> None:
         """
         Args:
             begun_with: what must be the same for the work of an earlier process to be of use.
@@ -45,7 +52,6 @@ class Partial:
         """
         self._destination = destination
         self._folder = partial_folder(destination)
-        self._content = self._folder / CONTENT
         self._folder.mkdir(parents=True, exist_ok=True)
         self._journal = open(self._folder / "done.jsonl", "a+")  # noqa: SIM115
         self._lock()
@@ -60,11 +66,13 @@ class Partial:
 
     def commit(self) -> None:
         """Give the content its final name."""
-        for path in (*self._content.rglob("*"), self._content):
-            if not path.is_symlink():
-                sync(path)
-        self._content.rename(self._destination)
-        sync(self._destination.parent)
+        content = content_of(self._destination)
+        if isinstance(content, Path) and isinstance(self._destination, Path):
+            for path in (*content.rglob("*"), content):
+                if not path.is_symlink():
+                    sync(path)
+            content.rename(self._destination)
+            sync(self._destination.parent)
         shutil.rmtree(self._folder)
         self.close()
 

@@ -44,15 +44,15 @@ def run_pretraining(
     model = start[1]
     data = config.text(model, recipe.folder / "random", recipe.seed)
     done, samples = _position(config, last)
-    checkpoint = last.path if last else _first_checkpoint(recipe, start, progress)
+    checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
     policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
-    gather(policy.start(checkpoint.resolve(), recipe.model.dtype, config.optimizer, 1.0))
+    gather(policy.start(checkpoint, recipe.model.dtype, config.optimizer, 1.0))
     if last:
-        progress.say(f"going on after step {done}, which {last.path} holds")
-        policy.call("restore", checkpoint.resolve())
+        progress.say(f"going on after step {done}, which {last.place} holds")
+        policy.call("restore", checkpoint)
     policy.call("open_text", config, data, recipe.seed, done, samples)
-    policy.call("open_checkpoints", (recipe.folder / "checkpoints").resolve(), recipe.checkpoints)
+    policy.call("open_checkpoints", recipe.saves, recipe.checkpoints)
     flops, peak = training_flops(model, data.length), sum(policy.call("peak_flops"))
     progress.say(
         f"{model.parameters / 1e6:.1f}M parameters, {flops / 1e9:.3f} GFLOP a token (6 per weight in a product, and "
@@ -104,7 +104,7 @@ class _Loop:
         )
         self._rewinds = Rewinds(config.spikes, samples, policy, [losses[step] for step in range(1, done + 1)])
         self._done, self._saved = done, done or None
-        self._checkpoints = (recipe.folder / "checkpoints").resolve()
+        self._checkpoints = recipe.saves
         self._spoilt = self._skipped = 0
         self._speeds: list[float] = []
 

@@ -11,14 +11,16 @@ from ray.exceptions import RayTaskError
 
 from lockstep.cluster.conversion import Conversion
 from lockstep.cluster.workers import Worked, work
+from lockstep.distributed.checkpoint.place import Place
 
 
-def ray_tasks(address: str, conversion: Conversion, folder: Path, tasks: Sequence[int]) -> Iterator[Worked]:
+def ray_tasks(address: str, conversion: Conversion, folder: Path | Place, tasks: Sequence[int]) -> Iterator[Worked]:
     """`Workers` of the cluster at an address: so many tasks at a time as the conversion has workers."""
     ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
-    source = Path(conversion.source)
-    conversion = replace(conversion, source=str(source.absolute() if source.exists() else source))
-    remote, left = partial(ray.remote(work).remote, conversion, folder.absolute()), iter(tasks)
+    if (source := Path(conversion.source)).exists():
+        conversion = replace(conversion, source=str(source.absolute()))
+    folder = folder.absolute() if isinstance(folder, Path) else folder
+    remote, left = partial(ray.remote(work).remote, conversion, folder), iter(tasks)
     try:
         running = [remote(task) for task in islice(left, conversion.workers)]
         while running:

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.place import Folder, Place, is_url, place_of
 from lockstep.distributed.checkpoint.spec import Source
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats import deepspeed, huggingface
@@ -26,7 +27,7 @@ class SourceConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(
-        QUICKSTART_MODEL, description="a checkpoint, a Hugging Face folder or Hub name, or a .gguf file"
+        QUICKSTART_MODEL, description="a checkpoint or its URL, a Hugging Face folder or Hub name, or a .gguf file"
     )
     config: ModelConfig | None = Field(None, description="start from random weights of this shape instead")
     tokenizer: str | None = Field(None, description="for random weights: a folder, checkpoint or .gguf file with one")
@@ -41,28 +42,40 @@ OpenModel = tuple[Source, ModelConfig, dict[str, str]]
 """A model's tensors, its shape, and the text files that stand beside it, such as its tokenizer's."""
 
 
+Location = Path | Place
+"""A path on a disk, or a place in a key-value store."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A format of checkpoints."""
 
     name: str
     title: str
-    recognises: Callable[[Path], bool]
-    open: Callable[[Path], OpenModel]
-    root: Callable[[Path], Path] = lambda path: path
+    recognises: Callable[[Any], bool]
+    open: Callable[[Any], OpenModel]
+    root: Callable[[Any], Location] = lambda path: path
     """The folder or file that holds everything, where a path may mean one inside of it."""
+    in_stores: bool = False
+    """Whether a key-value store can hold it."""
 
 
-def _is_lockstep(path: Path) -> bool:
+def _is_lockstep(path: Location) -> bool:
     try:
-        return manager.find(path).is_dir()
+        manager.find(path)
     except manager.BadCheckpoint:
         return False
+    return True
 
 
-def _open_lockstep(path: Path) -> OpenModel:
+def _open_lockstep(path: Location) -> OpenModel:
     checkpoint = manager.Checkpoint(path)
     return checkpoint, ModelConfig(**checkpoint.manifest["model"]), checkpoint.files
+
+
+def _root_of_lockstep(path: Location) -> Location:
+    place = manager.find(path)
+    return place.path if isinstance(place, Folder) else place
 
 
 def _open_huggingface(path: Path) -> OpenModel:
@@ -96,7 +109,7 @@ def _beside(folder: Path) -> dict[str, str]:
 
 FORMATS = (
     Format("gguf", "GGUF", lambda path: path.suffix == ".gguf", _open_gguf),
-    Format("lockstep", "Lockstep", _is_lockstep, _open_lockstep, manager.find),
+    Format("lockstep", "Lockstep", _is_lockstep, _open_lockstep, _root_of_lockstep, in_stores=True),
     Format("megatron", "Megatron torch_dist", _is_megatron, _open_megatron),
     Format("deepspeed", "DeepSpeed", deepspeed.is_checkpoint, _open_deepspeed),
     Format("hf", "Hugging Face", lambda path: (path / huggingface.CONFIG).is_file(), _open_huggingface),
@@ -104,12 +117,14 @@ FORMATS = (
 """In the order in which they are tried: a folder of another format may have a config.json beside it."""
 
 
-def locate(name: str) -> Path:
-    """The folder or file that a name means: a path, the quickstart's model, or a name on the Hugging Face Hub.
+def locate(name: str) -> Location:
+    """What a name means: a path, a URL, the quickstart's model, or a name on the Hugging Face Hub.
 
     Raises:
         BadSource: says what was given and what can be given.
     """
+    if is_url(name):
+        return place_of(name)
     path = Path(name)
     if name.lower() == QUICKSTART_MODEL:
         return _packaged_model()
@@ -118,16 +133,16 @@ def locate(name: str) -> Path:
     return path if path.exists() else _from_hub(name)
 
 
-def recognise(path: Path) -> Format:
+def recognise(path: Location) -> Format:
     """The format of what lies at a path.
 
     Raises:
         BadSource: when it is none that is known here.
     """
     for known in FORMATS:
-        if known.recognises(path):
+        if (known.in_stores or isinstance(path, Path)) and known.recognises(path):
             return known
-    titles = ", ".join(known.title for known in FORMATS)
+    titles = ", ".join(known.title for known in FORMATS if known.in_stores or isinstance(path, Path))
     raise BadSource(f"{path} holds no checkpoint: give a folder or file of one of the formats {titles}")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.distributed.checkpoint import manager, store
+from lockstep.distributed.checkpoint.place import Place, place_of
 from lockstep.distributed.checkpoint.spec import to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, describe
@@ -34,14 +35,18 @@ class TargetFormat:
 
     title: str
     has_states: bool
-    target: Callable[[Path, Wanted], Target]
+    target: Callable[[Any, Wanted], Target]
+    """Written into a folder."""
+    to_stores: bool = False
+    """Whether a key-value store will do in the place of a folder."""
 
 
 class LockstepTarget:
     """Our own format, as a `Target`: a chunk of an array is a part."""
 
-    def __init__(self, folder: Path, wanted: Wanted) -> None:
-        self._folder, self._wanted = folder / manager.step_name(0), wanted
+    def __init__(self, folder: Path | Place, wanted: Wanted) -> None:
+        self._checkpoints, self._wanted = place_of(folder), wanted
+        self._place = self._checkpoints / manager.step_name(0)
         self._tensors = wanted.source.tensors
         limit = wanted.part_bytes
         self._rows = {n: rows_of_part(shape, d.itemsize, limit) for n, (shape, d) in self._tensors.items()}
@@ -50,8 +55,7 @@ class LockstepTarget:
         ]
 
     def create(self) -> None:
-        """See `Target`."""
-        (self._folder / "arrays").mkdir(parents=True, exist_ok=True)
+        """See `Target`. Arrays are created with their first parts."""
 
     def write(self, part: Part) -> str:
         """See `Target`."""
@@ -59,20 +63,18 @@ class LockstepTarget:
         box = ((part.start, part.stop), *whole(shape[1:]))
         array = self._wanted.source.read(part.tensor, box)
         chunk = store.Chunk(part.tensor, shape, self._chunk(part.tensor), box, to_torch(array))
-        written = store.write(self._folder / "arrays", [chunk])
+        written = store.write(self._place / "arrays", [chunk])
         return written[part.tensor]["digests"][chunk.number]
 
     def finish(self, digests: Mapping[Part, str]) -> None:
         """See `Target`."""
         for name, text in self._wanted.files.items():
-            (self._folder / name).write_text(text)
+            self._place.write(name, text)
         own = {"format": manager.FORMAT, "step": 0, "files": sorted(self._wanted.files)}
         said = {"updates": self._wanted.source.updates, "tensors": self._table(digests)}
         manifest = own | describe(self._wanted.model, Layout()) | said
-        (self._folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        latest = self._folder.parent / "latest"
-        latest.unlink(missing_ok=True)
-        latest.symlink_to(self._folder.name)
+        self._place.write(manager.MANIFEST, json.dumps(manifest, indent=1))
+        self._checkpoints.point("latest", self._place.name)
 
     def _table(self, digests: Mapping[Part, str]) -> dict[str, Any]:
         table: dict[str, Any] = {
@@ -107,7 +109,7 @@ def _huggingface(folder: Path, wanted: Wanted) -> Target:
 
 
 TARGETS: dict[str, TargetFormat] = {
-    "lockstep": TargetFormat("Lockstep", True, LockstepTarget),
+    "lockstep": TargetFormat("Lockstep", True, LockstepTarget, to_stores=True),
     "hf": TargetFormat("Hugging Face", False, _huggingface),
     "megatron": TargetFormat("Megatron torch_dist", True, _megatron),
     "deepspeed": TargetFormat("DeepSpeed universal", True, _deepspeed),

@@ -1,6 +1,6 @@
 """Gradient steps on any module in any layout: micro-batches in, one update out. Blind to what is being optimised."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -48,6 +48,8 @@ class Engine:
         self._zero = ZeroOptimizer(stage.module, optimizer, groups, clip_norm, parts)
         self._trained = {n: p for n, p in stage.module.named_parameters() if p.requires_grad and p is not self._tied}
         self._reached: set[str] = set()
+        self.before_changes: Callable[[], object] = lambda: None
+        """Returns when weights and optimizer may change: whoever copies them meanwhile sets it."""
         for name, parameter in self._trained.items():
             parameter.register_hook(lambda _, name=name: self._reached.add(name))
 
@@ -74,6 +76,7 @@ class Engine:
         missing = sorted(self._trained.keys() - self._reached)
         if missing:
             raise MissingGradient(f"{missing[0]} received no gradient on rank {self.groups.rank}")
+        self.before_changes()
         norm = self._zero.step(learning_rate)
         values = self._reduced(reports) | {"memory_gb": self._most_memory() / 1e9}
         return StepResult(values, norm, self._zero.gradient_norms())
@@ -84,6 +87,7 @@ class Engine:
 
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""
+        self.before_changes()
         self._zero.forget()
 
     def snapshot(self) -> Snapshot:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from lockstep.data.batch import Sample, rows_for_ranks
+from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.result import StepResult
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig, row_rules
@@ -148,7 +149,7 @@ class Policy:
         self.workers = _start(PolicyWorker, "policy", layout.processes, threads, layout, trainer)
 
     def start(
-        self, checkpoint: Path, dtype: str, optimizer: OptimizerConfig, temperature: float
+        self, checkpoint: Path | Place, dtype: str, optimizer: OptimizerConfig, temperature: float
     ) -> list[tuple[Member, Any]]:
         """Calls that load the checkpoint, to be gathered."""
         host = self.workers[0]
@@ -188,7 +189,7 @@ class Rollouts:
         self.workers = _start(RolloutWorker, "rollout", workers, threads)
         self.version = 0
 
-    def start(self, checkpoint: Path, dtype: str, slots: int, length: int) -> list[tuple[Member, Any]]:
+    def start(self, checkpoint: Path | Place, dtype: str, slots: int, length: int) -> list[tuple[Member, Any]]:
         """Calls that load the checkpoint, to be gathered."""
         return [w.call("start", checkpoint, dtype, slots, length) for w in self.workers]
 

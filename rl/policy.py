@@ -10,6 +10,7 @@ from lockstep.data.loader import PretrainingConfig, PretrainingData
 from lockstep.data.schedule import SampleSchedule
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
 from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
@@ -42,7 +43,13 @@ class PolicyWorker(Worker):
         return self._meeting.port
 
     def start(
-        self, address: str, port: int, checkpoint: Path, dtype: str, optimizer: OptimizerConfig, temperature: float
+        self,
+        address: str,
+        port: int,
+        checkpoint: Path | Place,
+        dtype: str,
+        optimizer: OptimizerConfig,
+        temperature: float,
     ) -> None:
         """Join the world and fill this rank's part of the model."""
         groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
@@ -69,7 +76,7 @@ class PolicyWorker(Worker):
         self.step = step
         return self._ended(self.trainer.step(rows, objective, learning_rate, self.reference))
 
-    def restore(self, checkpoint: Path) -> None:
+    def restore(self, checkpoint: Path | Place) -> None:
         """Take over the optimizer's state of the checkpoint that this rank started from."""
         self.trainer.restore(manager.Checkpoint(checkpoint))
 
@@ -115,10 +122,11 @@ class PolicyWorker(Worker):
         with self.trainer.engine.whole_weights():
             return shards_of(self.trainer.transformer)
 
-    def open_checkpoints(self, folder: Path, config: CheckpointConfig) -> None:
+    def open_checkpoints(self, folder: Path | Place, config: CheckpointConfig) -> None:
         """Be ready to save into a folder."""
         processes = self.layout.processes
         self.saver = Saver(folder, config, rank=self.rank, ranks=processes, barrier=torch.distributed.barrier)
+        self.trainer.engine.before_changes = self.saver.copied
 
     def save(self, step: int, manifest: dict[str, Any], state: bool, best: bool) -> None:
         """Begin to write this rank's part of a checkpoint, with the optimizer's state or without."""

@@ -1,18 +1,20 @@
-"""A folder of checkpoints: `step-000120` folders that are whole or do not exist, and `latest`, a link to the newest."""
+"""A folder of checkpoints: `step-000120` places that are whole or do not exist, and `latest`, a link to the newest."""
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lockstep.distributed.checkpoint.place import Place, place_of
 from lockstep.distributed.checkpoint.spec import STATES
 from lockstep.distributed.checkpoint.store import ArrayFolder, Entry
 
 FORMAT = 2
-_NAME = re.compile(r"step-(\d{6,})")
+MANIFEST = "manifest.json"
+"""The last file of a checkpoint: a place that has it is one."""
+STEP = "step-"
+_NAME = re.compile(rf"{STEP}(\d{{6,}})")
 
 
 class BadCheckpoint(ValueError):
@@ -21,88 +23,69 @@ class BadCheckpoint(ValueError):
 
 def step_name(step: int) -> str:
     """Folder name of a step's checkpoint."""
-    return f"step-{step:06d}"
+    return f"{STEP}{step:06d}"
 
 
-def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint that nobody takes for one as soon as that begins."""
-    going = checkpoint.with_name(f"{checkpoint.name}.partial")
-    checkpoint.rename(going)
-    shutil.rmtree(going)
-
-
-def link(checkpoint: Path, name: str) -> None:
-    """Let a link beside a checkpoint point to it."""
-    new = checkpoint.parent / f"{name}.{os.getpid()}"
-    new.unlink(missing_ok=True)
-    new.symlink_to(checkpoint.name)
-    new.replace(checkpoint.parent / name)
-    sync(checkpoint.parent)
-
-
-def sync(path: Path) -> None:
-    """Return when what a file holds, or a folder lists, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def find(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest of a run or of a checkpoints folder.
+def find(where: str | Path | Place) -> Place:
+    """The checkpoint that a path or URL means: itself, or the newest of a run or of a checkpoints folder.
 
     Raises:
         BadCheckpoint: when there is none.
     """
-    for place in (path, path / "checkpoints"):
-        if (place / "manifest.json").is_file():
+    given = place_of(where)
+    for place in (given, given / "checkpoints"):
+        if place.has(MANIFEST):
             return place
         steps = saved(place)
         if steps:
             return steps[max(steps)]
-    raise BadCheckpoint(f"{path} holds no checkpoint: give a folder with a manifest.json, or a run that saved one")
+    raise BadCheckpoint(f"{given} holds no checkpoint: give a folder with a {MANIFEST}, or a run that saved one")
 
 
-def saved(checkpoints: Path) -> dict[int, Path]:
+def exists(place: Place) -> bool:
+    """Whether a place is a checkpoint, or holds some."""
+    return place.has(MANIFEST) or bool(saved(place))
+
+
+def saved(checkpoints: Place) -> dict[int, Place]:
     """The whole checkpoints of a folder, by step."""
-    names = {p: _NAME.fullmatch(p.name) for p in checkpoints.glob("step-*") if (p / "manifest.json").is_file()}
-    return {int(match[1]): path for path, match in names.items() if match}
+    names = (_NAME.fullmatch(name) for name in checkpoints.holding(MANIFEST))
+    return {int(match[1]): checkpoints / match[0] for match in names if match}
 
 
-def drop_after(checkpoints: Path, step: int) -> None:
+def drop_after(checkpoints: Place, step: int) -> None:
     """Remove the checkpoints of later steps, which a run has taken back; `latest` is the newest that is left."""
     steps = saved(checkpoints)
     left = [s for s in steps if s <= step]
+    gone = {steps[later].name: steps[later] for later in steps.keys() - left}
+    if checkpoints.pointed("best") in gone:
+        checkpoints.unlink("best")
     if left:
-        link(steps[max(left)], "latest")
+        checkpoints.point("latest", steps[max(left)].name)
     elif steps:
-        (checkpoints / "latest").unlink()
-    for later in steps.keys() - left:
-        remove(steps[later])
-    if not (checkpoints / "best").exists():
-        (checkpoints / "best").unlink(missing_ok=True)
+        checkpoints.unlink("latest")
+    for later in gone.values():
+        later.remove(MANIFEST)
 
 
 class Checkpoint:
     """A `Source` over a saved checkpoint, with what its manifest says."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, where: str | Path | Place) -> None:
         """
         Raises:
-            BadCheckpoint: when the path holds none, or one of a newer format.
+            BadCheckpoint: when the path or URL holds none, or one of a newer format.
         """
-        self.path = find(path)
-        file = self.path / "manifest.json"
+        self.place = find(where)
         try:
-            self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            self.manifest: dict[str, Any] = json.loads(self.place.read(MANIFEST))
         except ValueError as error:
-            raise BadCheckpoint(f"{file} is damaged: {error}") from error
+            raise BadCheckpoint(f"{self.place}/{MANIFEST} is damaged: {error}") from error
         if self.manifest.get("format") != FORMAT:
             raise BadCheckpoint(
-                f"{self.path} has format {self.manifest.get('format')}, and this program reads format {FORMAT}"
+                f"{self.place} has format {self.manifest.get('format')}, and this program reads format {FORMAT}"
             )
-        arrays = ArrayFolder(self.path / "arrays")
+        arrays = ArrayFolder(self.place / "arrays")
         self.read, self.read_into = arrays.read, arrays.read_into
 
     @property
@@ -124,5 +107,4 @@ class Checkpoint:
     @property
     def files(self) -> dict[str, str]:
         """Name and text of the files that the manifest lists, such as the tokenizer's, where they are there."""
-        listed = (self.path / name for name in self.manifest["files"])
-        return {path.name: path.read_text() for path in listed if path.is_file()}
+        return {name: self.place.read(name) for name in self.manifest["files"] if self.place.has(name)}

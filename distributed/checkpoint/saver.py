@@ -1,13 +1,10 @@
-"""Saving from all ranks at once: each writes its chunks into `step-000120.partial` and then says what it wrote.
+"""Saving from all ranks at once: each writes its chunks into a draft and then says what it wrote.
 
-When all have, rank 0 writes the manifest, sees to it that all is on disk, and gives the folder its name. Nothing
-travels between ranks meanwhile, so that they may train on.
+When all have, rank 0 writes the manifest and publishes the draft. Nothing travels between ranks meanwhile, so that they
+may train on.
 """
 
-import ctypes
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -20,10 +17,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from lockstep.distributed.checkpoint.manager import FORMAT, link, remove, saved, step_name, sync
+from lockstep.distributed.checkpoint.manager import FORMAT, MANIFEST, STEP, saved, step_name
+from lockstep.distributed.checkpoint.place import Place, place_of
 from lockstep.distributed.checkpoint.store import Chunk, Entry, merged, write
 
-POLL_S = 0.02
+POLL_S, LONGEST_POLL_S = 0.02, 1.0
+"""How long rank 0 waits before it looks again whether others have written; longer each time."""
+FAILED = "failed"
+"""The file in which a rank says that it could not write."""
 
 
 class CheckpointConfig(BaseModel):
@@ -31,6 +32,9 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    at: str = Field(
+        "", description="where they go, if not into the run: a folder, or a URL that TensorStore opens, such as s3://…"
+    )
     every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves one at the end")
     keep_last: int = Field(0, ge=0, description="how many of the newest stay; 0 for all")
     keep_every: int = Field(0, ge=0, description="checkpoints of multiples of so many steps stay as well; 0 for none")
@@ -46,7 +50,7 @@ class Saver:
 
     def __init__(
         self,
-        checkpoints: Path,
+        checkpoints: str | Path | Place,
         config: CheckpointConfig | None = None,
         *,
         rank: int = 0,
@@ -55,14 +59,16 @@ class Saver:
     ) -> None:
         """
         Args:
+            checkpoints: a folder that all ranks see, or the URL of a key-value store.
             barrier: returns when every rank has called it.
         """
-        self._checkpoints, self.config = checkpoints, config or CheckpointConfig()
+        self._checkpoints, self.config = place_of(checkpoints), config or CheckpointConfig()
         self._rank, self._ranks, self._barrier = rank, ranks, barrier
         self._thread = ThreadPoolExecutor(1, "save")
+        self._copying: Future[list[Chunk]] | None = None
         self._writing: Future[None] | None = None
         self._closed = Event()
-        self._copies: dict[tuple[str, int], Tensor] = {}
+        self._room: dict[tuple[str, int], Tensor] = {}
 
     def save(
         self,
@@ -73,35 +79,33 @@ class Saver:
         *,
         wait: bool = True,
         best: bool = False,
-    ) -> Path:
+    ) -> Place:
         """Save one checkpoint; all ranks call this together. A save before it is waited for.
 
         Args:
             chunks: those that this rank writes; with `wait` they may be made one by one.
             manifest: what the checkpoint says of itself, beside what its arrays are.
             files: text files to keep beside the arrays, such as the tokenizer's.
-            wait: return when the checkpoint is on disk; otherwise when `chunks` were copied to host memory.
+            wait: return when the checkpoint is on disk; otherwise at once, and `chunks` must stay as they are until
+                `copied` has returned.
             best: let the link `best` point to it.
 
         Raises:
             SaveFailed: for this save with `wait`, or for the one before it.
         """
         self.wait()
-        final = self._checkpoints / step_name(step)
-        partial = final.with_name(f"{final.name}.partial")
+        name = step_name(step)
         if self._rank == 0:
-            for interrupted in self._checkpoints.glob("step-*.partial"):
-                shutil.rmtree(interrupted, ignore_errors=True)
-            for folder in ("arrays", "parts"):
-                (partial / folder).mkdir(parents=True)
+            self._checkpoints.begin(name, STEP, MANIFEST)
         self._barrier()
-        held = chunks if wait else [self._copied(chunk) for chunk in chunks]
         own = {"format": FORMAT, "step": step, "files": sorted(files)} | dict(manifest)
-        self._writing = self._thread.submit(self._write, partial, final, held, own, files, best)
+        self._copying = None if wait else self._thread.submit(self._copies, list(chunks))
+        held = self._copying.result if self._copying else lambda: chunks
+        self._writing = self._thread.submit(self._write, name, held, own, files, best)
         if wait:
             self.wait()
             self._barrier()
-        return final
+        return self._checkpoints / name
 
     def wait(self) -> None:
         """Return when what this rank writes is on disk; on rank 0, when the checkpoint has its name.
@@ -113,6 +117,14 @@ class Saver:
         if writing:
             writing.result()
 
+    def copied(self) -> None:
+        """Return when what is saved in the background may change, since it was copied to host memory.
+
+        Copying goes on beside the next step's forward and backward pass: weights change after them.
+        """
+        if self._copying:
+            self._copying.result()
+
     def close(self) -> None:
         """Wait for a save, and save no more."""
         try:
@@ -121,92 +133,68 @@ class Saver:
             self._closed.set()
             self._thread.shutdown()
 
-    def _copied(self, chunk: Chunk) -> Chunk:
+    def _copies(self, chunks: list[Chunk]) -> list[Chunk]:
+        return [self._copy(chunk) for chunk in chunks]
+
+    def _copy(self, chunk: Chunk) -> Chunk:
         """The chunk in host memory that the next save will use again: fresh memory costs more than copying."""
         key, values = (chunk.name, chunk.number), chunk.values
-        room = self._copies.get(key)
+        room = self._room.get(key)
         if room is None or room.shape != values.shape or room.dtype != values.dtype:
             room = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
-            self._copies[key] = room
+            self._room[key] = room
         return replace(chunk, values=room.copy_(values))
 
     def _write(
         self,
-        partial: Path,
-        final: Path,
-        chunks: Iterable[Chunk],
+        name: str,
+        chunks: Callable[[], Iterable[Chunk]],
         manifest: dict[str, Any],
         files: Mapping[str, str],
         best: bool,
     ) -> None:
-        said = partial / "parts" / f"{self._rank:05d}.json"
+        draft = self._checkpoints.draft(name)
         try:
-            _put(said, json.dumps(write(partial / "arrays", chunks)))
+            written = write(draft / "arrays", chunks())
+            (draft / "parts").write(f"{self._rank}.json", json.dumps(written))
             if self._rank == 0:
-                tensors = merged(self._parts(partial))
-                for name, text in files.items():
-                    _put(partial / name, text)
-                _put(partial / "manifest.json", json.dumps(manifest | {"tensors": tensors}, indent=1))
-                shutil.rmtree(partial / "parts")
-                _commit(partial, final)
-                link(final, "latest")
+                tensors = merged(self._parts(draft / "parts"))
+                for file, text in files.items():
+                    draft.write(file, text)
+                (draft / "parts").remove()
+                draft.write(MANIFEST, json.dumps(manifest | {"tensors": tensors}, indent=1))
+                self._checkpoints.publish(name)
+                self._checkpoints.point("latest", name)
                 if best:
-                    link(final, "best")
+                    self._checkpoints.point("best", name)
                 self._thin_out()
-        except (OSError, ValueError) as error:
-            with suppress(OSError):
-                _put(said.with_suffix(".failed"), str(error))
-            raise SaveFailed(f"{final} was not saved: {error}") from error
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            with suppress(OSError, ValueError):
+                (draft / "parts").write(FAILED, f"rank {self._rank}: {error}")
+            raise SaveFailed(f"{self._checkpoints / name} was not saved: {error}") from error
 
-    def _parts(self, partial: Path) -> list[dict[str, Entry]]:
+    def _parts(self, parts: Place) -> list[dict[str, Entry]]:
         """What all ranks wrote, as soon as they say it."""
-        folder = partial / "parts"
-        while True:
-            for failed in folder.glob("*.failed"):
-                raise OSError(f"rank {int(failed.stem)}: {failed.read_text()}")
-            said = sorted(folder.glob("*.json"))
-            if len(said) == self._ranks:
-                return [json.loads(path.read_text()) for path in said]
-            if self._closed.wait(POLL_S):
+        said: list[dict[str, Entry]] = []
+        pause = POLL_S
+        while len(said) < self._ranks:
+            if parts.has(f"{len(said)}.json"):
+                said.append(json.loads(parts.read(f"{len(said)}.json")))
+                continue
+            if parts.has(FAILED):
+                raise OSError(parts.read(FAILED))
+            if self._closed.wait(pause):
                 raise OSError("the run ended before all ranks had written their part")
+            pause = min(1.2 * pause, LONGEST_POLL_S)
+        return said
 
     def _thin_out(self) -> None:
         """Remove the checkpoints that the configuration does not keep."""
-        steps, config = saved(self._checkpoints), self.config
+        config = self.config
         if not config.keep_last:
             return
-        best = (self._checkpoints / "best").resolve()
+        steps, best = saved(self._checkpoints), self._checkpoints.pointed("best")
         for step in sorted(steps)[: -config.keep_last]:
             kept = config.keep_every and step % config.keep_every == 0
-            if not kept and steps[step].resolve() != best:
-                remove(steps[step])
-
-
-def _put(path: Path, text: str) -> None:
-    """Write a text file that appears whole, and is on disk then."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.rename(path)
-
-
-def _commit(partial: Path, final: Path) -> None:
-    """Give a checkpoint its name. Arrays and files are on disk already, the folders that list them may not be."""
-    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-        sync(folder)
-    if final.exists():
-        _exchange(partial, final)
-        shutil.rmtree(partial)
-    else:
-        partial.rename(final)
-    sync(final.parent)
-
-
-def _exchange(a: Path, b: Path) -> None:
-    """Let two folders change names, at once: renameat2(2) with RENAME_EXCHANGE."""
-    here, exchange = -100, 2
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange):
-        raise OSError(ctypes.get_errno(), f"{b} exists and cannot be replaced: {os.strerror(ctypes.get_errno())}")
+            if not kept and steps[step].name != best:
+                steps[step].remove(MANIFEST)

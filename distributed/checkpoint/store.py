@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import tensorstore
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.spec import Box, WeightsOnly, digest, to_numpy
 
 LARGEST_CHUNK = 64 << 20
@@ -20,9 +20,12 @@ LARGEST_CHUNK = 64 << 20
 LARGEST_INNER = 1 << 18
 """Bytes of an inner chunk at most: what a reader of a slice reads whole, and checks."""
 THREADS = 4
-"""That compute digests."""
+"""That compute digests and wait for the disk."""
 UNDER_WAY = 512 << 20
 """Bytes that may be handed to TensorStore and not be on disk yet."""
+
+_METADATA = "zarr.json"
+_SYNCED_HERE = tensorstore.Context({"file_io_sync": False})
 
 Entry = dict[str, Any]
 """Of an array in the manifest: `shape`, `dtype`, `chunk` (its shape) and `digests` of chunks by their numbers."""
@@ -46,8 +49,17 @@ class Chunk:
     def number(self) -> int:
         """Its place among all chunks of the array, in row-major order."""
         counts = [-(-size // step) for size, step in zip(self.shape, self.grid, strict=True)]
-        places = [start // step for (start, _), step in zip(self.box, self.grid, strict=True)]
-        return int(np.ravel_multi_index(places, counts)) if places else 0
+        return int(np.ravel_multi_index(self._places, counts)) if self.shape else 0
+
+    @property
+    def key(self) -> str:
+        """Name of its file in the array's folder."""
+        return ".".join(["c", *map(str, self._places)])
+
+    @property
+    def _places(self) -> list[int]:
+        """Its place in each dim."""
+        return [start // step for (start, _), step in zip(self.box, self.grid, strict=True)]
 
 
 def chunk_shape(shape: Sequence[int], tile: Sequence[int], item_bytes: int) -> tuple[int, ...]:
@@ -81,25 +93,25 @@ def _halved(rows: int, row_bytes: int, limit: int) -> int:
     return rows
 
 
-def write(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Entry]:
+def write(folder: Place, chunks: Iterable[Chunk]) -> dict[str, Entry]:
     """Write chunks; returns when they are on disk, with what the manifest is to say of them.
 
-    Of chunks that are made one by one, few exist at a time.
+    Of chunks that are made one by one, few exist at a time. A file is synced by threads of its own as soon as it is
+    written: within TensorStore, whose threads would wait for the disk, nothing is encoded meanwhile.
 
     Raises:
         ValueError: when a chunk comes twice.
     """
     arrays: dict[str, Any] = {}
     entries: dict[str, Entry] = {}
-    under_way: deque[tuple[Chunk, Any, Future[str]]] = deque()
+    under_way: deque[tuple[Chunk, Future[str]]] = deque()
 
     def settle() -> int:
-        chunk, writing, digested = under_way.popleft()
-        writing.result()
-        entries[chunk.name]["digests"][chunk.number] = digested.result()
+        chunk, settled = under_way.popleft()
+        entries[chunk.name]["digests"][chunk.number] = settled.result()
         return chunk.values.nbytes
 
-    with ThreadPoolExecutor(THREADS) as digesting:
+    with ThreadPoolExecutor(THREADS) as threads:
         held = 0
         for chunk in chunks:
             values = to_numpy(chunk.values)
@@ -108,16 +120,34 @@ def write(folder: Path, chunks: Iterable[Chunk]) -> dict[str, Entry]:
                 raise ValueError(f"a chunk of {chunk.name} was written twice")
             entry["digests"][chunk.number] = ""
             if chunk.name not in arrays:
-                arrays[chunk.name] = tensorstore.open(_new(folder, chunk, values.dtype), create=True, open=True)
+                new = _new(folder, chunk, values.dtype)
+                arrays[chunk.name] = tensorstore.open(new, create=True, open=True, context=_SYNCED_HERE)
             place = arrays[chunk.name].result()[_slices(chunk.box)]
             writing = place.write(values, can_reference_source_data_indefinitely=True)
-            under_way.append((chunk, writing, digesting.submit(digest, values)))
+            under_way.append((chunk, threads.submit(_settled, folder, chunk, values, writing)))
             held += values.nbytes
             while held > UNDER_WAY:
                 held -= settle()
         while under_way:
             settle()
+        list(threads.map(_sync, {folder / name for name in arrays}))
+    for above in {name.rpartition("/")[0] for name in arrays}:
+        (folder / above if above else folder).sync()
     return entries
+
+
+def _settled(folder: Place, chunk: Chunk, values: NDArray[Any], writing: Any) -> str:
+    """The digest of a chunk, as soon as its file is on disk."""
+    found = digest(values)
+    writing.result()
+    (folder / chunk.name).sync(chunk.key)
+    return found
+
+
+def _sync(array: Place) -> None:
+    """Have what describes an array on disk, and the names of its chunks, which are there already."""
+    array.sync(_METADATA)
+    array.sync()
 
 
 def _entry(chunk: Chunk, dtype: np.dtype) -> Entry:
@@ -151,11 +181,11 @@ def chunk_count(entry: Entry) -> int:
     return math.prod(-(-size // step) for size, step in zip(entry["shape"], entry["chunk"], strict=True))
 
 
-def _spec(folder: Path, name: str) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder / name}/"}}
+def _spec(folder: Place, name: str) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": (folder / name).kvstore}
 
 
-def _new(folder: Path, chunk: Chunk, dtype: np.dtype) -> dict[str, Any]:
+def _new(folder: Place, chunk: Chunk, dtype: np.dtype) -> dict[str, Any]:
     checked = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     inner = {
         "chunk_shape": list(inner_shape(chunk.grid, dtype.itemsize)),
@@ -167,6 +197,7 @@ def _new(folder: Path, chunk: Chunk, dtype: np.dtype) -> dict[str, Any]:
         "shape": list(chunk.shape),
         "data_type": str(dtype),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk.grid)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "codecs": [{"name": "sharding_indexed", "configuration": inner}],
     }
     # A chunk of zeros is written, too: one that is not there is lost, and not zero.
@@ -176,7 +207,7 @@ def _new(folder: Path, chunk: Chunk, dtype: np.dtype) -> dict[str, Any]:
 class ArrayFolder(WeightsOnly):
     """A `Source` over a folder of arrays; a read touches only the chunks that it needs, whatever layout wrote them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Place) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
 
@@ -198,7 +229,7 @@ class ArrayFolder(WeightsOnly):
     def _result(self, name: str, work: Callable[[Any], Any]) -> Any:
         """What work on an array, which goes on by itself, comes to."""
         if name not in self._open:
-            if not (self.folder / name / "zarr.json").is_file():
+            if not (self.folder / name).has(_METADATA):
                 raise KeyError(f"{self.folder} has no tensor {name}")
             spec = _spec(self.folder, name) | {"fill_missing_data_reads": False}
             self._open[name] = tensorstore.open(spec, open=True, read=True).result()

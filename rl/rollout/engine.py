@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.groups import alone
 from lockstep.model.config import ModelConfig
 from lockstep.model.kv_cache import Decode, KVCache, Prefill
@@ -179,7 +180,9 @@ class RolloutEngine:
         )
 
 
-def load_rollout_engine(checkpoint: Path, *, dtype: str, slots: int, length: int) -> tuple[RolloutEngine, Tokenizer]:
+def load_rollout_engine(
+    checkpoint: Path | Place, *, dtype: str, slots: int, length: int
+) -> tuple[RolloutEngine, Tokenizer]:
     """A rollout engine over a checkpoint, in a world of this process alone."""
     source = Checkpoint(checkpoint)
     tokenizer = Tokenizer(source.files)

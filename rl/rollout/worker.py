@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lockstep.distributed.checkpoint.place import Place
 from lockstep.rl.rollout.engine import load_rollout_engine
 from lockstep.rl.rollout.sampler import SamplingConfig
 from lockstep.rl.sync import Shard
@@ -14,7 +15,7 @@ class RolloutWorker(Worker):
 
     role = "rollout"
 
-    def start(self, checkpoint: Path, dtype: str, slots: int, length: int) -> None:
+    def start(self, checkpoint: Path | Place, dtype: str, slots: int, length: int) -> None:
         """Load the model as weight version 0."""
         self.engine = load_rollout_engine(checkpoint, dtype=dtype, slots=slots, length=length)[0]
         self.log.info("ready with %d slots", slots)

@@ -35,6 +35,7 @@ from lockstep.cluster.sources import open_source
 from lockstep.cluster.targets import LockstepTarget, Wanted
 from lockstep.cluster.verify import verify
 from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.place import place_of
 from lockstep.distributed.checkpoint.spec import Box, state_name, whole
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.extents import BadFile
@@ -269,7 +270,8 @@ def test_a_second_run_goes_on_where_the_first_stopped(large_folder: Path, tmp_pa
         convert(conversion, stop)
     assert not (tmp_path / "ours").exists()
     arrays = tmp_path / "ours.partial" / "content" / "step-000000" / "arrays"
-    before = {path: path.stat().st_mtime_ns for path in arrays.rglob("c/*/*")}
+    before = {path: path.stat().st_mtime_ns for path in arrays.rglob("c.*")}
+    assert before
     seen: list[int] = []
     done = convert(conversion, lambda done, total: seen.append(done))
     assert seen[0] > done.size // 2
@@ -295,6 +297,37 @@ def test_every_format_goes_on_where_it_stopped(to: str, large_folder: Path, tmp_
     done = convert(conversion, lambda done, total: seen.append(done))
     assert done.size // 2 < seen[0] < seen[-1] == done.size
     assert verify(str(large_folder), str(tmp_path / "out")).faults == ()
+
+
+def test_a_key_value_store_is_written_to_and_read_from(
+    large_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = f"file://{tmp_path}/bucket/mine/"
+    conversion = Conversion(str(large_folder), place_of(url), "lockstep", max_memory=LEAST)
+
+    def stop(done: int, total: int) -> None:
+        if done > total // 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        convert(conversion, stop)
+    assert "holds no checkpoint" in refused("verify", url)
+    arguments = "--max-memory", in_words(2 * LEAST).replace(" ", ""), "--workers", "2"
+    assert "was begun with" in refused("convert", str(large_folder), url, "--dtype", "bfloat16", "--max-memory", "80MB")
+    shutil.rmtree(tmp_path / "mine.partial")
+    result = CliRunner().invoke(app, ["convert", str(large_folder), url, *arguments])
+    assert result.exit_code == 0, result.output
+    assert verify(url).faults == ()
+    assert verify(str(large_folder), url).faults == ()
+    assert contents(url)["parameters"] == LARGE.parameters
+    assert "exists: give a folder that does not" in refused("convert", str(large_folder), url)
+    other = f"file://{tmp_path}/bucket/other/"
+    assert "is written to folders only" in refused("convert", url, other, "--to", "hf")
+    convert(Conversion(url, tmp_path / "back", "hf", max_memory=LEAST))
+    assert verify(str(large_folder), str(tmp_path / "back")).faults == ()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "bucket"]
+    assert "is no key-value store" in refused("inspect", "ftp://models/mine")
 
 
 def test_another_source_or_option_is_not_mixed_in(tmp_path: Path) -> None:
@@ -465,8 +498,8 @@ def test_a_bad_option_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     ours = written(tmp_path / "ours", SMALL, Recast(RandomWeights(SMALL, seed=3), SMALL, None))
-    shutil.rmtree(ours.path / "arrays" / "model.norm.weight")
-    assert "has no tensor model.norm.weight" in refused("convert", str(ours.path), str(tmp_path / "out"), "--to", "hf")
+    (ours.place / "arrays" / "model.norm.weight").remove()
+    assert "has no tensor model.norm.weight" in refused("convert", str(ours.place), str(tmp_path / "out"), "--to", "hf")
 
 
 def test_a_full_disk_is_one_sentence(large_folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from lockstep.cluster.config import RecipeError, load_recipe
 from lockstep.cluster.jobs import last_checkpoint
 from lockstep.cluster.sources import starting_point
 from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.place import place_of
 from lockstep.distributed.checkpoint.spec import whole
 from tests.cluster.commands import Command, Train, metrics, overrides, summary, until
 from tests.cluster.heads import Head
@@ -33,24 +34,29 @@ def straight(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
     return folder / "run"
 
 
+def store_of(folder: Path) -> str:
+    """A key-value store, in which nothing can be renamed."""
+    return f"file://{folder}/store/"
+
+
 def killed_after_a_checkpoint(folder: Path, head: Head) -> Path:
-    """A run that was killed outright when its first checkpoint was there."""
+    """A run that saves into a key-value store, killed outright when its first checkpoint was there."""
     command = Command(
         folder / "log",
         "train",
         str(RECIPE),
-        *overrides(f"run={folder}/run", *SETTINGS),
+        *overrides(f"run={folder}/run", f"checkpoints.at={store_of(folder)}", *SETTINGS),
         RAY_ADDRESS=head.cluster,
     )
     try:
-        until(lambda: (folder / "run" / "checkpoints" / "step-000003").exists(), 120)
+        until(lambda: (folder / "store" / "step-000003" / "manifest.json").exists(), 120)
     finally:
         command.kill()
-    assert Checkpoint(folder / "run").manifest["step"] < STEPS
+    assert Checkpoint(store_of(folder)).manifest["step"] < STEPS
     return folder / "run"
 
 
-def check_equal(a: Path, b: Path) -> None:
+def check_equal(a: Path | str, b: Path | str) -> None:
     first, second = Checkpoint(a), Checkpoint(b)
     assert first.manifest["step"] == second.manifest["step"] == STEPS
     assert first.tensors.keys() == second.tensors.keys()
@@ -62,15 +68,16 @@ def check_equal(a: Path, b: Path) -> None:
 
 def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path, train: Train, head: Head) -> None:
     run = killed_after_a_checkpoint(tmp_path, head)
-    code, output = train(tmp_path / "log", RECIPE, f"run={tmp_path}/run", *SETTINGS, options=("--resume",))
+    settings = f"run={tmp_path}/run", f"checkpoints.at={store_of(tmp_path)}", *SETTINGS
+    code, output = train(tmp_path / "log", RECIPE, *settings, options=("--resume",))
     assert code == 0, output
     assert "going on after step" in output
-    check_equal(straight, run)
+    check_equal(straight, store_of(tmp_path))
     # Steps after the checkpoint stand twice in the metrics: the later one counts.
     one, other = ({m["step"]: (m["loss"], m["grad_norm"]) for m in metrics(r, "pretrain")} for r in (straight, run))
     assert one == other
     assert summary(run)["status"] == "finished"
-    assert (run / "checkpoints" / "best").resolve().name == (straight / "checkpoints" / "best").resolve().name
+    assert place_of(store_of(tmp_path)).pointed("best") == (straight / "checkpoints" / "best").resolve().name
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import BadCheckpoint, Checkpoint, find
+from lockstep.distributed.checkpoint.place import Place, place_of
 from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, chunks_of, fill, whole_chunks
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, SaveFailed, Saver
 from lockstep.distributed.checkpoint.spec import (
@@ -133,9 +134,10 @@ def test_the_manifest_says_what_lies_there(
 ) -> None:
     stored = Checkpoint(saved[source][0] / name)
     shapes = logical_tensors(MODELS[name])
-    assert {p.name for p in (stored.path / "arrays").iterdir()} == stored.tensors.keys() == shapes.keys()
+    folder = Path(str(stored.place))
+    assert {p.name for p in (folder / "arrays").iterdir()} == stored.tensors.keys() == shapes.keys()
     assert stored.files == {"note.txt": "ä"}
-    assert sorted(p.name for p in stored.path.iterdir()) == ["arrays", "manifest.json", "note.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["arrays", "manifest.json", "note.txt"]
     for tensor, entry in stored.tensors.items():
         assert tuple(entry["shape"]) == shapes[tensor]
         assert entry["dtype"] == str(dtype_of(source)).removeprefix("torch.")
@@ -152,7 +154,18 @@ def test_replicas_share_the_writing(saved: dict[Layout, tuple[Path, list[Any]]])
     assert 0.9 < first / second < 1.1
 
 
+@pytest.fixture(params=["folder", "store"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """A folder of checkpoints, and a key-value store in which nothing can be renamed."""
+    return place_of(tmp_path if request.param == "folder" else f"file://{tmp_path}/")
+
+
 def save_alone(checkpoints: Path, step: int, value: float = 1.0, **arrays: torch.Tensor) -> Path:
+    """A checkpoint of one process in a folder."""
+    return Path(str(save_in(place_of(checkpoints), step, value, **arrays)))
+
+
+def save_in(checkpoints: Place, step: int, value: float = 1.0, **arrays: torch.Tensor) -> Place:
     """A checkpoint of one process."""
     held = arrays or {"w": torch.full((4, 3), value)}
     chunks = [chunk for name, tensor in held.items() for chunk in chunks_of(tensor, name)]
@@ -174,7 +187,7 @@ def test_a_save_that_was_interrupted_is_never_found(tmp_path: Path) -> None:
         with pytest.raises(BadCheckpoint, match="holds no checkpoint"):
             find(tmp_path)
     finished = save_alone(tmp_path, 2)
-    assert find(tmp_path) == finished
+    assert find(tmp_path) == place_of(finished)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000002"]
 
 
@@ -182,6 +195,7 @@ def test_what_is_written_in_the_background_is_a_copy(tmp_path: Path) -> None:
     saver, tensor = Saver(tmp_path), torch.arange(12.0).view(4, 3)
     for step in (1, 2):
         saver.save(step, chunks_of(tensor, "w"), {}, {}, wait=False)
+        saver.copied()
         tensor += 100
     saver.close()
     for step in (1, 2):
@@ -194,50 +208,58 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next(tmp_path: Path)
     saver.save(1, [*chunks_of(torch.ones(2), "w")] * 2, {}, {}, wait=False)
     with pytest.raises(SaveFailed, match="step-000001 was not saved: a chunk of w was written twice"):
         saver.save(2, chunks_of(torch.ones(2), "w"), {}, {})
-    assert not manager.saved(tmp_path)
+    assert not manager.saved(place_of(tmp_path))
 
 
-def test_the_failure_of_a_rank_fails_the_save(tmp_path: Path) -> None:
-    (tmp_path / "step-000001.partial" / "parts").mkdir(parents=True)
-    saver = Saver(tmp_path, ranks=2, barrier=lambda: put_failed(tmp_path))
+def test_the_failure_of_a_rank_fails_the_save(place: Place) -> None:
+    def failed() -> None:
+        (place.draft("step-000001") / "parts").write("failed", "rank 1: no space left")
+
+    saver = Saver(place, ranks=2, barrier=failed)
     with pytest.raises(SaveFailed, match="was not saved: rank 1: no space left"):
         saver.save(1, chunks_of(torch.ones(2), "w"), {}, {})
-
-
-def put_failed(checkpoints: Path) -> None:
-    (checkpoints / "step-000001.partial" / "parts" / "00001.failed").write_text("no space left")
+    assert not manager.saved(place)
 
 
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "left"),
     [(0, 0, [1, 2, 3, 4, 5, 6]), (2, 0, [2, 5, 6]), (1, 3, [2, 3, 6]), (9, 0, [1, 2, 3, 4, 5, 6])],
 )
-def test_old_checkpoints_go(keep_last: int, keep_every: int, left: list[int], tmp_path: Path) -> None:
-    saver = Saver(tmp_path, CheckpointConfig(keep_last=keep_last, keep_every=keep_every))
+def test_old_checkpoints_go(keep_last: int, keep_every: int, left: list[int], place: Place, tmp_path: Path) -> None:
+    saver = Saver(place, CheckpointConfig(keep_last=keep_last, keep_every=keep_every))
     for step in range(1, 7):
         saver.save(step, chunks_of(torch.ones(2), "w"), {}, {}, best=step == 2)
-    assert sorted(manager.saved(tmp_path)) == left
-    assert {p.name for p in tmp_path.iterdir()} - {manager.step_name(s) for s in left} == {"best", "latest"}
-    assert (tmp_path / "best").resolve().name == "step-000002"
-    assert (tmp_path / "latest").resolve().name == "step-000006"
+    assert sorted(manager.saved(place)) == left
+    keys = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if not path.is_dir()}
+    assert keys | {"best", "latest"} == {manager.step_name(s) for s in left} | {"best", "latest"}
+    assert place.pointed("best") == "step-000002"
+    assert place.pointed("latest") == "step-000006"
 
 
-def test_what_an_interrupted_save_left_is_not_mixed_in(tmp_path: Path) -> None:
-    rest = tmp_path / "step-000003.partial" / "arrays" / "w"
-    rest.mkdir(parents=True)
-    (rest / "zarr.json").write_text("{}")
-    saved = save_alone(tmp_path, 3, 5.0)
+def test_what_an_interrupted_save_left_is_not_mixed_in(place: Place) -> None:
+    for step in (2, 3):
+        (place.draft(manager.step_name(step)) / "arrays" / "w").write("zarr.json", "{}")
+        assert not manager.saved(place)
+    saved = save_in(place, 3, 5.0)
     assert (Checkpoint(saved).read("w", ((0, 4), (0, 3))) == 5).all()
-    assert not (tmp_path / "step-000003.partial").exists()
+    assert not (place.draft("step-000002") / "arrays" / "w").has("zarr.json")
+
+
+def test_a_step_that_is_saved_again_is_replaced(place: Place) -> None:
+    save_in(place, 1, 1.0, w=torch.ones(5), more=torch.ones(2))
+    saved = Checkpoint(save_in(place, 1, 2.0))
+    assert saved.tensors.keys() == {"w"}
+    assert (saved.read("w", ((0, 4), (0, 3))) == 2).all()
+    assert not (saved.place / "arrays" / "more").has("zarr.json")
 
 
 def test_latest_points_to_the_newest(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in (5, 90, 1_000_000):
-        saved = save_alone(run / "checkpoints", step, float(step))
-        assert (run / "checkpoints" / "latest").readlink() == Path(saved.name)
-        for path in (saved, run, run / "checkpoints", run / "checkpoints" / "latest"):
-            found = Checkpoint(path)
+        path = save_alone(run / "checkpoints", step, float(step))
+        assert (run / "checkpoints" / "latest").readlink() == Path(path.name)
+        for where in (path, f"file://{path}", run, run / "checkpoints", run / "checkpoints" / "latest"):
+            found = Checkpoint(where)
             assert found.manifest.items() >= {"format": 2, "step": step, "files": [], "kind": "test"}.items()
             assert (found.read("w", ((1, 3), (0, 2))) == step).all()
     assert sorted(p.name for p in (run / "checkpoints").iterdir() if not p.is_symlink()) == [
@@ -247,21 +269,18 @@ def test_latest_points_to_the_newest(tmp_path: Path) -> None:
     ]
 
 
-def test_checkpoints_of_steps_that_were_taken_back_are_dropped(tmp_path: Path) -> None:
-    manager.drop_after(tmp_path, 0)  # there are none yet
+def test_checkpoints_of_steps_that_were_taken_back_are_dropped(place: Place, tmp_path: Path) -> None:
+    manager.drop_after(place, 0)  # there are none yet
     for step in (2, 10, 4):
-        save_alone(tmp_path, step)
-    manager.drop_after(tmp_path, 5)
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002", "step-000004"]
-    assert (tmp_path / "latest").resolve() == find(tmp_path) == tmp_path / "step-000004"
-    manager.drop_after(tmp_path, 0)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_step_saved_again_replaces_the_old(tmp_path: Path) -> None:
-    save_alone(tmp_path, 1, 1.0)
-    save_alone(tmp_path, 1, 2.0)
-    assert (Checkpoint(tmp_path).read("w", ((0, 4), (0, 3))) == 2).all()
+        save_in(place, step)
+    place.point("best", "step-000010")
+    manager.drop_after(place, 5)
+    assert sorted(manager.saved(place)) == [2, 4]
+    assert place.pointed("best") is None
+    assert place.pointed("latest") == "step-000004"
+    assert find(place) == place / "step-000004"
+    manager.drop_after(place, 0)
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
 
 
 def test_a_flipped_bit_is_an_error(tmp_path: Path) -> None:
@@ -304,7 +323,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="has no tensor nothing"):
-        ArrayFolder(save_alone(tmp_path, 1) / "arrays").read("nothing", ((0, 1),))
+        ArrayFolder(place_of(save_alone(tmp_path, 1) / "arrays")).read("nothing", ((0, 1),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

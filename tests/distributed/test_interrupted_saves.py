@@ -12,6 +12,7 @@ import torch
 
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.place import Folder, Place, place_of
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
 from lockstep.distributed.checkpoint.spec import digest, whole
 from lockstep.distributed.checkpoint.store import Chunk
@@ -37,7 +38,7 @@ def chunks(step: int, rank: int) -> list[Chunk]:
     return found
 
 
-def save_on_and_on(folder: Path, first: int, rank: int, barrier: Any, ready: Any, saved: Any) -> None:
+def save_on_and_on(folder: Place, first: int, rank: int, barrier: Any, ready: Any, saved: Any) -> None:
     torch.set_num_threads(1)
     ready.set()
     saver = Saver(folder, CheckpointConfig(keep_last=2), rank=rank, ranks=RANKS, barrier=barrier.wait)
@@ -48,10 +49,12 @@ def save_on_and_on(folder: Path, first: int, rank: int, barrier: Any, ready: Any
             saved.set()
 
 
-def check(folder: Path) -> int:
+def check(folder: Place) -> int:
     """Every checkpoint that has its name is whole; returns the newest step."""
     steps = manager.saved(folder)
-    assert set(steps.values()) == {p for p in folder.glob("step-*") if not p.name.endswith(".partial")}
+    if isinstance(folder, Folder):
+        named = {path.name for path in folder.path.glob("step-*") if not path.name.endswith(".partial")}
+        assert {place.name for place in steps.values()} == named
     for step, path in steps.items():
         checkpoint = Checkpoint(path)
         assert checkpoint.manifest["step"] == step
@@ -61,12 +64,12 @@ def check(folder: Path) -> int:
             values = checkpoint.read(name, whole(SHAPE))
             assert (values == step).all(), f"{name} of step {step} is of another"
             assert [digest(part) for part in np.split(values, SHAPE[0] // ROWS)] == entry["digests"]
-    if steps:
-        assert (folder / "latest").resolve() in steps.values()
+    if steps and isinstance(folder, Folder):
+        assert folder.pointed("latest") in {place.name for place in steps.values()}
     return max(steps, default=0)
 
 
-def kill_at_random(kills: int, context: BaseContext, folder: Path) -> None:
+def kill_at_random(kills: int, context: BaseContext, folder: Place) -> None:
     draw, newest, progress = np.random.default_rng(0), 0, 0
     for _ in range(kills):
         barrier, ready, saved = context.Barrier(RANKS), context.Event(), context.Event()
@@ -89,9 +92,13 @@ def kill_at_random(kills: int, context: BaseContext, folder: Path) -> None:
 
 
 def test_ten_kills(processes: BaseContext, tmp_path: Path) -> None:
-    kill_at_random(10, processes, tmp_path)
+    kill_at_random(10, processes, Folder(tmp_path))
+
+
+def test_ten_kills_beside_a_key_value_store(processes: BaseContext, tmp_path: Path) -> None:
+    kill_at_random(10, processes, place_of(f"file://{tmp_path}/"))
 
 
 @pytest.mark.exhaustive
 def test_two_hundred_kills(processes: BaseContext, tmp_path: Path) -> None:
-    kill_at_random(200, processes, tmp_path)
+    kill_at_random(200, processes, Folder(tmp_path))
