@@ -12,6 +12,7 @@ from lockstep.data.store import Note
 from lockstep.data.store_writer import StoreWriter
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.place import place_of
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
@@ -72,7 +73,7 @@ def test_the_strange_samples_are_left_out_and_the_run_ends_as_if_they_did_not_ex
 
 
 def test_checkpoints_that_were_taken_back_are_saved_again(run: Path) -> None:
-    assert sorted(manager.saved(run / "checkpoints")) == [*range(6, STEPS, 6), STEPS]
+    assert sorted(manager.saved(place_of(run / "checkpoints"))) == [*range(6, STEPS, 6), STEPS]
 
 
 def test_every_rewind_is_on_the_screen_and_in_the_metrics(run: Path) -> None:

@@ -128,9 +128,8 @@ class WithAdam(Drawn):
 
 
 def models_of(layout: Layout) -> dict[str, ModelConfig]:
-    """Those that are tried in a layout; experts in those of two processes at most."""
-    with_experts = {EXPERT: (True,), LAYOUTS[0]: (False,)}.get(layout, (True, False))
-    return {name: model for name, model in MODELS.items() if (model.moe is not None) in with_experts}
+    """Those that are tried in a layout."""
+    return {name: model for name, model in MODELS.items() if model.moe or layout != EXPERT}
 
 
 def saved_by_megatron(groups: Groups, folder: Path) -> None:
