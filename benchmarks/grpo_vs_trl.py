@@ -30,7 +30,7 @@ from lockstep.distributed.layout import Layout
 from lockstep.model.loss import Clip, token_loss
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -115,7 +115,7 @@ def generate(
     """
     from lockstep.cluster.config import validation_sentence
     from lockstep.cluster.inference import generate as generate_text
-    from lockstep.rl.rollout.sampler import SamplingConfig
+    from lockstep.rl.rollout.sampling import SamplingConfig
 
     try:
         sampling = SamplingConfig(

@@ -38,7 +38,7 @@ class RolloutConfig(_Section):
     """The rollout workers."""
 
     workers: int = Field(2, ge=1)
-    slots: int = Field(64, ge=1, description="sequences that one worker runs at the same time")
+    sequences: int = Field(64, ge=1, description="completions that one worker writes at the same time")
     length: int = Field(512, ge=2, description="tokens of the longest prompt and completion together")
 
 

@@ -16,14 +16,14 @@ from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.groups import leave
 from lockstep.rl.controller import make_prompt
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt
 from lockstep.rl.verifiers.pool import VerifierPool
 from lockstep.rl.verifiers.verdict import Outcome
 
 
 @contextmanager
-def _engine(name: str, dtype: str, slots: int, length: int) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
+def _engine(name: str, dtype: str, sequences: int, length: int) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
     """A rollout engine over a checkpoint of any format; other formats pass through a temporary checkpoint of ours."""
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype {dtype!r} is not supported: use bfloat16 or float32")
@@ -33,7 +33,7 @@ def _engine(name: str, dtype: str, slots: int, length: int) -> Iterator[tuple[Ro
         path = source.path if isinstance(source, manager.Checkpoint) else to_lockstep(name, Path(folder))
         assert ours or path.is_dir()
         try:
-            yield load_rollout_engine(path, dtype=dtype, slots=slots, length=length)
+            yield load_rollout_engine(path, dtype=dtype, sequences=sequences, length=length)
         finally:
             leave()
 

@@ -225,7 +225,7 @@ def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, V
     policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
     rollouts = Rollouts(recipe.rollout.workers, threads=threads_for(recipe.rollout.workers))
     verifiers = Verifiers(recipe.verifier.workers, recipe.verifier.processes, recipe.verifier.deadline)
-    calls = rollouts.start(checkpoint, recipe.model.dtype, recipe.rollout.slots, recipe.rollout.length)
+    calls = rollouts.start(checkpoint, recipe.model.dtype, recipe.rollout.sequences, recipe.rollout.length)
     optimizer = (
         recipe.rl.optimizer if recipe.rl else recipe.supervised.optimizer if recipe.supervised else OptimizerConfig()
     )

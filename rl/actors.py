@@ -24,7 +24,7 @@ from lockstep.rl.verifiers.verdict import Verdict
 
 if TYPE_CHECKING:  # torch, which a verifier has no use for
     from lockstep.model.loss import Objective
-    from lockstep.rl.rollout.sampler import SamplingConfig
+    from lockstep.rl.rollout.sampling import SamplingConfig
 
 ENVIRONMENT = {
     # torch gives large tensors back to the kernel after each operation and faults them in again; a heap that is kept
@@ -188,9 +188,9 @@ class Rollouts:
         self.workers = _start(RolloutWorker, "rollout", workers, threads)
         self.version = 0
 
-    def start(self, checkpoint: Path, dtype: str, slots: int, length: int) -> list[tuple[Member, Any]]:
+    def start(self, checkpoint: Path, dtype: str, sequences: int, length: int) -> list[tuple[Member, Any]]:
         """Calls that load the checkpoint, to be gathered."""
-        return [w.call("start", checkpoint, dtype, slots, length) for w in self.workers]
+        return [w.call("start", checkpoint, dtype, sequences, length) for w in self.workers]
 
     def receive(self, shards: list[Any]) -> None:
         """Give every worker the next version of the weights."""

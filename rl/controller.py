@@ -14,7 +14,7 @@ from lockstep.model.loss import nll
 from lockstep.rl.actors import Policy, Rollouts, Verifiers
 from lockstep.rl.advantage import teaches, with_advantages
 from lockstep.rl.recipes import RLConfig, SupervisedConfig
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt, Rollout, Scored
 from lockstep.rl.verifiers.verdict import Outcome
 

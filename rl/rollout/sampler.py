@@ -9,23 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-
-class SamplingConfig(BaseModel):
-    """How tokens are drawn; the log-probabilities that are reported have the temperature but no truncation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token")
-    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0 for all")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens of this total probability")
-    max_new_tokens: int = Field(64, ge=1)
-    exact_lengths: tuple[int, ...] = Field(
-        (), description="for measurements: how many tokens each sample has, whatever it says; in turn"
-    )
-    stop: tuple[str, ...] = Field((), description="end a completion that contains one of these strings")
+from lockstep.rl.rollout.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lockstep.rl.rollout.engine import load_rollout_engine
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.sync import Shard
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.worker import Worker
@@ -14,10 +14,10 @@ class RolloutWorker(Worker):
 
     role = "rollout"
 
-    def start(self, checkpoint: Path, dtype: str, slots: int, length: int) -> None:
+    def start(self, checkpoint: Path, dtype: str, sequences: int, length: int) -> None:
         """Load the model as weight version 0."""
-        self.engine = load_rollout_engine(checkpoint, dtype=dtype, slots=slots, length=length)[0]
-        self.log.info("ready with %d slots", slots)
+        self.engine = load_rollout_engine(checkpoint, dtype=dtype, sequences=sequences, length=length)[0]
+        self.log.info("ready for %d sequences", sequences)
 
     def receive(self, version: int, *shards: list[Shard]) -> None:
         """Take over new weights."""

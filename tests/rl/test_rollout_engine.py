@@ -16,7 +16,7 @@ from lockstep.model.logprobs import local_logits, token_logprobs
 from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.engine import PromptTooLong, RolloutEngine
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.sync import shards_of
 from lockstep.rl.types import Prompt, Rollout
 
@@ -42,7 +42,7 @@ def prompts() -> list[Prompt]:
 
 
 def engine_of(transformer: Transformer, tokenizer: Tokenizer, slots: int, prefill: int = 2048) -> RolloutEngine:
-    return RolloutEngine(transformer, slots=slots, length=100, decode=tokenizer.decode, prefill=prefill)
+    return RolloutEngine(transformer, sequences=slots, length=100, decode=tokenizer.decode, budget=prefill)
 
 
 def run(
@@ -199,7 +199,7 @@ def test_no_prompts_give_no_completions(transformer: Transformer, tokenizer: Tok
 
 
 def test_the_context_of_the_model_bounds_the_cache(transformer: Transformer, tokenizer: Tokenizer) -> None:
-    engine = RolloutEngine(transformer, slots=1, length=1 << 20, decode=tokenizer.decode)
+    engine = RolloutEngine(transformer, sequences=1, length=1 << 20, decode=tokenizer.decode)
     prompt = Prompt(0, "", (5,) * 250, "")
     with pytest.raises(PromptTooLong, match="rollouts have 256"):
         list(engine.generate([prompt], SamplingConfig(max_new_tokens=7), samples=1, seed=0))

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lockstep.rl.rollout.sampler import SamplingConfig, draw, uniforms
+from lockstep.rl.rollout.sampler import draw, uniforms
+from lockstep.rl.rollout.sampling import SamplingConfig
 
 DRAWS = 20_000
 LOGITS = torch.tensor([1.5, -0.3, 0.2, 2.0, -4.0, 0.9, 1.1, float("-inf"), 0.0, -1.0])
