@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.stopping import StopStrings
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,29 @@ class Token:
     """Tokens among which it was drawn, in order, where the request asks for `support` and something was cut off."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A completion while it is being written; the only thing in a rollout that changes."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+    """Of the completion."""
+    cached: int = 0
+    """Tokens, from the prompt's first on, whose keys and values are in the cache."""
+    tables: list[list[int]] = field(default_factory=list)
+    """For each kind of layer the block of each BLOCK tokens; −1 where it has been given back."""
+    names: list[bytes] = field(default_factory=list)
+    """Of what the text's full blocks hold, as far as they have been needed."""
+    stops: StopStrings | None = None
 
     @property
-    def cached(self) -> int:
-        """Tokens whose keys and values are in the cache: all but the one drawn last."""
-        return len(self.request.tokens) + len(self.tokens) - 1
+    def known(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.request.tokens) + len(self.tokens)
+
+    def part(self, start: int, stop: int) -> tuple[int, ...]:
+        """Tokens start … stop−1 of prompt and completion."""
+        prompt = self.request.tokens
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        return (*prompt[start:], *self.tokens[max(0, start - len(prompt)) : stop - len(prompt)])

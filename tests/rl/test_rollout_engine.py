@@ -171,9 +171,8 @@ def test_a_sequence_that_ends_makes_room_at_once(
     found = run(engine_of(transformer, tokenizer, 2), prompts, sampling)
     assert tuple(len(found[i, i].tokens) for i in range(7)) == lengths
     assert sum(passes.rows) - sum(LENGTHS) == sum(n - 1 for n in lengths), "a token was computed twice or in vain"
-    # Sample 1 keeps one slot for 8 decoding passes; the others pass through the other slot in the meantime, with 6
-    # passes for prompts. If pairs waited for each other, there would be 9 + 2 + 2 + 3.
-    assert len(passes.rows) == 14
+    # Sample 1 takes one of two places for 9 passes; the others pass through the other place one after the other.
+    assert len(passes.rows) == 1 + 2 + 2 + 2 + 1 + 3
 
 
 def test_a_prompt_is_read_once_for_all_its_samples(
