@@ -9,20 +9,19 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lockstep.distributed.groups import Groups
+from lockstep.model import exact
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
+from lockstep.model.exact import Numerics, row_sum
 from lockstep.model.full_attention import Scoring
 from lockstep.model.functions import gated, rms_norm, rotary, swiglu
-from lockstep.model.linear import ColumnLinear, RowLinear, mark, sequence_group, summed_over
+from lockstep.model.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
 from lockstep.model.moe import MoE, Sequences
 from lockstep.model.rope import Rope
 
@@ -34,6 +33,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
+
+
+def activation(name: str, numerics: Numerics) -> Callable[[Tensor], Tensor]:
+    """The activation of this name."""
+    return (ACTIVATIONS if numerics == "fast" else exact.ACTIVATIONS)[name]
 
 
 class Norm(nn.Module):
@@ -62,7 +66,7 @@ class Norm(nn.Module):
 class HeadNorm(nn.Module):
     """A norm of each head of queries and keys; all heads share one weight, whose gradient all tensor ranks add to."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype, numerics: Numerics) -> None:
         super().__init__()
         self.queries = model.heads // groups.layout.tensor
         self.q = Norm(model, model.head_dim, dtype, groups.tensor)
@@ -76,9 +80,9 @@ class HeadNorm(nn.Module):
 class WidthNorm(nn.Module):
     """A root-mean-square norm over all queries, and one over all keys, though tensor ranks hold some heads each."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype, numerics: Numerics) -> None:
         super().__init__()
-        tensor = groups.layout.tensor
+        tensor, self._numerics = groups.layout.tensor, numerics
         self.queries, self.group, self.eps = model.heads // tensor, groups.tensor, model.norm_eps
         self.widths = model.heads * model.head_dim, model.kv_heads * model.head_dim
         self.q, self.k = _Scale(self.widths[0] // tensor, dtype), _Scale(self.widths[1] // tensor, dtype)
@@ -86,9 +90,9 @@ class WidthNorm(nn.Module):
     def forward(self, qk_THE: Tensor) -> Tensor:
         wide = qk_THE.float()
         parts = wide[:, : self.queries], wide[:, self.queries :]
-        sums_T2 = torch.stack([x.square().sum((1, 2)) for x in parts], dim=1)
+        sums_T2 = torch.stack([row_sum(x.square().flatten(1)) for x in parts], dim=1)
         # Every rank's part of the loss depends on the sum: it is summed forwards, and its gradient backwards.
-        sums_T2 = reduce_from_tensor_model_parallel_region(sums_T2, self.group)
+        sums_T2 = reduced(sums_T2, self.group, False, self._numerics)
         sums_T2 = copy_to_tensor_model_parallel_region(sums_T2, self.group)
         scales = (torch.rsqrt(sums_T2[:, i, None, None] / width + self.eps) for i, width in enumerate(self.widths))
         normed = [
@@ -107,8 +111,8 @@ class _Scale(nn.Module):
         mark(self.weight, 0)
 
 
-QK_NORMS: dict[str | None, Callable[[ModelConfig, Groups, torch.dtype], nn.Module]] = {
-    None: lambda model, groups, dtype: nn.Identity(),
+QK_NORMS: dict[str | None, Callable[[ModelConfig, Groups, torch.dtype, Numerics], nn.Module]] = {
+    None: lambda model, groups, dtype, numerics: nn.Identity(),
     "head": HeadNorm,
     "width": WidthNorm,
 }
@@ -117,15 +121,16 @@ QK_NORMS: dict[str | None, Callable[[ModelConfig, Groups, torch.dtype], nn.Modul
 class Attention(nn.Module):
     """Grouped-query attention; its heads are split over the tensor axis."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int, numerics: Numerics
+    ) -> None:
         super().__init__()
         tensor = groups.layout.tensor
         self.heads, self.kv_heads, self.head_dim = model.heads // tensor, model.kv_heads // tensor, model.head_dim
-        self.qkv = ColumnLinear(
-            model.width, (model.heads + 2 * model.kv_heads) * model.head_dim, config, bias="qkv" in model.biases
-        )
-        self.qk_norm = QK_NORMS[model.qk_norm](model, groups, config.params_dtype)
-        self.out = RowLinear(model.heads * model.head_dim, model.width, config, bias="out" in model.biases)
+        queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        self.qkv = ColumnLinear(model.width, queries + 2 * keys, config, bias="qkv" in model.biases, numerics=numerics)
+        self.qk_norm = QK_NORMS[model.qk_norm](model, groups, config.params_dtype, numerics)
+        self.out = RowLinear(queries, model.width, config, bias="out" in model.biases, numerics=numerics)
         self.rope = model.rope_of(layer)
         scale = None if model.query_scalar is None else model.query_scalar**-0.5
         self.scoring = Scoring(scale, model.attention_cap, model.window_of(layer))
@@ -143,13 +148,13 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """Gated feed-forward layer; its intermediate width is split over the tensor axis."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, numerics: Numerics) -> None:
         super().__init__()
-        bias = "mlp" in model.biases
-        self.gate_up = ColumnLinear(model.width, 2 * model.intermediate, config, bias=bias)
-        self.down = RowLinear(model.intermediate, model.width, config, bias=bias)
+        bias, chosen = "mlp" in model.biases, activation(model.activation, numerics)
+        self.gate_up = ColumnLinear(model.width, 2 * model.intermediate, config, bias=bias, numerics=numerics)
+        self.down = RowLinear(model.intermediate, model.width, config, bias=bias, numerics=numerics)
         self._activation: Callable[[Tensor], Tensor] = (
-            swiglu if model.activation == "silu" else partial(gated, activation=ACTIVATIONS[model.activation])
+            partial(swiglu, silu=chosen) if model.activation == "silu" else partial(gated, activation=chosen)
         )
 
     def forward(self, x_T1D: Tensor) -> Tensor:
@@ -159,12 +164,12 @@ class GatedMLP(nn.Module):
 class MLP(nn.Module):
     """Feed-forward layer; its intermediate width is split over the tensor axis."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, numerics: Numerics) -> None:
         super().__init__()
         bias = "mlp" in model.biases
-        self.up = ColumnLinear(model.width, model.intermediate, config, bias=bias)
-        self.down = RowLinear(model.intermediate, model.width, config, bias=bias)
-        self._activation = ACTIVATIONS[model.activation]
+        self.up = ColumnLinear(model.width, model.intermediate, config, bias=bias, numerics=numerics)
+        self.down = RowLinear(model.intermediate, model.width, config, bias=bias, numerics=numerics)
+        self._activation = activation(model.activation, numerics)
 
     def forward(self, x_T1D: Tensor) -> Tensor:
         return self.down(self._activation(self.up(x_T1D)))
@@ -173,7 +178,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + after(attention(before(x))), then the same with the feed-forward layer, or with experts in its place."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int, numerics: Numerics = "fast"
+    ) -> None:
         super().__init__()
 
         def norm(*where: str) -> nn.Module:
@@ -182,11 +189,15 @@ class Block(nn.Module):
             return Norm(model, model.width, config.params_dtype, sequence_group(groups))
 
         self.attention_norm = norm("before", "around")
-        self.attention = Attention(model, groups, config, layer)
+        self.attention = Attention(model, groups, config, layer, numerics)
         self.attention_after = norm("after", "around")
         self.mlp_norm = norm("before", "around")
         dense = GatedMLP if model.gated else MLP
-        self.mlp = dense(model, config) if model.moe is None else MoE(model.moe, model.width, groups, config)
+        self.mlp = (
+            dense(model, config, numerics)
+            if model.moe is None
+            else MoE(model.moe, model.width, groups, config, numerics)
+        )
         self.mlp_after = norm("after", "around")
 
     def forward(

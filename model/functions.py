@@ -39,13 +39,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, silu: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
@@ -53,12 +53,12 @@ class _SwiGLU(torch.autograd.Function):
         d_gate, d_up = out.chunk(2, dim=-1)
         torch.mul(gradient, F.silu(gate), out=d_up)
         torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=d_gate)
-        return out
+        return out, None
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, silu: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     """silu(gate) · up, where gate and up are the halves of the last dim (Shazeer 2020, "GLU variants")."""
-    return _SwiGLU.apply(gate_up)
+    return _SwiGLU.apply(gate_up, silu)
 
 
 def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:

@@ -24,6 +24,7 @@ from lockstep.distributed.zero import experts_apart
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
 from lockstep.model.context import attention
+from lockstep.model.exact import Numerics
 from lockstep.model.held import held_pieces, load, parts, pieces
 from lockstep.model.logprobs import token_scores
 from lockstep.model.loss import Columns, Objective
@@ -49,9 +50,11 @@ class DeviceBatch:
     sequences: Sequences
 
 
-def to_device(batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.device) -> DeviceBatch:
+def to_device(
+    batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.device, numerics: Numerics = "fast"
+) -> DeviceBatch:
     """This rank's part of a row, as tensors."""
-    attend = attention(batch.documents, groups, kv_heads, device)
+    attend = attention(batch.documents, groups, kv_heads, device, numerics)
     places = _places(batch, groups)
     local, (document_T, weight_D) = part(batch, places), sequences_of(batch)
 
@@ -76,10 +79,10 @@ def _places(batch: TokenBatch, groups: Groups) -> Ints:
     return held_places(len(batch.tokens), groups.layout.context, groups.context_rank).numpy()
 
 
-def build(model: ModelConfig, groups: Groups, dtype: torch.dtype, source: Source) -> Stage:
+def build(model: ModelConfig, groups: Groups, dtype: torch.dtype, source: Source, numerics: Numerics = "fast") -> Stage:
     """This rank's stage of a transformer, filled from a source."""
     config = megatron_config(groups, layers=model.layers, width=model.width, heads=model.heads, dtype=dtype)
-    transformer = Transformer(model, groups, config).to(local_device(groups.rank))
+    transformer = Transformer(model, groups, config, numerics).to(local_device(groups.rank))
     load(transformer, source)
     return Stage(transformer, config)
 
@@ -226,7 +229,8 @@ class Trainer:
 
     def _on_device(self, rows: Sequence[TokenBatch]) -> list[DeviceBatch]:
         device = next(self.transformer.parameters()).device
-        return [to_device(row, self.groups, self.transformer.model.kv_heads, device) for row in rows]
+        kv_heads, numerics = self.transformer.model.kv_heads, self.transformer.numerics
+        return [to_device(row, self.groups, kv_heads, device, numerics) for row in rows]
 
     def _forward(self, module: nn.Module, batch: DeviceBatch, received: Tensor | None, chunk: int) -> Tensor:
         assert isinstance(module, Transformer)
@@ -240,6 +244,7 @@ class Trainer:
                 group=self.groups.tensor,
                 temperature=self._temperature,
                 cap=module.model.logit_cap,
+                numerics=module.numerics,
             )
             return torch.stack(found)
 
