@@ -73,6 +73,20 @@ class Recipe(_Section):
             raise ValueError("a recipe trains on text, with [pretrain], or on problems, with [supervised] and [rl]")
         return self
 
+    @model_validator(mode="after")
+    def _has_one_order_of_sums(self) -> "Recipe":
+        exact, degrees = self.model.numerics == "exact", (self.rollout.tensor, self.layout.tensor)
+        if exact and self.trainer.compile:
+            raise ValueError(
+                "trainer.compile=true lets a compiler order sums, which model.numerics='exact' fixes: set one of them"
+            )
+        if exact and self.rl and degrees[0] != degrees[1]:
+            raise ValueError(
+                f"rollout.tensor={degrees[0]} and layout.tensor={degrees[1]} add up other parts, "
+                "and model.numerics='exact' needs the same ones: make them equal"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         """Where the run goes."""

@@ -27,7 +27,7 @@ from lockstep.data.problems import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.layout import Layout
-from lockstep.model.config import ModelConfig, check_layout
+from lockstep.model.config import ModelConfig, check_layout, check_numerics
 from lockstep.model.recipes import OptimizerConfig
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
 from lockstep.rl.controller import Controller, StepRecord
@@ -107,7 +107,8 @@ def _end(processes: Sequence[psutil.Process]) -> None:
 def check(recipe: Recipe) -> OpenModel:
     """The model that a recipe starts from.
 
-    Refuses, before anything is written, a layout that the model does not divide by, and text that cannot be read.
+    Refuses, before anything is written, a layout that the model does not divide by or that has no exact numerics where
+    they are asked for, and text that cannot be read.
 
     Raises:
         ValueError: one sentence on what does not fit.
@@ -115,6 +116,7 @@ def check(recipe: Recipe) -> OpenModel:
     start = _, model, files = starting_point(recipe.model, recipe.seed)
     check_layout(recipe.layout, model)
     check_layout(Layout(tensor=recipe.rollout.tensor), model)
+    check_numerics(recipe.model.numerics, recipe.layout, model)
     if recipe.pretrain and recipe.pretrain.data:
         if recipe.pretrain.data.length > model.context:
             raise RecipeError(
@@ -233,7 +235,8 @@ def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, V
         recipe.rl.optimizer if recipe.rl else recipe.supervised.optimizer if recipe.supervised else OptimizerConfig()
     )
     temperature = (sampling.temperature if sampling else 1.0) or 1.0
-    gather(policy.start(checkpoint, recipe.model.dtype, optimizer, temperature) + calls)
+    numerics = recipe.model.numerics
+    gather(policy.start(checkpoint, recipe.model.dtype, optimizer, temperature, numerics) + calls)
     policy.call("open_checkpoints", (recipe.folder / "checkpoints").resolve(), recipe.checkpoints)
     return policy, rollouts, verifiers
 

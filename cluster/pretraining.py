@@ -47,7 +47,7 @@ def run_pretraining(
     checkpoint = last.path if last else _first_checkpoint(recipe, start, progress)
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
     policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
-    gather(policy.start(checkpoint.resolve(), recipe.model.dtype, config.optimizer, 1.0))
+    gather(policy.start(checkpoint.resolve(), recipe.model.dtype, config.optimizer, 1.0, recipe.model.numerics))
     if last:
         progress.say(f"going on after step {done}, which {last.path} holds")
         policy.call("restore", checkpoint.resolve())

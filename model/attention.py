@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lockstep.model.exact import Numerics
+from lockstep.model.config import Numerics
 from lockstep.model.exact_attention import attend_in_tiles, with_gradient
 from lockstep.model.full_attention import PLAIN, Scoring, Span, attend_in_full
 

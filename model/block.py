@@ -17,8 +17,8 @@ from torch.distributed import ProcessGroup
 from lockstep.distributed.groups import Groups
 from lockstep.model import exact
 from lockstep.model.attention import Attend
-from lockstep.model.config import ModelConfig
-from lockstep.model.exact import Numerics, row_sum
+from lockstep.model.config import ModelConfig, Numerics
+from lockstep.model.exact import row_sum
 from lockstep.model.full_attention import Scoring
 from lockstep.model.functions import gated, rms_norm, rotary, swiglu
 from lockstep.model.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over

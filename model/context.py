@@ -10,7 +10,7 @@ from lockstep.distributed.context import HeadExchange, ring_attention
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import splits_heads
 from lockstep.model.attention import Attend, DocumentAttention
-from lockstep.model.exact import Numerics
+from lockstep.model.config import Numerics
 from lockstep.model.full_attention import PLAIN, Scoring
 
 

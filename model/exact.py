@@ -8,33 +8,16 @@ few numbers of a thread's part by other instructions.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.distributed.exchange import all_to_all
-from lockstep.distributed.layout import Layout, LayoutError, splits_heads
-
-Numerics = Literal["fast", "exact"]
-"""Whether log-probabilities are the same bits in rollouts and in training."""
 
 PART = 512
 """Numbers that are summed in one go: torch splits longer sums between threads."""
-
-
-def check_numerics(numerics: Numerics, layout: Layout, kv_heads: int) -> None:
-    """Refuse a layout in which sums have no fixed order.
-
-    Raises:
-        LayoutError: says what to change.
-    """
-    if numerics == "exact" and layout.context > 1 and not splits_heads(layout, kv_heads):
-        raise LayoutError(
-            f"context={layout.context} by a ring merges attention in the order in which keys arrive, and "
-            "numerics='exact' needs one order: set context=1, or context_by='heads' where the key-value heads divide"
-        )
 
 
 def row_sum(x: Tensor) -> Tensor:

@@ -25,7 +25,12 @@ POSITIONS_AT_ONCE = 128
 
 
 def attend_in_tiles(
-    q_NLHE: Tensor, k_NSGE: Tensor, v_NSGE: Tensor, first_N: Tensor, scoring: Scoring = PLAIN, keys_from: int = 0
+    q_NLHE: Tensor,
+    k_NSGE: Tensor,
+    v_NSGE: Tensor,
+    first_N: Tensor,
+    scoring: Scoring = PLAIN,
+    keys_from: int | Tensor = 0,
 ) -> Tensor:
     """Mixed values [N, L, H, E] of N sequences, in the dtype of the queries; without a gradient: see `with_gradient`.
 
@@ -34,10 +39,9 @@ def attend_in_tiles(
 
     Args:
         k_NSGE: keys at the positions keys_from, keys_from + 1, …; what no row sees may be any finite number.
-        keys_from: a multiple of 64, at most the first position that any row sees.
+        keys_from: multiples of 64, one for all sequences or [N]: at most the first position that a row sees.
     """
     n, length, heads, width = q_NLHE.shape
-    assert keys_from % KEYS == 0
     kv_heads, repeats = k_NSGE.shape[2], heads // k_NSGE.shape[2]
     k, v = _by_head(k_NSGE), _by_head(v_NSGE)
     first = first_N - keys_from

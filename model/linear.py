@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lockstep.distributed.groups import Groups
-from lockstep.model.exact import Numerics, summed, summed_and_split
+from lockstep.model.config import Numerics
+from lockstep.model.exact import summed, summed_and_split
 from lockstep.model.exact_product import LARGER, delicate, in_tiles, product, tile_sizes
 
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
-from lockstep.model.exact import Numerics, gathered, in_order, log_sum_exp
+from lockstep.model.config import Numerics
+from lockstep.model.exact import gathered, in_order, log_sum_exp
 from lockstep.model.exact_product import LARGER
 from lockstep.model.functions import soft_capped
 from lockstep.model.linear import PackedWeight, linear

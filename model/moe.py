@@ -26,8 +26,7 @@ from lockstep.distributed.exchange import all_to_all
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.zero import as_expert
 from lockstep.model import exact
-from lockstep.model.config import MoEConfig
-from lockstep.model.exact import Numerics
+from lockstep.model.config import MoEConfig, Numerics
 from lockstep.model.functions import swiglu
 from lockstep.model.linear import ColumnLinear, RowLinear, linear, mark, reduced, sequence_group, summed_over
 

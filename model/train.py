@@ -22,9 +22,8 @@ from lockstep.distributed.pipeline import Loss, Stage, megatron_config
 from lockstep.distributed.result import StepResult
 from lockstep.distributed.zero import experts_apart
 from lockstep.model.attention import Attend
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.context import attention
-from lockstep.model.exact import Numerics
 from lockstep.model.held import held_pieces, load, parts, pieces
 from lockstep.model.logprobs import token_scores
 from lockstep.model.loss import Columns, Objective

@@ -16,8 +16,7 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import ranges, stage_layers
 from lockstep.model.attention import Attend, Recomputed, recomputed
 from lockstep.model.block import Block, Norm
-from lockstep.model.config import ModelConfig, check_layout
-from lockstep.model.exact import Numerics, check_numerics
+from lockstep.model.config import ModelConfig, Numerics, check_layout, check_numerics
 from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed, sequence_group
 from lockstep.model.moe import Sequences
 from lockstep.model.names import padded_vocabulary
@@ -45,7 +44,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         check_layout(groups.layout, model)
-        check_numerics(numerics, groups.layout, model.kv_heads)
+        check_numerics(numerics, groups.layout, model)
         self.model, self.groups, self.numerics = model, groups, numerics
         self.layers = _layers(model, groups)
         held = [i for part in self.layers for i in part]

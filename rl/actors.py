@@ -18,6 +18,7 @@ import ray
 from lockstep.data.batch import Sample, rows_for_ranks
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.result import StepResult
+from lockstep.model.config import Numerics
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.verifiers.verdict import Verdict
@@ -149,13 +150,19 @@ class Policy:
         self.workers = _start(PolicyWorker, "policy", layout.processes, threads, layout, trainer)
 
     def start(
-        self, checkpoint: Path, dtype: str, optimizer: OptimizerConfig, temperature: float
+        self,
+        checkpoint: Path,
+        dtype: str,
+        optimizer: OptimizerConfig,
+        temperature: float,
+        numerics: Numerics = "fast",
     ) -> list[tuple[Member, Any]]:
         """Calls that load the checkpoint, to be gathered."""
         host = self.workers[0]
         address = gather([(host, host.handle.address.remote())])[0]
         port = gather([host.call("host", address)])[0]
-        return [w.call("start", address, port, checkpoint, dtype, optimizer, temperature) for w in self.workers]
+        given = checkpoint, dtype, optimizer, temperature, numerics
+        return [w.call("start", address, port, *given) for w in self.workers]
 
     def begin_phase(self, *, keep_reference: bool) -> None:
         """See `PolicyWorker.begin_phase`."""

@@ -15,7 +15,7 @@ from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.result import StepResult
 from lockstep.distributed.trace import Trace
-from lockstep.model.config import ModelConfig, describe
+from lockstep.model.config import ModelConfig, Numerics, describe
 from lockstep.model.flops import peak_flops
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loss import Objective
@@ -42,16 +42,22 @@ class PolicyWorker(Worker):
         return self._meeting.port
 
     def start(
-        self, address: str, port: int, checkpoint: Path, dtype: str, optimizer: OptimizerConfig, temperature: float
+        self,
+        address: str,
+        port: int,
+        checkpoint: Path,
+        dtype: str,
+        optimizer: OptimizerConfig,
+        temperature: float,
+        numerics: Numerics = "fast",
     ) -> None:
         """Join the world and fill this rank's part of the model."""
         groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
-        stage = build(
-            self.model, groups, DTYPES[dtype], Recast(source, self.model, dtype) if dtype == "float32" else source
-        )
+        weights = Recast(source, self.model, dtype) if dtype == "float32" else source
+        stage = build(self.model, groups, DTYPES[dtype], weights, numerics)
         self.trainer = Trainer(stage, groups, optimizer, temperature=temperature, config=self.config)
         self.reference: Any = None
         self.log.info("ready with %s", self.layout)
@@ -62,7 +68,8 @@ class PolicyWorker(Worker):
         if keep_reference:
             with self.trainer.engine.whole_weights():
                 here = Held(self.trainer.transformer)
-            self.reference = build(self.model, self.trainer.groups, self.trainer.dtype, here)
+            numerics = self.trainer.transformer.numerics
+            self.reference = build(self.model, self.trainer.groups, self.trainer.dtype, here, numerics)
 
     def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         """One gradient step from this data rank's rows, compared with the reference where one is kept."""

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from lockstep.data.batch import Sample, rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
-from lockstep.model.config import ModelConfig, MoEConfig
-from lockstep.model.exact import Numerics
+from lockstep.model.config import ModelConfig, MoEConfig, Numerics
 from lockstep.model.exact_attention import attend_in_tiles
 from lockstep.model.full_attention import PLAIN, Scoring
 from lockstep.model.logprobs import local_logits, reduced

@@ -14,6 +14,7 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, LayoutError
 from lockstep.distributed.worlds import Worlds
 from lockstep.model import exact
+from lockstep.model.config import check_numerics
 from lockstep.model.exact_product import LARGER, TILE, delicate, in_tiles, product, tile_sizes
 from lockstep.model.linear import packed
 from tests.model.exact_rollouts import MODELS, differing, learned, rolled, samples_of, transformer
@@ -103,11 +104,11 @@ def test_fast_numerics_have_other_bits(name: str, dtype: str, groups: Groups) ->
 
 def test_a_ring_is_refused() -> None:
     with pytest.raises(LayoutError, match="context=2 by a ring"):
-        exact.check_numerics("exact", Layout(context=2, context_by="ring"), 4)
+        check_numerics("exact", Layout(context=2, context_by="ring"), MODELS["llama"])
     with pytest.raises(LayoutError, match="context=4 by a ring"):
-        exact.check_numerics("exact", Layout(context=4), 2)
-    exact.check_numerics("exact", Layout(context=2), 2)
-    exact.check_numerics("fast", Layout(context=2, context_by="ring"), 4)
+        check_numerics("exact", Layout(context=4), MODELS["llama"])
+    check_numerics("exact", Layout(context=2), MODELS["llama"])
+    check_numerics("fast", Layout(context=2, context_by="ring"), MODELS["llama"])
 
 
 widths = st.sampled_from([1, 2, 7, 33, 64, 130, 301, 512, 577, 1030])

@@ -54,15 +54,13 @@ def test_rows_have_the_same_bits_alone_in_chunks_and_in_batches(
 
 @pytest.mark.parametrize("window", [1, 64, 65, 100])
 def test_keys_before_a_window_may_be_left_out(window: int) -> None:
-    q, k, v = sequence(300, 6, 2, 16, torch.float32)
+    q, k, v = sequence(500, 6, 2, 16, torch.float32)
     whole = attended([q, k, v], Scoring(window=window))
-    for position in (150, 299):
-        begin = max(0, position - window + 1) // KEYS * KEYS
-        part = (x[None, begin : position + 1] for x in (k, v))
-        found = attend_in_tiles(
-            q[None, position : position + 1], *part, torch.tensor([position]), Scoring(window=window), begin
-        )
-        assert torch.equal(found[0, 0], whole[position])
+    positions = [150, 299]
+    begin = torch.tensor([max(0, p - window + 1) // KEYS * KEYS for p in positions])
+    parts = [torch.stack([x[b : b + 192] for b in begin]) for x in (k, v)]
+    found = attend_in_tiles(q[positions][:, None], *parts, torch.tensor(positions), Scoring(window=window), begin)
+    assert torch.equal(found[:, 0], whole[positions])
 
 
 @DTYPES
