@@ -22,16 +22,19 @@ from lockstep.rl.verifiers.pool import VerifierPool
 from lockstep.rl.verifiers.verdict import Outcome
 
 
+def as_lockstep(name: str, folder: Path) -> Path:
+    """A checkpoint of ours: the one of this name, or what another format holds, written to a folder."""
+    source, _, _ = open_source(name)
+    return source.path if isinstance(source, manager.Checkpoint) else to_lockstep(name, folder)
+
+
 @contextmanager
 def _engine(name: str, dtype: str, sequences: int, length: int) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
     """A rollout engine over a checkpoint of any format; other formats pass through a temporary checkpoint of ours."""
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype {dtype!r} is not supported: use bfloat16 or float32")
     with tempfile.TemporaryDirectory() as folder:
-        source, _, _ = open_source(name)
-        ours = isinstance(source, manager.Checkpoint)
-        path = source.path if isinstance(source, manager.Checkpoint) else to_lockstep(name, Path(folder))
-        assert ours or path.is_dir()
+        path = as_lockstep(name, Path(folder))
         try:
             yield load_rollout_engine(path, dtype=dtype, sequences=sequences, length=length)
         finally:
