@@ -18,9 +18,8 @@ from lockstep.distributed.groups import Groups
 from lockstep.model import exact
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig, Numerics
-from lockstep.model.exact import row_sum
 from lockstep.model.full_attention import Scoring
-from lockstep.model.functions import gated, rms_norm, rotary, swiglu
+from lockstep.model.functions import gated, rms_norm, rotary, row_mean, swiglu
 from lockstep.model.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
 from lockstep.model.moe import MoE, Sequences
 from lockstep.model.rope import Rope
@@ -43,12 +42,20 @@ def activation(name: str, numerics: Numerics) -> Callable[[Tensor], Tensor]:
 class Norm(nn.Module):
     """A norm over the last dim with a learned scale."""
 
-    def __init__(self, model: ModelConfig, width: int, dtype: torch.dtype, parts: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        width: int,
+        dtype: torch.dtype,
+        parts: ProcessGroup | None = None,
+        numerics: Numerics = "fast",
+    ) -> None:
         """
         Args:
             parts: ranks that each norm tokens, or heads, of their own.
         """
         super().__init__()
+        self._mean = row_mean if numerics == "fast" else exact.row_mean
         self.kind, self.eps, self._parts = model.norm, model.norm_eps, parts
         self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(width, dtype=dtype)) if self.kind == "layer" else None
@@ -56,9 +63,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = summed_over(self.weight, self._parts)
         if self.kind == "rms":
-            return rms_norm(x, weight, self.eps)
+            return rms_norm(x, weight, self.eps, self._mean)
         if self.kind == "rms_offset":  # 1 + weight has no place for a small weight in bf16
-            return F.rms_norm(x.float(), weight.shape, 1 + weight.float(), self.eps).to(x.dtype)
+            return rms_norm(x.float(), 1 + weight.float(), self.eps, self._mean).to(x.dtype)
         assert self.bias is not None
         return F.layer_norm(x, weight.shape, weight, summed_over(self.bias, self._parts), self.eps)
 
@@ -69,8 +76,8 @@ class HeadNorm(nn.Module):
     def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype, numerics: Numerics) -> None:
         super().__init__()
         self.queries = model.heads // groups.layout.tensor
-        self.q = Norm(model, model.head_dim, dtype, groups.tensor)
-        self.k = Norm(model, model.head_dim, dtype, groups.tensor)
+        self.q = Norm(model, model.head_dim, dtype, groups.tensor, numerics)
+        self.k = Norm(model, model.head_dim, dtype, groups.tensor, numerics)
 
     def forward(self, qk_THE: Tensor) -> Tensor:
         normed = self.q(qk_THE[:, : self.queries]), self.k(qk_THE[:, self.queries :])
@@ -90,7 +97,8 @@ class WidthNorm(nn.Module):
     def forward(self, qk_THE: Tensor) -> Tensor:
         wide = qk_THE.float()
         parts = wide[:, : self.queries], wide[:, self.queries :]
-        sums_T2 = torch.stack([row_sum(x.square().flatten(1)) for x in parts], dim=1)
+        squares = (x.square().flatten(1) for x in parts)
+        sums_T2 = torch.stack([x.sum(1) if self._numerics == "fast" else exact.row_sum(x) for x in squares], dim=1)
         # Every rank's part of the loss depends on the sum: it is summed forwards, and its gradient backwards.
         sums_T2 = reduced(sums_T2, self.group, False, self._numerics)
         sums_T2 = copy_to_tensor_model_parallel_region(sums_T2, self.group)
@@ -186,7 +194,7 @@ class Block(nn.Module):
         def norm(*where: str) -> nn.Module:
             if model.norm_at not in where:
                 return nn.Identity()
-            return Norm(model, model.width, config.params_dtype, sequence_group(groups))
+            return Norm(model, model.width, config.params_dtype, sequence_group(groups), numerics)
 
         self.attention_norm = norm("before", "around")
         self.attention = Attention(model, groups, config, layer, numerics)

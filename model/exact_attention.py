@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lockstep.model import exact_triton
 from lockstep.model.exact_product import NotExact, delicate, one_thread
 from lockstep.model.full_attention import PLAIN, Scoring
 from lockstep.model.functions import soft_capped
@@ -41,6 +42,8 @@ def attend_in_tiles(
         k_NSGE: keys at the positions keys_from, keys_from + 1, …; what no row sees may be any finite number.
         keys_from: multiples of 64, one for all sequences or [N]: at most the first position that a row sees.
     """
+    if q_NLHE.is_cuda:
+        return exact_triton.attend_in_tiles(q_NLHE, k_NSGE, v_NSGE, first_N - keys_from, scoring)
     n, length, heads, width = q_NLHE.shape
     kv_heads, repeats = k_NSGE.shape[2], heads // k_NSGE.shape[2]
     k, v = _by_head(k_NSGE), _by_head(v_NSGE)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lockstep.model import exact_triton
+
 TILE = 32
 """Rows of a product; fewer wait for the weight to be read, more are lost where one row is wanted."""
 
@@ -36,6 +38,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if x.is_cuda:
+            return exact_triton.product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
         return in_tiles(x, weight.shape[0], lambda rows: F.linear(rows, weight))
 
     @staticmethod
@@ -47,14 +51,14 @@ class _Product(torch.autograd.Function):
 
 
 def in_tiles(x: Tensor, outputs: int, multiply: Multiply) -> Tensor:
-    """multiply(x) [..., outputs], some rows at a time.
+    """multiply(x) [..., outputs], some rows at a time, on a CPU.
 
     Args:
         multiply: by a weight [outputs, inputs] of the dtype of x, packed or not.
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     with one_thread():
-        out = _in_tiles(rows, outputs, multiply) if x.is_cpu else multiply(rows)
+        out = _in_tiles(rows, outputs, multiply)
     return out.view(*x.shape[:-1], outputs)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor]) -> Tensor:
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        scale = torch.rsqrt(mean(wide.square()) + eps)
         ctx.save_for_backward(x, weight, scale)
         return (wide.mul_(scale) if wide is not x else wide * scale).to(x.dtype) * weight
 
@@ -29,12 +29,17 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
         dy = dy * weight.float()
         mean = (dy * normed).mean(-1, keepdim=True)
-        return normed.mul_(mean).sub_(dy).mul_(-scale).to(x.dtype), d_weight, None
+        return normed.mul_(mean).sub_(dy).mul_(-scale).to(x.dtype), d_weight, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def row_mean(x: Tensor) -> Tensor:
+    """Mean over the last dim, which stays as one of 1."""
+    return x.mean(-1, keepdim=True)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor] = row_mean) -> Tensor:
     """x / rms(x) · weight over the last dim, reduced in fp32 (Zhang & Sennrich 2019, eq. 4)."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps, mean)
 
 
 class _SwiGLU(torch.autograd.Function):

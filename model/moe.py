@@ -80,9 +80,12 @@ class MoE(nn.Module):
         """
         x_TD = self._gathered(x_T1D)[:, 0]
         logits_TE = self._routed(x_TD)
-        probability_TK, chosen_TK = logits_TE.softmax(-1).topk(self.moe.experts_per_token, dim=-1)
+        is_fast = self._numerics == "fast"
+        probability_TE = logits_TE.softmax(-1) if is_fast else exact.softmax(logits_TE)
+        probability_TK, chosen_TK = probability_TE.topk(self.moe.experts_per_token, dim=-1)
         if self.moe.normalize:
-            probability_TK = probability_TK / probability_TK.sum(-1, keepdim=True)
+            total = probability_TK.sum(-1, keepdim=True) if is_fast else exact.row_sum(probability_TK)[:, None]
+            probability_TK = probability_TK / total
         out = self._reduced(self._mixed(x_TD, probability_TK, chosen_TK)[:, None])
         if sequences is not None and self.moe.has_loss and torch.is_grad_enabled():
             loss = router_loss(self.moe, logits_TE, chosen_TK, sequences, self.groups.context)

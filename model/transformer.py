@@ -60,7 +60,7 @@ class Transformer(nn.Module):
             self.positions = nn.Embedding(model.context, model.width, dtype=config.params_dtype)
         self.blocks = nn.ModuleDict({str(i): Block(model, groups, config, i, numerics) for i in held})
         if groups.is_last_stage:
-            self.norm = Norm(model, model.width, config.params_dtype, sequence_group(groups))
+            self.norm = Norm(model, model.width, config.params_dtype, sequence_group(groups), numerics)
             if not model.tied:
                 self.head = ColumnLinear(model.width, rows, config, numerics=numerics)
         self._packed_head: PackedWeight | None = None
