@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ from lockstep.cluster.console import err, out, progress, sentences
 
 if TYPE_CHECKING:
     from lockstep.cluster.workers import Workers
+    from lockstep.model.config import Numerics
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -115,7 +117,7 @@ def generate(
     """
     from lockstep.cluster.config import validation_sentence
     from lockstep.cluster.inference import generate as generate_text
-    from lockstep.rl.rollout.sampler import SamplingConfig
+    from lockstep.rl.rollout.sampling import SamplingConfig
 
     try:
         sampling = SamplingConfig(
@@ -146,6 +148,46 @@ def evaluate(
 
     line = evaluate_task(checkpoint, task, overrides or [], max_new_tokens=max_new_tokens, dtype=dtype, output=output)
     out.print(line)
+
+
+@app.command()
+@sentences
+def mismatch(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
+    numerics: Annotated[str, typer.Option(help="fast or exact.")] = "fast",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor degree, of rollouts and training alike.")] = 1,
+    prompts: Annotated[
+        Path | None, typer.Option(help='A file of prompts, one a line, or JSON lines with a "prompt"; sums otherwise.')
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts at most.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Compare the log-probabilities of rollouts with the trainer's; in exact numerics a differing bit is exit code 1.
+
+    Example: lockstep mismatch runs/quickstart --numerics exact
+    """
+    from lockstep.cluster.mismatch import Work, table
+    from lockstep.cluster.mismatch import mismatch as measure_mismatch
+    from lockstep.rl.rollout.sampling import SamplingConfig
+
+    _check_choice("--numerics", numerics, ("fast", "exact"))
+    _check_choice("--dtype", dtype, ("bfloat16", "float32"))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that are started
+    sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens)
+    chosen: Numerics = "exact" if numerics == "exact" else "fast"
+    work = Work(sampling, dtype, chosen, tensor, prompts, count, samples, seed)
+    found = measure_mismatch(checkpoint, work)
+    if as_json:
+        print(json.dumps(asdict(found) | {"numerics": numerics, "dtype": dtype, "tensor": tensor}))
+    else:
+        out.print(table(found, work))
+    if numerics == "exact" and found.differing_bits:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import PretrainConfig, TrainerConfig
 from lockstep.rl.recipes import RLConfig, SupervisedConfig
+from lockstep.rl.rollout.limits import RolloutLimits
 
 
 class RecipeError(ValueError):
@@ -33,14 +34,6 @@ class RecipeError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RolloutConfig(_Section):
-    """The rollout workers."""
-
-    workers: int = Field(2, ge=1)
-    slots: int = Field(64, ge=1, description="sequences that one worker runs at the same time")
-    length: int = Field(512, ge=2, description="tokens of the longest prompt and completion together")
 
 
 class VerifierConfig(_Section):
@@ -68,7 +61,7 @@ class Recipe(_Section):
     task: TaskConfig = TaskConfig()
     layout: Layout = Layout()
     trainer: TrainerConfig = TrainerConfig()
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: RolloutLimits = RolloutLimits()
     verifier: VerifierConfig = VerifierConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     pretrain: PretrainConfig | None = None
@@ -79,6 +72,20 @@ class Recipe(_Section):
     def _has_one_kind_of_training(self) -> "Recipe":
         if self.pretrain and (self.supervised or self.rl):
             raise ValueError("a recipe trains on text, with [pretrain], or on problems, with [supervised] and [rl]")
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_order_of_sums(self) -> "Recipe":
+        exact, degrees = self.model.numerics == "exact", (self.rollout.tensor, self.layout.tensor)
+        if exact and self.trainer.compile:
+            raise ValueError(
+                "trainer.compile=true lets a compiler order sums, which model.numerics='exact' fixes: set one of them"
+            )
+        if exact and self.rl and degrees[0] != degrees[1]:
+            raise ValueError(
+                f"rollout.tensor={degrees[0]} and layout.tensor={degrees[1]} add up other parts, "
+                "and model.numerics='exact' needs the same ones: make them equal"
+            )
         return self
 
     @property

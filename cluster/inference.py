@@ -13,25 +13,31 @@ from lockstep.cluster.sources import open_source
 from lockstep.data.problems import TaskConfig, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.groups import leave
 from lockstep.rl.controller import make_prompt
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt
 from lockstep.rl.verifiers.pool import VerifierPool
 from lockstep.rl.verifiers.verdict import Outcome
 
 
+def as_lockstep(name: str, folder: Path) -> Path | Place:
+    """A checkpoint of ours: the one of this name, or what another format holds, written to a folder."""
+    source, _, _ = open_source(name)
+    return source.place if isinstance(source, manager.Checkpoint) else to_lockstep(name, folder)
+
+
 @contextmanager
-def _engine(name: str, dtype: str, slots: int, length: int) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
+def _engine(name: str, dtype: str, sequences: int, length: int) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
     """A rollout engine over a checkpoint of any format; other formats pass through a temporary checkpoint of ours."""
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype {dtype!r} is not supported: use bfloat16 or float32")
     with tempfile.TemporaryDirectory() as folder:
-        source, _, _ = open_source(name)
-        ours = source.place if isinstance(source, manager.Checkpoint) else to_lockstep(name, Path(folder))
+        path = as_lockstep(name, Path(folder))
         try:
-            yield load_rollout_engine(ours, dtype=dtype, slots=slots, length=length)
+            yield load_rollout_engine(path, dtype=dtype, sequences=sequences, length=length)
         finally:
             leave()
 

@@ -26,7 +26,8 @@ from lockstep.data.loader import PretrainingData
 from lockstep.data.problems import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
-from lockstep.model.config import ModelConfig, check_layout
+from lockstep.distributed.layout import Layout
+from lockstep.model.config import ModelConfig, check_layout, check_numerics
 from lockstep.model.recipes import OptimizerConfig
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
 from lockstep.rl.controller import Controller, StepRecord
@@ -106,13 +107,16 @@ def _end(processes: Sequence[psutil.Process]) -> None:
 def check(recipe: Recipe) -> OpenModel:
     """The model that a recipe starts from.
 
-    Refuses, before anything is written, a layout that the model does not divide by, and text that cannot be read.
+    Refuses, before anything is written, a layout that the model does not divide by or that has no exact numerics where
+    they are asked for, and text that cannot be read.
 
     Raises:
         ValueError: one sentence on what does not fit.
     """
     start = _, model, files = starting_point(recipe.model, recipe.seed)
     check_layout(recipe.layout, model)
+    check_layout(Layout(tensor=recipe.rollout.tensor), model)
+    check_numerics(recipe.model.numerics, recipe.layout, model)
     if recipe.pretrain and recipe.pretrain.data:
         if recipe.pretrain.data.length > model.context:
             raise RecipeError(
@@ -223,14 +227,16 @@ def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, V
     sampling = recipe.rl.sampling if recipe.rl else None
     checkpoint = checkpoint.resolve()
     policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
-    rollouts = Rollouts(recipe.rollout.workers, threads=threads_for(recipe.rollout.workers))
+    processes = recipe.rollout.workers * recipe.rollout.tensor
+    rollouts = Rollouts(recipe.rollout, threads=threads_for(processes))
     verifiers = Verifiers(recipe.verifier.workers, recipe.verifier.processes, recipe.verifier.deadline)
-    calls = rollouts.start(checkpoint, recipe.model.dtype, recipe.rollout.slots, recipe.rollout.length)
+    calls = rollouts.start(checkpoint, recipe.model.dtype, recipe.model.numerics)
     optimizer = (
         recipe.rl.optimizer if recipe.rl else recipe.supervised.optimizer if recipe.supervised else OptimizerConfig()
     )
     temperature = (sampling.temperature if sampling else 1.0) or 1.0
-    gather(policy.start(checkpoint, recipe.model.dtype, optimizer, temperature) + calls)
+    numerics = recipe.model.numerics
+    gather(policy.start(checkpoint, recipe.model.dtype, optimizer, temperature, numerics) + calls)
     policy.call("open_checkpoints", recipe.saves, recipe.checkpoints)
     return policy, rollouts, verifiers
 

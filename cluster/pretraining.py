@@ -47,7 +47,7 @@ def run_pretraining(
     checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
     policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
-    gather(policy.start(checkpoint, recipe.model.dtype, config.optimizer, 1.0))
+    gather(policy.start(checkpoint, recipe.model.dtype, config.optimizer, 1.0, recipe.model.numerics))
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")
         policy.call("restore", checkpoint)

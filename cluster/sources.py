@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.place import Folder, Place, is_url, place_of
 from lockstep.distributed.checkpoint.spec import Source
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.formats import deepspeed, huggingface
 from lockstep.model.formats.gguf import GGUFFile
 from lockstep.model.formats.megatron import MegatronFolder
@@ -22,7 +22,7 @@ QUICKSTART_MODEL = "smollm2-135m-instruct"
 
 
 class SourceConfig(BaseModel):
-    """The model to start from, and the dtype to compute in."""
+    """The model to start from, the dtype to compute in, and the order of sums."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,6 +32,9 @@ class SourceConfig(BaseModel):
     config: ModelConfig | None = Field(None, description="start from random weights of this shape instead")
     tokenizer: str | None = Field(None, description="for random weights: a folder, checkpoint or .gguf file with one")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    numerics: Numerics = Field(
+        "fast", description="exact: log-probabilities are the same bits in rollouts and training, at a cost"
+    )
 
 
 class BadSource(ValueError):

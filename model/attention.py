@@ -6,6 +6,7 @@ So one block serves both.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lockstep.model.config import Numerics
+from lockstep.model.exact_attention import attend_in_tiles, with_gradient
 from lockstep.model.full_attention import PLAIN, Scoring, Span, attend_in_full
 
 LONGEST_IN_FULL = 1024
@@ -55,11 +58,12 @@ class DocumentAttention:
     into one padded batch of queries, each with the keys of its prompt before its own.
     """
 
-    def __init__(self, documents: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(self, documents: Sequence[Sequence[int]], device: torch.device, numerics: Numerics = "fast") -> None:
         """
         Args:
             documents: for each the tokens of its prompt and of each of its branches; all add up to T.
         """
+        self._exact = numerics == "exact"
         by_size: dict[tuple[int, int], list[_Segment]] = {}
         for segment in _segments(documents):
             by_size.setdefault((_bucket(segment.length), _bucket(segment.seen)), []).append(segment)
@@ -90,7 +94,7 @@ class DocumentAttention:
             *(self._keys.spread(x).split(keys) for x in (k_TGE, v_TGE)),
             strict=True,
         )
-        padded = [batch.attend(q, k, v, scoring) for batch, q, k, v in parts]
+        padded = [(batch.attend_exactly if self._exact else batch.attend)(q, k, v, scoring) for batch, q, k, v in parts]
         return self._rows.collected(padded[0] if len(padded) == 1 else torch.cat(padded)).view_as(q_THE)
 
 
@@ -202,6 +206,7 @@ class _SegmentBatch:
         self.row_tokens = (start + rows.clamp(max=length - 1)).flatten()
         self.key_tokens = torch.where(columns < seen, prompt + columns, own).flatten()
         self._position_NL, self._last_N1 = seen + rows, seen + length - 1
+        self._first_N = seen[:, 0].to(device)
         self._least_last = int(self._last_N1.min())
         self._device = device
         self._biases: dict[int | None, Tensor] = {None: self._made_bias(None)}
@@ -220,6 +225,15 @@ class _SegmentBatch:
         else:
             mixed = attend_in_full(q, k, v, self._bias(window), scoring, self._spans(window))
         return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
+
+    def attend_exactly(self, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor, scoring: Scoring) -> Tensor:
+        """The same in exact numerics; the gradient is that of `attend`."""
+
+        def value(*tensors: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(0, (len(self.segments), -1)) for t in tensors)
+            return attend_in_tiles(q, k, v, self._first_N, scoring).flatten(0, 1).flatten(1)
+
+        return with_gradient(value, partial(self.attend, scoring=scoring), (q_PHE, k_PGE, v_PGE))
 
     def _spans(self, window: int | None) -> list[Span]:
         """Blocks of rows, and the columns that any of their tokens sees."""

@@ -9,20 +9,18 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lockstep.distributed.groups import Groups
+from lockstep.model import exact
 from lockstep.model.attention import Attend
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.full_attention import Scoring
-from lockstep.model.functions import gated, rms_norm, rotary, swiglu
-from lockstep.model.linear import ColumnLinear, RowLinear, mark, sequence_group, summed_over
+from lockstep.model.functions import gated, rms_norm, rotary, row_mean, swiglu
+from lockstep.model.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
 from lockstep.model.moe import MoE, Sequences
 from lockstep.model.rope import Rope
 
@@ -36,15 +34,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activation(name: str, numerics: Numerics) -> Callable[[Tensor], Tensor]:
+    """The activation of this name."""
+    return (ACTIVATIONS if numerics == "fast" else exact.ACTIVATIONS)[name]
+
+
 class Norm(nn.Module):
     """A norm over the last dim with a learned scale."""
 
-    def __init__(self, model: ModelConfig, width: int, dtype: torch.dtype, parts: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        width: int,
+        dtype: torch.dtype,
+        parts: ProcessGroup | None = None,
+        numerics: Numerics = "fast",
+    ) -> None:
         """
         Args:
             parts: ranks that each norm tokens, or heads, of their own.
         """
         super().__init__()
+        self._mean = row_mean if numerics == "fast" else exact.row_mean
         self.kind, self.eps, self._parts = model.norm, model.norm_eps, parts
         self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(width, dtype=dtype)) if self.kind == "layer" else None
@@ -52,9 +63,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = summed_over(self.weight, self._parts)
         if self.kind == "rms":
-            return rms_norm(x, weight, self.eps)
+            return rms_norm(x, weight, self.eps, self._mean)
         if self.kind == "rms_offset":  # 1 + weight has no place for a small weight in bf16
-            return F.rms_norm(x.float(), weight.shape, 1 + weight.float(), self.eps).to(x.dtype)
+            return rms_norm(x.float(), 1 + weight.float(), self.eps, self._mean).to(x.dtype)
         assert self.bias is not None
         return F.layer_norm(x, weight.shape, weight, summed_over(self.bias, self._parts), self.eps)
 
@@ -62,11 +73,11 @@ class Norm(nn.Module):
 class HeadNorm(nn.Module):
     """A norm of each head of queries and keys; all heads share one weight, whose gradient all tensor ranks add to."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype, numerics: Numerics) -> None:
         super().__init__()
         self.queries = model.heads // groups.layout.tensor
-        self.q = Norm(model, model.head_dim, dtype, groups.tensor)
-        self.k = Norm(model, model.head_dim, dtype, groups.tensor)
+        self.q = Norm(model, model.head_dim, dtype, groups.tensor, numerics)
+        self.k = Norm(model, model.head_dim, dtype, groups.tensor, numerics)
 
     def forward(self, qk_THE: Tensor) -> Tensor:
         normed = self.q(qk_THE[:, : self.queries]), self.k(qk_THE[:, self.queries :])
@@ -76,9 +87,9 @@ class HeadNorm(nn.Module):
 class WidthNorm(nn.Module):
     """A root-mean-square norm over all queries, and one over all keys, though tensor ranks hold some heads each."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype) -> None:
+    def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype, numerics: Numerics) -> None:
         super().__init__()
-        tensor = groups.layout.tensor
+        tensor, self._numerics = groups.layout.tensor, numerics
         self.queries, self.group, self.eps = model.heads // tensor, groups.tensor, model.norm_eps
         self.widths = model.heads * model.head_dim, model.kv_heads * model.head_dim
         self.q, self.k = _Scale(self.widths[0] // tensor, dtype), _Scale(self.widths[1] // tensor, dtype)
@@ -86,9 +97,10 @@ class WidthNorm(nn.Module):
     def forward(self, qk_THE: Tensor) -> Tensor:
         wide = qk_THE.float()
         parts = wide[:, : self.queries], wide[:, self.queries :]
-        sums_T2 = torch.stack([x.square().sum((1, 2)) for x in parts], dim=1)
+        squares = (x.square().flatten(1) for x in parts)
+        sums_T2 = torch.stack([x.sum(1) if self._numerics == "fast" else exact.row_sum(x) for x in squares], dim=1)
         # Every rank's part of the loss depends on the sum: it is summed forwards, and its gradient backwards.
-        sums_T2 = reduce_from_tensor_model_parallel_region(sums_T2, self.group)
+        sums_T2 = reduced(sums_T2, self.group, False, self._numerics)
         sums_T2 = copy_to_tensor_model_parallel_region(sums_T2, self.group)
         scales = (torch.rsqrt(sums_T2[:, i, None, None] / width + self.eps) for i, width in enumerate(self.widths))
         normed = [
@@ -107,8 +119,8 @@ class _Scale(nn.Module):
         mark(self.weight, 0)
 
 
-QK_NORMS: dict[str | None, Callable[[ModelConfig, Groups, torch.dtype], nn.Module]] = {
-    None: lambda model, groups, dtype: nn.Identity(),
+QK_NORMS: dict[str | None, Callable[[ModelConfig, Groups, torch.dtype, Numerics], nn.Module]] = {
+    None: lambda model, groups, dtype, numerics: nn.Identity(),
     "head": HeadNorm,
     "width": WidthNorm,
 }
@@ -117,15 +129,16 @@ QK_NORMS: dict[str | None, Callable[[ModelConfig, Groups, torch.dtype], nn.Modul
 class Attention(nn.Module):
     """Grouped-query attention; its heads are split over the tensor axis."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int, numerics: Numerics
+    ) -> None:
         super().__init__()
         tensor = groups.layout.tensor
         self.heads, self.kv_heads, self.head_dim = model.heads // tensor, model.kv_heads // tensor, model.head_dim
-        self.qkv = ColumnLinear(
-            model.width, (model.heads + 2 * model.kv_heads) * model.head_dim, config, bias="qkv" in model.biases
-        )
-        self.qk_norm = QK_NORMS[model.qk_norm](model, groups, config.params_dtype)
-        self.out = RowLinear(model.heads * model.head_dim, model.width, config, bias="out" in model.biases)
+        queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        self.qkv = ColumnLinear(model.width, queries + 2 * keys, config, bias="qkv" in model.biases, numerics=numerics)
+        self.qk_norm = QK_NORMS[model.qk_norm](model, groups, config.params_dtype, numerics)
+        self.out = RowLinear(queries, model.width, config, bias="out" in model.biases, numerics=numerics)
         self.rope = model.rope_of(layer)
         scale = None if model.query_scalar is None else model.query_scalar**-0.5
         self.scoring = Scoring(scale, model.attention_cap, model.window_of(layer))
@@ -143,13 +156,13 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """Gated feed-forward layer; its intermediate width is split over the tensor axis."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, numerics: Numerics) -> None:
         super().__init__()
-        bias = "mlp" in model.biases
-        self.gate_up = ColumnLinear(model.width, 2 * model.intermediate, config, bias=bias)
-        self.down = RowLinear(model.intermediate, model.width, config, bias=bias)
+        bias, chosen = "mlp" in model.biases, activation(model.activation, numerics)
+        self.gate_up = ColumnLinear(model.width, 2 * model.intermediate, config, bias=bias, numerics=numerics)
+        self.down = RowLinear(model.intermediate, model.width, config, bias=bias, numerics=numerics)
         self._activation: Callable[[Tensor], Tensor] = (
-            swiglu if model.activation == "silu" else partial(gated, activation=ACTIVATIONS[model.activation])
+            partial(swiglu, silu=chosen) if model.activation == "silu" else partial(gated, activation=chosen)
         )
 
     def forward(self, x_T1D: Tensor) -> Tensor:
@@ -159,12 +172,12 @@ class GatedMLP(nn.Module):
 class MLP(nn.Module):
     """Feed-forward layer; its intermediate width is split over the tensor axis."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig) -> None:
+    def __init__(self, model: ModelConfig, config: TransformerConfig, numerics: Numerics) -> None:
         super().__init__()
         bias = "mlp" in model.biases
-        self.up = ColumnLinear(model.width, model.intermediate, config, bias=bias)
-        self.down = RowLinear(model.intermediate, model.width, config, bias=bias)
-        self._activation = ACTIVATIONS[model.activation]
+        self.up = ColumnLinear(model.width, model.intermediate, config, bias=bias, numerics=numerics)
+        self.down = RowLinear(model.intermediate, model.width, config, bias=bias, numerics=numerics)
+        self._activation = activation(model.activation, numerics)
 
     def forward(self, x_T1D: Tensor) -> Tensor:
         return self.down(self._activation(self.up(x_T1D)))
@@ -173,20 +186,26 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + after(attention(before(x))), then the same with the feed-forward layer, or with experts in its place."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int, numerics: Numerics = "fast"
+    ) -> None:
         super().__init__()
 
         def norm(*where: str) -> nn.Module:
             if model.norm_at not in where:
                 return nn.Identity()
-            return Norm(model, model.width, config.params_dtype, sequence_group(groups))
+            return Norm(model, model.width, config.params_dtype, sequence_group(groups), numerics)
 
         self.attention_norm = norm("before", "around")
-        self.attention = Attention(model, groups, config, layer)
+        self.attention = Attention(model, groups, config, layer, numerics)
         self.attention_after = norm("after", "around")
         self.mlp_norm = norm("before", "around")
         dense = GatedMLP if model.gated else MLP
-        self.mlp = dense(model, config) if model.moe is None else MoE(model.moe, model.width, groups, config)
+        self.mlp = (
+            dense(model, config, numerics)
+            if model.moe is None
+            else MoE(model.moe, model.width, groups, config, numerics)
+        )
         self.mlp_after = norm("after", "around")
 
     def forward(

@@ -12,8 +12,11 @@ from pydantic import (
     model_validator,
 )
 
-from lockstep.distributed.layout import Layout, check_divides
+from lockstep.distributed.layout import Layout, LayoutError, check_divides, splits_heads
 from lockstep.model.rope import Rope
+
+Numerics = Literal["fast", "exact"]
+"""Whether sums are in the fastest order, or in one that gives rollouts and training the same bits."""
 
 
 class UnknownModel(ValueError):
@@ -206,6 +209,19 @@ def check_layout(layout: Layout, model: ModelConfig) -> None:
         LayoutError: names the degree that was given and the degrees that would work.
     """
     check_divides(layout, **model.sizes)
+
+
+def check_numerics(numerics: Numerics, layout: Layout, model: ModelConfig) -> None:
+    """Refuse a layout in which sums have no fixed order.
+
+    Raises:
+        LayoutError: says what to change.
+    """
+    if numerics == "exact" and layout.context > 1 and not splits_heads(layout, model.kv_heads):
+        raise LayoutError(
+            f"context={layout.context} by a ring merges attention in the order in which keys arrive, and "
+            "numerics='exact' needs one order: set context=1, or context_by='heads' where the key-value heads divide"
+        )
 
 
 def describe(model: ModelConfig, layout: Layout) -> dict[str, Any]:

@@ -10,28 +10,38 @@ from lockstep.distributed.context import HeadExchange, ring_attention
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import splits_heads
 from lockstep.model.attention import Attend, DocumentAttention
+from lockstep.model.config import Numerics
 from lockstep.model.full_attention import PLAIN, Scoring
 
 
-def attention(documents: Sequence[Sequence[int]], groups: Groups, kv_heads: int, device: torch.device) -> Attend:
+def attention(
+    documents: Sequence[Sequence[int]],
+    groups: Groups,
+    kv_heads: int,
+    device: torch.device,
+    numerics: Numerics = "fast",
+) -> Attend:
     """How this rank's tokens of a row attend to the row.
 
     Args:
         documents: of the whole row, see `DocumentAttention`.
         kv_heads: key-value heads of the whole model.
+        numerics: exact where the layout has no ring: see `check_numerics`.
     """
     if groups.layout.context == 1:
-        return DocumentAttention(documents, device)
+        return DocumentAttention(documents, device, numerics)
     if splits_heads(groups.layout, kv_heads):
-        return HeadsAttention(documents, groups.context, device)
+        return HeadsAttention(documents, groups.context, device, numerics)
     return RingAttention(documents, groups.context, device)
 
 
 class HeadsAttention:
     """`Attend` by exchanging tokens for heads: each rank sees the whole row with a part of the heads."""
 
-    def __init__(self, documents: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device) -> None:
-        self._whole = DocumentAttention(documents, device)
+    def __init__(
+        self, documents: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device, numerics: Numerics
+    ) -> None:
+        self._whole = DocumentAttention(documents, device, numerics)
         self._exchange = HeadExchange(group, sum(map(sum, documents)), device)
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:

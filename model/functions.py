@@ -14,9 +14,9 @@ from torch import Tensor
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor]) -> Tensor:
         wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        scale = torch.rsqrt(mean(wide.square()) + eps)
         ctx.save_for_backward(x, weight, scale)
         return (wide.mul_(scale) if wide is not x else wide * scale).to(x.dtype) * weight
 
@@ -29,23 +29,28 @@ class _RMSNorm(torch.autograd.Function):
         d_weight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
         dy = dy * weight.float()
         mean = (dy * normed).mean(-1, keepdim=True)
-        return normed.mul_(mean).sub_(dy).mul_(-scale).to(x.dtype), d_weight, None
+        return normed.mul_(mean).sub_(dy).mul_(-scale).to(x.dtype), d_weight, None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def row_mean(x: Tensor) -> Tensor:
+    """Mean over the last dim, which stays as one of 1."""
+    return x.mean(-1, keepdim=True)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor] = row_mean) -> Tensor:
     """x / rms(x) · weight over the last dim, reduced in fp32 (Zhang & Sennrich 2019, eq. 4)."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps, mean)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, silu: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
@@ -53,12 +58,12 @@ class _SwiGLU(torch.autograd.Function):
         d_gate, d_up = out.chunk(2, dim=-1)
         torch.mul(gradient, F.silu(gate), out=d_up)
         torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=d_gate)
-        return out
+        return out, None
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, silu: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     """silu(gate) · up, where gate and up are the halves of the last dim (Shazeer 2020, "GLU variants")."""
-    return _SwiGLU.apply(gate_up)
+    return _SwiGLU.apply(gate_up, silu)
 
 
 def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:

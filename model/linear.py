@@ -1,5 +1,7 @@
 """megatron-core's parallel linear layers, whose weights may be reordered once for inference on a CPU."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lockstep.distributed.groups import Groups
+from lockstep.model.config import Numerics
+from lockstep.model.exact import summed, summed_and_split
+from lockstep.model.exact_product import LARGER, delicate, in_tiles, product, tile_sizes
 
 
 class PackedWeight:
@@ -25,25 +30,39 @@ class PackedWeight:
             weight: [outputs, inputs] on a CPU; later changes to it are not seen.
         """
         self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.outputs = weight.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x · weightᵀ."""
         return torch.ops.mkldnn._linear_pointwise(x, self._blocks, None, "none", [], "")
 
 
-def packed(weight: Tensor) -> PackedWeight | None:
-    """The weight packed, where this machine and this torch can: in bf16 only, since fp32 is there to be exact.
+def packed(weight: Tensor, numerics: Numerics = "fast") -> PackedWeight | None:
+    """The weight packed, where this machine and this torch can: in bf16 only, since fp32 is there to be precise.
 
-    The blocked kernels add up fp32 products in one chain, which doubles their rounding error over a deep model.
+    The blocked kernels add up fp32 products in one chain, which doubles their rounding error over a deep model. In
+    exact numerics a weight is packed only where a trial gave the bits of products that are not.
     """
     usable = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
     usable = usable and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return PackedWeight(weight) if usable and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    usable = usable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return PackedWeight(weight) if usable and (numerics == "fast" or _packs_exactly(*weight.shape)) else None
 
 
-def linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
-    """x · weightᵀ, packed or not."""
-    return weight(x) if isinstance(weight, PackedWeight) else F.linear(x, weight)
+@cache
+def _packs_exactly(outputs: int, inputs: int) -> bool:
+    weight, rows = delicate(outputs, inputs, torch.bfloat16, 1), delicate(LARGER[0] + 1, inputs, torch.bfloat16, 0)
+    blocks = PackedWeight(weight)
+    sizes = [n + 1 for n in tile_sizes(inputs, outputs, torch.bfloat16)]
+    with torch.inference_mode():
+        return all(torch.equal(linear(rows[:n], blocks, "exact"), product(rows[:n], weight)) for n in sizes)
+
+
+def linear(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:
+    """x · weightᵀ, packed or not; packed is without a gradient."""
+    if isinstance(weight, PackedWeight):
+        return weight(x) if numerics == "fast" else in_tiles(x, weight.outputs, weight)
+    return F.linear(x, weight) if numerics == "fast" else product(x, weight)
 
 
 def biased(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -55,35 +74,64 @@ class Packable:
     """A layer whose weight may be packed for inference."""
 
     weight: nn.Parameter
+    _numerics: Numerics
     _packed: PackedWeight | None = None
 
     def pack(self) -> None:
         """Serve inference from a packed copy of the weight as it is now."""
-        self._packed = packed(self.weight)
+        self._packed = packed(self.weight, self._numerics)
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether products are ours and not megatron-core's."""
+        return self._numerics == "exact" or (self._packed is not None and not torch.is_grad_enabled())
+
+    def _product(self, x: Tensor) -> Tensor:
+        weight = self.weight if self._packed is None or torch.is_grad_enabled() else self._packed
+        return linear(x, weight, self._numerics)
 
 
 class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
     """[…, inputs] → […, outputs / tensor]: this rank's rows of the weight and of the bias."""
 
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, *, bias: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: TransformerConfig,
+        *,
+        bias: bool = False,
+        numerics: Numerics = "fast",
+    ) -> None:
         super().__init__(inputs, outputs, config=config, init_method=not_drawn, bias=bias, gather_output=False)
+        self._numerics = numerics
         mark(self.weight, 0)
         if bias:
             mark(self.bias, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        if self._packed is None or torch.is_grad_enabled():
+        if not self._is_own:
             return super().forward(x)[0]
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
-        return biased(self._packed(x), self.bias)
+        else:
+            x = copy_to_tensor_model_parallel_region(x, self.tp_group)
+        return biased(self._product(x), self.bias)
 
 
 class RowLinear(Packable, tensor_parallel.RowParallelLinear):
     """[…, inputs / tensor] → […, outputs]: this rank's columns of the weight, the sum over tensor ranks, the bias."""
 
-    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, *, bias: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: TransformerConfig,
+        *,
+        bias: bool = False,
+        numerics: Numerics = "fast",
+    ) -> None:
         super().__init__(
             inputs,
             outputs,
@@ -93,20 +141,25 @@ class RowLinear(Packable, tensor_parallel.RowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=True,
         )
+        self._numerics = numerics
         mark(self.weight, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        if self._packed is None or torch.is_grad_enabled():
+        if not self._is_own:
             out, bias = super().forward(x)
-            parts = self.tp_group if self.sequence_parallel else None
-            return out if bias is None else out + summed_over(bias, parts)
-        reduce = (
-            reduce_scatter_to_sequence_parallel_region
-            if self.sequence_parallel
-            else reduce_from_tensor_model_parallel_region
-        )
-        return biased(reduce(self._packed(x), group=self.tp_group), self.bias)
+        else:
+            out, bias = reduced(self._product(x), self.tp_group, self.sequence_parallel, self._numerics), self.bias
+        return out if bias is None else out + summed_over(bias, self.tp_group if self.sequence_parallel else None)
+
+
+def reduced(part_T: Tensor, group: ProcessGroup, sequence: bool, numerics: Numerics) -> Tensor:
+    """The sum over tensor ranks, [T, …]; where ranks split activations, each one's tokens of it, [T / ranks, …]."""
+    if numerics == "exact":
+        return summed_and_split(part_T, group) if sequence else summed(part_T, group)
+    if sequence:
+        return reduce_scatter_to_sequence_parallel_region(part_T, group=group)
+    return reduce_from_tensor_model_parallel_region(part_T, group=group)
 
 
 def not_drawn(weight: Tensor) -> Tensor:

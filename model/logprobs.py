@@ -3,6 +3,7 @@
 Logits in bf16 are kept for the backward; fp32 exists for one block of tokens at a time, or one chunk where all is fp32.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,24 +11,34 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+from lockstep.model.config import Numerics
+from lockstep.model.exact import gathered, in_order, log_sum_exp
+from lockstep.model.exact_product import LARGER
 from lockstep.model.functions import soft_capped
 from lockstep.model.linear import PackedWeight, linear
 
-CHUNK = 256
-"""Tokens whose logits come out of one product."""
+CHUNKS: dict[Numerics, int] = {"fast": 256, "exact": LARGER[0]}
+"""Tokens whose logits come out of one product, or out of one pass over tiles."""
 BLOCK = 16
 """Tokens whose fp32 logits exist at one time: few, so that they stay in the processor's cache."""
 
 
 def local_logits(
-    hidden_KD: Tensor, weight_VD: Tensor | PackedWeight, first: int, vocabulary: int, cap: float | None = None
+    hidden_KD: Tensor,
+    weight_VD: Tensor | PackedWeight,
+    first: int,
+    vocabulary: int,
+    cap: float | None = None,
+    numerics: Numerics = "fast",
 ) -> Tensor:
     """Logits [K, V/tensor] in the compute dtype; rows that pad the vocabulary have probability 0.
 
     Args:
         cap: logits s become cap · tanh(s / cap) (Gemma 2).
     """
-    logits = soft_capped(linear(hidden_KD, weight_VD), cap)
+    logits = linear(hidden_KD, weight_VD, numerics)
+    if cap is not None:
+        logits = soft_capped(logits, cap) if numerics == "fast" else soft_capped(logits.float(), cap).to(logits.dtype)
     if first + logits.shape[1] > vocabulary:
         logits[:, max(0, vocabulary - first) :] = float("-inf")
     return logits
@@ -44,28 +55,29 @@ class _TokenLogProb(torch.autograd.Function):
         temperature: float,
         cap: float | None,
         group: dist.ProcessGroup,
+        numerics: Numerics,
     ) -> tuple[Tensor, Tensor]:
-        first = group.rank() * weight_VD.shape[0]
+        first, size = group.rank() * weight_VD.shape[0], CHUNKS[numerics]
         kept, logp, sums = [], [], []
-        for hidden, targets in zip(hidden_KD.split(CHUNK), targets_K.split(CHUNK), strict=True):
-            chunk = local_logits(hidden, weight_VD, first, vocabulary, cap)
-            log_sum, at_target = reduced(chunk, targets - first, temperature, group)
+        for hidden, targets in zip(hidden_KD.split(size), targets_K.split(size), strict=True):
+            chunk = local_logits(hidden, weight_VD, first, vocabulary, cap, numerics)
+            log_sum, at_target = reduced(chunk, targets - first, temperature, group, numerics)
             sums.append(log_sum)
             logp.append(at_target - log_sum)
             if chunk.dtype != torch.float32:
                 kept.append(chunk)
         log_sum_K = torch.cat(sums)
         ctx.save_for_backward(hidden_KD, weight_VD, targets_K, log_sum_K, *kept)
-        ctx.settings = first, vocabulary, temperature, cap
+        ctx.settings = first, vocabulary, temperature, cap, size
         return torch.cat(logp), log_sum_K
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden_KD, weight_VD, targets_K, log_sum_K, *kept = ctx.saved_tensors
-        first, vocabulary, temperature, cap = ctx.settings
+        first, vocabulary, temperature, cap, size = ctx.settings
         d_hidden, d_weight = torch.zeros_like(hidden_KD), torch.zeros_like(weight_VD)
         columns = (hidden_KD, d_hidden, log_sum_K, targets_K - first, *gradients)
-        for i, (hidden, d_chunk, *of_tokens) in enumerate(zip(*(c.split(CHUNK) for c in columns), strict=True)):
+        for i, (hidden, d_chunk, *of_tokens) in enumerate(zip(*(c.split(size) for c in columns), strict=True)):
             chunk = kept[i] if kept else local_logits(hidden, weight_VD, first, vocabulary, cap)
             d_logits = torch.empty_like(chunk)
             blocks = zip(*(c.split(BLOCK) for c in (d_logits, chunk, *of_tokens)), strict=True)
@@ -73,7 +85,7 @@ class _TokenLogProb(torch.autograd.Function):
                 d_block.copy_(_d_logits(*given, temperature=temperature, cap=cap))
             torch.mm(d_logits, weight_VD, out=d_chunk)
             d_weight.addmm_(d_logits.t(), hidden)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
 
 
 def _scaled(chunk: Tensor, temperature: float) -> Tensor:
@@ -83,7 +95,11 @@ def _scaled(chunk: Tensor, temperature: float) -> Tensor:
 
 
 def reduced(
-    chunk: Tensor, local_targets: Tensor, temperature: float, group: dist.ProcessGroup
+    chunk: Tensor,
+    local_targets: Tensor,
+    temperature: float,
+    group: dist.ProcessGroup,
+    numerics: Numerics = "fast",
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and the target's logit over the whole vocabulary, [K] each in fp32 and over the temperature.
 
@@ -94,8 +110,14 @@ def reduced(
     inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
     picked = chunk.gather(1, local_targets.clamp(0, chunk.shape[1] - 1)[:, None])[:, 0].float() / temperature
     at_target = torch.where(inside, picked, torch.zeros_like(picked))
-    log_sum = torch.cat([torch.logsumexp(_scaled(block, temperature), dim=1) for block in chunk.split(BLOCK)])
-    if group.size() > 1:
+    over_row = partial(torch.logsumexp, dim=1) if numerics == "fast" else log_sum_exp
+    log_sum = torch.cat([over_row(_scaled(block, temperature)) for block in chunk.split(BLOCK)])
+    if group.size() > 1 and numerics == "exact":
+        log_sums = gathered(log_sum, group)
+        largest = torch.stack(log_sums).amax(0)
+        log_sum = in_order([(each - largest).exp() for each in log_sums]).log() + largest
+        at_target = in_order(gathered(at_target, group))
+    elif group.size() > 1:
         largest = log_sum.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         summed = torch.stack([(log_sum - largest).exp(), at_target])
@@ -135,6 +157,7 @@ def token_scores(
     group: dist.ProcessGroup,
     temperature: float = 1.0,
     cap: float | None = None,
+    numerics: Numerics = "fast",
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden · weightᵀ / temperature)[target] and the log-sum-exp below it, each [K] in fp32.
 
@@ -146,7 +169,7 @@ def token_scores(
         cap: see `local_logits`.
     """
     hidden_KD = copy_to_tensor_model_parallel_region(hidden_KD, group)
-    return _TokenLogProb.apply(hidden_KD, weight_VD, targets_K, vocabulary, temperature, cap, group)
+    return _TokenLogProb.apply(hidden_KD, weight_VD, targets_K, vocabulary, temperature, cap, group, numerics)
 
 
 def token_logprobs(
@@ -158,8 +181,16 @@ def token_logprobs(
     group: dist.ProcessGroup,
     temperature: float = 1.0,
     cap: float | None = None,
+    numerics: Numerics = "fast",
 ) -> Tensor:
     """The first of `token_scores`."""
     return token_scores(
-        hidden_KD, weight_VD, targets_K, vocabulary=vocabulary, group=group, temperature=temperature, cap=cap
+        hidden_KD,
+        weight_VD,
+        targets_K,
+        vocabulary=vocabulary,
+        group=group,
+        temperature=temperature,
+        cap=cap,
+        numerics=numerics,
     )[0]

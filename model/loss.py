@@ -47,8 +47,8 @@ def token_loss(
     reference and the policy (Schulman, "Approximating KL divergence").
 
     Returns:
-        The loss, and sums of: loss, kl (k3, nats a token), clipped (share of tokens), mismatch_mean (|Δ log p| between
-        the policy now and when it was sampled), and mismatch_max.
+        The loss, and sums of: loss, kl (k3, nats a token), clipped (share of tokens), and what `mismatch` says of the
+        policy now and when it was sampled.
     """
     delta = logp_K - columns.old_logp
     ratio = delta.exp()
@@ -65,7 +65,30 @@ def token_loss(
             "loss": loss.detach(),
             "kl": (columns.weight * k3).sum(),
             "clipped": (columns.weight * (ratio != bounded)).sum(),
-            "mismatch_mean": (columns.weight * delta.abs()).sum(),
-            "mismatch_max": delta.abs().max() if delta.numel() else delta.new_zeros(()),
+            **mismatch(logp_K, columns),
         }
     return loss, report
+
+
+def mismatch(logp_K: Tensor, columns: Columns) -> dict[str, Tensor]:
+    """How far log-probabilities are from those that rollouts reported of the same tokens.
+
+    Returns:
+        mismatch_mean and mismatch_max of |Δ log p|, mismatch_kl (nats a token, of the rollout's policy to this one, by
+        the k3 estimator), and mismatch_bits: in which the fp32 numbers differ, over all tokens that weigh something.
+    """
+    counted = columns.weight != 0
+    delta = logp_K - columns.old_logp
+    gap = delta.abs()[counted]
+    return {
+        "mismatch_mean": (columns.weight * delta.abs()).sum(),
+        "mismatch_max": gap.max() if gap.numel() else delta.new_zeros(()),
+        "mismatch_kl": (columns.weight * (delta.exp() - 1 - delta)).sum(),
+        "mismatch_bits": differing_bits(logp_K[counted], columns.old_logp[counted]),
+    }
+
+
+def differing_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Number of bits in which two tensors of fp32 differ."""
+    different = a.view(torch.int32) ^ b.view(torch.int32)
+    return sum(((different >> place) & 1).sum() for place in range(32))  # type: ignore[return-value]

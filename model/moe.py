@@ -6,7 +6,9 @@ its own tensor rank. Losses that keep the load even are means over each document
 packing changes no gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +17,6 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -25,9 +25,12 @@ from torch.distributed import ProcessGroup
 from lockstep.distributed.exchange import all_to_all
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.zero import as_expert
-from lockstep.model.config import MoEConfig
+from lockstep.model import exact
+from lockstep.model.config import MoEConfig, Numerics
 from lockstep.model.functions import swiglu
-from lockstep.model.linear import ColumnLinear, RowLinear, mark, sequence_group, summed_over
+from lockstep.model.linear import ColumnLinear, RowLinear, linear, mark, reduced, sequence_group, summed_over
+
+Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,17 @@ class Sequences:
 class MoE(nn.Module):
     """Router and experts of one block."""
 
-    def __init__(self, moe: MoEConfig, width: int, groups: Groups, config: TransformerConfig) -> None:
+    def __init__(
+        self,
+        moe: MoEConfig,
+        width: int,
+        groups: Groups,
+        config: TransformerConfig,
+        numerics: Numerics = "fast",
+    ) -> None:
         super().__init__()
-        self.moe, self.groups = moe, groups
+        self.moe, self.groups, self._numerics = moe, groups, numerics
+        self._activation = partial(swiglu, silu=F.silu if numerics == "fast" else exact.silu)
         local, inner = moe.experts // groups.layout.expert, moe.intermediate // groups.layout.tensor
 
         def empty(*shape: int) -> nn.Parameter:
@@ -59,7 +70,7 @@ class MoE(nn.Module):
         if groups.layout.expert > 1:
             as_expert(self.gate_up)
             as_expert(self.down)
-        self.shared = SharedExpert(moe, width, groups, config) if moe.shared_intermediate else None
+        self.shared = SharedExpert(moe, width, groups, config, numerics) if moe.shared_intermediate else None
 
     def forward(self, x_T1D: Tensor, sequences: Sequences | None = None) -> Tensor:
         """Activations of the shape of x.
@@ -69,9 +80,12 @@ class MoE(nn.Module):
         """
         x_TD = self._gathered(x_T1D)[:, 0]
         logits_TE = self._routed(x_TD)
-        probability_TK, chosen_TK = logits_TE.softmax(-1).topk(self.moe.experts_per_token, dim=-1)
+        is_fast = self._numerics == "fast"
+        probability_TE = logits_TE.softmax(-1) if is_fast else exact.softmax(logits_TE)
+        probability_TK, chosen_TK = probability_TE.topk(self.moe.experts_per_token, dim=-1)
         if self.moe.normalize:
-            probability_TK = probability_TK / probability_TK.sum(-1, keepdim=True)
+            total = probability_TK.sum(-1, keepdim=True) if is_fast else exact.row_sum(probability_TK)[:, None]
+            probability_TK = probability_TK / total
         out = self._reduced(self._mixed(x_TD, probability_TK, chosen_TK)[:, None])
         if sequences is not None and self.moe.has_loss and torch.is_grad_enabled():
             loss = router_loss(self.moe, logits_TE, chosen_TK, sequences, self.groups.context)
@@ -92,7 +106,7 @@ class MoE(nn.Module):
 
     def _routed(self, x_TD: Tensor) -> Tensor:
         """In fp32, where transformers multiplies in the model's dtype: rounding must not decide who gets a token."""
-        return F.linear(x_TD.float(), self.router.float())
+        return linear(x_TD.float(), self.router.float(), self._numerics)
 
     def _gathered(self, x_T1D: Tensor) -> Tensor:
         """All tokens of the tensor ranks; what reaches the backward is the same on each of them."""
@@ -101,9 +115,7 @@ class MoE(nn.Module):
         return gather_from_sequence_parallel_region(x_T1D, tensor_parallel_output_grad=False, group=self.groups.tensor)
 
     def _reduced(self, part_T1D: Tensor) -> Tensor:
-        if self.groups.layout.sequence:
-            return reduce_scatter_to_sequence_parallel_region(part_T1D, group=self.groups.tensor)
-        return reduce_from_tensor_model_parallel_region(part_T1D, group=self.groups.tensor)
+        return reduced(part_T1D, self.groups.tensor, self.groups.layout.sequence, self._numerics)
 
     def _mixed(self, x_TD: Tensor, probability_TK: Tensor, chosen_TK: Tensor) -> Tensor:
         """This tensor rank's part of Σ_k probability · expert(x), added up in fp32 in the order of k."""
@@ -116,7 +128,9 @@ class MoE(nn.Module):
         sent = _Rearranged.apply(x_TD, order, _inverse(order), k)
         answered = self._visited(sent, expert_N.bincount(minlength=self.moe.experts))
         output_TKD = _Rearranged.apply(answered, _inverse(order), order, 1).view(tokens, k, -1)
-        return (output_TKD.float() * probability_TK[..., None]).sum(1).to(x_TD.dtype)
+        weighted_TKD = output_TKD.float() * probability_TK[..., None]
+        mixed = weighted_TKD.sum(1) if self._numerics == "fast" else exact.in_order(weighted_TKD.unbind(1))
+        return mixed.to(x_TD.dtype)
 
     def _visited(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         """What the experts make of rows that are sorted by expert, wherever those experts are."""
@@ -137,22 +151,32 @@ class MoE(nn.Module):
     def _computed(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
         """Each local expert's output for its `counts` rows; one without rows still gets a gradient, of zeros."""
         parts = zip(rows_ND.split(counts), self.gate_up.unbind(), self.down.unbind(), strict=True)
-        return torch.cat([F.linear(swiglu(F.linear(x, gate_up)), down) for x, gate_up, down in parts])
+        return torch.cat([self._expert(*part) for part in parts])
+
+    def _expert(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return linear(self._activation(linear(x, gate_up, self._numerics)), down, self._numerics)
 
 
 class SharedExpert(nn.Module):
     """A gated feed-forward layer that all tokens visit, scaled by a sigmoid of the token where it has a gate."""
 
-    def __init__(self, moe: MoEConfig, width: int, groups: Groups, config: TransformerConfig) -> None:
+    def __init__(
+        self, moe: MoEConfig, width: int, groups: Groups, config: TransformerConfig, numerics: Numerics
+    ) -> None:
         super().__init__()
-        self.gate_up = ColumnLinear(width, 2 * moe.shared_intermediate, config)
-        self.down = RowLinear(moe.shared_intermediate, width, config)
+        self._numerics = numerics
+        self._silu: Activation = F.silu if numerics == "fast" else exact.silu
+        self._sigmoid: Activation = torch.sigmoid if numerics == "fast" else exact.sigmoid
+        self.gate_up = ColumnLinear(width, 2 * moe.shared_intermediate, config, numerics=numerics)
+        self.down = RowLinear(moe.shared_intermediate, width, config, numerics=numerics)
         self.gate = nn.Parameter(torch.empty(1, width, dtype=config.params_dtype)) if moe.shared_gate else None
         self._parts = sequence_group(groups)
 
     def forward(self, x_T1D: Tensor) -> Tensor:
-        out = self.down(swiglu(self.gate_up(x_T1D)))
-        return out if self.gate is None else torch.sigmoid(F.linear(x_T1D, summed_over(self.gate, self._parts))) * out
+        out = self.down(swiglu(self.gate_up(x_T1D), self._silu))
+        if self.gate is None:
+            return out
+        return self._sigmoid(linear(x_T1D, summed_over(self.gate, self._parts), self._numerics)) * out
 
 
 def router_loss(

@@ -18,11 +18,11 @@ from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.muon import Muon
-from lockstep.distributed.pipeline import Loss, Stage, megatron_config
+from lockstep.distributed.pipeline import Forward, Loss, Stage, megatron_config, run_forward
 from lockstep.distributed.result import StepResult
 from lockstep.distributed.zero import experts_apart
 from lockstep.model.attention import Attend
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.context import attention
 from lockstep.model.held import held_pieces, load, parts, pieces
 from lockstep.model.logprobs import token_scores
@@ -49,9 +49,11 @@ class DeviceBatch:
     sequences: Sequences
 
 
-def to_device(batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.device) -> DeviceBatch:
+def to_device(
+    batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.device, numerics: Numerics = "fast"
+) -> DeviceBatch:
     """This rank's part of a row, as tensors."""
-    attend = attention(batch.documents, groups, kv_heads, device)
+    attend = attention(batch.documents, groups, kv_heads, device, numerics)
     places = _places(batch, groups)
     local, (document_T, weight_D) = part(batch, places), sequences_of(batch)
 
@@ -76,10 +78,10 @@ def _places(batch: TokenBatch, groups: Groups) -> Ints:
     return held_places(len(batch.tokens), groups.layout.context, groups.context_rank).numpy()
 
 
-def build(model: ModelConfig, groups: Groups, dtype: torch.dtype, source: Source) -> Stage:
+def build(model: ModelConfig, groups: Groups, dtype: torch.dtype, source: Source, numerics: Numerics = "fast") -> Stage:
     """This rank's stage of a transformer, filled from a source."""
     config = megatron_config(groups, layers=model.layers, width=model.width, heads=model.heads, dtype=dtype)
-    transformer = Transformer(model, groups, config).to(local_device(groups.rank))
+    transformer = Transformer(model, groups, config, numerics).to(local_device(groups.rank))
     load(transformer, source)
     return Stage(transformer, config)
 
@@ -142,7 +144,7 @@ class Trainer:
         self.transformer.recompute = config.recompute
         if config.compile and local_device(groups.rank).type != "cpu":
             self.transformer.compile_blocks()
-        self._temperature = temperature
+        self._forward = scorer(groups, temperature)
         self.engine = Engine(
             stage,
             groups,
@@ -167,7 +169,7 @@ class Trainer:
                 drifting (de Brébisson & Vincent 2016; PaLM, Chowdhery et al. 2022, section 5).
             reference: a second model, whose log-probabilities become the reference's.
         """
-        batches, tokens = self._on_device(rows), _longest(rows)
+        batches, tokens = rows_of(self.stage, self.groups, rows), _longest(rows)
         if reference is not None:
             scores = self.engine.evaluate(reference, batches, self._forward, tokens=tokens)
             batches = [_with_reference(b, s[0]) for b, s in zip(batches, scores, strict=False)] or batches
@@ -200,13 +202,12 @@ class Trainer:
 
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
         """What an objective reports over this data rank's rows of a global batch and all others', without an update."""
-
-        tokens = _longest(rows)
-        return self.engine.measure(self._on_device(rows), self._forward, _loss(objective), tokens=tokens)
+        batches = rows_of(self.stage, self.groups, rows)
+        return self.engine.measure(batches, self._forward, _loss(objective), tokens=_longest(rows))
 
     def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
         """log p of the tokens that count in each row, [K]; on all but the last pipeline stage an empty list."""
-        batches = self._on_device(rows)
+        batches = rows_of(self.stage, self.groups, rows)
         found = self.engine.evaluate(stage or self.stage, batches, self._forward, tokens=_longest(rows))
         return [self._whole(row, scores[0]) for row, scores in zip(rows, found, strict=False)]
 
@@ -224,11 +225,11 @@ class Trainer:
         """What parameters and activations are computed in."""
         return next(self.transformer.parameters()).dtype
 
-    def _on_device(self, rows: Sequence[TokenBatch]) -> list[DeviceBatch]:
-        device = next(self.transformer.parameters()).device
-        return [to_device(row, self.groups, self.transformer.model.kv_heads, device) for row in rows]
 
-    def _forward(self, module: nn.Module, batch: DeviceBatch, received: Tensor | None, chunk: int) -> Tensor:
+def scorer(groups: Groups, temperature: float) -> Forward:
+    """The forward pass of a transformer's stages; the last returns `token_scores` of a row, [2, K]."""
+
+    def forward(module: nn.Module, batch: DeviceBatch, received: Tensor | None, chunk: int) -> Tensor:
         assert isinstance(module, Transformer)
 
         def scores(hidden_T1D: Tensor) -> Tensor:
@@ -237,9 +238,10 @@ class Trainer:
                 module.head_weight,
                 batch.targets_K,
                 vocabulary=module.model.vocabulary,
-                group=self.groups.tensor,
-                temperature=self._temperature,
+                group=groups.tensor,
+                temperature=temperature,
                 cap=module.model.logit_cap,
+                numerics=module.numerics,
             )
             return torch.stack(found)
 
@@ -252,6 +254,21 @@ class Trainer:
             finish=scores,
             sequences=batch.sequences,
         )
+
+    return forward
+
+
+def score(stage: Stage, groups: Groups, rows: Sequence[TokenBatch], temperature: float) -> list[Tensor]:
+    """log p of the tokens that count in each row, [K], as a trainer computes it; empty but on the last stage."""
+    found = run_forward(stage, rows_of(stage, groups, rows), scorer(groups, temperature), tokens=_longest(rows))
+    return [scores[0] for scores in found]
+
+
+def rows_of(stage: Stage, groups: Groups, rows: Sequence[TokenBatch]) -> list[DeviceBatch]:
+    """This rank's parts of rows, on the device of a stage."""
+    transformer = transformer_of(stage)
+    device = next(transformer.parameters()).device
+    return [to_device(row, groups, transformer.model.kv_heads, device, transformer.numerics) for row in rows]
 
 
 def _loss(objective: Objective, z_coefficient: float = 0.0) -> Loss:

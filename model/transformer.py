@@ -16,7 +16,7 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import ranges, stage_layers
 from lockstep.model.attention import Attend, Recomputed, recomputed
 from lockstep.model.block import Block, Norm
-from lockstep.model.config import ModelConfig, check_layout
+from lockstep.model.config import ModelConfig, Numerics, check_layout, check_numerics
 from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed, sequence_group
 from lockstep.model.moe import Sequences
 from lockstep.model.names import padded_vocabulary
@@ -35,14 +35,17 @@ def _layers(model: ModelConfig, groups: Groups) -> list[range]:
 class Transformer(nn.Module):
     """The layers of one pipeline stage: all of them when there is one stage."""
 
-    def __init__(self, model: ModelConfig, groups: Groups, config: TransformerConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: Groups, config: TransformerConfig, numerics: Numerics = "fast"
+    ) -> None:
         """
         Raises:
-            LayoutError: when heads, widths or layers do not divide by the layout.
+            LayoutError: when heads, widths or layers do not divide by the layout, or it has no exact numerics.
         """
         super().__init__()
         check_layout(groups.layout, model)
-        self.model, self.groups = model, groups
+        check_numerics(numerics, groups.layout, model)
+        self.model, self.groups, self.numerics = model, groups, numerics
         self.layers = _layers(model, groups)
         held = [i for part in self.layers for i in part]
         self._ropes = {rope for i in held if (rope := model.rope_of(i))}
@@ -55,11 +58,11 @@ class Transformer(nn.Module):
             mark(self.embedding.weight, 0)
         if groups.is_first_stage and model.rope is None:
             self.positions = nn.Embedding(model.context, model.width, dtype=config.params_dtype)
-        self.blocks = nn.ModuleDict({str(i): Block(model, groups, config, i) for i in held})
+        self.blocks = nn.ModuleDict({str(i): Block(model, groups, config, i, numerics) for i in held})
         if groups.is_last_stage:
-            self.norm = Norm(model, model.width, config.params_dtype, sequence_group(groups))
+            self.norm = Norm(model, model.width, config.params_dtype, sequence_group(groups), numerics)
             if not model.tied:
-                self.head = ColumnLinear(model.width, rows, config)
+                self.head = ColumnLinear(model.width, rows, config, numerics=numerics)
         self._packed_head: PackedWeight | None = None
         self.recompute: Recompute = "none"
 
@@ -69,7 +72,7 @@ class Transformer(nn.Module):
             if isinstance(module, ColumnLinear | RowLinear):
                 module.pack()
         if self.groups.is_last_stage:
-            self._packed_head = packed(self.head_weight)
+            self._packed_head = packed(self.head_weight, self.numerics)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Let torch.compile fuse what a block does around attention, for rows of any length."""

@@ -16,14 +16,14 @@ from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.result import StepResult
 from lockstep.distributed.trace import Trace
-from lockstep.model.config import ModelConfig, describe
+from lockstep.model.config import ModelConfig, Numerics, describe
 from lockstep.model.flops import peak_flops
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loss import Objective
 from lockstep.model.pretrain import Pretraining
 from lockstep.model.recipes import OptimizerConfig, PretrainConfig, TrainerConfig, row_rules
 from lockstep.model.train import DTYPES, Trainer, build
-from lockstep.rl.sync import Held, Shard, shards_of
+from lockstep.rl.sync import Held, Shard, messages_of, signed
 from lockstep.rl.worker import Worker
 
 
@@ -50,15 +50,15 @@ class PolicyWorker(Worker):
         dtype: str,
         optimizer: OptimizerConfig,
         temperature: float,
+        numerics: Numerics = "fast",
     ) -> None:
         """Join the world and fill this rank's part of the model."""
         groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
-        stage = build(
-            self.model, groups, DTYPES[dtype], Recast(source, self.model, dtype) if dtype == "float32" else source
-        )
+        weights = Recast(source, self.model, dtype) if dtype == "float32" else source
+        stage = build(self.model, groups, DTYPES[dtype], weights, numerics)
         self.trainer = Trainer(stage, groups, optimizer, temperature=temperature, config=self.config)
         self.reference: Any = None
         self.log.info("ready with %s", self.layout)
@@ -69,7 +69,8 @@ class PolicyWorker(Worker):
         if keep_reference:
             with self.trainer.engine.whole_weights():
                 here = Held(self.trainer.transformer)
-            self.reference = build(self.model, self.trainer.groups, self.trainer.dtype, here)
+            numerics = self.trainer.transformer.numerics
+            self.reference = build(self.model, self.trainer.groups, self.trainer.dtype, here, numerics)
 
     def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         """One gradient step from this data rank's rows, compared with the reference where one is kept."""
@@ -117,10 +118,16 @@ class PolicyWorker(Worker):
         """Operations per second of this rank's matrix products, while the others measure theirs."""
         return peak_flops(self.trainer.dtype, next(self.trainer.transformer.parameters()).device)
 
-    def shards(self) -> list[Shard]:
-        """The pieces of the weights that this rank owns."""
+    def messages(self, size: int) -> int:
+        """How many messages of at most so many bytes the weights are that this rank owns."""
         with self.trainer.engine.whole_weights():
-            return shards_of(self.trainer.transformer)
+            return len(messages_of(self.trainer.transformer, size))
+
+    def weights(self, number: int, size: int) -> list[Shard]:
+        """One of these messages; empty behind the last."""
+        with self.trainer.engine.whole_weights():
+            messages = messages_of(self.trainer.transformer, size)
+            return signed(messages[number]) if number < len(messages) else []
 
     def open_checkpoints(self, folder: Path | Place, config: CheckpointConfig) -> None:
         """Be ready to save into a folder."""

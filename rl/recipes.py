@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.model.loss import Clip, Objective, token_loss
 from lockstep.model.recipes import OptimizerConfig
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 
 
 class SupervisedConfig(BaseModel):

@@ -23,10 +23,21 @@ class Rollout:
     sample: int
     tokens: tuple[int, ...]
     logp: tuple[float, ...]
+    """Of each token under the policy: with the temperature, over the whole vocabulary."""
     text: str
     finish_reason: str
-    """`stop` where the model ended it, `length` where the limit did."""
-    weight_version: int
+    """`stop` where the model or a stop string ended it, `length` where the limit did, `abort` where a caller did."""
+    weight_versions: tuple[int, ...]
+    """Of each token: the weights that drew it."""
+    sampling_logp: tuple[float, ...] = ()
+    """Of each token under the distribution that it was drawn from, truncation included; training uses `logp`."""
+    supports: tuple[tuple[int, ...], ...] = ()
+    """Of each token the tokens among which it was drawn, where sampling asks for `support`; empty for all."""
+
+    @property
+    def weight_version(self) -> int:
+        """The oldest weights that drew any of it."""
+        return min(self.weight_versions, default=0)
 
 
 @dataclass(frozen=True)

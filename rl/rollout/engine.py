@@ -1,25 +1,33 @@
 """Completions by continuous batching: a sequence that ends makes room at once for one that waits."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.place import Place
-from lockstep.distributed.groups import alone
-from lockstep.model.config import ModelConfig
-from lockstep.model.kv_cache import Decode, KVCache, Prefill
-from lockstep.model.logprobs import local_logits
+from lockstep.distributed.groups import Groups, alone
+from lockstep.model.config import ModelConfig, Numerics
+from lockstep.model.exact_cache import ExactPagedAttention
+from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
+from lockstep.model.logprobs import local_logits, reduced
 from lockstep.model.train import DTYPES, build, transformer_of
 from lockstep.model.transformer import Transformer
-from lockstep.rl.rollout.sampler import SamplingConfig, draw, uniforms
+from lockstep.rl.rollout.blocks import BLOCK, BlockPool, pool_sizes
+from lockstep.rl.rollout.limits import OnUpdate
+from lockstep.rl.rollout.sampler import Row, draw, likeliest, uniforms
+from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler
+from lockstep.rl.rollout.sequence import Request, Token
 from lockstep.rl.rollout.sequence import Sequence as Running
-from lockstep.rl.sync import Shard, receive
+from lockstep.rl.rollout.stopping import StopStrings
+from lockstep.rl.sync import Receiver, Shard
 from lockstep.rl.types import Prompt, Rollout
 
 
@@ -27,165 +35,385 @@ class PromptTooLong(ValueError):
     """A prompt that leaves no room for a completion."""
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What an engine is doing, and has done since it began."""
+
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_free: int
+    prompt_tokens: int
+    """Tokens of prompts that were asked for."""
+    cached_prompt_tokens: int
+    """Those of them that another request had left in the cache."""
+    generated_tokens: int
+    preemptions: int
+
+
 class RolloutEngine:
-    """Draws completions from one whole transformer."""
+    """Draws completions from a transformer; the ranks of a tensor group each run one and make the same calls."""
 
     def __init__(
         self,
         transformer: Transformer,
         *,
-        slots: int,
-        length: int,
         decode: Callable[[list[int]], str],
-        prefill: int = 2048,
+        length: int = 1 << 20,
+        sequences: int = 64,
+        cache_gib: float = 1.0,
+        budget: int = 2048,
+        blocks: Sequence[int] | None = None,
+        on_update: OnUpdate = "restart",
     ) -> None:
         """
         Args:
-            slots: sequences that run at the same time.
-            length: tokens of the longest prompt and completion together.
-            decode: tokens to text.
-            prefill: tokens of prompts that are read in one forward pass, unless one prompt alone is longer.
+            decode: tokens to text, for stop strings and `Rollout.text`.
+            length: tokens of the longest prompt and completion together; the model's context bounds it.
+            sequences: completions that run at the same time.
+            cache_gib: memory for keys and values at most; it is not taken before it is needed.
+            budget: tokens that are computed in one forward pass.
+            blocks: of each kind of layer (see `kv_cache.kinds`), instead of what `cache_gib` allows.
+            on_update: see `OnUpdate`.
         """
-        model = transformer.model
-        self.transformer, self._decode_text, self._prefill_tokens = transformer, decode, prefill
-        self._device = next(transformer.parameters()).device
-        self._cache = KVCache(
-            layers=model.layers,
-            slots=slots,
-            length=min(length, model.context),
-            kv_heads=model.kv_heads,
-            head_dim=model.head_dim,
-            dtype=next(transformer.parameters()).dtype,
+        model, parameter = transformer.model, next(transformer.parameters())
+        self.transformer, self._decode = transformer, decode
+        self._device = parameter.device
+        self.length = min(length, model.context)
+        shape = {"kv_heads": model.kv_heads // transformer.groups.layout.tensor, "block": BLOCK}
+        counts = blocks or pool_sizes(
+            kinds(model),
+            block_bytes(model, dtype=parameter.dtype, **shape),
+            memory=int(cache_gib * 2**30),
+            sequences=sequences,
+            length=self.length,
+            budget=budget,
         )
+        self._cache = KVCache(model, blocks=counts, dtype=parameter.dtype, device=self._device, **shape)
+        pools = [BlockPool(count) for count in counts]
+        self._scheduler = Scheduler(kinds(model), pools, sequences=sequences, budget=budget)
+        self._sequences: dict[str | int, Running] = {}
         self.weight_version = 0
+        self._receiver: Receiver | None = None
+        self._coming, self._on_update = 0, on_update
+        self._prompt_tokens = self._generated_tokens = 0
         transformer.pack()
 
     def receive(self, version: int, shards: Sequence[Shard]) -> None:
-        """Take over new weights.
+        """Take over new weights in one message.
 
         Raises:
             WeightsDiffer: when a tensor is missing or its bits differ.
         """
-        receive(self.transformer, shards)
-        self.transformer.pack()
-        self.weight_version = version
+        self.begin_update(version)
+        self.take(shards)
+        self.end_update()
 
-    @torch.inference_mode()
+    def ready_for_update(self) -> bool:
+        """Whether new weights may come; where old requests are to end under the old ones, `step` until they have.
+
+        Requests that wait begin under the new weights.
+        """
+        self._scheduler.admits = self._on_update != "finish"
+        return self._scheduler.admits or not self._scheduler.running
+
+    def begin_update(self, version: int) -> None:
+        """Poison the weights, which `take` fills and `end_update` puts to use.
+
+        Raises:
+            RuntimeError: when requests run that are to end under the old weights.
+        """
+        if not self.ready_for_update():
+            raise RuntimeError("requests are to end under the old weights first: step until ready_for_update")
+        self._receiver, self._coming = Receiver(self.transformer), version
+
+    def take(self, shards: Sequence[Shard]) -> None:
+        """Fill a part of the weights; shards may come from any layout, in messages of any size.
+
+        Raises:
+            WeightsDiffer: when bits differ from those that the policy signed.
+        """
+        assert self._receiver is not None
+        self._receiver.take(shards)
+
+    def end_update(self) -> None:
+        """Go on under the new weights.
+
+        Raises:
+            WeightsDiffer: when a tensor is missing.
+        """
+        assert self._receiver is not None
+        self._receiver.close()
+        self._receiver = None
+        self.transformer.pack()
+        self.weight_version = self._coming
+        self._scheduler.admits = True
+        if self._on_update == "pause":
+            self._scheduler.forget()
+        else:
+            self._scheduler.restart()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is not complete."""
+        return bool(self._sequences)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the engine is doing."""
+        scheduler = self._scheduler
+        free = sum(pool.free for pool in scheduler.pools)
+        return Statistics(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_used=sum(pool.count for pool in scheduler.pools) - free,
+            blocks_free=free,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=scheduler.found,
+            generated_tokens=self._generated_tokens,
+            preemptions=scheduler.preemptions,
+        )
+
+    def add(self, request: Request) -> None:
+        """Take a request, to be run as soon as there is room.
+
+        Raises:
+            PromptTooLong: when prompt and completion do not fit into the context or the cache.
+            ValueError: when the prompt is empty or has numbers of no token, or the key is in use.
+        """
+        self._check(request)
+        if request.key in self._sequences:
+            raise ValueError(f"a request with the key {request.key!r} is running already: give each a key of its own")
+        stops = StopStrings(request.sampling.stop, self._decode) if request.sampling.stop else None
+        self._sequences[request.key] = sequence = Running(request, stops=stops)
+        self._scheduler.waiting.append(sequence)
+        self._prompt_tokens += len(request.tokens)
+
+    def cancel(self, key: str | int) -> None:
+        """Forget a request; one that has ended or was never there is no error. `step` says no more of it."""
+        sequence = self._sequences.pop(key, None)
+        if sequence is not None:
+            self._scheduler.finish(sequence)
+
+    def step(self) -> list[Token]:
+        """One forward pass: the next tokens of the sequences that it completed, at most one for each.
+
+        Where it fails, nothing is lost: what was running is computed again.
+
+        Raises:
+            RuntimeError: while an update of the weights is not complete.
+        """
+        if self._receiver is not None:
+            raise RuntimeError(f"weights of version {self._coming} have come in part only: end the update first")
+        try:
+            with torch.inference_mode():
+                return self._stepped(self._scheduler.plan())
+        except BaseException:
+            self._scheduler.restart()
+            raise
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, samples: int, seed: int
     ) -> Iterator[Rollout]:
-        """`samples` completions of each prompt, each as soon as it ends.
+        """`samples` completions of each prompt, each as soon as it ends; nothing else may be running.
 
-        Sample s of the prompt with index i has the number i · samples + s, and is drawn from random numbers that
-        depend on (seed, that number, position) only.
+        Sample s of the prompt with index i has the number i · samples + s, which is also its key, and is drawn from
+        random numbers that depend on (seed, that number, position) only.
 
         Raises:
             PromptTooLong: before anything runs.
         """
-        longest = max((len(p.tokens) for p in prompts), default=0)
-        new = max((sampling.max_new_tokens, *sampling.exact_lengths))
-        if longest + new > self._cache.length:
-            raise PromptTooLong(
-                f"a prompt of {longest} tokens and {new} new ones need a context of {longest + new}, "
-                f"and rollouts have {self._cache.length}"
+        assert not self.has_work
+        places = {prompt.index * samples + s: prompt for prompt in prompts for s in range(samples)}
+        requests = [Request(number, prompt.tokens, sampling, seed, number) for number, prompt in places.items()]
+        for request in requests:
+            self._check(request)
+        for request in requests:
+            self.add(request)
+        parts: dict[str | int, list[Token]] = {number: [] for number in places}
+        try:
+            while parts:
+                for token in self.step():
+                    parts[token.key].append(token)
+                    if token.finish_reason:
+                        yield self._rollout(places[int(token.key)], int(token.key), parts.pop(token.key))
+                for number in [number for number in parts if number not in self._sequences]:
+                    yield self._rollout(places[int(number)], int(number), parts.pop(number))
+        finally:
+            for number in parts:
+                self.cancel(number)
+
+    def _check(self, request: Request) -> None:
+        """Refuse what cannot be run; see `add`."""
+        model, new, prompt = self.transformer.model, request.sampling.longest, len(request.tokens)
+        if not prompt:
+            raise ValueError(
+                "a prompt without tokens has no next token: give at least one, for example the text's begin"
             )
-        waiting = deque(Running(p, p.index * samples + s) for p in prompts for s in range(samples))
-        running: list[Running] = []
-        while waiting or running:
-            while waiting and len(running) < self._cache.slots:
-                self._admit(waiting, running, sampling, seed)
-                yield from self._finished(running)
-            if running:
-                self._advance(running, sampling, seed)
-                yield from self._finished(running)
+        if prompt + new > self.length:
+            raise PromptTooLong(
+                f"a prompt of {prompt} tokens and {new} new ones need a context of {prompt + new}, "
+                f"and rollouts have {self.length}"
+            )
+        lacking = self._scheduler.lacking(prompt + new - 1)
+        if lacking:
+            raise PromptTooLong(
+                f"a prompt of {prompt} tokens and {new} new ones need {lacking[0]} blocks of {BLOCK} tokens, and the "
+                f"cache has {lacking[1]}: raise cache_gib, or ask for fewer tokens"
+            )
+        named = (*request.tokens, *request.sampling.stop_tokens, *request.sampling.logit_bias)
+        strange = next((t for t in named if not 0 <= t < model.vocabulary), None)
+        if strange is not None:
+            raise ValueError(f"there is no token {strange}: the vocabulary has 0 … {model.vocabulary - 1}")
 
-    def _admit(self, waiting: deque[Running], running: list[Running], sampling: SamplingConfig, seed: int) -> None:
-        """Read waiting prompts into free slots, each distinct prompt once, and draw their first tokens."""
-        admitted: list[Running] = []
-        tokens = 0
-        while waiting and len(running) + len(admitted) < self._cache.slots:
-            new = 0 if admitted and admitted[-1].prompt is waiting[0].prompt else len(waiting[0].prompt.tokens)
-            if admitted and tokens + new > self._prefill_tokens:
-                break
-            tokens += new
-            admitted.append(waiting.popleft())
-        groups = [list(group) for _, group in groupby(admitted, key=lambda s: id(s.prompt))]
-        slots = iter(range(len(running), len(running) + len(admitted)))
-        attend = Prefill(
-            self._cache,
-            tuple(len(g[0].prompt.tokens) for g in groups),
-            [[next(slots) for _ in group] for group in groups],
-        )
-        flat = torch.tensor([t for g in groups for t in g[0].prompt.tokens], device=self._device)
-        positions = torch.cat([torch.arange(len(g[0].prompt.tokens)) for g in groups]).to(self._device)
-        last = torch.tensor([len(g[0].prompt.tokens) for g in groups]).cumsum(0) - 1
-        hidden = self.transformer(flat, positions, attend)[last, 0]
-        copies = torch.tensor([i for i, g in enumerate(groups) for _ in g])
-        running += admitted
-        self._extend(admitted, self._logits(hidden)[copies], sampling, seed)
+    def _stepped(self, plan: Plan) -> list[Token]:
+        if not plan.chunks:
+            return []
+        ends = torch.tensor([chunk.count for chunk in plan.chunks]).cumsum(0) - 1
+        hidden = self._hidden(plan.chunks)
+        for fork in plan.forks:
+            for kind, copied in enumerate(fork.copies):
+                if copied:
+                    self._cache.copy(kind, *copied)
+        row = {id(chunk): end for chunk, end in zip(plan.chunks, ends.tolist(), strict=True)}
+        drawing = [(chunk.sequence, row[id(chunk)]) for chunk in plan.chunks if chunk.draws]
+        drawing += [(fork.sequence, row[id(fork.source)]) for fork in plan.forks]
+        if not drawing:
+            return []
+        rows, places = torch.tensor([place for _, place in drawing]).unique(return_inverse=True)
+        logits = self._logits(hidden[rows.to(self._device)])
+        return self._extended([sequence for sequence, _ in drawing], logits[places.to(self._device)])
 
-    def _advance(self, running: list[Running], sampling: SamplingConfig, seed: int) -> None:
-        """One more token for every running sequence."""
-        lengths = torch.tensor([s.cached for s in running], device=self._device)
-        tokens = torch.tensor([s.tokens[-1] for s in running], device=self._device)
-        hidden = self.transformer(tokens, lengths, Decode(self._cache, lengths))[:, 0]
-        self._extend(running, self._logits(hidden), sampling, seed)
+    def _hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Activations [T, width] of all tokens of a pass."""
+        tokens = np.concatenate([c.sequence.part(c.start, c.start + c.count) for c in chunks])
+        positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
+        paged = ExactPagedAttention if self.transformer.numerics == "exact" else PagedAttention
+        attend = paged(self._cache, [Span(c.sequence.tables, c.start, c.count) for c in chunks])
+        tokens_T, positions_T = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
+        hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
+        return hidden[:, 0]
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
-        model = self.transformer.model
-        return local_logits(hidden_BD, self.transformer.inference_head, 0, model.vocabulary, model.logit_cap)
+        """Of this tensor rank's part of the vocabulary [B, V/tensor]."""
+        model, weight = self.transformer.model, self.transformer.inference_head
+        numerics = self.transformer.numerics
+        return local_logits(hidden_BD, weight, self._first_row, model.vocabulary, model.logit_cap, numerics)
 
-    def _extend(self, sequences: list[Running], logits_BV: Tensor, sampling: SamplingConfig, seed: int) -> None:
-        numbers = uniforms(seed, [s.sample for s in sequences], [len(s.tokens) for s in sequences])
-        drawn = draw(logits_BV, numbers, sampling)
-        for sequence, token, logp in zip(sequences, drawn.tokens.tolist(), drawn.logp.tolist(), strict=True):
+    @property
+    def _first_row(self) -> int:
+        """Of the vocabulary on this rank."""
+        return self.transformer.groups.tensor_rank * len(self.transformer.head_weight)
+
+    def _extended(self, sequences: list[Running], local_BV: Tensor) -> list[Token]:
+        """Draw a token for each sequence, which ends there or goes on."""
+        whole_BV = self._whole(local_BV)
+        requests = [s.request for s in sequences]
+        numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], [len(s.tokens) for s in sequences])
+        rows = [self._row(s, number) for s, number in zip(sequences, numbers.tolist(), strict=True)]
+        drawn = draw(whole_BV, rows)
+        tokens_B = self._agreed(drawn.tokens)
+        logp, log_sums = self._policy(local_BV, tokens_B, [row.policy_temperature for row in rows])
+        sampling_logp = torch.where(drawn.sampling_logp.isnan(), logp, drawn.sampling_logp)
+        columns = zip(sequences, rows, tokens_B.tolist(), logp.tolist(), sampling_logp.tolist(), strict=True)
+        found = []
+        for i, (sequence, row, token, p, q) in enumerate(columns):
             sequence.tokens.append(token)
-            sequence.logp.append(logp)
-            sequence.finish_reason = self._reason(sequence, sampling)
+            reason = self._reason(sequence)
+            top = likeliest(whole_BV[i], log_sums[i], row) if row.sampling.logprobs else ()
+            found.append(Token(sequence.request.key, token, p, q, self.weight_version, reason, top, drawn.supports[i]))
+            if reason:
+                del self._sequences[sequence.request.key]
+                self._scheduler.finish(sequence)
+        self._generated_tokens += len(found)
+        return found
 
-    def _reason(self, sequence: Running, sampling: SamplingConfig) -> str | None:
+    def _row(self, sequence: Running, number: float) -> Row:
+        request = sequence.request
+        early = len(sequence.tokens) < request.sampling.min_new_tokens
+        forbidden = self._ends(request.sampling) if early and not request.sampling.exact_lengths else ()
+        return Row(request.sampling, number, request.tokens, sequence.tokens, forbidden)
+
+    def _ends(self, sampling: SamplingConfig) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        return (*self.transformer.model.eos_tokens, *sampling.stop_tokens)
+
+    def _whole(self, local_BV: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, on all tensor ranks."""
+        group = self.transformer.groups.tensor
+        if group.size() > 1:
+            parts = [torch.empty_like(local_BV) for _ in range(group.size())]
+            dist.all_gather(parts, local_BV.contiguous(), group=group)
+            local_BV = torch.cat(parts, dim=1)
+        return local_BV[:, : self.transformer.model.vocabulary]
+
+    def _agreed(self, tokens_B: Tensor) -> Tensor:
+        """The first tensor rank's draws: others' processors might round in other ways."""
+        group = self.transformer.groups.tensor
+        if group.size() > 1:
+            dist.broadcast(tokens_B, dist.get_global_rank(group, 0), group=group)
+        return tokens_B
+
+    def _policy(self, local_BV: Tensor, tokens_B: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of tokens under the policy and the log-sum-exp below them, [B] each, as in training."""
+        group, local_tokens = self.transformer.groups.tensor, tokens_B - self._first_row
+        logp, log_sums = (torch.empty(len(tokens_B), device=self._device) for _ in range(2))
+        for temperature in dict.fromkeys(temperatures):
+            rows = [i for i, t in enumerate(temperatures) if t == temperature]
+            part = local_BV if len(rows) == len(local_BV) else local_BV[rows]
+            log_sum, at_target = reduced(part, local_tokens[rows], temperature, group, self.transformer.numerics)
+            logp[rows], log_sums[rows] = at_target - log_sum, log_sum
+        return logp, log_sums
+
+    def _reason(self, sequence: Running) -> str | None:
+        """Why a sequence ends with its last token, if it does."""
+        sampling, written = sequence.request.sampling, len(sequence.tokens)
         if sampling.exact_lengths:
-            wanted = sampling.exact_lengths[sequence.sample % len(sampling.exact_lengths)]
-            return "length" if len(sequence.tokens) >= wanted else None
-        if sequence.tokens[-1] in self.transformer.model.eos_tokens:
+            wanted = sampling.exact_lengths[sequence.request.sample % len(sampling.exact_lengths)]
+            return "length" if written >= wanted else None
+        stopped = sequence.stops is not None and sequence.stops.found(sequence.tokens)
+        if written >= sampling.min_new_tokens and (stopped or sequence.tokens[-1] in self._ends(sampling)):
             return "stop"
-        if sampling.stop and any(stop in self._decode_text(sequence.tokens) for stop in sampling.stop):
-            return "stop"
-        return "length" if len(sequence.tokens) >= sampling.max_new_tokens else None
+        return "length" if written >= sampling.max_new_tokens else None
 
-    def _finished(self, running: list[Running]) -> Iterator[Rollout]:
-        """Hand out the sequences that ended; the last running ones move into their slots."""
-        slot = 0
-        while slot < len(running):
-            sequence = running[slot]
-            if sequence.finish_reason is None:
-                slot += 1
-                continue
-            last = running.pop()
-            if last is not sequence:
-                self._cache.move(len(running), slot, last.cached)
-                running[slot] = last
-            yield self._rollout(sequence)
-
-    def _rollout(self, sequence: Running) -> Rollout:
-        assert sequence.finish_reason is not None
+    def _rollout(self, prompt: Prompt, number: int, tokens: list[Token]) -> Rollout:
+        ids = tuple(t.token for t in tokens)
         return Rollout(
-            prompt=sequence.prompt,
-            sample=sequence.sample,
-            tokens=tuple(sequence.tokens),
-            logp=tuple(sequence.logp),
-            text=self._decode_text(sequence.tokens),
-            finish_reason=sequence.finish_reason,
-            weight_version=self.weight_version,
+            prompt=prompt,
+            sample=number,
+            tokens=ids,
+            logp=tuple(t.logp for t in tokens),
+            text=self._decode(list(ids)),
+            finish_reason=(tokens and tokens[-1].finish_reason) or "abort",
+            weight_versions=tuple(t.weight_version for t in tokens),
+            sampling_logp=tuple(t.sampling_logp for t in tokens),
+            supports=tuple(t.support for t in tokens) if any(t.support for t in tokens) else (),
         )
 
 
 def load_rollout_engine(
-    checkpoint: Path | Place, *, dtype: str, slots: int, length: int
+    checkpoint: Path | Place,
+    *,
+    dtype: str,
+    length: int = 1 << 20,
+    sequences: int = 64,
+    cache_gib: float = 1.0,
+    budget: int = 2048,
+    on_update: OnUpdate = "restart",
+    groups: Groups | None = None,
+    numerics: Numerics = "fast",
 ) -> tuple[RolloutEngine, Tokenizer]:
-    """A rollout engine over a checkpoint, in a world of this process alone."""
+    """A rollout engine over a checkpoint, in a world of this process alone unless `groups` says otherwise."""
     source = Checkpoint(checkpoint)
     tokenizer = Tokenizer(source.files)
-    stage = build(ModelConfig(**source.manifest["model"]), alone(), DTYPES[dtype], source)
-    engine = RolloutEngine(transformer_of(stage), slots=slots, length=length, decode=tokenizer.decode)
+    stage = build(ModelConfig(**source.manifest["model"]), groups or alone(), DTYPES[dtype], source, numerics)
+    engine = RolloutEngine(
+        transformer_of(stage),
+        decode=tokenizer.decode,
+        length=length,
+        sequences=sequences,
+        cache_gib=cache_gib,
+        budget=budget,
+        on_update=on_update,
+    )
     return engine, tokenizer

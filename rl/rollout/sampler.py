@@ -1,47 +1,78 @@
-"""The next token of each row of logits, and its log-probability under the policy.
+"""The next token of each row of logits: rows of one batch may be drawn in different ways.
 
-The random number of a sample's token depends on (seed, sample, position) only, so the same sample comes out in any
-batch and on any worker.
+Two distributions matter. The policy is softmax(logits / temperature) over the whole vocabulary, which is what the
+trainer computes; at temperature 0 it is the policy at temperature 1. The sampling distribution is what a token was
+drawn from, after penalties, bias and truncation. The random number of a sample's token depends on (seed, sample,
+position) only, so the same sample comes out in any batch and on any worker.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from lockstep.rl.rollout.sampling import SamplingConfig
 
-class SamplingConfig(BaseModel):
-    """How tokens are drawn; the log-probabilities that are reported have the temperature but no truncation."""
+LANE = 256
+"""Tokens whose weights are added up before the cumulative sum: a draw finds the lane, then the token in it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+CANDIDATES = 1024
+"""Likeliest tokens among which the end of a nucleus is looked for first; a full sort takes many times as long."""
 
-    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token")
-    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0 for all")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens of this total probability")
-    max_new_tokens: int = Field(64, ge=1)
-    exact_lengths: tuple[int, ...] = Field(
-        (), description="for measurements: how many tokens each sample has, whatever it says; in turn"
-    )
-    stop: tuple[str, ...] = Field((), description="end a completion that contains one of these strings")
+
+@dataclass(frozen=True)
+class Row:
+    """What decides a draw beside the logits."""
+
+    sampling: SamplingConfig
+    uniform: float
+    """In [0, 1); see `uniforms`."""
+    prompt: Sequence[int] = ()
+    completion: Sequence[int] = ()
+    forbidden: Sequence[int] = ()
+    """Tokens that may not be drawn, because they would end the completion too early."""
+
+    @property
+    def policy_temperature(self) -> float:
+        """Of the policy; see the module."""
+        return self.sampling.temperature or 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the sampling distribution is the policy."""
+        asked = self.sampling
+        truncates = asked.top_k or asked.top_p < 1 or asked.min_p
+        return bool(asked.temperature) and not truncates and not self.alters
+
+    @property
+    def alters(self) -> bool:
+        """Whether logits change before the temperature."""
+        asked = self.sampling
+        penalties = asked.frequency_penalty or asked.presence_penalty or asked.repetition_penalty != 1
+        return bool(penalties or asked.logit_bias or self.forbidden)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The drawn tokens [B] and their log-probabilities [B] under the policy, in nats."""
+    """The drawn tokens [B] and their log-probabilities [B] in nats."""
 
     tokens: Tensor
-    logp: Tensor
+    sampling_logp: Tensor
+    """Under the sampling distribution; NaN where that is the policy."""
+    supports: tuple[tuple[int, ...], ...]
+    """Of rows that ask for it and were truncated: the tokens of positive probability."""
 
 
-def uniforms(seed: int, samples: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """One number in [0, 1) for each (sample, position): splitmix64 (Steele et al. 2014) of the three in turn."""
-    state = np.full(len(samples), seed & 0xFFFFFFFFFFFFFFFF, np.uint64)
+def uniforms(seeds: Sequence[int], samples: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """One number in [0, 1) for each (seed, sample, position): splitmix64 (Steele et al. 2014) of the three in turn."""
+    state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)
     for part in (samples, positions):
         state = _mixed(state ^ _mixed(np.asarray(part, np.uint64)))
-    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -52,33 +83,176 @@ def _mixed(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, config: SamplingConfig) -> Draw:
-    """One token a row, by inverting the cumulative distribution at a uniform number.
+def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
+    """One token a row, by inverting the cumulative distribution at the row's uniform number."""
+    device = logits_BV.device
+    tokens = torch.empty(len(rows), dtype=torch.long, device=device)
+    sampling_logp = torch.full((len(rows),), float("nan"), device=device)
+    supports: list[tuple[int, ...]] = [()] * len(rows)
+    plain = [i for i, row in enumerate(rows) if row.is_plain]
+    if plain:
+        chosen = [rows[i] for i in plain]
+        weights = _weights(_over_temperature(_picked(logits_BV, plain), chosen))
+        tokens[plain] = _inverted(weights, _uniform(chosen, device))[0]
+    rest = [i for i, row in enumerate(rows) if not row.is_plain]
+    if rest:
+        chosen = [rows[i] for i in rest]
+        scaled = _truncated(_over_temperature(_altered(_picked(logits_BV, rest), chosen), chosen), chosen)
+        tokens[rest], share = _inverted(_weights(scaled), _uniform(chosen, device))
+        greedy = torch.tensor([not row.sampling.temperature for row in chosen], device=device)
+        sampling_logp[rest] = share.masked_fill(greedy, 0.0)
+        tokens[rest] = torch.where(greedy, scaled.argmax(-1), tokens[rest])
+        for i, row, logits in zip(rest, chosen, scaled, strict=True):
+            if row.sampling.support:
+                supports[i] = tuple(torch.nonzero(logits > float("-inf"))[:, 0].tolist())
+    return Draw(tokens, sampling_logp, tuple(supports))
 
-    With temperature 0 the policy is reported at temperature 1.
+
+def likeliest(logits_V: Tensor, log_sum: Tensor, row: Row) -> tuple[tuple[int, float], ...]:
+    """As many tokens as the row asks for, likeliest first, with their log-probabilities under the policy."""
+    best = (logits_V.float() / row.policy_temperature).topk(min(row.sampling.logprobs, len(logits_V)))
+    return tuple(zip(best.indices.tolist(), (best.values - log_sum).tolist(), strict=True))
+
+
+def over_support(logits_KV: Tensor, supports: Sequence[Sequence[int]], targets_K: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [K] of targets among the tokens that each was drawn among, from the policy's logits.
+
+    With `Rollout.supports` on both sides of an importance ratio, the ratio is exact in spite of a truncation: the
+    policy that is compared could draw the same tokens as the one that drew (an empty support stands for all).
     """
-    scaled = logits_BV.float()
-    if config.temperature not in (0, 1):
-        scaled = scaled / config.temperature
-    tokens = scaled.argmax(-1) if config.temperature == 0 else _inverted(_truncated(scaled, config), uniform_B)
-    logp = scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
-    return Draw(tokens, logp)
+    scaled = logits_KV.float() / temperature
+    hidden = torch.zeros(scaled.shape, dtype=torch.bool, device=scaled.device)
+    for row, support in zip(hidden, supports, strict=True):
+        if support:
+            row.fill_(True)
+            row[list(support)] = False
+    scaled = scaled.masked_fill(hidden, float("-inf"))
+    return scaled.gather(1, targets_K[:, None])[:, 0] - scaled.logsumexp(-1)
 
 
-def _truncated(scaled: Tensor, config: SamplingConfig) -> Tensor:
-    if 0 < config.top_k < scaled.shape[1]:
-        kth = scaled.topk(config.top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < kth, float("-inf"))
-    if config.top_p < 1:
-        ordered, order = scaled.softmax(-1).sort(dim=-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= config.top_p
-        scaled = scaled.masked_fill(outside.gather(1, order.argsort(-1)), float("-inf"))
+def _picked(logits_BV: Tensor, rows: list[int]) -> Tensor:
+    """A copy of some rows in fp32."""
+    part = logits_BV if len(rows) == len(logits_BV) else logits_BV[rows]
+    return part.to(torch.float32, copy=part is logits_BV)
+
+
+def _uniform(rows: Sequence[Row], device: torch.device) -> Tensor:
+    return torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=device)
+
+
+def _over_temperature(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    temperatures = [row.policy_temperature for row in rows]
+    if any(t != 1 for t in temperatures):
+        logits /= torch.tensor(temperatures, device=logits.device)[:, None]
+    return logits
+
+
+def _altered(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Penalties on tokens seen (Keskar et al. 2019, section 4.1) and written, bias, and forbidden tokens."""
+    for line, row in zip(logits, rows, strict=True):
+        if not row.alters:
+            continue
+        asked = row.sampling
+        if asked.repetition_penalty != 1:
+            seen = torch.tensor(sorted({*row.prompt, *row.completion}), dtype=torch.long, device=line.device)
+            had = line[seen]
+            line[seen] = torch.where(had > 0, had / asked.repetition_penalty, had * asked.repetition_penalty)
+        if row.completion and (asked.frequency_penalty or asked.presence_penalty):
+            written = Counter(row.completion)
+            taken = [asked.presence_penalty + asked.frequency_penalty * count for count in written.values()]
+            line[list(written)] -= torch.tensor(taken, device=line.device)
+        if asked.logit_bias:
+            line[list(asked.logit_bias)] += torch.tensor(list(asked.logit_bias.values()), device=line.device)
+        line[list(row.forbidden)] = float("-inf")
+    return logits
+
+
+def _truncated(scaled: Tensor, rows: Sequence[Row]) -> Tensor:
+    """−∞ for what top-k, of that top-p, of that min-p cut off; of equals at the edge all stay.
+
+    Each rule keeps the tokens from some logit upwards, so all three together are one bound: it depends on the values of
+    the row alone, not on an order of equal ones, nor on other rows.
+    """
+    cut = [i for i, r in enumerate(rows) if r.sampling.temperature and _truncates(r.sampling)]
+    if not cut:
+        return scaled
+    part = scaled[cut]
+    bounds = _bounds(part, [rows[i].sampling for i in cut])
+    scaled[cut] = part.masked_fill_(part < bounds[:, None], float("-inf"))
     return scaled
 
 
-def _inverted(scaled: Tensor, uniform_B: Tensor) -> Tensor:
-    """The first token whose cumulative weight exceeds the uniform share of the total; never one of weight 0."""
-    weights = (scaled - scaled.amax(-1, keepdim=True)).exp()
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    wanted = (uniform_B.to(cumulative.device) * cumulative[:, -1])[:, None]
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp(max=scaled.shape[1] - 1)
+def _truncates(asked: SamplingConfig) -> bool:
+    return bool(asked.top_k or asked.top_p < 1 or asked.min_p)
+
+
+def _bounds(scaled: Tensor, asked: Sequence[SamplingConfig]) -> Tensor:
+    """The smallest logit [B] that each row keeps."""
+    size = scaled.shape[1]
+    by_rank = any(a.top_k or a.top_p < 1 for a in asked)
+    wanted = min(size, max(CANDIDATES, *(a.top_k for a in asked))) if by_rank else 1
+    ordered = scaled.topk(wanted, dim=-1).values
+    totals = ordered[:, 0] + _cumulative(_lanes(_weights(scaled)))[:, -1].log()
+    found = []
+    for line, best, total, a in zip(scaled, ordered, totals, asked, strict=True):
+        bound = best[0] + math.log(a.min_p) if a.min_p else best.new_tensor(float("-inf"))
+        if 0 < a.top_k < size:
+            best = best[: int((best >= best[a.top_k - 1]).sum())]
+            bound, total = torch.maximum(bound, best[-1]), best.double().logsumexp(-1)
+        if a.top_p < 1:
+            bound = torch.maximum(bound, _nucleus(line, best, total, a.top_p))
+        found.append(bound)
+    return torch.stack(found)
+
+
+def _nucleus(line: Tensor, best: Tensor, total: Tensor, top_p: float) -> Tensor:
+    """The smallest logit of the likeliest tokens whose probabilities add up to top_p (Holtzman et al. 2020, eq. 2).
+
+    Args:
+        best: the largest logits of the row, in order; where they do not suffice, all are put in order.
+    """
+    short = int(((best - total).exp().cumsum(-1) < top_p).sum())
+    if short < len(best):
+        return best[short]
+    return best[-1] if len(best) == len(line) else _nucleus(line, line.sort(descending=True).values, total, top_p)
+
+
+def _weights(scaled: Tensor) -> Tensor:
+    """Probabilities up to a factor; 1 for the likeliest token."""
+    return (scaled - scaled.amax(-1, keepdim=True)).exp_()
+
+
+def _lanes(weights: Tensor) -> Tensor:
+    """[B, lanes, LANE], filled up with 0."""
+    padding = -weights.shape[1] % LANE
+    padded = torch.nn.functional.pad(weights, (0, padding)) if padding else weights
+    return padded.view(len(weights), -1, LANE)
+
+
+def _cumulative(lanes: Tensor) -> Tensor:
+    """Weights up to the end of each lane [B, lanes]: one order of additions, however many rows there are."""
+    return lanes.sum(-1, dtype=torch.float64).cumsum(-1)
+
+
+def _inverted(weights: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token whose cumulative weight exceeds the uniform share of the total, and its log-probability.
+
+    It is never one of weight 0.
+    """
+    lanes = _lanes(weights)
+    cumulative = _cumulative(lanes)
+    wanted = (uniform_B * cumulative[:, -1])[:, None]
+    lane = _first_above(cumulative, wanted)
+    before = torch.where(lane > 0, cumulative.gather(1, (lane - 1).clamp(min=0)), torch.zeros_like(wanted))
+    own = lanes[torch.arange(len(lanes), device=lanes.device), lane[:, 0]]
+    place = _first_above(own.cumsum(-1, dtype=torch.float64), wanted - before)
+    # Rounding may put the wanted share just behind the lane's end: its last token of positive weight is meant then.
+    last = LANE - 1 - (own > 0).flip(-1).int().argmax(-1, keepdim=True)
+    tokens = (lane * LANE + torch.minimum(place, last))[:, 0]
+    shares = weights.gather(1, tokens[:, None])[:, 0].double() / cumulative[:, -1]
+    return tokens, shares.log().float()
+
+
+def _first_above(cumulative: Tensor, wanted: Tensor) -> Tensor:
+    """The first place whose cumulative weight exceeds what is wanted [B, 1]."""
+    return torch.searchsorted(cumulative, wanted, right=True).clamp(max=cumulative.shape[1] - 1)

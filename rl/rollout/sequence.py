@@ -1,22 +1,67 @@
-"""One completion while it is being written."""
+"""A request for one completion, what comes out of it token by token, and its state in between."""
 
 from dataclasses import dataclass, field
 
-from lockstep.rl.types import Prompt
+from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.stopping import StopStrings
 
 
-@dataclass
-class Sequence:
-    """A running sample of a prompt; the only thing in a rollout that changes."""
+@dataclass(frozen=True)
+class Request:
+    """One completion of one prompt."""
 
-    prompt: Prompt
+    key: str | int
+    """The caller's name for it, which its tokens carry."""
+    tokens: tuple[int, ...]
+    """The prompt."""
+    sampling: SamplingConfig
+    seed: int
     sample: int
-    """Number of the sample, which together with the seed decides what is drawn."""
-    tokens: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
+    """Number that together with the seed and the position decides what is drawn."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a completion."""
+
+    key: str | int
+    token: int
+    logp: float
+    """Under the policy: with the temperature, over the whole vocabulary (at temperature 0 the policy at 1), in nats."""
+    sampling_logp: float
+    """Under the distribution that it was drawn from, penalties and truncation included; 0 where it had no choice."""
+    weight_version: int
     finish_reason: str | None = None
+    """With the last token: `stop` where the model or a stop string ended it, `length` where the limit did."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and their log-probabilities under the policy, where the request asks for `logprobs`."""
+    support: tuple[int, ...] = ()
+    """Tokens among which it was drawn, in order, where the request asks for `support` and something was cut off."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A completion while it is being written; the only thing in a rollout that changes."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    """Of the completion."""
+    cached: int = 0
+    """Tokens, from the prompt's first on, whose keys and values are in the cache."""
+    tables: list[list[int]] = field(default_factory=list)
+    """For each kind of layer the block of each BLOCK tokens; −1 where it has been given back."""
+    names: list[bytes] = field(default_factory=list)
+    """Of what the text's full blocks hold, as far as they have been needed."""
+    stops: StopStrings | None = None
 
     @property
-    def cached(self) -> int:
-        """Tokens whose keys and values are in the cache: all but the one drawn last."""
-        return len(self.prompt.tokens) + len(self.tokens) - 1
+    def known(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.request.tokens) + len(self.tokens)
+
+    def part(self, start: int, stop: int) -> tuple[int, ...]:
+        """Tokens start … stop−1 of prompt and completion."""
+        prompt = self.request.tokens
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        return (*prompt[start:], *self.tokens[max(0, start - len(prompt)) : stop - len(prompt)])

@@ -34,7 +34,7 @@ data = 2
 
 [rollout]
 workers = 1
-slots = 8
+sequences = 8
 length = 128
 
 [evaluation]

@@ -70,6 +70,13 @@ def test_an_override_below_a_value_is_refused() -> None:
     assert "seed is a value, not a section" in refusal("seed=1", "seed.x=2")
 
 
+def test_numerics_that_a_recipe_would_undo_are_refused() -> None:
+    assert "model.numerics='exact'" in refusal("model.numerics=exact", "trainer.compile=true")
+    assert "rollout.tensor=1 and layout.tensor=2" in refusal("model.numerics=exact", "layout.tensor=2", "rl.steps=1")
+    assert parse({}, ["model.numerics=exact"]).model.numerics == "exact"
+    assert "model.numerics" in refusal("model.numerics=precise")
+
+
 def test_a_missing_a_broken_and_a_binary_recipe_are_named(tmp_path: Path) -> None:
     missing, broken, binary = (tmp_path / name for name in ("missing.toml", "broken.toml", "binary.toml"))
     broken.write_text("name = [\n")

@@ -18,7 +18,7 @@ from tests.cluster.commands import Command, overrides, summary, write_recipe
 def learning(tmp_path: Path, tiny_folder: Path) -> Iterator[Command]:
     """A run that is in the middle of RL."""
     recipe = write_recipe(tmp_path, tiny_folder)
-    endless = overrides("rl.steps=100000", "rollout.slots=16")
+    endless = overrides("rl.steps=100000", "rollout.sequences=16")
     command = Command(tmp_path / "log", "train", str(recipe), *endless)
     try:
         command.wait_for("\nrl   ")

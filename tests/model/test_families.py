@@ -32,7 +32,7 @@ from lockstep.model.rope import Rope
 from lockstep.model.train import Trainer, build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.sync import Shard, Shards, shards_of
 from lockstep.rl.types import Prompt
 
@@ -283,7 +283,7 @@ def test_packed_documents_and_branches_equal_separate_texts(alone: Transformer) 
 
 def test_greedy_rollouts_say_what_whole_forward_passes_do(alone: Transformer) -> None:
     prompts = [Prompt(i, "", tuple(text(n, seed=n).tolist()), "") for i, n in enumerate((5, 2, 19, 8))]
-    engine = RolloutEngine(alone, slots=3, length=64, decode=str)
+    engine = RolloutEngine(alone, sequences=3, length=64, decode=str)
     sampling = SamplingConfig(temperature=0, max_new_tokens=14, exact_lengths=(14,))
     rollouts = list(engine.generate(prompts, sampling, samples=1, seed=0))
     assert len(rollouts) == len(prompts)

@@ -25,7 +25,7 @@ from lockstep.model.formats.gguf import GGUFFile
 from lockstep.model.formats.huggingface import BadFolder, HuggingFaceFolder, read_text_files
 from lockstep.model.logprobs import local_logits
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt
 
 
@@ -174,7 +174,7 @@ def theirs() -> Any:
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
     checkpoint = to_lockstep(str(GGUF), tmp_path_factory.mktemp("gguf"))
-    yield load_rollout_engine(checkpoint, dtype="float32", slots=len(QUESTIONS), length=128)
+    yield load_rollout_engine(checkpoint, dtype="float32", sequences=len(QUESTIONS), length=128)
     leave()
 
 

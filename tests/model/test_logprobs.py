@@ -10,11 +10,11 @@ from torch import Tensor
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
-from lockstep.model.logprobs import CHUNK, local_logits, token_logprobs, token_scores
+from lockstep.model.logprobs import CHUNKS, local_logits, token_logprobs, token_scores
 from lockstep.model.names import padded_vocabulary
 
 WIDTH = 12
-SIZES = [(0, 31), (1, 31), (5, 2), (CHUNK, 30), (CHUNK + 3, 31), (2 * CHUNK + 1, 7)]
+SIZES = [(0, 31), (1, 31), (5, 2), (CHUNKS["fast"], 30), (CHUNKS["fast"] + 3, 31), (2 * CHUNKS["fast"] + 1, 7)]
 
 
 def problem(tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -140,9 +140,9 @@ def test_padding_has_probability_zero() -> None:
     assert torch.isneginf(local_logits(hidden, weight, 16, 13)).all()
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, 0), (torch.bfloat16, 2 * CHUNK + 1)])
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, 0), (torch.bfloat16, 2 * CHUNKS["fast"] + 1)])
 def test_no_fp32_logits_of_all_tokens_are_kept(dtype: torch.dtype, kept: int, groups: Groups) -> None:
-    hidden, weight, targets, _ = problem(2 * CHUNK + 1, 301)
+    hidden, weight, targets, _ = problem(2 * CHUNKS["fast"] + 1, 301)
     hidden = hidden.to(dtype).requires_grad_()
     saved: list[Tensor] = []
 

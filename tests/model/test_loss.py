@@ -1,12 +1,14 @@
 """Objectives against their formulas, token by token."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lockstep.model.loss import Clip, Columns, nll, token_loss
+from lockstep.model.loss import Clip, Columns, differing_bits, mismatch, nll, token_loss
 
 CLIP = Clip(0.2, 0.3)
 
@@ -66,6 +68,8 @@ def test_reports_of_token_loss() -> None:
         "clipped": (w * ((ratio > 1.3) | (ratio < 0.8))).sum(),
         "mismatch_mean": (w * (p - old).abs()).sum(),
         "mismatch_max": (p - old).abs().max(),
+        "mismatch_kl": (w * ((p - old).exp() - (p - old) - 1)).sum(),
+        "mismatch_bits": torch.tensor(bits_between(logp, c.old_logp)),
     }
     for name, value in expected.items():
         assert math.isclose(report[name].item(), value.item(), rel_tol=1e-4), name
@@ -80,7 +84,25 @@ def test_on_policy_the_gradient_is_that_of_reinforce() -> None:
     assert torch.equal(found, wanted)
     assert torch.allclose(found, -c.weight * c.advantage)
     assert report["clipped"] == 0
-    assert report["mismatch_max"] == 0
+    assert all(report[f"mismatch_{name}"] == 0 for name in ("mean", "max", "kl", "bits"))
+
+
+def bits_between(a: torch.Tensor, b: torch.Tensor) -> int:
+    x, y = (t.detach().numpy().view(np.uint32) for t in (a, b))
+    return sum(bin(int(i) ^ int(j)).count("1") for i, j in zip(x, y, strict=True))
+
+
+def test_all_32_bits_count() -> None:
+    numbers = torch.tensor([0.0, -0.0, 1.0, -3.5, torch.inf, torch.nan])
+    for other in (numbers.roll(1), -numbers, numbers * 1.0000001):
+        assert differing_bits(numbers, other) == bits_between(numbers, other)
+    assert differing_bits(numbers, -numbers) >= 6
+
+
+def test_tokens_that_weigh_nothing_have_no_mismatch() -> None:
+    logp, c = columns(5, 4, 0.5)
+    report = mismatch(logp, replace(c, weight=torch.zeros(5)))
+    assert all(value == 0 for value in report.values())
 
 
 def test_no_reference_means_no_kl() -> None:

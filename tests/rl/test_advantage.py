@@ -17,7 +17,8 @@ outcomes = st.lists(st.sampled_from(Outcome), max_size=10)
 def group(results: list[Outcome]) -> list[Scored]:
     prompt = Prompt(0, "1 + 1 =", (1, 2), "2")
     return [
-        Scored(Rollout(prompt, i, (3,), (-0.5,), "2", "stop", 0), Verdict(outcome)) for i, outcome in enumerate(results)
+        Scored(Rollout(prompt, i, (3,), (-0.5,), "2", "stop", (0,)), Verdict(outcome))
+        for i, outcome in enumerate(results)
     ]
 
 

@@ -16,7 +16,7 @@ from lockstep.model.logprobs import local_logits, token_logprobs
 from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.engine import PromptTooLong, RolloutEngine
-from lockstep.rl.rollout.sampler import SamplingConfig
+from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.sync import shards_of
 from lockstep.rl.types import Prompt, Rollout
 
@@ -42,7 +42,7 @@ def prompts() -> list[Prompt]:
 
 
 def engine_of(transformer: Transformer, tokenizer: Tokenizer, slots: int, prefill: int = 2048) -> RolloutEngine:
-    return RolloutEngine(transformer, slots=slots, length=100, decode=tokenizer.decode, prefill=prefill)
+    return RolloutEngine(transformer, sequences=slots, length=100, decode=tokenizer.decode, budget=prefill)
 
 
 def run(
@@ -171,9 +171,8 @@ def test_a_sequence_that_ends_makes_room_at_once(
     found = run(engine_of(transformer, tokenizer, 2), prompts, sampling)
     assert tuple(len(found[i, i].tokens) for i in range(7)) == lengths
     assert sum(passes.rows) - sum(LENGTHS) == sum(n - 1 for n in lengths), "a token was computed twice or in vain"
-    # Sample 1 keeps one slot for 8 decoding passes; the others pass through the other slot in the meantime, with 6
-    # passes for prompts. If pairs waited for each other, there would be 9 + 2 + 2 + 3.
-    assert len(passes.rows) == 14
+    # Sample 1 takes one of two places for 9 passes; the others pass through the other place one after the other.
+    assert len(passes.rows) == 1 + 2 + 2 + 2 + 1 + 3
 
 
 def test_a_prompt_is_read_once_for_all_its_samples(
@@ -199,7 +198,7 @@ def test_no_prompts_give_no_completions(transformer: Transformer, tokenizer: Tok
 
 
 def test_the_context_of_the_model_bounds_the_cache(transformer: Transformer, tokenizer: Tokenizer) -> None:
-    engine = RolloutEngine(transformer, slots=1, length=1 << 20, decode=tokenizer.decode)
+    engine = RolloutEngine(transformer, sequences=1, length=1 << 20, decode=tokenizer.decode)
     prompt = Prompt(0, "", (5,) * 250, "")
     with pytest.raises(PromptTooLong, match="rollouts have 256"):
         list(engine.generate([prompt], SamplingConfig(max_new_tokens=7), samples=1, seed=0))

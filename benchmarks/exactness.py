@@ -1,0 +1,219 @@
+"""Exact numerics on a real model and small ones: whether a bit differs, and what the arithmetic costs.
+
+    python benchmarks/exactness.py check --model smollm2 --dtype bfloat16 --tensor 3
+    python benchmarks/exactness.py cost --dtype bfloat16
+
+`check` draws sequences of mixed lengths under random arrival, chunked prefill, prefix sharing and preemption, since the
+cache is far too small, and scores them again in the trainer's packed rows. `cost` times both arithmetics side by side.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lockstep.cluster.convert import to_lockstep
+from lockstep.cluster.sources import QUICKSTART_MODEL
+from lockstep.data.batch import RowRules, rows_for_ranks, sample
+from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.spec import Source
+from lockstep.distributed.groups import Groups, alone
+from lockstep.distributed.layout import Layout
+from lockstep.distributed.worlds import Worlds
+from lockstep.model.config import ModelConfig, MoEConfig, Numerics
+from lockstep.model.kv_cache import kinds
+from lockstep.model.loss import nll
+from lockstep.model.names import RandomWeights
+from lockstep.model.recipes import OptimizerConfig
+from lockstep.model.train import DTYPES, Trainer, build, transformer_of
+from lockstep.rl.mismatch import compare, reported, rescored
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.sequence import Request
+from lockstep.rl.types import Prompt, Rollout
+
+BASE = dict(layers=4, width=256, heads=8, kv_heads=4, head_dim=32, intermediate=700, vocabulary=5003, context=1024)
+SMALL = {
+    "gemma": BASE
+    | dict(
+        norm="rms_offset",
+        norm_at="around",
+        attention_cap=5.0,
+        logit_cap=9.0,
+        window=100,
+        full_layers=(1, 3),
+        activation="gelu_tanh",
+        embedding_scale=16.0,
+    ),
+    "gpt2": BASE
+    | dict(rope="learned", norm="layer", gated=False, activation="gelu_tanh", kv_heads=8, biases=("qkv", "out", "mlp")),
+    "experts": BASE | dict(moe=MoEConfig(experts=8, experts_per_token=2, intermediate=300), qk_norm="head"),
+}
+SAMPLES = 4
+"""Completions of each prompt."""
+RUNNING = 48
+"""Sequences that run at one time, in a cache with room for a third of them."""
+TEMPERATURE = 0.9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("check", "cost"))
+    parser.add_argument("--model", choices=("smollm2", *SMALL), default="smollm2")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--numerics", choices=("fast", "exact"), default="exact", help="of check")
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--sequences", type=int, default=512)
+    parser.add_argument("--longest-prompt", type=int, default=700)
+    parser.add_argument("--longest-completion", type=int, default=300)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = to_lockstep(QUICKSTART_MODEL, Path(folder)) if args.model == "smollm2" else None
+        if args.what == "cost":
+            cost(args.model, checkpoint, args.dtype)
+            return
+        lengths = args.sequences, args.longest_prompt, args.longest_completion
+        with Worlds(timeout_s=36_000.0) as worlds:
+            given = args.model, checkpoint, args.dtype, args.numerics, lengths
+            found = worlds.run(Layout(tensor=args.tensor), check, *given)[0]
+    said = {"model": args.model, "tensor": args.tensor, "dtype": args.dtype, "numerics": args.numerics}
+    print(json.dumps(said | found))
+
+
+def opened(name: str, checkpoint: Path | None) -> tuple[ModelConfig, Source]:
+    """A model and its weights."""
+    if checkpoint is None:
+        model = ModelConfig.model_validate(SMALL[name])
+        return model, RandomWeights(model, 0, deviation=0.08)
+    source = Checkpoint(checkpoint)
+    return ModelConfig(**source.manifest["model"]), source
+
+
+def check(
+    groups: Groups, name: str, checkpoint: Path | None, dtype: str, numerics: Numerics, lengths: tuple[int, int, int]
+) -> dict[str, float]:
+    """The mismatch, and what the engine did, on one rank of a tensor group."""
+    model, source = opened(name, checkpoint)
+    stage = build(model, groups, DTYPES[dtype], source, numerics)
+    sequences, longest_prompt, longest_completion = lengths
+    blocks = RUNNING // 3 * (longest_prompt + longest_completion) // 2 // 16 + 70
+    engine = RolloutEngine(
+        transformer_of(stage),
+        decode=lambda tokens: "",
+        sequences=RUNNING,
+        budget=384,
+        blocks=[blocks] * len(kinds(model)),
+    )
+    draw = np.random.default_rng(0)
+    began = time.perf_counter()
+    rollouts = written(engine, requests(draw, sequences, longest_prompt, longest_completion, model.vocabulary), draw)
+    between = time.perf_counter()
+    found = compare(reported(rollouts), rescored(stage, groups, rollouts, TEMPERATURE))
+    return vars(found) | {
+        "sequences": len(rollouts),
+        "preemptions": engine.statistics.preemptions,
+        "shared_prompt_tokens": engine.statistics.cached_prompt_tokens,
+        "prompt_tokens": engine.statistics.prompt_tokens,
+        "rollout_seconds": between - began,
+        "training_seconds": time.perf_counter() - between,
+    }
+
+
+def requests(
+    draw: np.random.Generator, sequences: int, longest_prompt: int, longest_completion: int, vocabulary: int
+) -> list[Request]:
+    """In random order; of each prompt's completions some come together and some much later."""
+    prompts = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in draw.integers(5, longest_prompt + 1, sequences)]
+    found = []
+    for number in range(sequences):
+        sampling = SamplingConfig(
+            temperature=TEMPERATURE, exact_lengths=(int(draw.integers(1, longest_completion + 1)),)
+        )
+        found.append(Request(number, prompts[number // SAMPLES], sampling, 0, number))
+    return [found[i] for i in draw.permutation(sequences)]
+
+
+def written(engine: RolloutEngine, waiting: list[Request], draw: np.random.Generator) -> list[Rollout]:
+    """The completions of requests that arrive at random times."""
+    everything = {r.key: r for r in waiting}
+    logp: dict[str | int, list[float]] = {key: [] for key in everything}
+    tokens: dict[str | int, list[int]] = {key: [] for key in everything}
+    while waiting or engine.has_work:
+        for _ in range(min(len(waiting), int(draw.poisson(0.7)))):
+            engine.add(waiting.pop())
+        for token in engine.step() if engine.has_work else ():
+            logp[token.key].append(token.logp)
+            tokens[token.key].append(token.token)
+    return [
+        Rollout(Prompt(number, "", r.tokens, ""), number, tuple(tokens[key]), tuple(logp[key]), "", "length", (0,))
+        for number, (key, r) in enumerate(everything.items())
+    ]
+
+
+def cost(name: str, checkpoint: Path | None, dtype: str) -> None:
+    """Seconds of training, reading a prompt and decoding, in fast and in exact numerics."""
+    groups = alone()
+    sides = {numerics: trials(groups, name, checkpoint, dtype, numerics) for numerics in ("fast", "exact")}
+    print(f"{name}, {dtype}, {torch.get_num_threads()} threads")
+    for what in sides["fast"]:
+        seconds: dict[str, list[float]] = {numerics: [] for numerics in sides}
+        for turn in range(4):
+            for numerics, each in sides.items():
+                start = time.perf_counter()
+                each[what]()
+                if turn:
+                    seconds[numerics].append(time.perf_counter() - start)
+        fast, exact = (statistics.median(seconds[numerics]) for numerics in ("fast", "exact"))
+        print(f"{what}: fast {fast * 1e3:.1f} ms, exact {exact * 1e3:.1f} ms, {exact / fast:.2f} times", flush=True)
+
+
+def trials(
+    groups: Groups, name: str, checkpoint: Path | None, dtype: str, numerics: Numerics
+) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    model, source = opened(name, checkpoint)
+    stage = build(model, groups, DTYPES[dtype], source, numerics)
+    draw = np.random.default_rng(0)
+    texts = draw.integers(0, model.vocabulary, (4, 513))
+    rows = rows_for_ranks([sample(t[:1], t[1:], weight=1 / 2048) for t in texts], RowRules(budget=2048))[0]
+    trainer, transformer = Trainer(stage, groups, OptimizerConfig()), transformer_of(stage)
+    keys = iter(range(1 << 30))
+
+    def engine_of(count: int, length: int, new: int) -> RolloutEngine:
+        engine = RolloutEngine(transformer, decode=lambda tokens: "", sequences=count)
+        for _ in range(count):
+            add(engine, length, new)
+        return engine
+
+    def add(engine: RolloutEngine, length: int, new: int) -> None:
+        tokens = tuple(draw.integers(0, model.vocabulary, length).tolist())
+        engine.add(Request(next(keys), tokens, SamplingConfig(exact_lengths=(new,)), 0, 0))
+
+    def read(engine: RolloutEngine) -> None:
+        add(engine, 1000, 1)
+        engine.step()
+
+    def decode(engine: RolloutEngine) -> None:
+        """16 steps; the first time, which does not count, the prompts as well."""
+        while engine.statistics.generated_tokens < engine.statistics.running:
+            engine.step()
+        for _ in range(16):
+            engine.step()
+
+    decoding = {count: engine_of(count, 256, 200) for count in (1, 8, 64)}
+    return {
+        "training step of 4 × 512 tokens": lambda: trainer.step(rows, nll, 0.0),
+        "prompt of 1,000 tokens": partial(read, engine_of(1, 5, 1)),
+        **{f"16 steps of {n} sequences": partial(decode, engine) for n, engine in decoding.items()},
+    }
+
+
+if __name__ == "__main__":
+    main()

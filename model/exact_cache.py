@@ -1,0 +1,77 @@
+"""Attention of rollouts in exact numerics: to keys and values in the blocks of a cache, by the trainer's function."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.model.exact_attention import KEYS, attend_in_tiles
+from lockstep.model.full_attention import PLAIN, Scoring
+from lockstep.model.kv_cache import KVCache, Span
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Spans of as many tokens each, as `attend_in_tiles` takes them."""
+
+    rows_NL: Tensor
+    """Places in the pass."""
+    tables_NP: Tensor
+    """Blocks from the first key on; any block where a sequence has none."""
+    first_N: Tensor
+    keys_from_N: Tensor
+
+
+class ExactPagedAttention:
+    """`Attend` for spans of sequences, head to tail: keys and values are kept first, then each token sees its own.
+
+    Single tokens of all sequences are attended to together, and every longer span by itself.
+    """
+
+    def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
+        """
+        Args:
+            cache: the tokens of its blocks divide 64.
+        """
+        assert KEYS % cache.block == 0
+        self._cache, device = cache, cache.values[0].device
+        starts = np.cumsum([0, *(s.count for s in spans)]).tolist()
+        places = list(zip(starts, spans, strict=False))
+        single = [(i, s) for i, s in places if s.count == 1]
+        alike = [each for each in (single, *([(i, s)] for i, s in places if s.count > 1)) if each]
+        kinds = range(len(cache.windows))
+        self._batches = [[_batch(cache, kind, each, device) for each in alike] for kind in kinds]
+        positions = [np.arange(s.start, s.start + s.count) for s in spans]
+        self._offsets = torch.from_numpy(np.concatenate(positions) % cache.block).to(device)
+        self._blocks = []
+        for kind in kinds:
+            pairs = zip(spans, positions, strict=True)
+            blocks = [np.asarray(span.tables[kind])[position // cache.block] for span, position in pairs]
+            self._blocks.append(torch.from_numpy(np.concatenate(blocks)).to(device))
+
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
+        """See `Attend`."""
+        kind = self._cache.kind_of[layer]
+        self._cache.write(layer, self._blocks[kind], self._offsets, k_TGE, v_TGE)
+        mixed = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
+        for batch in self._batches[kind]:
+            k, v = (x.transpose(1, 2) for x in self._cache.gathered(layer, batch.tables_NP))
+            mixed[batch.rows_NL] = attend_in_tiles(
+                q_THE[batch.rows_NL], k, v, batch.first_N, scoring, batch.keys_from_N
+            )
+        return mixed
+
+
+def _batch(cache: KVCache, kind: int, spans: Sequence[tuple[int, Span]], device: torch.device) -> _Batch:
+    window, block = cache.windows[kind], cache.block
+    seen = [0 if window is None else max(0, s.start - window + 1) for _, s in spans]
+    begins = [position // KEYS * (KEYS // block) for position in seen]
+    stops = [-(-(s.start + s.count) // block) for _, s in spans]
+    tables = np.zeros((len(spans), max(b - a for a, b in zip(begins, stops, strict=True))), np.int64)
+    for place, (_, span), begin, stop in zip(tables, spans, begins, stops, strict=True):
+        place[: stop - begin] = np.maximum(span.tables[kind][begin:stop], 0)  # a block behind the window is given back
+    rows = torch.tensor([i for i, _ in spans])[:, None] + torch.arange(spans[0][1].count)
+    first, keys_from = torch.tensor([s.start for _, s in spans]), torch.tensor(begins) * block
+    return _Batch(*(x.to(device) for x in (rows, torch.from_numpy(tables), first, keys_from)))

@@ -1,0 +1,127 @@
+"""Products in which the bits of a row depend on that row and the weight alone.
+
+A library picks its kernel, and with it the order in which a row is summed, by the number of rows and of threads. So all
+products here have one of a few fixed numbers of rows, the last padded, and one thread.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lockstep.model import exact_triton
+
+TILE = 32
+"""Rows of a product; fewer wait for the weight to be read, more are lost where one row is wanted."""
+
+LARGER = (1024, 512, 256, 128, 64)
+"""Rows of a product where a trial on this machine gave the same bits as `TILE` rows do."""
+
+Multiply = Callable[[Tensor], Tensor]
+"""[R, inputs] → [R, outputs]."""
+
+
+class NotExact(RuntimeError):
+    """This machine's kernels do not give a row the same bits at every place."""
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ, [..., inputs] → [..., outputs], with gradients as of `F.linear`."""
+    return _Product.apply(x, weight)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if x.is_cuda:
+            return exact_triton.product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        return in_tiles(x, weight.shape[0], lambda rows: F.linear(rows, weight))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, weight.shape[0])
+        d_x = gradient @ weight
+        return d_x.view(x.shape), gradient.t() @ x.reshape(-1, weight.shape[1])
+
+
+def in_tiles(x: Tensor, outputs: int, multiply: Multiply) -> Tensor:
+    """multiply(x) [..., outputs], some rows at a time, on a CPU.
+
+    Args:
+        multiply: by a weight [outputs, inputs] of the dtype of x, packed or not.
+    """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    with one_thread():
+        out = _in_tiles(rows, outputs, multiply)
+    return out.view(*x.shape[:-1], outputs)
+
+
+def _in_tiles(rows: Tensor, outputs: int, multiply: Multiply) -> Tensor:
+    sizes = tile_sizes(rows.shape[1], outputs, rows.dtype)
+    parts, start = [], 0
+    while start < len(rows):
+        left = len(rows) - start
+        size = next((size for size in sizes if left > size // 3), TILE)
+        tile = rows[start : start + size]
+        full = tile if len(tile) == size else F.pad(tile, (0, 0, 0, size - len(tile)))
+        parts.append(multiply(full)[: len(tile)])
+        start += size
+    return parts[0] if len(parts) == 1 else torch.cat([rows.new_empty(0, outputs), *parts])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A sum is not shared out between threads."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def tile_sizes(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of rows, the largest first, that give a row the same bits with weights of this shape on this CPU.
+
+    Raises:
+        NotExact: where the bits even depend on a row's place among `TILE`.
+    """
+    x, weight = delicate(LARGER[0], inputs, dtype, 0), delicate(outputs, inputs, dtype, 1)
+    with torch.inference_mode(), one_thread():
+        expected = _by(TILE, x, weight)
+        moved = torch.cat([F.linear(tile.roll(5, 0), weight).roll(-5, 0) for tile in x.split(TILE)])
+        if not torch.equal(moved, expected):
+            raise NotExact(
+                f"products with a weight [{outputs}, {inputs}] in {dtype} give a row other bits at another place: "
+                "numerics='exact' needs another processor or another build of torch"
+            )
+        return *(size for size in LARGER if torch.equal(_by(size, x, weight), expected)), TILE
+
+
+def _by(size: int, x: Tensor, weight: Tensor) -> Tensor:
+    return torch.cat([F.linear(tile, weight) for tile in x.split(size)])
+
+
+def delicate(rows: int, width: int, dtype: torch.dtype, side: int) -> Tensor:
+    """Random rows whose products with those of the other side are 0, so that all of their bits are rounding errors.
+
+    Two sums of the same numbers in another order seldom differ after rounding to bf16; these do.
+
+    Args:
+        side: 0 or 1.
+    """
+    half = width // 2
+    drawn = torch.randn(rows, half, generator=torch.Generator().manual_seed(side))
+    last = torch.full((rows, width % 2), 2.0**-20)
+    whole = torch.cat((drawn, -drawn if side else drawn, last), dim=1)
+    return whole[:, torch.randperm(width, generator=torch.Generator().manual_seed(2))].to(dtype)

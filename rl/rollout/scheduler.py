@@ -1,0 +1,238 @@
+"""Which tokens of which sequences the next forward pass computes, and in which blocks their keys and values go.
+
+Sequences run in the order of their arrival. Where blocks run out, the youngest gives all of its own back and is
+computed again later; the oldest can always go on, because a request that does not fit alone is refused. Layers that
+see a window give back the blocks behind it, so each kind of layer (window or none) has a pool and tables of its own.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+from lockstep.rl.rollout.blocks import BLOCK, ROOT, BlockPool, blocks_alone, chained, first_seen
+from lockstep.rl.rollout.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start … start+count−1 of a sequence are computed."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    draws: bool
+    """Whether the next token can be drawn after it."""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A sequence begins where another with the same prompt is after this pass, and draws from the same logits."""
+
+    sequence: Sequence
+    source: Chunk
+    copies: tuple[tuple[int, int] | None, ...]
+    """For each kind of layer the block to be copied after the pass, and where to; None where blocks end together."""
+
+
+@dataclass
+class Plan:
+    """One forward pass."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    forks: list[Fork] = field(default_factory=list)
+
+
+class Scheduler:
+    """Sequences that run and wait, and the blocks that they hold."""
+
+    def __init__(self, windows: Many[int | None], pools: Many[BlockPool], *, sequences: int, budget: int) -> None:
+        """
+        Args:
+            windows: of each kind of layer, in tokens.
+            pools: of each kind of layer.
+            sequences: that may run at the same time.
+            budget: tokens of one forward pass.
+        """
+        self._windows, self.pools = tuple(windows), tuple(pools)
+        self._sequences, self._budget = sequences, max(budget, sequences)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.admits = True
+        """Whether sequences that wait may begin."""
+        self.preemptions = self.found = 0
+
+    def lacking(self, tokens: int) -> tuple[int, int] | None:
+        """Blocks that a sequence of so many tokens needs and blocks that there are, where there are too few."""
+        for window, pool in zip(self._windows, self.pools, strict=True):
+            if blocks_alone(tokens, window) > pool.count:
+                return blocks_alone(tokens, window), pool.count
+        return None
+
+    def plan(self) -> Plan:
+        """What to compute next; the keys and values of its tokens count as cached from now on."""
+        plan, left = Plan(), self._budget
+        for place in range(len(self.running)):
+            if place >= len(self.running):  # the others were preempted for those before
+                break
+            sequence = self.running[place]
+            count = self._granted(sequence, min(left, sequence.known - sequence.cached))
+            if count:
+                plan.chunks.append(self._computed(sequence, count))
+                left -= count
+        ends: dict[tuple[int, ...], Chunk] = {}
+        while self.admits and self.waiting and left and len(self.running) < self._sequences:
+            sequence = self.waiting[0]
+            source = ends.get(sequence.request.tokens) if not sequence.tokens else None
+            if source is not None:
+                fork = self._forked(sequence, source)
+                if fork is None:
+                    break
+                plan.forks.append(fork)
+            else:
+                count = self._begun(sequence, left)
+                if not count:
+                    break
+                chunk = self._computed(sequence, count)
+                plan.chunks.append(chunk)
+                left -= count
+                if chunk.draws and not sequence.tokens:
+                    ends[sequence.request.tokens] = chunk
+            self.running.append(self.waiting.popleft())
+        return plan
+
+    def finish(self, sequence: Sequence) -> None:
+        """Give back what a running or waiting sequence holds."""
+        self._release(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def restart(self) -> None:
+        """Have all running sequences computed again, and nothing that was computed so far be found."""
+        while self.running:
+            self._preempt()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let nothing that was computed so far be found by others."""
+        for pool in self.pools:
+            pool.forget_all()
+
+    def _preempt(self) -> None:
+        """The youngest running sequence waits again, before all others."""
+        victim = self.running.pop()
+        self._release(victim)
+        self.waiting.appendleft(victim)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """Later blocks first, so that they are also the first to go: beginnings are found more often."""
+        for pool, table in zip(self.pools, sequence.tables, strict=False):
+            for block in reversed(table):
+                if block >= 0:
+                    pool.release(block)
+        sequence.tables, sequence.cached = [], 0
+
+    def _granted(self, sequence: Sequence, wanted: int) -> int:
+        """As many of the wanted tokens as find room; younger ones make room for the first of them."""
+        self._pass_windows(sequence)
+        while wanted and not self._room(sequence):
+            last = self.running[-1]
+            self._preempt()
+            if last is sequence:
+                return 0
+        return min(wanted, self._room(sequence))
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens for which a sequence has blocks, or could take some."""
+        pairs = zip(self.pools, sequence.tables, strict=True)
+        return min((len(table) + pool.free) * BLOCK for pool, table in pairs) - sequence.cached
+
+    def _begun(self, sequence: Sequence, left: int) -> int:
+        """How many tokens of a sequence that waits can be computed, after those that are found in the cache.
+
+        Each running sequence keeps the chance of one more block, so that what begins does not soon have to end.
+        """
+        self._find(sequence)
+        wanted = min(left, sequence.known - sequence.cached)
+        reserve = len(self.running) * BLOCK
+        count = min(wanted, self._room(sequence) - reserve)
+        if count > 0 and (count == wanted or not self.running):
+            if not sequence.tokens:
+                self.found += sequence.cached
+            return count
+        self._release(sequence)
+        return 0
+
+    def _find(self, sequence: Sequence) -> None:
+        """Share the longest beginning that is cached in all kinds of layers; at least one token is left to compute."""
+        longest = (sequence.known - 1) // BLOCK
+        self._name_up_to(sequence, longest)
+        found = [[pool.find(name) for name in sequence.names[:longest]] for pool in self.pools]
+        for window, blocks in zip(self._windows, found, strict=True):
+            if window is None:
+                longest = next((i for i, block in enumerate(blocks[:longest]) if block is None), longest)
+        shared = next(n for n in range(longest, -1, -1) if self._covers(found, n))
+        sequence.cached = shared * BLOCK
+        for window, pool, blocks in zip(self._windows, self.pools, found, strict=True):
+            first = first_seen(sequence.cached, window)
+            table = [-1 if i < first or block is None else block for i, block in enumerate(blocks[:shared])]
+            for block in table[first:]:
+                pool.share(block)
+            sequence.tables.append(table)
+
+    def _covers(self, found: list[list[int | None]], blocks: int) -> bool:
+        """Whether all that a token after so many blocks sees through a window has been found."""
+        return all(
+            window is None or None not in each[first_seen(blocks * BLOCK, window) : blocks]
+            for window, each in zip(self._windows, found, strict=True)
+        )
+
+    def _computed(self, sequence: Sequence, count: int) -> Chunk:
+        """Take blocks for a sequence's next tokens; those that become full can be found, in this very pass."""
+        start, stop = sequence.cached, sequence.cached + count
+        for pool, table in zip(self.pools, sequence.tables, strict=True):
+            while len(table) * BLOCK < stop:
+                table.append(pool.take())
+        full = stop // BLOCK
+        self._name_up_to(sequence, full)
+        for i in range(start // BLOCK, full):
+            for pool, table in zip(self.pools, sequence.tables, strict=True):
+                pool.name(table[i], sequence.names[i])
+        sequence.cached = stop
+        return Chunk(sequence, start, count, stop == sequence.known)
+
+    def _forked(self, sequence: Sequence, source: Chunk) -> Fork | None:
+        """Share a prompt's full blocks and take one for the rest of it."""
+        other = source.sequence
+        full, rest = divmod(len(sequence.request.tokens), BLOCK)
+        if rest and any(pool.free <= len(self.running) for pool in self.pools):
+            return None
+        copies: list[tuple[int, int] | None] = []
+        for pool, table in zip(self.pools, other.tables, strict=True):
+            own = table[:full]
+            for block in own:
+                if block >= 0:
+                    pool.share(block)
+            copies.append((table[full], pool.take()) if rest else None)
+            sequence.tables.append([*own, copies[-1][1]] if copies[-1] else own)
+        sequence.names, sequence.cached = other.names[:full], other.cached
+        self.found += sequence.cached
+        return Fork(sequence, source, tuple(copies))
+
+    def _pass_windows(self, sequence: Sequence) -> None:
+        """Give back blocks that no later token sees."""
+        for window, pool, table in zip(self._windows, self.pools, sequence.tables, strict=True):
+            if window is None:
+                continue
+            for i in range(first_seen(sequence.cached, window) - 1, -1, -1):
+                if table[i] < 0:
+                    break
+                pool.release(table[i])
+                table[i] = -1
+
+    def _name_up_to(self, sequence: Sequence, blocks: int) -> None:
+        names = sequence.names
+        for i in range(len(names), blocks):
+            names.append(chained(names[-1] if names else ROOT, sequence.part(i * BLOCK, (i + 1) * BLOCK)))
