@@ -12,6 +12,7 @@ from torch import Tensor
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.groups import Groups, alone
+from lockstep.model import kernels
 from lockstep.model.config import ModelConfig
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.logprobs import local_logits, reduced
@@ -288,7 +289,8 @@ class RolloutEngine:
         positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
         attend = PagedAttention(self._cache, [Span(c.sequence.tables, c.start, c.count) for c in chunks])
         tokens_T, positions_T = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
-        hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
+        with kernels.fused():
+            hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
         return hidden[:, 0]
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
