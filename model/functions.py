@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lockstep.model import kernels
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
@@ -39,6 +41,8 @@ def row_mean(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor] = row_mean) -> Tensor:
     """x / rms(x) · weight over the last dim, reduced in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+    if kernels.serves(x):
+        return kernels.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps, mean)
 
 
@@ -63,6 +67,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor, silu: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     """silu(gate) · up, where gate and up are the halves of the last dim (Shazeer 2020, "GLU variants")."""
+    if kernels.serves(gate_up):
+        return kernels.swiglu(gate_up)
     return _SwiGLU.apply(gate_up, silu)
 
 
@@ -99,4 +105,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Heads [T, H, head_dim] turned by their positions: the first half of a head pairs with the second."""
+    if kernels.serves(x):
+        return kernels.rotary(x, table)
     return _Rotary.apply(x, *table)

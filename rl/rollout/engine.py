@@ -1,6 +1,7 @@
 """Completions by continuous batching: a sequence that ends makes room at once for one that waits."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.groups import Groups, alone
+from lockstep.model import kernels
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.exact_cache import ExactPagedAttention
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
@@ -288,10 +290,12 @@ class RolloutEngine:
         """Activations [T, width] of all tokens of a pass."""
         tokens = np.concatenate([c.sequence.part(c.start, c.start + c.count) for c in chunks])
         positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
-        paged = ExactPagedAttention if self.transformer.numerics == "exact" else PagedAttention
+        exact = self.transformer.numerics == "exact"
+        paged = ExactPagedAttention if exact else PagedAttention
         attend = paged(self._cache, [Span(c.sequence.tables, c.start, c.count) for c in chunks])
         tokens_T, positions_T = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
-        hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
+        with nullcontext() if exact else kernels.fused():
+            hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
         return hidden[:, 0]
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
