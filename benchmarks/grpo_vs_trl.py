@@ -30,6 +30,7 @@ from lockstep.distributed.layout import Layout
 from lockstep.model.loss import Clip, token_loss
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
+from lockstep.rl.rollout.limits import RolloutLimits
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt
 
@@ -77,9 +78,10 @@ class _System:
     def __init__(self, checkpoint: Path) -> None:
         self.optimizer = OptimizerConfig(learning_rate=2e-5)
         self.policy = Policy(Layout(data=2), threads=1, trainer=TrainerConfig())
-        self.rollouts, self.verifiers = Rollouts(1, threads=threads_for(1)), Verifiers(1, 1, 2.0)
+        self.rollouts = Rollouts(RolloutLimits(workers=1, length=256), threads=threads_for(1))
+        self.verifiers = Verifiers(1, 1, 2.0)
         calls = self.policy.start(checkpoint, "bfloat16", self.optimizer, 1.0)
-        gather(calls + self.rollouts.start(checkpoint, "bfloat16", 64, 256))
+        gather(calls + self.rollouts.start(checkpoint, "bfloat16"))
         self.tokenizer = Tokenizer(Checkpoint(checkpoint).files)
 
     def step(self, messages: list[str], lengths: list[int]) -> float:
@@ -104,7 +106,7 @@ class _System:
         ]
         objective = partial(token_loss, clip=Clip(), kl_beta=0.0, has_reference=False)
         self.policy.update(1, samples, objective, self.optimizer.learning_rate)
-        self.rollouts.receive(self.policy.shards())
+        self.rollouts.receive(self.policy)
         return time.perf_counter() - start
 
 

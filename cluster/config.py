@@ -24,6 +24,7 @@ from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import PretrainConfig, TrainerConfig
 from lockstep.rl.recipes import RLConfig, SupervisedConfig
+from lockstep.rl.rollout.limits import RolloutLimits
 
 
 class RecipeError(ValueError):
@@ -32,14 +33,6 @@ class RecipeError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RolloutConfig(_Section):
-    """The rollout workers."""
-
-    workers: int = Field(2, ge=1)
-    sequences: int = Field(64, ge=1, description="completions that one worker writes at the same time")
-    length: int = Field(512, ge=2, description="tokens of the longest prompt and completion together")
 
 
 class VerifierConfig(_Section):
@@ -67,7 +60,7 @@ class Recipe(_Section):
     task: TaskConfig = TaskConfig()
     layout: Layout = Layout()
     trainer: TrainerConfig = TrainerConfig()
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: RolloutLimits = RolloutLimits()
     verifier: VerifierConfig = VerifierConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     pretrain: PretrainConfig | None = None

@@ -26,6 +26,7 @@ from lockstep.data.loader import PretrainingData
 from lockstep.data.problems import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, check_layout
 from lockstep.model.recipes import OptimizerConfig
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
@@ -113,6 +114,7 @@ def check(recipe: Recipe) -> OpenModel:
     """
     start = _, model, files = starting_point(recipe.model, recipe.seed)
     check_layout(recipe.layout, model)
+    check_layout(Layout(tensor=recipe.rollout.tensor), model)
     if recipe.pretrain and recipe.pretrain.data:
         if recipe.pretrain.data.length > model.context:
             raise RecipeError(
@@ -223,9 +225,10 @@ def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, V
     sampling = recipe.rl.sampling if recipe.rl else None
     checkpoint = checkpoint.resolve()
     policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
-    rollouts = Rollouts(recipe.rollout.workers, threads=threads_for(recipe.rollout.workers))
+    processes = recipe.rollout.workers * recipe.rollout.tensor
+    rollouts = Rollouts(recipe.rollout, threads=threads_for(processes))
     verifiers = Verifiers(recipe.verifier.workers, recipe.verifier.processes, recipe.verifier.deadline)
-    calls = rollouts.start(checkpoint, recipe.model.dtype, recipe.rollout.sequences, recipe.rollout.length)
+    calls = rollouts.start(checkpoint, recipe.model.dtype)
     optimizer = (
         recipe.rl.optimizer if recipe.rl else recipe.supervised.optimizer if recipe.supervised else OptimizerConfig()
     )

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lockstep.model import kernels
+
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
@@ -34,6 +36,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) · weight over the last dim, reduced in fp32 (Zhang & Sennrich 2019, eq. 4)."""
+    if kernels.serves(x):
+        return kernels.rms_norm(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -58,6 +62,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) · up, where gate and up are the halves of the last dim (Shazeer 2020, "GLU variants")."""
+    if kernels.serves(gate_up):
+        return kernels.swiglu(gate_up)
     return _SwiGLU.apply(gate_up)
 
 
@@ -94,4 +100,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Heads [T, H, head_dim] turned by their positions: the first half of a head pairs with the second."""
+    if kernels.serves(x):
+        return kernels.rotary(x, table)
     return _Rotary.apply(x, *table)

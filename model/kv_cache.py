@@ -8,15 +8,23 @@ has a pool and a table of its own. In a block the keys of a head stand as [head 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lockstep.model import kernels
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.config import ModelConfig
 from lockstep.model.full_attention import PLAIN, Scoring, attend_in_full
+
+SHORT = 16
+"""Spans of up to so many tokens attend token by token."""
+
+PART = 512
+"""Tokens of a sequence that one thread attends to at a time; as in `kernels.c`, whose blocks have 16 tokens."""
 
 
 class KVCache:
@@ -91,42 +99,49 @@ class Span:
     count: int
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A token that attends alone."""
+
+    token: int
+    """Its place in the pass."""
+    tables: Sequence[Sequence[int]]
+    position: int
+
+
 class PagedAttention:
     """`Attend` for spans of sequences, head to tail: keys and values are kept first, then each token sees its own.
 
     A span may see what another one of the same pass computes, because each layer keeps everything before it looks.
+    Tokens of short spans attend one by one, in place where there is a kernel; long spans attend by products.
     """
 
-    def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
+    def __init__(self, cache: KVCache, spans: Sequence[Span], *, in_place: bool = True) -> None:
+        """
+        Args:
+            in_place: use the kernel that reads blocks in place, where there is one.
+        """
         self._cache = cache
-        device = cache.values[0].device
-        starts = np.cumsum([0, *(s.count for s in spans)])
-        self._places = [
-            _places(cache.block, [s.tables[k] for s in spans], spans, device) for k in range(len(cache.windows))
-        ]
-        self._rows = [(i, s) for i, s in zip(starts, spans, strict=False) if s.count == 1]
-        self._fresh = [(i, s) for i, s in zip(starts, spans, strict=False) if s.count > 1 and s.start == 0]
-        self._continued = [(i, s) for i, s in zip(starts, spans, strict=False) if s.count > 1 and s.start > 0]
-        self._decode = (
-            [_Decode(cache, kind, self._rows, device) for kind in range(len(cache.windows))] if self._rows else []
-        )
-        self._documents = DocumentAttention([(s.count,) for _, s in self._fresh], device) if self._fresh else None
-        self._fresh_rows = _row_numbers(self._fresh, device)
-        self._biases: dict[tuple[int, int | None], Tensor] = {}
+        held = cache.values[0]
+        in_place = in_place and kernels.usable(held.dtype, held.device) and not held.shape[-1] % 2
+        shortest = SHORT if in_place else 1
+        placed = list(zip(np.cumsum([0, *(s.count for s in spans)]).tolist(), spans, strict=False))
+        rows = [_Row(i + n, s.tables, s.start + n) for i, s in placed if s.count <= shortest for n in range(s.count)]
+        self._long = [(i, s) for i, s in placed if s.count > shortest]
+        self._fresh = [(i, s) for i, s in self._long if s.start == 0]
+        self._continued = [(i, s) for i, s in self._long if s.start > 0]
+        self._documents = DocumentAttention([(s.count,) for _, s in self._fresh], held.device) if self._fresh else None
+        self._fresh_rows = _row_numbers(self._fresh, held.device)
+        by_row = _InPlace if in_place else _Gathered
+        self._by_row = [by_row(cache, kind, spans, rows) for kind in range(len(cache.windows))]
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """See `Attend`."""
         kind = self._cache.kind_of[layer]
-        self._cache.write(layer, *self._places[kind], k_TGE, v_TGE)
-        if self._documents and len(self._fresh_rows) == len(q_THE):
-            return self._documents(layer, q_THE, k_TGE, v_TGE, scoring)
-        if self._rows and len(self._rows) == len(q_THE):
-            return self._decode[kind](layer, q_THE, scoring)
-        mixed = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
-        if self._rows:
-            rows = self._decode[kind].rows
-            mixed[rows] = self._decode[kind](layer, q_THE[rows], scoring)
+        mixed = self._by_row[kind](layer, q_THE, k_TGE, v_TGE, scoring)
         if self._documents:
+            if len(self._fresh_rows) == len(q_THE):
+                return self._documents(layer, q_THE, k_TGE, v_TGE, scoring)
             rows = self._fresh_rows
             mixed[rows] = self._documents(layer, q_THE[rows], k_TGE[rows], v_TGE[rows], scoring)
         for start, span in self._continued:
@@ -138,14 +153,10 @@ class PagedAttention:
         """One span of tokens that also see what is before them."""
         first = _first(span.start, scoring.window, self._cache.block)
         stop = -(-(span.start + span.count) // self._cache.block)
-        table = torch.tensor([span.tables[kind][first:stop]], device=q_LHE.device)
-        k, v = self._cache.gathered(layer, table)
+        k, v = self._cache.gathered(layer, torch.tensor([span.tables[kind][first:stop]], device=q_LHE.device))
         columns = torch.arange(first * self._cache.block, stop * self._cache.block, device=q_LHE.device)
         rows = torch.arange(span.start, span.start + span.count, device=q_LHE.device)[:, None]
-        hidden = columns > rows
-        if scoring.window is not None:
-            hidden |= columns <= rows - scoring.window
-        bias = torch.zeros(hidden.shape, device=q_LHE.device).masked_fill_(hidden, float("-inf"))
+        bias = _bias(columns, rows, scoring.window)
         q = q_LHE.transpose(0, 1)[None]
         if scoring.cap is not None:
             return attend_in_full(q, k, v, bias[None], scoring)[0].transpose(0, 1)
@@ -155,29 +166,95 @@ class PagedAttention:
         return mixed[0].transpose(0, 1)
 
 
-class _Decode:
-    """Attention of single tokens to their sequences, gathered and padded to the longest."""
+class _InPlace:
+    """Keeps keys and values and attends for single tokens, by a kernel that reads blocks where they lie.
 
-    def __init__(self, cache: KVCache, kind: int, rows: Sequence[tuple[int, Span]], device: torch.device) -> None:
-        window = cache.windows[kind]
+    A sequence is attended to in parts of a fixed length, which are then put together in order: what comes out for a
+    token does not depend on the batch.
+    """
+
+    def __init__(self, cache: KVCache, kind: int, spans: Sequence[Span], rows: Sequence[_Row]) -> None:
         self._cache = cache
-        self.rows = torch.tensor([i for i, _ in rows], device=device)
-        firsts = [_first(s.start, window, cache.block) for _, s in rows]
-        stops = [s.start // cache.block + 1 for _, s in rows]
-        width = max(b - a for a, b in zip(firsts, stops, strict=True))
-        tables = np.zeros((len(rows), width), np.int64)
-        for place, (_, span), first, stop in zip(tables, rows, firsts, stops, strict=True):
-            place[: stop - first] = span.tables[kind][first:stop]
-        self._tables = torch.from_numpy(tables).to(device)
-        own = torch.tensor([s.start for _, s in rows])[:, None]
-        columns = torch.tensor(firsts)[:, None] * cache.block + torch.arange(width * cache.block)
-        hidden = columns > own
-        if window is not None:
-            hidden |= columns <= own - window
-        self._bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(device)
+        window = cache.windows[kind]
+        _, groups, _, width = cache.values[cache.kind_of.index(kind)].shape
+        self._dtype = cache.values[0].dtype
+        places, offsets = _places(cache.block, [s.tables[kind] for s in spans], spans)
+        lasts = np.array([r.position for r in rows], np.int32)
+        firsts = np.zeros_like(lasts) if window is None else np.maximum(lasts - (window - 1), 0)
+        counts = lasts // PART - firsts // PART + 1
+        of_part = np.repeat(np.arange(len(rows)), counts)
+        starts = np.cumsum(counts) - counts
+        part_starts = (firsts[of_part] // PART + np.arange(len(of_part)) - starts[of_part]) * PART
+        arrays: dict[str, Any] = {
+            "blocks": places,
+            "offsets": offsets,
+            "tokens": [r.token for r in rows],
+            "tables": _padded([r.tables[kind][: r.position // cache.block + 1] for r in rows]),
+            "firsts": firsts,
+            "lasts": lasts,
+            "part_rows": of_part,
+            "part_starts": part_starts,
+            "row_parts": np.append(starts, len(of_part)),
+        }
+        self._arrays = {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()}
+        self._job = kernels.AttentionJob(
+            writes=len(places),
+            rows=len(rows),
+            parts=len(of_part),
+            groups=groups,
+            width=width,
+            table_width=self._arrays["tables"].shape[-1],
+            **{name: array.ctypes.data for name, array in self._arrays.items()},
+        )
+        self._size = int((lasts - firsts + 1).sum()) * groups * width
+        self._partial: np.ndarray | None = None
 
-    def __call__(self, layer: int, q_BHE: Tensor, scoring: Scoring) -> Tensor:
-        """Mixed values [B, H, E]. The query heads of one key-value head stand as rows of one product."""
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring) -> Tensor:
+        """Mixed values [T, H, E]; undefined for tokens that are not among the rows."""
+        q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THE, k_TGE, v_TGE))
+        mixed, job = q.new_empty(q.shape), self._job
+        if self._partial is None:
+            self._partial = np.empty((job.parts, q.shape[1], q.shape[2] + 2), np.float32)
+            job.partial, job.heads = self._partial.ctypes.data, q.shape[1]
+        job.written = job.kept = job.taken = job.done = job.joined = 0
+        job.q, job.k, job.v, job.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), mixed.data_ptr()
+        job.q_stride, job.k_stride, job.v_stride = q.stride(0), k.stride(0), v.stride(0)
+        job.keys, job.values = self._cache.keys[layer].data_ptr(), self._cache.values[layer].data_ptr()
+        job.scale = q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale
+        job.cap = scoring.cap or 0.0
+        kernels.run("attention", job, self._dtype, size=self._size)
+        return mixed
+
+
+class _Gathered:
+    """Keeps keys and values and attends for single tokens, whose sequences are gathered and padded to the longest."""
+
+    def __init__(self, cache: KVCache, kind: int, spans: Sequence[Span], rows: Sequence[_Row]) -> None:
+        self._cache, window = cache, cache.windows[kind]
+        device = cache.values[0].device
+        places = _places(cache.block, [s.tables[kind] for s in spans], spans)
+        self._blocks, self._offsets = (torch.from_numpy(x).to(device) for x in places)
+        self._rows = torch.tensor([r.token for r in rows], dtype=torch.long, device=device)
+        if not rows:
+            return
+        firsts = [_first(r.position, window, cache.block) for r in rows]
+        tables = _padded(
+            [r.tables[kind][first : r.position // cache.block + 1] for r, first in zip(rows, firsts, strict=True)]
+        )
+        self._tables = torch.from_numpy(tables.astype(np.int64)).to(device)
+        columns = torch.tensor(firsts)[:, None] * cache.block + torch.arange(tables.shape[1] * cache.block)
+        self._bias = _bias(columns, torch.tensor([r.position for r in rows])[:, None], window).to(device)
+
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring) -> Tensor:
+        """Mixed values [T, H, E]; undefined for tokens that are not among the rows."""
+        self._cache.write(layer, self._blocks, self._offsets, k_TGE, v_TGE)
+        mixed = q_THE.new_empty(q_THE.shape)
+        if len(self._rows):
+            mixed[self._rows] = self._attended(layer, q_THE[self._rows], scoring)
+        return mixed
+
+    def _attended(self, layer: int, q_BHE: Tensor, scoring: Scoring) -> Tensor:
+        """The query heads of one key-value head stand as rows of one product."""
         k, v = self._cache.gathered(layer, self._tables)
         q = q_BHE.unflatten(1, (k.shape[1], -1))
         if scoring.cap is not None:
@@ -191,9 +268,23 @@ def _first(position: int, window: int | None, block: int) -> int:
     return 0 if window is None else max(0, position - window + 1) // block
 
 
-def _places(
-    block: int, tables: Sequence[Sequence[int]], spans: Sequence[Span], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _bias(columns: Tensor, rows: Tensor, window: int | None) -> Tensor:
+    """0 where a row's position sees a column's, −∞ elsewhere."""
+    hidden = columns > rows
+    if window is not None:
+        hidden |= columns <= rows - window
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def _padded(tables: Sequence[Sequence[int]]) -> np.ndarray:
+    """Tables as the rows of one array; places of padding name a block that exists."""
+    found = np.zeros((len(tables), max(map(len, tables), default=0)), np.int32)
+    for row, table in zip(found, tables, strict=True):
+        row[: len(table)] = table
+    return found
+
+
+def _places(block: int, tables: Sequence[Sequence[int]], spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
     """The block, and the place in it, of each token [T]."""
     blocks, offsets = [], []
     for table, span in zip(tables, spans, strict=True):
@@ -201,8 +292,7 @@ def _places(
         first = span.start // block
         blocks.append(np.asarray(table[first:])[positions // block - first])
         offsets.append(positions % block)
-    found_T, offsets_T = (torch.from_numpy(np.concatenate(x)).to(device) for x in (blocks, offsets))
-    return found_T, offsets_T
+    return np.concatenate(blocks), np.concatenate(offsets)
 
 
 def _row_numbers(spans: Sequence[tuple[int, Span]], device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ never leaves the others waiting unnoticed.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +24,7 @@ from lockstep.rl.verifiers.verdict import Verdict
 
 if TYPE_CHECKING:  # torch, which a verifier has no use for
     from lockstep.model.loss import Objective
+    from lockstep.rl.rollout.limits import RolloutLimits
     from lockstep.rl.rollout.sampling import SamplingConfig
 
 ENVIRONMENT = {
@@ -93,7 +94,7 @@ class PolicyWorker(_Actor):
 
 @ray.remote(max_restarts=0, num_cpus=0)
 class RolloutWorker(_Actor):
-    """A whole model that writes completions."""
+    """One tensor rank of a model that writes completions."""
 
     work = "lockstep.rl.rollout.worker:RolloutWorker"
 
@@ -174,38 +175,51 @@ class Policy:
         ]
         return gather(calls)[0]
 
-    def shards(self) -> list[Any]:
-        """References to every rank's pieces of the weights."""
-        calls = [w.call("shards") for w in self.workers]
-        wait_for(calls)
-        return [call for _, call in calls]
+    def weights(self, bucket_mib: float) -> Iterator[list[Any]]:
+        """References to the weights, a message of each rank at a time; what was asked for before may then be freed."""
+        size = int(bucket_mib * 2**20)
+        for number in range(max(self.call("messages", size))):
+            calls = [w.call("weights", number, size) for w in self.workers]
+            wait_for(calls)
+            yield [call for _, call in calls]
 
 
 class Rollouts:
-    """Rollout workers that share the prompts."""
+    """Rollout workers that share the prompts; each is a group of processes, one for each tensor rank of its model."""
 
-    def __init__(self, workers: int, *, threads: int) -> None:
-        self.workers = _start(RolloutWorker, "rollout", workers, threads)
+    def __init__(self, limits: "RolloutLimits", *, threads: int) -> None:
+        self._limits = limits
+        self.workers = _start(RolloutWorker, "rollout", limits.workers * limits.tensor, threads)
         self.version = 0
 
-    def start(self, checkpoint: Path, dtype: str, sequences: int, length: int) -> list[tuple[Member, Any]]:
+    def start(self, checkpoint: Path, dtype: str) -> list[tuple[Member, Any]]:
         """Calls that load the checkpoint, to be gathered."""
-        return [w.call("start", checkpoint, dtype, sequences, length) for w in self.workers]
+        calls = []
+        for group in self._groups():
+            address = gather([(group[0], group[0].handle.address.remote())])[0]
+            port = gather([group[0].call("host", address)])[0]
+            calls += [w.call("start", i, address, port, checkpoint, dtype, self._limits) for i, w in enumerate(group)]
+        return calls
 
-    def receive(self, shards: list[Any]) -> None:
-        """Give every worker the next version of the weights."""
+    def receive(self, policy: Policy) -> None:
+        """Give every worker the next version of the weights, message by message."""
         self.version += 1
-        gather([w.call("receive", self.version, *shards) for w in self.workers])
+        gather([w.call("begin_update", self.version) for w in self.workers])
+        for message in policy.weights(self._limits.bucket_mib):
+            gather([w.call("take", *message) for w in self.workers])
+        gather([w.call("end_update") for w in self.workers])
+
+    def _groups(self) -> list[list[Member]]:
+        """The tensor ranks of each worker."""
+        size = self._limits.tensor
+        return [self.workers[i : i + size] for i in range(0, len(self.workers), size)]
 
     def generate(self, prompts: Sequence[Prompt], sampling: "SamplingConfig", samples: int, seed: int) -> list[Rollout]:
         """Completions of all prompts, in the order of (prompt, sample)."""
-        count = len(self.workers)
-        calls = [
-            w.call("generate", list(prompts[i::count]), sampling, samples, seed)
-            for i, w in enumerate(self.workers)
-            if prompts[i::count]
-        ]
-        found = [rollout for part in gather(calls) for rollout in part]
+        groups = self._groups()
+        shares = [(group, list(prompts[i :: len(groups)])) for i, group in enumerate(groups)]
+        calls = [w.call("generate", own, sampling, samples, seed) for group, own in shares if own for w in group]
+        found = [rollout for part in gather(calls)[:: self._limits.tensor] for rollout in part]
         order = {p.index: i for i, p in enumerate(prompts)}
         return sorted(found, key=lambda r: (order[r.prompt.index], r.sample))
 

@@ -63,7 +63,7 @@ class Controller:
             seconds = self._clock() - started
             speed = {"train_tokens_per_second": _computed(samples) / seconds, "step_seconds": seconds}
             yield StepRecord("sft", step, result.values | {"grad_norm": result.grad_norm} | speed)
-        self._rollouts.receive(self._policy.shards())
+        self._rollouts.receive(self._policy)
 
     def reinforce(self, config: RLConfig) -> Iterator[StepRecord]:
         """Verifier-based policy gradients; every step ends with the rollout workers on the new weights."""
@@ -84,7 +84,7 @@ class Controller:
             learned = self._learn(step, samples, config)
             clock.lap("train")
             if learned:
-                self._rollouts.receive(self._policy.shards())
+                self._rollouts.receive(self._policy)
             clock.lap("sync")
             metrics = (
                 learned

@@ -22,7 +22,7 @@ from lockstep.model.loss import Objective
 from lockstep.model.pretrain import Pretraining
 from lockstep.model.recipes import OptimizerConfig, PretrainConfig, TrainerConfig, row_rules
 from lockstep.model.train import DTYPES, Trainer, build
-from lockstep.rl.sync import Held, Shard, shards_of
+from lockstep.rl.sync import Held, Shard, messages_of, signed
 from lockstep.rl.worker import Worker
 
 
@@ -110,10 +110,16 @@ class PolicyWorker(Worker):
         """Operations per second of this rank's matrix products, while the others measure theirs."""
         return peak_flops(self.trainer.dtype, next(self.trainer.transformer.parameters()).device)
 
-    def shards(self) -> list[Shard]:
-        """The pieces of the weights that this rank owns."""
+    def messages(self, size: int) -> int:
+        """How many messages of at most so many bytes the weights are that this rank owns."""
         with self.trainer.engine.whole_weights():
-            return shards_of(self.trainer.transformer)
+            return len(messages_of(self.trainer.transformer, size))
+
+    def weights(self, number: int, size: int) -> list[Shard]:
+        """One of these messages; empty behind the last."""
+        with self.trainer.engine.whole_weights():
+            messages = messages_of(self.trainer.transformer, size)
+            return signed(messages[number]) if number < len(messages) else []
 
     def open_checkpoints(self, folder: Path, config: CheckpointConfig) -> None:
         """Be ready to save into a folder."""

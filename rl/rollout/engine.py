@@ -13,19 +13,21 @@ from torch import Tensor
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.groups import Groups, alone
+from lockstep.model import kernels
 from lockstep.model.config import ModelConfig
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.logprobs import local_logits, reduced
 from lockstep.model.train import DTYPES, build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.blocks import BLOCK, BlockPool, pool_sizes
+from lockstep.rl.rollout.limits import OnUpdate
 from lockstep.rl.rollout.sampler import Row, draw, likeliest, uniforms
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler
 from lockstep.rl.rollout.sequence import Request, Token
 from lockstep.rl.rollout.sequence import Sequence as Running
 from lockstep.rl.rollout.stopping import StopStrings
-from lockstep.rl.sync import Shard, receive
+from lockstep.rl.sync import Receiver, Shard
 from lockstep.rl.types import Prompt, Rollout
 
 
@@ -62,6 +64,7 @@ class RolloutEngine:
         cache_gib: float = 1.0,
         budget: int = 2048,
         blocks: Sequence[int] | None = None,
+        on_update: OnUpdate = "restart",
     ) -> None:
         """
         Args:
@@ -71,6 +74,7 @@ class RolloutEngine:
             cache_gib: memory for keys and values at most; it is not taken before it is needed.
             budget: tokens that are computed in one forward pass.
             blocks: of each kind of layer (see `kv_cache.kinds`), instead of what `cache_gib` allows.
+            on_update: see `OnUpdate`.
         """
         model, parameter = transformer.model, next(transformer.parameters())
         self.transformer, self._decode = transformer, decode
@@ -90,19 +94,64 @@ class RolloutEngine:
         self._scheduler = Scheduler(kinds(model), pools, sequences=sequences, budget=budget)
         self._sequences: dict[str | int, Running] = {}
         self.weight_version = 0
+        self._receiver: Receiver | None = None
+        self._coming, self._on_update = 0, on_update
         self._prompt_tokens = self._generated_tokens = 0
         transformer.pack()
 
     def receive(self, version: int, shards: Sequence[Shard]) -> None:
-        """Take over new weights.
+        """Take over new weights in one message.
 
         Raises:
             WeightsDiffer: when a tensor is missing or its bits differ.
         """
-        receive(self.transformer, shards)
+        self.begin_update(version)
+        self.take(shards)
+        self.end_update()
+
+    def ready_for_update(self) -> bool:
+        """Whether new weights may come; where old requests are to end under the old ones, `step` until they have.
+
+        Requests that wait begin under the new weights.
+        """
+        self._scheduler.admits = self._on_update != "finish"
+        return self._scheduler.admits or not self._scheduler.running
+
+    def begin_update(self, version: int) -> None:
+        """Poison the weights, which `take` fills and `end_update` puts to use.
+
+        Raises:
+            RuntimeError: when requests run that are to end under the old weights.
+        """
+        if not self.ready_for_update():
+            raise RuntimeError("requests are to end under the old weights first: step until ready_for_update")
+        self._receiver, self._coming = Receiver(self.transformer), version
+
+    def take(self, shards: Sequence[Shard]) -> None:
+        """Fill a part of the weights; shards may come from any layout, in messages of any size.
+
+        Raises:
+            WeightsDiffer: when bits differ from those that the policy signed.
+        """
+        assert self._receiver is not None
+        self._receiver.take(shards)
+
+    def end_update(self) -> None:
+        """Go on under the new weights.
+
+        Raises:
+            WeightsDiffer: when a tensor is missing.
+        """
+        assert self._receiver is not None
+        self._receiver.close()
+        self._receiver = None
         self.transformer.pack()
-        self.weight_version = version
-        self._scheduler.restart()
+        self.weight_version = self._coming
+        self._scheduler.admits = True
+        if self._on_update == "pause":
+            self._scheduler.forget()
+        else:
+            self._scheduler.restart()
 
     @property
     def has_work(self) -> bool:
@@ -156,7 +205,12 @@ class RolloutEngine:
         """One forward pass: the next tokens of the sequences that it completed, at most one for each.
 
         Where it fails, nothing is lost: what was running is computed again.
+
+        Raises:
+            RuntimeError: while an update of the weights is not complete.
         """
+        if self._receiver is not None:
+            raise RuntimeError(f"weights of version {self._coming} have come in part only: end the update first")
         try:
             with torch.inference_mode():
                 return self._stepped(self._scheduler.plan())
@@ -242,7 +296,8 @@ class RolloutEngine:
         positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
         attend = PagedAttention(self._cache, [Span(c.sequence.tables, c.start, c.count) for c in chunks])
         tokens_T, positions_T = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
-        hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
+        with kernels.fused():
+            hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
         return hidden[:, 0]
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
@@ -349,6 +404,7 @@ def load_rollout_engine(
     sequences: int = 64,
     cache_gib: float = 1.0,
     budget: int = 2048,
+    on_update: OnUpdate = "restart",
     groups: Groups | None = None,
 ) -> tuple[RolloutEngine, Tokenizer]:
     """A rollout engine over a checkpoint, in a world of this process alone unless `groups` says otherwise."""
@@ -362,5 +418,6 @@ def load_rollout_engine(
         sequences=sequences,
         cache_gib=cache_gib,
         budget=budget,
+        on_update=on_update,
     )
     return engine, tokenizer

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+from lockstep.distributed.groups import host_meeting, join, meeting_at
+from lockstep.distributed.layout import Layout
 from lockstep.rl.rollout.engine import load_rollout_engine
+from lockstep.rl.rollout.limits import RolloutLimits
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.sync import Shard
 from lockstep.rl.types import Prompt, Rollout
@@ -10,19 +13,43 @@ from lockstep.rl.worker import Worker
 
 
 class RolloutWorker(Worker):
-    """A whole model with a KV cache that writes completions."""
+    """One tensor rank of a model with a KV cache that writes completions; all ranks of a model make the same calls."""
 
     role = "rollout"
 
-    def start(self, checkpoint: Path, dtype: str, sequences: int, length: int) -> None:
-        """Load the model as weight version 0."""
-        self.engine = load_rollout_engine(checkpoint, dtype=dtype, sequences=sequences, length=length)[0]
-        self.log.info("ready for %d sequences", sequences)
+    def host(self, address: str) -> int:
+        """Host the tensor ranks' meeting at this node's address; returns its port."""
+        self._meeting = host_meeting(address)
+        return self._meeting.port
 
-    def receive(self, version: int, *shards: list[Shard]) -> None:
-        """Take over new weights."""
-        self.engine.receive(version, [s for part in shards for s in part])
-        self.step = version
+    def start(self, rank: int, address: str, port: int, checkpoint: Path, dtype: str, limits: RolloutLimits) -> None:
+        """Load this tensor rank's part of the model as weight version 0."""
+        groups = join(Layout(tensor=limits.tensor), rank=rank, meeting=meeting_at(address, port))
+        self.engine = load_rollout_engine(
+            checkpoint,
+            dtype=dtype,
+            length=limits.length,
+            sequences=limits.sequences,
+            cache_gib=limits.cache_gib,
+            budget=limits.budget,
+            on_update=limits.on_update,
+            groups=groups,
+        )[0]
+        self.log.info("ready for %d sequences", limits.sequences)
+
+    def begin_update(self, version: int) -> None:
+        """See `RolloutEngine.begin_update`."""
+        self.engine.begin_update(version)
+
+    def take(self, *shards: list[Shard]) -> None:
+        """Fill what this rank holds of some shards."""
+        for part in shards:
+            self.engine.take(part)
+
+    def end_update(self) -> None:
+        """See `RolloutEngine.end_update`."""
+        self.engine.end_update()
+        self.step = self.engine.weight_version
 
     def generate(self, prompts: list[Prompt], sampling: SamplingConfig, samples: int, seed: int) -> list[Rollout]:
         """Completions of all prompts."""

@@ -1,0 +1,174 @@
+"""The loops of `kernels.c`, compiled once for the processor at hand.
+
+Decoding on a CPU is bound by memory and by the cost of many small operations. These loops read keys and values where
+they lie and do a norm, a gated unit or a rotation in one pass. Where there is no C compiler, torch's operations serve.
+"""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUMBERS = {torch.bfloat16: "uint16_t", torch.float32: "float"}
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
+ALONE = 1 << 14
+"""Numbers that one thread works through before another one would have begun."""
+
+_fused: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Within this block, without gradients, norms, gated units and rotations on a CPU are done by these loops.
+
+    They round where torch's operations do, but add up in another order: not for exact numerics.
+    """
+    token = _fused.set(True)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether an operation on x is to be done here."""
+    return _fused.get() and not torch.is_grad_enabled() and usable(x.dtype, x.device)
+
+
+def usable(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are loops for a dtype and device."""
+    return device.type == "cpu" and dtype in NUMBERS and _library(dtype) is not None
+
+
+def _fields(integers: str, addresses: str, floats: str = "") -> list[tuple[str, Any]]:
+    kinds = (integers, ctypes.c_int64), (addresses, ctypes.c_void_p), (floats, ctypes.c_float)
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+class AttentionJob(ctypes.Structure):
+    """`struct attention`."""
+
+    _fields_ = _fields(
+        "written kept taken done joined writes rows parts heads groups width table_width q_stride k_stride v_stride",
+        "q k v keys values blocks offsets tokens tables firsts lasts part_rows part_starts row_parts partial out",
+        "scale cap",
+    )
+
+
+class _NormJob(ctypes.Structure):
+    _fields_ = _fields("taken rows width", "x weight out", "eps")
+
+
+class _GateJob(ctypes.Structure):
+    _fields_ = _fields("taken rows width", "x out")
+
+
+class _TurnJob(ctypes.Structure):
+    _fields_ = _fields("taken rows heads width stride", "x cosines sines out")
+
+
+def run(name: str, job: ctypes.Structure, dtype: torch.dtype, *, size: int) -> None:
+    """Do a job in the threads that torch works with, or in this one alone where its size in numbers is small."""
+    threads = torch.get_num_threads()
+    library, team = _library(dtype), _team()
+    assert library is not None
+    if threads == 1 or size < ALONE or team is None:
+        getattr(library, name)(ctypes.byref(job))
+    else:
+        team(ctypes.cast(getattr(library, name), ctypes.c_void_p), ctypes.byref(job), threads, 0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `functions.rms_norm`."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    job = _NormJob(rows=rows, width=width, x=x.data_ptr(), weight=weight.data_ptr(), out=out.data_ptr(), eps=eps)
+    run("norm", job, x.dtype, size=x.numel())
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """See `functions.swiglu`."""
+    gate_up = gate_up.contiguous()
+    width = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    job = _GateJob(rows=gate_up.numel() // (2 * width), width=width, x=gate_up.data_ptr(), out=out.data_ptr())
+    run("gate", job, gate_up.dtype, size=gate_up.numel())
+    return out
+
+
+def rotary(x_THE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """See `functions.rotary`."""
+    rows, heads, width = x_THE.shape
+    if x_THE.stride()[1:] != (width, 1):
+        x_THE = x_THE.contiguous()
+    cosines, sines = (t.contiguous() for t in table)
+    out = x_THE.new_empty(rows, heads, width)
+    job = _TurnJob(
+        rows=rows,
+        heads=heads,
+        width=width,
+        stride=x_THE.stride(0),
+        x=x_THE.data_ptr(),
+        cosines=cosines.data_ptr(),
+        sines=sines.data_ptr(),
+        out=out.data_ptr(),
+    )
+    run("turn", job, x_THE.dtype, size=x_THE.numel())
+    return out
+
+
+@cache
+def _team() -> Any:
+    """What starts a function in the threads that torch works with: others would compete with these, which spin."""
+    try:
+        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    return function
+
+
+@cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled loops, out of the user's cache; None where they cannot be compiled."""
+    source = Path(__file__).with_name("kernels.c")
+    words = [os.environ.get("CC", "cc"), *FLAGS, f"-DNUMBER={NUMBERS[dtype]}"]
+    try:
+        version = subprocess.run([words[0], "--version"], check=True, capture_output=True).stdout
+        name = hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, words), version, _processor()]))
+        path = _folder() / f"kernels-{name.hexdigest()[:16]}.so"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                made = Path(folder) / "kernels.so"
+                subprocess.run([*words, str(source), "-o", str(made), "-lm"], check=True, capture_output=True)
+                made.replace(path)  # whole or not at all, whoever else compiles it
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> bytes:
+    """What the processor can do; a cache may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return b""
+    return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
+
+
+def _folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
