@@ -230,7 +230,7 @@ def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, V
     processes = recipe.rollout.workers * recipe.rollout.tensor
     rollouts = Rollouts(recipe.rollout, threads=threads_for(processes))
     verifiers = Verifiers(recipe.verifier.workers, recipe.verifier.processes, recipe.verifier.deadline)
-    calls = rollouts.start(checkpoint, recipe.model.dtype)
+    calls = rollouts.start(checkpoint, recipe.model.dtype, recipe.model.numerics)
     optimizer = (
         recipe.rl.optimizer if recipe.rl else recipe.supervised.optimizer if recipe.supervised else OptimizerConfig()
     )

@@ -199,13 +199,14 @@ class Rollouts:
         self.workers = _start(RolloutWorker, "rollout", limits.workers * limits.tensor, threads)
         self.version = 0
 
-    def start(self, checkpoint: Path, dtype: str) -> list[tuple[Member, Any]]:
+    def start(self, checkpoint: Path, dtype: str, numerics: Numerics = "fast") -> list[tuple[Member, Any]]:
         """Calls that load the checkpoint, to be gathered."""
         calls = []
         for group in self._groups():
             address = gather([(group[0], group[0].handle.address.remote())])[0]
             port = gather([group[0].call("host", address)])[0]
-            calls += [w.call("start", i, address, port, checkpoint, dtype, self._limits) for i, w in enumerate(group)]
+            given = address, port, checkpoint, dtype, self._limits, numerics
+            calls += [w.call("start", i, *given) for i, w in enumerate(group)]
         return calls
 
     def receive(self, policy: Policy) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.groups import Groups, alone
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, Numerics
+from lockstep.model.exact_cache import ExactPagedAttention
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.logprobs import local_logits, reduced
 from lockstep.model.train import DTYPES, build, transformer_of
@@ -286,7 +287,8 @@ class RolloutEngine:
         """Activations [T, width] of all tokens of a pass."""
         tokens = np.concatenate([c.sequence.part(c.start, c.start + c.count) for c in chunks])
         positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
-        attend = PagedAttention(self._cache, [Span(c.sequence.tables, c.start, c.count) for c in chunks])
+        paged = ExactPagedAttention if self.transformer.numerics == "exact" else PagedAttention
+        attend = paged(self._cache, [Span(c.sequence.tables, c.start, c.count) for c in chunks])
         tokens_T, positions_T = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
         hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
         return hidden[:, 0]
@@ -294,7 +296,8 @@ class RolloutEngine:
     def _logits(self, hidden_BD: Tensor) -> Tensor:
         """Of this tensor rank's part of the vocabulary [B, V/tensor]."""
         model, weight = self.transformer.model, self.transformer.inference_head
-        return local_logits(hidden_BD, weight, self._first_row, model.vocabulary, model.logit_cap)
+        numerics = self.transformer.numerics
+        return local_logits(hidden_BD, weight, self._first_row, model.vocabulary, model.logit_cap, numerics)
 
     @property
     def _first_row(self) -> int:
@@ -357,7 +360,7 @@ class RolloutEngine:
         for temperature in dict.fromkeys(temperatures):
             rows = [i for i, t in enumerate(temperatures) if t == temperature]
             part = local_BV if len(rows) == len(local_BV) else local_BV[rows]
-            log_sum, at_target = reduced(part, local_tokens[rows], temperature, group)
+            log_sum, at_target = reduced(part, local_tokens[rows], temperature, group, self.transformer.numerics)
             logp[rows], log_sums[rows] = at_target - log_sum, log_sum
         return logp, log_sums
 
@@ -397,11 +400,12 @@ def load_rollout_engine(
     budget: int = 2048,
     on_update: OnUpdate = "restart",
     groups: Groups | None = None,
+    numerics: Numerics = "fast",
 ) -> tuple[RolloutEngine, Tokenizer]:
     """A rollout engine over a checkpoint, in a world of this process alone unless `groups` says otherwise."""
     source = Checkpoint(checkpoint)
     tokenizer = Tokenizer(source.files)
-    stage = build(ModelConfig(**source.manifest["model"]), groups or alone(), DTYPES[dtype], source)
+    stage = build(ModelConfig(**source.manifest["model"]), groups or alone(), DTYPES[dtype], source, numerics)
     engine = RolloutEngine(
         transformer_of(stage),
         decode=tokenizer.decode,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
+from lockstep.model.config import Numerics
 from lockstep.rl.rollout.engine import load_rollout_engine
 from lockstep.rl.rollout.limits import RolloutLimits
 from lockstep.rl.rollout.sampling import SamplingConfig
@@ -22,7 +23,16 @@ class RolloutWorker(Worker):
         self._meeting = host_meeting(address)
         return self._meeting.port
 
-    def start(self, rank: int, address: str, port: int, checkpoint: Path, dtype: str, limits: RolloutLimits) -> None:
+    def start(
+        self,
+        rank: int,
+        address: str,
+        port: int,
+        checkpoint: Path,
+        dtype: str,
+        limits: RolloutLimits,
+        numerics: Numerics = "fast",
+    ) -> None:
         """Load this tensor rank's part of the model as weight version 0."""
         groups = join(Layout(tensor=limits.tensor), rank=rank, meeting=meeting_at(address, port))
         self.engine = load_rollout_engine(
@@ -34,6 +44,7 @@ class RolloutWorker(Worker):
             budget=limits.budget,
             on_update=limits.on_update,
             groups=groups,
+            numerics=numerics,
         )[0]
         self.log.info("ready for %d sequences", limits.sequences)
 
