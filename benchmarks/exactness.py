@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lockstep.cluster.convert import to_lockstep
 from lockstep.cluster.sources import QUICKSTART_MODEL
@@ -26,13 +27,13 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.spec import Source
 from lockstep.distributed.groups import Groups, alone
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.pipeline import run_forward_backward
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics
 from lockstep.model.kv_cache import kinds
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
-from lockstep.model.recipes import OptimizerConfig
-from lockstep.model.train import DTYPES, Trainer, build, transformer_of
+from lockstep.model.train import DTYPES, DeviceBatch, build, rows_of, scorer, transformer_of
 from lockstep.rl.mismatch import compare, reported, rescored
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig
@@ -61,6 +62,8 @@ SAMPLES = 4
 RUNNING = 48
 """Sequences that run at one time, in a cache with room for a third of them."""
 TEMPERATURE = 0.9
+TURNS = 3
+"""Measurements of each side, in turns, after one that does not count."""
 
 
 def main() -> None:
@@ -164,7 +167,7 @@ def cost(name: str, checkpoint: Path | None, dtype: str) -> None:
     print(f"{name}, {dtype}, {torch.get_num_threads()} threads")
     for what in sides["fast"]:
         seconds: dict[str, list[float]] = {numerics: [] for numerics in sides}
-        for turn in range(4):
+        for turn in range(TURNS + 1):
             for numerics, each in sides.items():
                 start = time.perf_counter()
                 each[what]()
@@ -181,9 +184,9 @@ def trials(
     model, source = opened(name, checkpoint)
     stage = build(model, groups, DTYPES[dtype], source, numerics)
     draw = np.random.default_rng(0)
-    texts = draw.integers(0, model.vocabulary, (4, 513))
-    rows = rows_for_ranks([sample(t[:1], t[1:], weight=1 / 2048) for t in texts], RowRules(budget=2048))[0]
-    trainer, transformer = Trainer(stage, groups, OptimizerConfig()), transformer_of(stage)
+    texts = draw.integers(0, model.vocabulary, (2, 513))
+    rows = rows_for_ranks([sample(t[:1], t[1:], weight=1 / 1024) for t in texts], RowRules(budget=1024))[0]
+    batches, transformer = rows_of(stage, groups, rows), transformer_of(stage)
     keys = iter(range(1 << 30))
 
     def engine_of(count: int, length: int, new: int) -> RolloutEngine:
@@ -201,17 +204,24 @@ def trials(
         engine.step()
 
     def decode(engine: RolloutEngine) -> None:
-        """16 steps; the first time, which does not count, the prompts as well."""
+        """8 steps; the first time, which does not count, the prompts as well."""
         while engine.statistics.generated_tokens < engine.statistics.running:
             engine.step()
-        for _ in range(16):
+        for _ in range(8):
             engine.step()
+
+    def learn() -> None:
+        run_forward_backward(stage, batches, scorer(groups, 1.0), loss, tokens=1024)
+        transformer.zero_grad()
+
+    def loss(scores_2K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return nll(scores_2K[0], batch.columns)
 
     decoding = {count: engine_of(count, 256, 200) for count in (1, 8, 64)}
     return {
-        "training step of 4 × 512 tokens": lambda: trainer.step(rows, nll, 0.0),
+        "forward and backward, 2 × 512 tokens": learn,
         "prompt of 1,000 tokens": partial(read, engine_of(1, 5, 1)),
-        **{f"16 steps of {n} sequences": partial(decode, engine) for n, engine in decoding.items()},
+        **{f"8 steps of {n} sequences": partial(decode, engine) for n, engine in decoding.items()},
     }
 
 

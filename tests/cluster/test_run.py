@@ -13,7 +13,7 @@ from tests.distributed.traces import steps_and_kinds
 
 LAYOUTS = {
     "data": ("layout.data=2",),
-    "tensor": ("layout.data=1", "layout.tensor=2"),
+    "tensor": ("layout.data=1", "layout.tensor=2", "rollout.tensor=2", "model.numerics=exact"),
     "pipeline": ("layout.data=1", "layout.pipeline=2"),
 }
 
@@ -82,6 +82,12 @@ def test_reinforcement_updates_the_policy(run: Run) -> None:
     assert first["grad_norm"] > 0
     assert second["weight_version"] == 1 + first["weight_version"]
     assert [line["stage"] for line in metrics(run.folder, "eval")] == ["before", "supervised", "after"]
+
+
+@pytest.mark.parametrize("run", ["tensor"], indirect=True)
+def test_in_exact_numerics_rollouts_and_training_never_differ_by_a_bit(run: Run) -> None:
+    for line in metrics(run.folder, "rl"):
+        assert line["mismatch_bits"] == line["mismatch_max"] == line["mismatch_kl"] == 0
 
 
 def test_the_screen_shows_steps_workers_and_the_report(run: Run) -> None:
