@@ -294,7 +294,12 @@ void norm(struct norm *job)
         for (; e + LANES <= width; e += LANES) { lanes part = load(x + e); squares += part * part; }
         for (; e < width; e++) rest += wide(x[e]) * wide(x[e]);
         float scale = 1 / sqrtf((sum(squares) + rest) / width + job->eps);
-        for (e = 0; e < width; e++) out[e] = narrow(wide(narrow(wide(x[e]) * scale)) * wide(job->weight[e]));
+        for (e = 0; e + LANES <= width; e += LANES) {
+            NUMBER rounded[LANES];
+            store(rounded, load(x + e) * scale);
+            store(out + e, load(rounded) * load(job->weight + e));
+        }
+        for (; e < width; e++) out[e] = narrow(wide(narrow(wide(x[e]) * scale)) * wide(job->weight[e]));
     }
 }
 
@@ -341,7 +346,16 @@ void turn(struct turn *job)
         for (int64_t head = 0; head < job->heads; head++) {
             const NUMBER *x = job->x + row * job->stride + head * width;
             NUMBER *out = job->out + (row * job->heads + head) * width;
-            for (int64_t e = 0; e < half; e++) {
+            int64_t e = 0;
+            for (; e + LANES <= half; e += LANES) {
+                lanes a = load(x + e), b = load(x + e + half);
+                NUMBER first[LANES], second[LANES];
+                store(first, a * load(c + e));
+                store(second, b * load(c + e + half));
+                store(out + e, load(first) - b * load(s + e));
+                store(out + e + half, load(second) + a * load(s + e + half));
+            }
+            for (; e < half; e++) {
                 float a = wide(x[e]), b = wide(x[e + half]);
                 out[e] = narrow(wide(narrow(a * wide(c[e]))) - b * wide(s[e]));
                 out[e + half] = narrow(wide(narrow(b * wide(c[e + half]))) + a * wide(s[e + half]));

@@ -1,5 +1,6 @@
 """Completions by continuous batching: a sequence that ends makes room at once for one that waits."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -404,6 +405,7 @@ def load_rollout_engine(
     source = Checkpoint(checkpoint)
     tokenizer = Tokenizer(source.files)
     stage = build(ModelConfig(**source.manifest["model"]), groups or alone(), DTYPES[dtype], source)
+    gc.freeze()  # weights and libraries, which are no garbage: looking through them takes as long as a forward pass
     engine = RolloutEngine(
         transformer_of(stage),
         decode=tokenizer.decode,
