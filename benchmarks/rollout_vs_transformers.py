@@ -52,9 +52,7 @@ def main() -> None:
             speed, other, bound = ours[name], theirs[name], ours[f"{name} bound"]
             alone = ours[f"{name} decoding"]
             print(f"{name}: Lockstep {speed:.0f} tokens/s, transformers {other:.0f}, {speed / other:.1f} times")
-            print(
-                f"{name}: passes that only decode {alone:.0f} tokens/s, {alone / bound:.2f} of the bound of {bound:.0f}"
-            )
+            print(f"{name}: decoding alone {alone:.0f} tokens/s, {alone / bound:.2f} of the bound of {bound:.0f}")
     if "group" in ours:
         print("8 prompts, 8 samples each: {:.2f} s; 64 prompts: {:.2f} s".format(*ours["group"]))
     if "context" in ours:
