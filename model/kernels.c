@@ -294,7 +294,12 @@ void norm(struct norm *job)
         for (; e + LANES <= width; e += LANES) { lanes part = load(x + e); squares += part * part; }
         for (; e < width; e++) rest += wide(x[e]) * wide(x[e]);
         float scale = 1 / sqrtf((sum(squares) + rest) / width + job->eps);
-        for (e = 0; e < width; e++) out[e] = narrow(wide(narrow(wide(x[e]) * scale)) * wide(job->weight[e]));
+        for (e = 0; e + LANES <= width; e += LANES) {
+            NUMBER rounded[LANES];
+            store(rounded, load(x + e) * scale);
+            store(out + e, load(rounded) * load(job->weight + e));
+        }
+        for (; e < width; e++) out[e] = narrow(wide(narrow(wide(x[e]) * scale)) * wide(job->weight[e]));
     }
 }
 
@@ -341,11 +346,72 @@ void turn(struct turn *job)
         for (int64_t head = 0; head < job->heads; head++) {
             const NUMBER *x = job->x + row * job->stride + head * width;
             NUMBER *out = job->out + (row * job->heads + head) * width;
-            for (int64_t e = 0; e < half; e++) {
+            int64_t e = 0;
+            for (; e + LANES <= half; e += LANES) {
+                lanes a = load(x + e), b = load(x + e + half);
+                NUMBER first[LANES], second[LANES];
+                store(first, a * load(c + e));
+                store(second, b * load(c + e + half));
+                store(out + e, load(first) - b * load(s + e));
+                store(out + e + half, load(second) + a * load(s + e + half));
+            }
+            for (; e < half; e++) {
                 float a = wide(x[e]), b = wide(x[e + half]);
                 out[e] = narrow(wide(narrow(a * wide(c[e]))) - b * wide(s[e]));
                 out[e + half] = narrow(wide(narrow(b * wide(c[e + half]))) + a * wide(s[e + half]));
             }
         }
+    }
+}
+
+/* The first token of each row whose cumulative weight exceeds a share of the total; weights are e^(logit * scale). */
+struct draw {
+    int64_t taken, rows, size, stride;               /* from row to row */
+    const NUMBER *logits;
+    const int64_t *places;                           /* of each row */
+    const float *scales;
+    const double *shares;
+    int64_t *tokens;
+};
+
+static lanes weights(const NUMBER *logits, int64_t left, float scale, float most)
+{
+    lanes x = all(-INFINITY);
+    if (left >= LANES) x = load(logits);
+    else for (int64_t i = 0; i < left; i++) x[i] = wide(logits[i]);
+    x = (x - most) * scale;
+    return pick(x > all(-87.0f), exponential(x), all(0));
+}
+
+void draw(struct draw *job)
+{
+    enum { STRETCH = 256 };
+    int64_t row, size = job->size, stretches = (size + STRETCH - 1) / STRETCH;
+    while ((row = next(&job->taken)) < job->rows) {
+        const NUMBER *logits = job->logits + job->places[row] * job->stride;
+        double sums[stretches], total = 0;
+        lanes high = all(-INFINITY);
+        int64_t i = 0, found = -1;
+        for (; i + LANES <= size; i += LANES) { lanes x = load(logits + i); high = pick(x > high, x, high); }
+        float most = high[0], scale = job->scales[row];
+        for (int l = 1; l < LANES; l++) most = high[l] > most ? high[l] : most;
+        for (; i < size; i++) most = wide(logits[i]) > most ? wide(logits[i]) : most;
+        for (int64_t s = 0; s < stretches; s++) {
+            lanes added = {};
+            for (i = s * STRETCH; i < (s + 1) * STRETCH && i < size; i += LANES)
+                added += weights(logits + i, size - i, scale, most);
+            total += sum(added);
+            sums[s] = total;
+        }
+        double wanted = job->shares[row] * total;
+        int64_t s = 0;
+        while (s < stretches - 1 && sums[s] <= wanted) s++;
+        double before = s ? sums[s - 1] : 0;
+        for (i = s * STRETCH; i < (s + 1) * STRETCH && i < size && before <= wanted; i += LANES) {
+            lanes part = weights(logits + i, size - i, scale, most);
+            for (int l = 0; l < LANES && before <= wanted; l++)
+                if (part[l] > 0) { before += part[l]; found = i + l; } /* rounding may end behind the last: that one */
+        }
+        job->tokens[row] = found;
     }
 }

@@ -9,13 +9,14 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,6 +74,10 @@ class _GateJob(ctypes.Structure):
     _fields_ = _fields("taken rows width", "x out")
 
 
+class _DrawJob(ctypes.Structure):
+    _fields_ = _fields("taken rows size stride", "logits places scales shares tokens")
+
+
 class _TurnJob(ctypes.Structure):
     _fields_ = _fields("taken rows heads width stride", "x cosines sines out")
 
@@ -127,6 +132,29 @@ def rotary(x_THE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     )
     run("turn", job, x_THE.dtype, size=x_THE.numel())
     return out
+
+
+def draw(logits_BV: Tensor, rows: Sequence[int], temperatures: Sequence[float], shares: Sequence[float]) -> Tensor:
+    """The first token of each of some rows whose cumulative probability exceeds a share; none of probability 0."""
+    if logits_BV.stride(1) != 1:
+        logits_BV = logits_BV.contiguous()
+    places, wanted = np.asarray(rows, np.int64), np.asarray(shares, np.float64)
+    scales = (1 / np.asarray(temperatures)).astype(np.float32)
+    tokens = np.empty(len(rows), np.int64)
+    job = _DrawJob(
+        rows=len(rows),
+        size=logits_BV.shape[1],
+        stride=logits_BV.stride(0),
+        logits=logits_BV.data_ptr(),
+        places=places.ctypes.data,
+        scales=scales.ctypes.data,
+        shares=wanted.ctypes.data,
+        tokens=tokens.ctypes.data,
+    )
+    run("draw", job, logits_BV.dtype, size=logits_BV.numel())
+    if tokens.min() < 0:
+        raise FloatingPointError("logits are not numbers, so nothing can be drawn: the weights are not whole")
+    return torch.from_numpy(tokens)
 
 
 @cache

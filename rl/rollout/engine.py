@@ -1,5 +1,6 @@
 """Completions by continuous batching: a sequence that ends makes room at once for one that waits."""
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -418,6 +419,7 @@ def load_rollout_engine(
     source = Checkpoint(checkpoint)
     tokenizer = Tokenizer(source.files)
     stage = build(ModelConfig(**source.manifest["model"]), groups or alone(), DTYPES[dtype], source, numerics)
+    gc.freeze()  # weights and libraries, which are no garbage: looking through them takes as long as a forward pass
     engine = RolloutEngine(
         transformer_of(stage),
         decode=tokenizer.decode,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.model import kernels
 from lockstep.rl.rollout.sampling import SamplingConfig
 
 LANE = 256
@@ -91,9 +92,7 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
     supports: list[tuple[int, ...]] = [()] * len(rows)
     plain = [i for i, row in enumerate(rows) if row.is_plain]
     if plain:
-        chosen = [rows[i] for i in plain]
-        weights = _weights(_over_temperature(_picked(logits_BV, plain), chosen))
-        tokens[plain] = _inverted(weights, _uniform(chosen, device))[0]
+        tokens[plain] = _plain(logits_BV, plain, [rows[i] for i in plain])
     rest = [i for i, row in enumerate(rows) if not row.is_plain]
     if rest:
         chosen = [rows[i] for i in rest]
@@ -112,6 +111,14 @@ def likeliest(logits_V: Tensor, log_sum: Tensor, row: Row) -> tuple[tuple[int, f
     """As many tokens as the row asks for, likeliest first, with their log-probabilities under the policy."""
     best = (logits_V.float() / row.policy_temperature).topk(min(row.sampling.logprobs, len(logits_V)))
     return tuple(zip(best.indices.tolist(), (best.values - log_sum).tolist(), strict=True))
+
+
+def _plain(logits_BV: Tensor, places: list[int], rows: Sequence[Row]) -> Tensor:
+    """Draws from the policy itself."""
+    if kernels.usable(logits_BV.dtype, logits_BV.device):
+        return kernels.draw(logits_BV, places, [r.policy_temperature for r in rows], [r.uniform for r in rows])
+    weights = _weights(_over_temperature(_picked(logits_BV, places), rows))
+    return _inverted(weights, _uniform(rows, logits_BV.device))[0]
 
 
 def over_support(logits_KV: Tensor, supports: Sequence[Sequence[int]], targets_K: Tensor, temperature: float) -> Tensor:

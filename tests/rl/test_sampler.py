@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lockstep.rl.rollout.sampler import Draw, Row, draw, likeliest, over_support, uniforms
+from lockstep.model import kernels
+from lockstep.rl.rollout.sampler import Draw, Row, _inverted, _weights, draw, likeliest, over_support, uniforms
 from lockstep.rl.rollout.sampling import SamplingConfig
 
 DRAWS = 6_000
@@ -213,6 +214,18 @@ def test_uniforms_depend_on_seed_sample_and_position_only(seed: int, places: lis
     assert together.tolist() == alone
     assert all(0 <= u < 1 for u in alone)
     assert len(set(alone)) == len(set(places))
+
+
+@pytest.mark.parametrize("size", [5, 16, 4001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_kernel_draws_what_torch_draws(size: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(400, size, generator=torch.Generator().manual_seed(2)) * 4).to(dtype)
+    logits[:, size // 2] = float("-inf")
+    shares = uniforms([1] * 400, range(400), [0] * 400)
+    found = kernels.draw(logits, range(400), [0.7] * 400, shares.tolist())
+    expected = _inverted(_weights(logits.float() / 0.7), torch.from_numpy(shares))[0]
+    assert (found == expected).sum() >= 399, "one draw in many may lie on an edge"
+    assert kernels.draw(logits, [7, 3], [0.7, 0.7], shares[[7, 3]].tolist()).tolist() == found[[7, 3]].tolist()
 
 
 @pytest.mark.parametrize("axis", ["seed", "sample", "position"])
