@@ -270,6 +270,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": ""}, 400, "prompt", "no tokens"),
     ({"prompt": []}, 400, "prompt", "list of tokens"),
     ({"prompt": [1, "a"]}, 400, "prompt", "list of tokens"),
+    ({"prompt": [-1], "echo": True}, 400, "prompt", "list of tokens"),
     ({"prompt": [10**9]}, 400, None, "there is no token 1000000000"),
     ({"prompt": "a b" * 300}, 400, "prompt", "may have 256"),
     ({"prompt": "a", "max_tokens": 256}, 400, None, "256"),
@@ -436,6 +437,18 @@ def test_an_engine_that_fails_fails_its_requests_and_says_so(transformer: Transf
             assert (status, json.loads(body)["status"]) == (503, "failed")
         finally:
             handle.remove()
+
+
+def test_what_is_not_done_when_the_server_ends_is_told_so(transformer: Transformer, tokenizer: Tokenizer) -> None:
+    engine = RolloutEngine(transformer, decode=tokenizer.decode)
+    with serving(engine, tokenizer) as server:
+        asked: dict[str, Any] = dict(model=MODEL, prompt=PROMPT, max_tokens=240, logit_bias=ENDLESS, n=8)
+        chunks = iter(server.client().completions.create(**asked, stream=True))
+        next(chunks)
+    with pytest.raises(openai.APIError, match="the server ended before the completion did"):
+        list(chunks)
+    assert not engine.has_work
+    assert engine.statistics.blocks_used == 0
 
 
 def test_a_key_is_asked_for(transformer: Transformer, tokenizer: Tokenizer) -> None:
