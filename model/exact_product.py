@@ -21,6 +21,9 @@ TILE = 32
 LARGER = (1024, 512, 256, 128, 64)
 """Rows of a product where a trial on this machine gave the same bits as `TILE` rows do."""
 
+TRIED = 1 << 15
+"""Numbers that a trial compares, at least."""
+
 Multiply = Callable[[Tensor], Tensor]
 """[R, inputs] → [R, outputs]."""
 
@@ -96,20 +99,28 @@ def tile_sizes(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...]
     Raises:
         NotExact: where the bits even depend on a row's place among `TILE`.
     """
-    x, weight = delicate(LARGER[0], inputs, dtype, 0), delicate(outputs, inputs, dtype, 1)
-    with torch.inference_mode(), one_thread():
-        expected = _by(TILE, x, weight)
-        moved = torch.cat([F.linear(tile.roll(5, 0), weight).roll(-5, 0) for tile in x.split(TILE)])
-        if not torch.equal(moved, expected):
-            raise NotExact(
-                f"products with a weight [{outputs}, {inputs}] in {dtype} give a row other bits at another place: "
-                "numerics='exact' needs another processor or another build of torch"
-            )
-        return *(size for size in LARGER if torch.equal(_by(size, x, weight), expected)), TILE
+    x, sizes = delicate(LARGER[0], inputs, dtype, 0), LARGER
+    for weight in trial_weights(outputs, inputs, dtype):
+        with torch.inference_mode(), one_thread():
+            expected = _by(TILE, x, weight)
+            moved = torch.cat([F.linear(tile.roll(5, 0), weight).roll(-5, 0) for tile in x.split(TILE)])
+            if not torch.equal(moved, expected):
+                raise NotExact(
+                    f"products with a weight [{outputs}, {inputs}] in {dtype} give a row other bits at another place: "
+                    "numerics='exact' needs another processor or another build of torch"
+                )
+            sizes = tuple(size for size in sizes if torch.equal(_by(size, x, weight), expected))
+    return *sizes, TILE
 
 
 def _by(size: int, x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(tile, weight) for tile in x.split(size)])
+
+
+def trial_weights(outputs: int, inputs: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Weights for a trial, so many that `TRIED` numbers come out: the few of one narrow weight might agree by chance."""
+    for trial in range(-(-TRIED // (LARGER[0] * outputs))):
+        yield delicate(outputs, inputs, dtype, 2 * trial + 1)
 
 
 def delicate(rows: int, width: int, dtype: torch.dtype, side: int) -> Tensor:
@@ -118,10 +129,10 @@ def delicate(rows: int, width: int, dtype: torch.dtype, side: int) -> Tensor:
     Two sums of the same numbers in another order seldom differ after rounding to bf16; these do.
 
     Args:
-        side: 0 or 1.
+        side: even for one, odd for the other; each number draws other rows.
     """
     half = width // 2
     drawn = torch.randn(rows, half, generator=torch.Generator().manual_seed(side))
     last = torch.full((rows, width % 2), 2.0**-20)
-    whole = torch.cat((drawn, -drawn if side else drawn, last), dim=1)
+    whole = torch.cat((drawn, -drawn if side % 2 else drawn, last), dim=1)
     return whole[:, torch.randperm(width, generator=torch.Generator().manual_seed(2))].to(dtype)

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import Numerics
 from lockstep.model.exact import summed, summed_and_split
-from lockstep.model.exact_product import LARGER, delicate, in_tiles, product, tile_sizes
+from lockstep.model.exact_product import LARGER, delicate, in_tiles, one_thread, product, tile_sizes, trial_weights
 
 
 class PackedWeight:
@@ -51,11 +51,14 @@ def packed(weight: Tensor, numerics: Numerics = "fast") -> PackedWeight | None:
 
 @cache
 def _packs_exactly(outputs: int, inputs: int) -> bool:
-    weight, rows = delicate(outputs, inputs, torch.bfloat16, 1), delicate(LARGER[0] + 1, inputs, torch.bfloat16, 0)
-    blocks = PackedWeight(weight)
-    sizes = [n + 1 for n in tile_sizes(inputs, outputs, torch.bfloat16)]
-    with torch.inference_mode():
-        return all(torch.equal(linear(rows[:n], blocks, "exact"), product(rows[:n], weight)) for n in sizes)
+    rows = delicate(LARGER[0], inputs, torch.bfloat16, 0)
+    sizes = tile_sizes(inputs, outputs, torch.bfloat16)
+    with torch.inference_mode(), one_thread():
+        for weight in trial_weights(outputs, inputs, torch.bfloat16):
+            blocks, expected = PackedWeight(weight), product(rows, weight)
+            if not all(torch.equal(torch.cat([blocks(part) for part in rows.split(n)]), expected) for n in sizes):
+                return False
+    return True
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:
