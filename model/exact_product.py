@@ -118,7 +118,7 @@ def _by(size: int, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def trial_weights(outputs: int, inputs: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Weights for a trial, so many that `TRIED` numbers come out: the few of one narrow weight might agree by chance."""
+    """Weights for a trial, so many that `TRIED` numbers come out: those of one narrow weight might agree by chance."""
     for trial in range(-(-TRIED // (LARGER[0] * outputs))):
         yield delicate(outputs, inputs, dtype, 2 * trial + 1)
 
