@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import ValidationError
 
-from lockstep.cluster import corpus
+from lockstep.cluster import corpus, inference_commands
 from lockstep.cluster.console import err, out, progress, sentences
 
 if TYPE_CHECKING:
@@ -95,37 +94,8 @@ def parity(
         raise typer.Exit(1)
 
 
-@app.command()
-@sentences
-def generate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
-    prompt: Annotated[str, typer.Argument(help="What to answer.")],
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given more than once.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    chat: Annotated[bool, typer.Option(help="Use the tokenizer's chat template.")] = True,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-) -> None:
-    """Answer a prompt.
-
-    Example: lockstep generate runs/quickstart "What is 12 + 34?" --top-p 0.9
-    """
-    from lockstep.cluster.config import validation_sentence
-    from lockstep.cluster.inference import generate as generate_text
-    from lockstep.rl.rollout.sampling import SamplingConfig
-
-    try:
-        sampling = SamplingConfig(
-            temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, stop=tuple(stop or ())
-        )
-    except ValidationError as error:
-        raise ValueError(validation_sentence(error, SamplingConfig)) from error
-    out.print(
-        generate_text(checkpoint, prompt, sampling, seed=seed, chat=chat, dtype=dtype), markup=False, highlight=False
-    )
+app.command()(inference_commands.generate)
+app.command()(inference_commands.serve)
 
 
 @app.command("eval")

@@ -1,4 +1,4 @@
-"""Answers of one checkpoint in this process: for a person, and for a task's held-out problems."""
+"""One checkpoint in this process: its rollout engine, and its answers to a task's held-out problems."""
 
 import json
 import tempfile
@@ -17,33 +17,29 @@ from lockstep.distributed.groups import leave
 from lockstep.rl.controller import make_prompt
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
 from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.types import Prompt
 from lockstep.rl.verifiers.pool import VerifierPool
 from lockstep.rl.verifiers.verdict import Outcome
 
 
 @contextmanager
-def _engine(name: str, dtype: str, sequences: int, length: int) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
-    """A rollout engine over a checkpoint of any format; other formats pass through a temporary checkpoint of ours."""
+def open_engine(
+    name: str, dtype: str, *, sequences: int, length: int = 1 << 20, cache_gib: float = 1.0
+) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
+    """A rollout engine over a checkpoint of any format; other formats pass through a temporary checkpoint of ours.
+
+    Raises:
+        ValueError: one sentence on what cannot be opened.
+    """
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype {dtype!r} is not supported: use bfloat16 or float32")
-    with tempfile.TemporaryDirectory() as folder:
-        source, _, _ = open_source(name)
-        ours = isinstance(source, manager.Checkpoint)
-        path = source.path if isinstance(source, manager.Checkpoint) else to_lockstep(name, Path(folder))
-        assert ours or path.is_dir()
-        try:
-            yield load_rollout_engine(path, dtype=dtype, sequences=sequences, length=length)
-        finally:
-            leave()
-
-
-def generate(name: str, prompt: str, sampling: SamplingConfig, *, seed: int, chat: bool, dtype: str) -> str:
-    """The completion of one prompt, as text."""
-    with _engine(name, dtype, 1, 1 << 20) as (engine, tokenizer):
-        text = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else prompt
-        request = Prompt(0, text, tuple(tokenizer.encode(text)), "")
-        return next(engine.generate([request], sampling, samples=1, seed=seed)).text
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source, _, _ = open_source(name)
+            path = source.path if isinstance(source, manager.Checkpoint) else to_lockstep(name, Path(folder))
+            opened = load_rollout_engine(path, dtype=dtype, sequences=sequences, length=length, cache_gib=cache_gib)
+        yield opened
+    finally:
+        leave()
 
 
 def evaluate(
@@ -52,7 +48,7 @@ def evaluate(
     """Greedy exact match on the held-out problems of a task, as a sentence."""
     config, seed = _task(task, overrides)
     split = make_split(config, seed)
-    with _engine(name, dtype, 32, 4096) as (engine, tokenizer):
+    with open_engine(name, dtype, sequences=32, length=4096) as (engine, tokenizer):
         prompts = [make_prompt(p, config, tokenizer) for p in split.held_out]
         sampling = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens)
         rollouts = list(engine.generate(prompts, sampling, samples=1, seed=0))

@@ -1,6 +1,7 @@
 """Completions by continuous batching: a sequence that ends makes room at once for one that waits."""
 
 import gc
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,12 @@ class RolloutEngine:
             generated_tokens=self._generated_tokens,
             preemptions=scheduler.preemptions,
         )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and completion together for which context and cache have room."""
+        lengths = range(1, self.length + 1)
+        return bisect_left(lengths, True, key=lambda length: self._scheduler.lacking(length - 1) is not None)
 
     def add(self, request: Request) -> None:
         """Take a request, to be run as soon as there is room.

@@ -1,0 +1,212 @@
+"""Answers for a person: one that is shown as it is drawn, many from a file, or a talk in turns."""
+
+import json
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from types import FrameType
+from typing import Any
+
+import jinja2
+
+from lockstep.cluster.serving.text import TextStream, whole_text
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.sequence import Request
+from lockstep.rl.types import Prompt, Rollout
+
+Message = dict[str, str]
+Write = Callable[[str], object]
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text or a conversation to be answered."""
+
+    given: dict[str, Any]
+    """The line that it came from, to be repeated beside the answer."""
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+    """To be continued as it is, where there are no messages."""
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """An engine and how to draw from it."""
+
+    engine: RolloutEngine
+    tokenizer: Tokenizer
+    sampling: SamplingConfig
+    seed: int = 0
+
+    def tokens(self, question: Question) -> tuple[int, ...]:
+        """The prompt as the model reads it.
+
+        Raises:
+            ValueError: when there is no chat template, or it refuses the messages.
+        """
+        if not question.messages:
+            return tuple(self.tokenizer.encode(question.text))
+        try:
+            return tuple(self.tokenizer.encode(self.tokenizer.chat(question.messages)))
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+    def stream(
+        self, tokens: tuple[int, ...], sample: int = 0, sampling: SamplingConfig | None = None
+    ) -> Generator[str, None, None]:
+        """Pieces of one completion; one that is not read to its end is cancelled."""
+        sampling = sampling or self.sampling
+        text = TextStream(self.tokenizer.decode, sampling.stop)
+        self.engine.add(Request("answer", tokens, sampling, self.seed, sample))
+        try:
+            while self.engine.has_work:
+                for token in self.engine.step():
+                    yield text.add(token.token, token.finish_reason)
+        finally:
+            self.engine.cancel("answer")
+
+    def rows(self, questions: Sequence[Question], samples: int) -> Iterator[dict[str, Any]]:
+        """Each question with its completions, in the order of the questions and each as soon as it can be."""
+        prompts = [Prompt(i, q.text, self.tokens(q), "") for i, q in enumerate(questions)]
+        found: dict[int, list[Rollout]] = {prompt.index: [] for prompt in prompts}
+        following = iter(questions)
+        for rollout in self.engine.generate(prompts, self.sampling, samples=samples, seed=self.seed):
+            found[rollout.prompt.index].append(rollout)
+            while found and len(next(iter(found.values()))) == samples:
+                rollouts = found.pop(next(iter(found)))
+                yield next(following).given | {"completions": [self._row(r) for r in sorted(rollouts, key=_sample)]}
+
+    def _row(self, rollout: Rollout) -> dict[str, Any]:
+        text = whole_text(rollout.tokens, rollout.finish_reason, self.tokenizer.decode, self.sampling.stop)
+        return {"text": text, "finish_reason": rollout.finish_reason, "tokens": len(rollout.tokens)}
+
+
+def _sample(rollout: Rollout) -> int:
+    return rollout.sample
+
+
+def conversation(text: str, system: str | None) -> tuple[Message, ...]:
+    """A person's first turn, after a system message where there is one."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return (*before, {"role": "user", "content": text})
+
+
+def read_questions(lines: Iterable[str], *, raw: bool, system: str | None) -> list[Question]:
+    """One question a line: JSON with `prompt` or `messages`, or else a text; empty lines are left out.
+
+    Args:
+        raw: whether prompts are continued as they are and not put to a chat template.
+
+    Raises:
+        ValueError: names the line that is neither.
+    """
+    return [
+        _question(line.strip("\r\n"), number, raw, system) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+
+
+def _question(line: str, number: int, raw: bool, system: str | None) -> Question:
+    given = _parsed(line, number)
+    if "messages" in given:
+        return Question(given, messages=_messages(given["messages"], number))
+    prompt = given.get("prompt")
+    if not isinstance(prompt, str):
+        raise ValueError(f"line {number} has neither a text 'prompt' nor 'messages': give it one of them")
+    return Question(given, text=prompt) if raw else Question(given, messages=conversation(prompt, system))
+
+
+def _parsed(line: str, number: int) -> dict[str, Any]:
+    """The object of a line that begins as one does; any other line is a prompt."""
+    if not line.lstrip().startswith("{"):
+        return {"prompt": line}
+    try:
+        given: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number} begins like a JSON object and is none: {error}") from error
+    return given
+
+
+def _messages(given: Any, number: int) -> tuple[Message, ...]:
+    fits = isinstance(given, list) and all(
+        isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in given
+    )
+    if not given or not fits:
+        raise ValueError(f"line {number}: messages are a list of objects with a content and a role: {', '.join(ROLES)}")
+    return tuple({"role": m["role"], "content": m["content"]} for m in given)
+
+
+class Stop:
+    """Whether Ctrl-C has been pressed."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def ask(self, _: int, __: FrameType | None) -> None:
+        """The handler of a signal."""
+        self.asked = True
+
+
+@contextmanager
+def interruptible() -> Iterator[Stop]:
+    """Ctrl-C sets a flag, so that the engine is never interrupted in the middle of a pass."""
+    stop = Stop()
+    before = signal.signal(signal.SIGINT, stop.ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def talk(answerer: Answerer, read: Callable[[], str], write: Write, note: Write, *, system: str | None = None) -> None:
+    """Answer turn after turn until there is nothing to read; Ctrl-C ends an answer, and what was written of it counts.
+
+    Each turn's prompt begins with all before it, which the engine still has in its cache.
+
+    Args:
+        read: the next turn; EOFError ends the talk.
+        write: takes pieces of answers.
+        note: takes a sentence on a turn that cannot be answered.
+    """
+    history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    for turn in count():
+        try:
+            said = read()
+        except EOFError:
+            return
+        if not said.strip():
+            continue
+        asked = [*history, {"role": "user", "content": said}]
+        try:
+            answer = _turn(answerer, asked, turn, write)
+        except ValueError as error:
+            note(str(error))
+            continue
+        write("\n")
+        history = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _turn(answerer: Answerer, messages: Sequence[Message], turn: int, write: Write) -> str:
+    tokens = answerer.tokens(Question({}, messages=tuple(messages)))
+    room = answerer.engine.longest - len(tokens)
+    if room < 1:
+        raise ValueError(
+            f"this talk has {len(tokens)} tokens, and {answerer.engine.longest} are allowed: end it and begin another"
+        )
+    limit = min(room, answerer.sampling.max_new_tokens)
+    sampling = answerer.sampling.model_copy(update={"max_new_tokens": limit})
+    said = []
+    with interruptible() as stop:
+        pieces = answerer.stream(tokens, turn, sampling)
+        for piece in pieces:
+            said.append(piece)
+            write(piece)
+            if stop.asked:
+                pieces.close()
+                break
+    return "".join(said)

@@ -1,0 +1,324 @@
+"""The endpoints: each reads a body, asks the engine and writes a reply; errors have OpenAI's shape."""
+
+import asyncio
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import jinja2
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from lockstep.cluster.serving.bodies import Body, ChatBody, CompletionBody
+from lockstep.cluster.serving.errors import Refused
+from lockstep.cluster.serving.metrics import Metrics
+from lockstep.cluster.serving.replies import ChatReply, Choice, CompletionReply, Piece, Reply, Usage, merged
+from lockstep.cluster.serving.service import Busy, Ended, EngineFailed, EngineService
+from lockstep.cluster.serving.text import TextStream
+from lockstep.data.tokenizer import BadTokenizer, Tokenizer
+from lockstep.rl.rollout.engine import PromptTooLong
+from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.sequence import Request, Token
+
+log = logging.getLogger(__name__)
+
+LARGEST_BODY = 4 << 20
+"""Bytes."""
+
+COMPLETION_TOKENS = 16
+"""OpenAI's default for completions; a chat's answer may fill the context."""
+
+HUNG_UP = 499
+"""What proxies call the status of a client that did not wait."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a body asks of the engine."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling: SamplingConfig
+    samples: int
+    seed: int
+    echoes: Sequence[str] = ()
+    """Text before the completions of each prompt, where it is asked for."""
+
+    def requests(self, id: str) -> list[Request]:
+        """For the engine; those of one prompt follow each other, which lets it compute the prompt once."""
+        prompts = [tuple(prompt) for prompt in self.prompts for _ in range(self.samples)]
+        return [Request(f"{id}/{i}", prompt, self.sampling, self.seed, i) for i, prompt in enumerate(prompts)]
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the endpoints share."""
+
+    service: EngineService
+    tokenizer: Tokenizer
+    name: str
+    """Of the model."""
+    api_key: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def app(self) -> web.Application:
+        """All endpoints."""
+        metrics = Metrics(lambda: self.service.statistics)
+        app = web.Application(middlewares=[_measured(metrics), _errors, self._guarded], client_max_size=LARGEST_BODY)
+        answers = Answers(self, metrics)
+        app.add_routes(
+            [
+                web.post("/v1/completions", answers.completions),
+                web.post("/v1/chat/completions", answers.chat),
+                web.get("/v1/models", self._models),
+                web.get("/v1/models/{name:.+}", self._model),
+                web.get("/health", self._health),
+                web.get("/metrics", _page(metrics)),
+            ]
+        )
+        return app
+
+    def check_model(self, name: str) -> None:
+        """
+        Raises:
+            Refused: when it is not the one that is served.
+        """
+        if name != self.name:
+            raise Refused(
+                404, f"there is no model {name[:80]!r}: use {self.name!r}", param="model", code="model_not_found"
+            )
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.api_key is not None and request.path != "/health":
+            given = request.headers.get("Authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
+                raise Refused(401, "the header Authorization has to be 'Bearer' and the key", code="invalid_api_key")
+        return await handler(request)
+
+    @property
+    def _card(self) -> dict[str, object]:
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "lockstep"}
+
+    async def _models(self, _: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [self._card]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        self.check_model(request.match_info["name"])
+        return web.json_response(self._card)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        failure = self.service.failure
+        body = {"status": "failed", "reason": failure} if failure else {"status": "ok"}
+        return web.json_response(body, status=503 if failure else 200)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The endpoints that ask the engine."""
+
+    server: Server
+    metrics: Metrics
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/completions`."""
+        body = await self._body(request, CompletionBody)
+        reply = CompletionReply(self.server.name, self._named, body.logprobs is not None)
+        return await self._answer(request, body, reply, await asyncio.to_thread(self._completion_job, body))
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/chat/completions`."""
+        body = await self._body(request, ChatBody)
+        reply = ChatReply(self.server.name, self._named, bool(body.logprobs))
+        return await self._answer(request, body, reply, await asyncio.to_thread(self._chat_job, body))
+
+    def _named(self, tokens: list[int]) -> str:
+        """A token's text as log-probabilities show it, special ones by their names."""
+        return self.server.tokenizer.decode(tokens, skip_special=False)
+
+    async def _body(self, request: web.Request, kind: type[AnyBody]) -> AnyBody:
+        if request.content_type != "application/json":
+            raise Refused(415, "the body has to be JSON: set the header Content-Type to application/json")
+        body = kind.read(await request.read())
+        self.server.check_model(body.model)
+        return body
+
+    def _completion_job(self, body: CompletionBody) -> Job:
+        tokenizer = self.server.tokenizer
+        prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompts]
+        for prompt in prompts:
+            self._check(prompt, "prompt")
+        limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        texts = [p if isinstance(p, str) else self._named(p) for p in body.prompts] if body.echo else ()
+        return self._job(body, prompts, limit, body.logprobs or 0, texts)
+
+    def _chat_job(self, body: ChatBody) -> Job:
+        tokenizer = self.server.tokenizer
+        try:
+            prompt = tokenizer.encode(tokenizer.chat([message.plain for message in body.messages]))
+        except (jinja2.TemplateError, BadTokenizer) as error:
+            raise Refused(400, f"the chat template refuses these messages: {error}", param="messages") from error
+        self._check(prompt, "messages")
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        limit = self.server.service.longest - len(prompt) if asked is None else asked
+        return self._job(body, [prompt], limit, body.top_logprobs or 0)
+
+    def _check(self, prompt: Sequence[int], param: str) -> None:
+        longest = self.server.service.longest
+        if not prompt:
+            raise Refused(400, f"{param} has no tokens: give at least one", param=param)
+        if len(prompt) >= longest:
+            raise Refused(
+                400,
+                f"{param} has {len(prompt)} tokens, and prompt and completion together may have {longest}: shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _job(
+        self, body: Body, prompts: Sequence[Sequence[int]], limit: int, logprobs: int, echoes: Sequence[str] = ()
+    ) -> Job:
+        places = self.server.service.places
+        if len(prompts) * body.samples > places:
+            raise Refused(
+                400, f"{len(prompts)} × n={body.samples} completions are too many: {places} may run and wait", param="n"
+            )
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        return Job(prompts, body.sampling(limit, logprobs), body.samples, seed, echoes)
+
+    async def _answer(self, request: web.Request, body: Body, reply: Reply, job: Job) -> web.StreamResponse:
+        began = time.monotonic()
+        requests = job.requests(reply.id)
+        async with self.server.service.completions(requests) as tokens:
+            first = await anext(tokens)
+            self.metrics.first_token_seconds.observe(time.monotonic() - began)
+            answer = Answer(job, [r.key for r in requests], self.server.tokenizer)
+            pieces = answer.pieces(first, tokens)
+            if body.stream:
+                return await _streamed(request, reply, answer, pieces, with_usage=body.usage_in_stream)
+            found: list[list[Piece]] = [[] for _ in requests]
+            async for piece in pieces:
+                found[piece.index].append(piece)
+            return web.json_response(reply.whole([merged(choice) for choice in found], answer.usage))
+
+
+class Answer:
+    """All choices of a request while their tokens come."""
+
+    def __init__(self, job: Job, keys: Sequence[str | int], tokenizer: Tokenizer) -> None:
+        befores = [echo for echo in job.echoes for _ in range(job.samples)] or [""] * len(keys)
+        self._choices = {
+            key: Choice(i, TextStream(tokenizer.decode, job.sampling.stop), before)
+            for i, (key, before) in enumerate(zip(keys, befores, strict=True))
+        }
+        self._prompt_tokens = sum(map(len, job.prompts))
+        self._tokens = 0
+
+    @property
+    def usage(self) -> Usage:
+        """So far."""
+        return Usage(self._prompt_tokens, self._tokens)
+
+    async def pieces(self, first: Token, others: AsyncIterator[Token]) -> AsyncIterator[Piece]:
+        """Of all choices, as they become certain."""
+        token: Token | None = first
+        while token is not None:
+            self._tokens += 1
+            piece = self._choices[token.key].add(token)
+            if piece is not None:
+                yield piece
+            token = await anext(others, None)
+
+
+async def _streamed(
+    request: web.Request, reply: Reply, answer: Answer, pieces: AsyncIterator[Piece], *, with_usage: bool
+) -> web.StreamResponse:
+    """Server-sent events; an error after the first is an event too, since the status has been sent."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    await response.prepare(request)
+    try:
+        async for piece in pieces:
+            await response.write(_event(reply.chunk(piece, None, with_usage=with_usage)))
+        if with_usage:
+            await response.write(_event(reply.chunk(None, answer.usage, with_usage=True)))
+        await response.write(b"data: [DONE]\n\n")
+    except ConnectionError:
+        raise
+    except Exception as error:
+        await response.write(_event(_refusal(error).body))
+    await response.write_eof()
+    return response
+
+
+def _event(data: object) -> bytes:
+    return f"data: {json.dumps(data)}\n\n".encode()
+
+
+def _refusal(error: Exception) -> Refused:
+    """An error of any kind as clients are told of it."""
+    match error:
+        case Refused():
+            return error
+        case Busy():
+            return Refused(429, str(error), code="rate_limit_exceeded")
+        case Ended():
+            return Refused(503, str(error), code="ended")
+        case EngineFailed():
+            return Refused(500, str(error), code="engine_failed")
+        case PromptTooLong():
+            return Refused(400, str(error), code="context_length_exceeded")
+        case ValueError():
+            return Refused(400, str(error))
+        case web.HTTPRequestEntityTooLarge():
+            return Refused(413, f"the body is too large: {LARGEST_BODY} bytes are allowed", code="body_too_large")
+        case web.HTTPException():
+            return Refused(error.status, error.reason)
+        case _:
+            log.error("a request failed", exc_info=error)
+            return Refused(500, f"the server failed with {type(error).__name__}; its log says more")
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ConnectionError:
+        return web.Response(status=HUNG_UP)
+    except Exception as error:
+        refusal = _refusal(error)
+        headers = {"Retry-After": "1"} if refusal.status in (429, 503) else {}
+        if isinstance(error, web.HTTPMethodNotAllowed):
+            headers["Allow"] = ", ".join(sorted(error.allowed_methods))
+        return web.json_response(refusal.body, status=refusal.status, headers=headers)
+
+
+def _measured(metrics: Metrics) -> Middleware:
+    @web.middleware
+    async def measured(request: web.Request, handler: Handler) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        path = resource.canonical if resource else "unknown"
+        began, status = time.monotonic(), HUNG_UP
+        try:
+            response = await handler(request)
+            status = response.status
+            return response
+        finally:
+            metrics.requests.labels(path, status).inc()
+            metrics.seconds.labels(path).observe(time.monotonic() - began)
+
+    return measured
+
+
+def _page(metrics: Metrics) -> Handler:
+    async def page(_: web.Request) -> web.Response:
+        return web.Response(body=metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return page

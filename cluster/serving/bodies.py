@@ -1,0 +1,229 @@
+"""What clients send: OpenAI's fields, a few more that the engine knows, and a sentence for each that it does not.
+
+Fields that cannot change a completion are ignored. Fields that would change it and are not supported are refused, as
+are fields that nobody knows: an answer that silently leaves out what was asked for is worse than none.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lockstep.cluster.serving.errors import Refused, invalid, unsupported
+from lockstep.rl.rollout.sampling import SamplingConfig
+
+IGNORED = {
+    "metadata",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+}
+"""Fields of OpenAI's that change nothing here."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Fields of OpenAI's that are not supported, and values, beside null, that ask for nothing."""
+
+STOPS, STOP_LENGTH = 16, 512
+"""Stop strings, and characters of one, that a request may have."""
+
+ALIKE = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "logit_bias",
+)
+"""Fields that the engine's sampling has by the same name."""
+
+
+def _listed(given: Any) -> Any:
+    """A single stop string is a list of one."""
+    return [given] if isinstance(given, str) else given
+
+
+class StreamOptions(BaseModel):
+    """What a stream contains beside completions."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    include_usage: bool | None = None
+
+
+class Body(BaseModel):
+    """Fields that both endpoints have; null stands for the default."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    model: str
+    n: int | None = Field(None, ge=1, le=128)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]] | None,
+        Field(max_length=STOPS),
+        BeforeValidator(_listed),
+    ] = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+
+    @classmethod
+    def read(cls, raw: bytes) -> Self:
+        """The body of a request.
+
+        Raises:
+            Refused: names the first field that is wrong.
+        """
+        try:
+            body = cls.model_validate_json(raw)
+        except ValidationError as error:
+            raise invalid(error) from error
+        for name, value in (body.model_extra or {}).items():
+            body._check_extra(name, value)
+        return body
+
+    @property
+    def samples(self) -> int:
+        """Completions of each prompt."""
+        return self.n or 1
+
+    @property
+    def usage_in_stream(self) -> bool:
+        """Whether a stream ends with the numbers of its tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, max_new_tokens: int, logprobs: int) -> SamplingConfig:
+        """How the engine is to draw.
+
+        Raises:
+            Refused: names the first field that is wrong.
+        """
+        values = {name: getattr(self, name) for name in ALIKE}
+        values |= {"min_new_tokens": self.min_tokens, "stop": tuple(self.stop or ())}
+        values |= {"max_new_tokens": max_new_tokens, "logprobs": logprobs}
+        try:
+            return SamplingConfig(**{name: value for name, value in values.items() if value is not None})
+        except ValidationError as error:
+            raise invalid(error, {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}) from error
+
+    def _check_extra(self, name: str, value: Any) -> None:
+        if name in IGNORED or value is None or value in NEUTRAL.get(name, ()):
+            return
+        if name in NEUTRAL:
+            raise unsupported(name)
+        known = [*type(self).model_fields, *IGNORED, *NEUTRAL]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        raise Refused(
+            400, f"there is no field {name[:80]!r}; the nearest is {nearest}", param=name[:80], code="unknown_parameter"
+        )
+
+
+def _tokens(given: Any) -> bool:
+    return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
+
+
+def _prompts(given: Any) -> Any:
+    prompts = [given] if isinstance(given, str) or _tokens(given) else given
+    fits = isinstance(prompts, list) and (all(isinstance(p, str) for p in prompts) or all(map(_tokens, prompts)))
+    if prompts and fits:
+        return prompts
+    raise ValueError("it has to be a string, a list of strings, a list of tokens, or a list of lists of tokens")
+
+
+class CompletionBody(Body):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[Any, BeforeValidator(_prompts)]
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """Texts, or tokens."""
+        found: list[str] | list[list[int]] = self.prompt
+        return found
+
+    @classmethod
+    def read(cls, raw: bytes) -> Self:
+        body = super().read(raw)
+        if body.echo and body.logprobs is not None:
+            raise Refused(400, "log-probabilities of a prompt are not computed: leave out echo", param="echo")
+        return body
+
+
+def _parts(given: Any) -> Any:
+    """A text is a list of one part."""
+    return [{"type": "text", "text": given}] if isinstance(given, str) else given
+
+
+class Part(BaseModel):
+    """A part of a message."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(_parts)]
+
+    @property
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": "".join(part.text for part in self.content)}
+
+
+class ChatBody(Body):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @classmethod
+    def read(cls, raw: bytes) -> Self:
+        body = super().read(raw)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise Refused(400, "top_logprobs needs logprobs=true", param="top_logprobs")
+        for i, message in enumerate(body.messages):
+            for name in ("tool_calls", "function_call", "audio"):
+                if (message.model_extra or {}).get(name):
+                    raise unsupported(f"messages.{i}.{name}")
+        return body

@@ -1,0 +1,58 @@
+"""What the server measures, for Prometheus: requests as they end, and the engine's own numbers at every scrape."""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lockstep.rl.rollout.engine import Statistics
+
+GAUGES = {
+    "running": "Completions that are computed.",
+    "waiting": "Completions that wait for room.",
+    "blocks_used": "Blocks of the cache that completions hold.",
+    "blocks_free": "Blocks of the cache that can be taken.",
+}
+COUNTERS = {
+    "prompt_tokens": "Tokens of prompts.",
+    "cached_prompt_tokens": "Tokens of prompts that were found in the cache.",
+    "generated_tokens": "Tokens of completions.",
+    "preemptions": "Completions that were put back because blocks ran out.",
+}
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+
+
+class EngineNumbers(Collector):
+    """The statistics of an engine."""
+
+    def __init__(self, statistics: Callable[[], Statistics]) -> None:
+        self._statistics = statistics
+
+    def collect(self) -> Iterator[Metric]:
+        """At this moment."""
+        now = self._statistics()
+        for name, text in GAUGES.items():
+            yield GaugeMetricFamily(f"lockstep_{name}", text, value=getattr(now, name))
+        for name, text in COUNTERS.items():
+            yield CounterMetricFamily(f"lockstep_{name}", text, value=getattr(now, name))
+
+
+class Metrics:
+    """All numbers of one server."""
+
+    def __init__(self, statistics: Callable[[], Statistics]) -> None:
+        self._registry = registry = CollectorRegistry()
+        registry.register(EngineNumbers(statistics))
+        self.requests = Counter("lockstep_requests", "Requests that ended.", ["path", "status"], registry=registry)
+        """By path and status; clients that hung up have the status 499."""
+        self.seconds = Histogram(
+            "lockstep_request_seconds", "Up to the last byte.", ["path"], buckets=SECONDS, registry=registry
+        )
+        self.first_token_seconds = Histogram(
+            "lockstep_first_token_seconds", "Up to the first token.", buckets=SECONDS, registry=registry
+        )
+
+    def text(self) -> bytes:
+        """In Prometheus' format."""
+        return generate_latest(self._registry)

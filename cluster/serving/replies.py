@@ -1,0 +1,204 @@
+"""What clients receive: pieces of choices in the shapes of OpenAI's two endpoints, whole or as they come."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lockstep.cluster.serving.text import Decode, TextStream
+from lockstep.rl.rollout.sequence import Token
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A token of a choice, and where its text begins, in characters from the begin of the choice's text."""
+
+    token: Token
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of a choice that is certain, and the tokens that have come since the piece before."""
+
+    index: int
+    text: str
+    places: tuple[Place, ...]
+    is_first: bool
+    finish_reason: str | None
+
+
+def merged(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of a choice as one."""
+    return Piece(
+        pieces[0].index,
+        "".join(piece.text for piece in pieces),
+        tuple(place for piece in pieces for place in piece.places),
+        True,
+        pieces[-1].finish_reason,
+    )
+
+
+class Choice:
+    """One completion while its tokens come."""
+
+    def __init__(self, index: int, text: TextStream, before: str = "") -> None:
+        """
+        Args:
+            before: text that stands before the completion's own.
+        """
+        self._index, self._text, self._before = index, text, before
+        self._shift = len(before)
+        self._places: list[Place] = []
+        self._is_first = True
+
+    def add(self, token: Token) -> Piece | None:
+        """What can be said with one more token, if anything."""
+        self._places.append(Place(token, self._shift + self._text.length))
+        text = self._before + self._text.add(token.token, token.finish_reason)
+        if not text and not token.finish_reason:
+            return None
+        piece = Piece(self._index, text, tuple(self._places), self._is_first, token.finish_reason)
+        self._before, self._places, self._is_first = "", [], False
+        return piece
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of all prompts and completions of a request."""
+
+    prompt: int
+    completion: int
+
+    @property
+    def json(self) -> Json:
+        """As clients read it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+        }
+
+
+class Reply(Protocol):
+    """The shape of an answer."""
+
+    @property
+    def id(self) -> str:
+        """Of the answer; keys of the engine's requests begin with it."""
+        ...
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> Json:
+        """All choices at once."""
+        ...
+
+    def chunk(self, piece: Piece | None, usage: Usage | None, *, with_usage: bool) -> Json:
+        """An event of a stream: a piece of a choice, or, in the end, the usage."""
+        ...
+
+
+def _now() -> int:
+    return int(time.time())
+
+
+@dataclass(frozen=True)
+class CompletionReply:
+    """Of `/v1/completions`."""
+
+    model: str
+    decode: Decode
+    logprobs: bool
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=_now)
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> Json:
+        """All choices at once."""
+        return self._head | {"choices": [self._choice(piece) for piece in choices], "usage": usage.json}
+
+    def chunk(self, piece: Piece | None, usage: Usage | None, *, with_usage: bool) -> Json:
+        """An event of a stream."""
+        choices = [self._choice(piece)] if piece else []
+        return self._head | {"choices": choices} | _usage(usage, with_usage)
+
+    @property
+    def _head(self) -> Json:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+
+    def _choice(self, piece: Piece) -> Json:
+        logprobs = self._logprobs(piece) if self.logprobs else None
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _logprobs(self, piece: Piece) -> Json:
+        tokens = [place.token for place in piece.places]
+        return {
+            "tokens": [self.decode([t.token]) for t in tokens],
+            "token_logprobs": [t.logp for t in tokens],
+            "top_logprobs": [self._top(t) for t in tokens] if any(t.top for t in tokens) else None,
+            "text_offset": [place.offset for place in piece.places],
+        }
+
+    def _top(self, token: Token) -> dict[str, float]:
+        """The likeliest tokens and the drawn one by their texts; of tokens that read alike the likeliest."""
+        found: dict[str, float] = {}
+        for number, logp in (*token.top, (token.token, token.logp)):
+            found.setdefault(self.decode([number]), logp)
+        return found
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """Of `/v1/chat/completions`."""
+
+    model: str
+    decode: Decode
+    logprobs: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=_now)
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> Json:
+        """All choices at once."""
+        return self._head("chat.completion") | {
+            "choices": [self._choice(piece, "message") for piece in choices],
+            "usage": usage.json,
+        }
+
+    def chunk(self, piece: Piece | None, usage: Usage | None, *, with_usage: bool) -> Json:
+        """An event of a stream."""
+        choices = [self._choice(piece, "delta")] if piece else []
+        return self._head("chat.completion.chunk") | {"choices": choices} | _usage(usage, with_usage)
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _choice(self, piece: Piece, key: str) -> Json:
+        message = {"content": piece.text}
+        if piece.is_first:
+            message = {"role": "assistant", **message}
+        content = [self._logprob(place.token) for place in piece.places]
+        return {
+            "index": piece.index,
+            key: message,
+            "logprobs": {"content": content, "refusal": None} if self.logprobs else None,
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _logprob(self, token: Token) -> Json:
+        return self._named(token.token, token.logp) | {"top_logprobs": [self._named(*pair) for pair in token.top]}
+
+    def _named(self, number: int, logp: float) -> Json:
+        """A token with its text, and its bytes where they are whole characters."""
+        text = self.decode([number])
+        return {"token": text, "logprob": logp, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def _usage(usage: Usage | None, with_usage: bool) -> Json:
+    """Streams that end with their usage have the field in every event."""
+    return {"usage": usage.json if usage else None} if with_usage else {}
