@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -174,7 +173,7 @@ def talk(answerer: Answerer, read: Callable[[], str], write: Write, note: Write,
         note: takes a sentence on a turn that cannot be answered.
     """
     history: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    for turn in count():
+    while True:
         try:
             said = read()
         except EOFError:
@@ -183,7 +182,7 @@ def talk(answerer: Answerer, read: Callable[[], str], write: Write, note: Write,
             continue
         asked = [*history, {"role": "user", "content": said}]
         try:
-            answer = _turn(answerer, asked, turn, write)
+            answer = _turn(answerer, asked, write)
         except ValueError as error:
             note(str(error))
             continue
@@ -191,7 +190,7 @@ def talk(answerer: Answerer, read: Callable[[], str], write: Write, note: Write,
         history = [*asked, {"role": "assistant", "content": answer}]
 
 
-def _turn(answerer: Answerer, messages: Sequence[Message], turn: int, write: Write) -> str:
+def _turn(answerer: Answerer, messages: Sequence[Message], write: Write) -> str:
     tokens = answerer.tokens(Question({}, messages=tuple(messages)))
     room = answerer.engine.longest - len(tokens)
     if room < 1:
@@ -202,7 +201,7 @@ def _turn(answerer: Answerer, messages: Sequence[Message], turn: int, write: Wri
     sampling = answerer.sampling.model_copy(update={"max_new_tokens": limit})
     said = []
     with interruptible() as stop:
-        pieces = answerer.stream(tokens, turn, sampling)
+        pieces = answerer.stream(tokens, len(messages), sampling)
         for piece in pieces:
             said.append(piece)
             write(piece)

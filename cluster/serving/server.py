@@ -58,12 +58,15 @@ def bound(settings: Settings) -> socket.socket:
             f"--host {host} lets other machines in, and there is no key: give --api-key or set {API_KEY}, "
             "or leave out --host"
         )
+    found = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except OSError as error:
+        if found is not None:
+            found.close()
         raise OSError(f"{host}:{port} cannot be served: {error.strerror or error}") from error
     return found
 

@@ -1,0 +1,67 @@
+"""A server of a tiny model on a free port, in a thread of the tests' process."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from aiohttp import web
+from openai import OpenAI
+
+from lockstep.cluster.serving.app import Server
+from lockstep.cluster.serving.service import EngineService
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.rollout.engine import RolloutEngine
+
+MODEL = "tiny"
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers."""
+
+    engine: RolloutEngine
+    port: int
+
+    @property
+    def url(self) -> str:
+        """Of everything."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, key: str = "none") -> OpenAI:
+        """The official client; it tries nothing twice."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+@contextmanager
+def serving(
+    engine: RolloutEngine, tokenizer: Tokenizer, *, places: int = 512, api_key: str | None = None
+) -> Iterator[Running]:
+    """A server that ends with the context."""
+    loop, ready, end = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    ports: list[int] = []
+
+    async def serve() -> None:
+        async with EngineService(engine, places=places) as service:
+            app = Server(service, tokenizer, MODEL, api_key).app()
+            runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+            await runner.setup()
+            site = web.TCPSite(runner, "127.0.0.1", 0)
+            await site.start()
+            ports.append(runner.addresses[0][1])
+            ready.set()
+            await end.wait()
+            await service.close()
+            await runner.cleanup()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield Running(engine, ports[0])
+    finally:
+        loop.call_soon_threadsafe(end.set)
+        thread.join(30)
+        assert not thread.is_alive(), "the server does not end"
+        loop.close()
