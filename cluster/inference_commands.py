@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -46,7 +46,8 @@ def generate(
     logit_bias: Annotated[list[str] | None, typer.Option(help="TOKEN=BIAS, added to a logit; may be repeated.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="128; in a talk 1024.")] = None,
     min_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens before the model may end.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    stop_token: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     dtype: Dtype = "bfloat16",
     cache_gib: CacheGib = 1.0,
@@ -71,6 +72,7 @@ def generate(
         max_new_tokens=max_new_tokens or (TALK_TOKENS if chat else 128),
         min_new_tokens=min_new_tokens,
         stop=tuple(stop or ()),
+        stop_tokens=tuple(stop_token or ()),
     )
     from lockstep.cluster.generation import Answerer, Question, conversation, talk
     from lockstep.cluster.inference import open_engine
@@ -83,6 +85,7 @@ def generate(
     with open_engine(checkpoint, dtype, sequences=1 if chat else 64, cache_gib=cache_gib) as (engine, tokenizer):
         answerer = Answerer(engine, tokenizer, sampling, seed)
         if chat:
+            _edit_lines()
             talk(answerer, _turn, _show, lambda sentence: err.print(sentence, markup=False), system=system)
         elif prompt is not None and samples == 1 and output is None:
             for piece in answerer.stream(answerer.tokens(questions[0])):
@@ -114,20 +117,13 @@ def serve(
 
     Example: lockstep serve runs/quickstart --port 8000
     """
-    from lockstep.cluster.serving.server import Settings, bound, serve
+    from lockstep.cluster.serving.door import bound
 
-    settings = Settings(
-        name=name or Path(checkpoint).resolve().name,
-        host=host,
-        port=port,
-        api_key=api_key or None,
-        sequences=sequences,
-        waiting=waiting,
-        grace=grace,
-    )
-    with bound(settings) as door:
+    with bound(host, port, has_key=bool(api_key)) as door:
         from lockstep.cluster.inference import open_engine
+        from lockstep.cluster.serving.server import Settings, serve
 
+        settings = Settings(name or Path(checkpoint).resolve().name, api_key or None, sequences + waiting, grace)
         opened = open_engine(checkpoint, dtype, sequences=sequences, length=length, cache_gib=cache_gib)
         with opened as (engine, tokenizer):
             serve(engine, tokenizer, door, settings, lambda line: err.print(line, markup=False, highlight=False))
@@ -171,6 +167,12 @@ def _opened(path: Path | None) -> Iterator[TextIO]:
 
 def _show(piece: str) -> None:
     print(piece, end="", flush=True)
+
+
+def _edit_lines() -> None:
+    """Arrows and history at the prompt, where Python was built with them."""
+    with suppress(ImportError):
+        import readline  # noqa: F401
 
 
 def _turn() -> str:

@@ -40,6 +40,7 @@ class Outlet:
     def __init__(self, keys: set[str | int]) -> None:
         self.open = keys
         """Requests that have not ended."""
+        self._unread = len(keys)
         self._items: asyncio.Queue[Token | Exception] = asyncio.Queue()
 
     def put(self, item: Token | Exception) -> None:
@@ -50,10 +51,11 @@ class Outlet:
 
     async def tokens(self) -> AsyncIterator[Token]:
         """In the order in which they are drawn, up to the last token of the last request."""
-        while self.open or not self._items.empty():
+        while self._unread:
             item = await self._items.get()
             if isinstance(item, Exception):
                 raise item
+            self._unread -= bool(item.finish_reason)
             yield item
 
 
@@ -99,6 +101,11 @@ class EngineService:
     def longest(self) -> int:
         """Tokens of the longest prompt and completion together."""
         return self._engine.longest
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody listens."""
+        return not self._outlets
 
     @property
     def open(self) -> int:

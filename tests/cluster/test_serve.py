@@ -438,6 +438,18 @@ def test_an_engine_that_fails_fails_its_requests_and_says_so(transformer: Transf
             handle.remove()
 
 
+def test_what_is_not_done_when_the_server_ends_is_told_so(transformer: Transformer, tokenizer: Tokenizer) -> None:
+    engine = RolloutEngine(transformer, decode=tokenizer.decode)
+    with serving(engine, tokenizer) as server:
+        asked: dict[str, Any] = dict(model=MODEL, prompt=PROMPT, max_tokens=240, logit_bias=ENDLESS, n=8)
+        chunks = iter(server.client().completions.create(**asked, stream=True))
+        next(chunks)
+    with pytest.raises(openai.APIError, match="the server ended before the completion did"):
+        list(chunks)
+    assert not engine.has_work
+    assert engine.statistics.blocks_used == 0
+
+
 def test_a_key_is_asked_for(transformer: Transformer, tokenizer: Tokenizer) -> None:
     with serving(RolloutEngine(transformer, decode=tokenizer.decode), tokenizer, api_key="s3cret") as server:
         assert server.client("s3cret").models.list().data[0].id == MODEL

@@ -1,0 +1,37 @@
+"""Who may knock: the address of a server, checked and taken before a model is loaded for it."""
+
+import ipaddress
+import socket
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bound(host: str, port: int, *, has_key: bool) -> socket.socket:
+    """A socket that nobody else can have; port 0 takes any that is free.
+
+    Raises:
+        ValueError: when others could reach it without a key.
+        OSError: when the port is taken or the host is not this machine's.
+    """
+    if not has_key and not is_local(host):
+        raise ValueError(
+            f"--host {host} lets other machines in, and there is no key: set LOCKSTEP_API_KEY or give --api-key, "
+            "or leave out --host"
+        )
+    found = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError as error:
+        if found is not None:
+            found.close()
+        raise OSError(f"{host}:{port} cannot be served: {error.strerror or error}") from error
+    return found
