@@ -4,58 +4,37 @@ import asyncio
 import hmac
 import json
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
-import jinja2
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lockstep.cluster.serving.bodies import Body, ChatBody, CompletionBody
 from lockstep.cluster.serving.errors import Refused
+from lockstep.cluster.serving.jobs import Job, JobMaker
 from lockstep.cluster.serving.metrics import Metrics
 from lockstep.cluster.serving.replies import ChatReply, Choice, CompletionReply, Piece, Reply, Usage, merged
 from lockstep.cluster.serving.service import Busy, Ended, EngineFailed, EngineService
-from lockstep.cluster.serving.text import TextStream
-from lockstep.data.tokenizer import BadTokenizer, Tokenizer
+from lockstep.cluster.serving.text import Decode, TextStream
+from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.engine import PromptTooLong
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.rollout.sequence import Request, Token
+from lockstep.rl.rollout.sequence import Token
 
 log = logging.getLogger(__name__)
 
 LARGEST_BODY = 4 << 20
 """Bytes."""
 
-COMPLETION_TOKENS = 16
-"""OpenAI's default for completions; a chat's answer may fill the context."""
-
 HUNG_UP = 499
 """What proxies call the status of a client that did not wait."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 AnyBody = TypeVar("AnyBody", bound=Body)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a body asks of the engine."""
-
-    prompts: Sequence[Sequence[int]]
-    sampling: SamplingConfig
-    samples: int
-    seed: int
-    echoes: Sequence[str] = ()
-    """Text before the completions of each prompt, where it is asked for."""
-
-    def requests(self, id: str) -> list[Request]:
-        """For the engine; those of one prompt follow each other, which lets it compute the prompt once."""
-        prompts = [tuple(prompt) for prompt in self.prompts for _ in range(self.samples)]
-        return [Request(f"{id}/{i}", prompt, self.sampling, self.seed, i) for i, prompt in enumerate(prompts)]
 
 
 @dataclass(frozen=True)
@@ -132,17 +111,23 @@ class Answers:
         """`POST /v1/completions`."""
         body = await self._body(request, CompletionBody)
         reply = CompletionReply(self.server.name, self._named, body.logprobs is not None)
-        return await self._answer(request, body, reply, await asyncio.to_thread(self._completion_job, body))
+        return await self._answer(request, body, reply, await asyncio.to_thread(self._maker.completion, body))
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
         body = await self._body(request, ChatBody)
         reply = ChatReply(self.server.name, self._named, bool(body.logprobs))
-        return await self._answer(request, body, reply, await asyncio.to_thread(self._chat_job, body))
+        return await self._answer(request, body, reply, await asyncio.to_thread(self._maker.chat, body))
 
-    def _named(self, tokens: list[int]) -> str:
-        """A token's text as log-probabilities show it, special ones by their names."""
-        return self.server.tokenizer.decode(tokens, skip_special=False)
+    @property
+    def _named(self) -> Decode:
+        """Tokens as log-probabilities show them, special ones by their names."""
+        return partial(self.server.tokenizer.decode, skip_special=False)
+
+    @property
+    def _maker(self) -> JobMaker:
+        service = self.server.service
+        return JobMaker(self.server.tokenizer, service.longest, service.places)
 
     async def _body(self, request: web.Request, kind: type[AnyBody]) -> AnyBody:
         if request.content_type != "application/json":
@@ -150,49 +135,6 @@ class Answers:
         body = kind.read(await request.read())
         self.server.check_model(body.model)
         return body
-
-    def _completion_job(self, body: CompletionBody) -> Job:
-        tokenizer = self.server.tokenizer
-        prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompts]
-        for prompt in prompts:
-            self._check(prompt, "prompt")
-        limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        texts = [p if isinstance(p, str) else self._named(p) for p in body.prompts] if body.echo else ()
-        return self._job(body, prompts, limit, body.logprobs or 0, texts)
-
-    def _chat_job(self, body: ChatBody) -> Job:
-        tokenizer = self.server.tokenizer
-        try:
-            prompt = tokenizer.encode(tokenizer.chat([message.plain for message in body.messages]))
-        except (jinja2.TemplateError, BadTokenizer) as error:
-            raise Refused(400, f"the chat template refuses these messages: {error}", param="messages") from error
-        self._check(prompt, "messages")
-        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        limit = self.server.service.longest - len(prompt) if asked is None else asked
-        return self._job(body, [prompt], limit, body.top_logprobs or 0)
-
-    def _check(self, prompt: Sequence[int], param: str) -> None:
-        longest = self.server.service.longest
-        if not prompt:
-            raise Refused(400, f"{param} has no tokens: give at least one", param=param)
-        if len(prompt) >= longest:
-            raise Refused(
-                400,
-                f"{param} has {len(prompt)} tokens, and prompt and completion together may have {longest}: shorten it",
-                param=param,
-                code="context_length_exceeded",
-            )
-
-    def _job(
-        self, body: Body, prompts: Sequence[Sequence[int]], limit: int, logprobs: int, echoes: Sequence[str] = ()
-    ) -> Job:
-        places = self.server.service.places
-        if len(prompts) * body.samples > places:
-            raise Refused(
-                400, f"{len(prompts)} × n={body.samples} completions are too many: {places} may run and wait", param="n"
-            )
-        seed = secrets.randbits(63) if body.seed is None else body.seed
-        return Job(prompts, body.sampling(limit, logprobs), body.samples, seed, echoes)
 
     async def _answer(self, request: web.Request, body: Body, reply: Reply, job: Job) -> web.StreamResponse:
         began = time.monotonic()

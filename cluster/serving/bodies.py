@@ -148,7 +148,7 @@ class Body(BaseModel):
 
 
 def _tokens(given: Any) -> bool:
-    return isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
+    return isinstance(given, list) and bool(given) and all(type(t) is int and 0 <= t < 1 << 31 for t in given)
 
 
 def _prompts(given: Any) -> Any:

@@ -270,6 +270,7 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": ""}, 400, "prompt", "no tokens"),
     ({"prompt": []}, 400, "prompt", "list of tokens"),
     ({"prompt": [1, "a"]}, 400, "prompt", "list of tokens"),
+    ({"prompt": [-1], "echo": True}, 400, "prompt", "list of tokens"),
     ({"prompt": [10**9]}, 400, None, "there is no token 1000000000"),
     ({"prompt": "a b" * 300}, 400, "prompt", "may have 256"),
     ({"prompt": "a", "max_tokens": 256}, 400, None, "256"),
