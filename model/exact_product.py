@@ -18,7 +18,7 @@ from lockstep.model import exact_triton
 TILE = 32
 """Rows of a product; fewer wait for the weight to be read, more are lost where one row is wanted."""
 
-LARGER = (1024, 512, 256, 128, 64)
+LARGER: tuple[int, ...] = (1024, 512, 256, 128, 64)
 """Rows of a product where a trial on this machine gave the same bits as `TILE` rows do."""
 
 TRIED = 1 << 15
