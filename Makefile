@@ -56,7 +56,7 @@ GPT2 := 'model.config.family="gpt2"' 'model.config.activation="gelu_tanh"' model
 PARITY := $(BIN)/lockstep parity recipes/parity-tiny.toml --steps 20
 
 parity: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m exhaustive --timeout 3600 tests/model tests/distributed --ignore $(KILLS)
+	$(BIN)/python -m pytest -m exhaustive --timeout 3600 --ignore $(KILLS)
 	$(PARITY) --set model.config.tied=true --layouts $(TENSOR) $(PIPELINE) $(CONTEXT) $(DATA) $(MIXTURES)
 	$(PARITY) --set model.config.tied=false --layouts $(TENSOR) $(PIPELINE) $(DATA) $(MIXTURES)
 	$(PARITY) $(addprefix --set ,$(GPT2)) --layouts $(TENSOR) $(PIPELINE) $(CONTEXT) $(DATA) $(MIXTURES)

@@ -52,7 +52,7 @@ def all_compared(groups: Groups, dtype: str) -> list[tuple[int, int, float]]:
     return [compared(groups, name, dtype, 1, 8) for name in MODELS]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.exhaustive), "bfloat16"])
 def test_so_they_have_at_two_tensor_ranks(dtype: str, worlds: Worlds) -> None:
     for rank in worlds.run(Layout(tensor=2), all_compared, dtype):
         for bits, tokens, _ in rank:
@@ -74,8 +74,8 @@ def trained(groups: Groups, names: list[str], dtype: str) -> dict[str, np.ndarra
     ("layout", "like", "names"),
     [
         (Layout(tensor=2, sequence=True), Layout(tensor=2), list(MODELS)),
-        (Layout(context=2), Layout(), ["llama", "gemma"]),
-        (Layout(pipeline=2), Layout(), ["llama"]),
+        pytest.param(Layout(context=2), Layout(), ["llama", "gemma"], marks=pytest.mark.exhaustive),
+        pytest.param(Layout(pipeline=2), Layout(), ["llama"], marks=pytest.mark.exhaustive),
         (Layout(expert=2), Layout(), ["experts"]),
     ],
     ids=str,

@@ -17,6 +17,7 @@ from lockstep.model.names import RandomWeights, logical_tensors
 from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.sync import Shard, Shards, WeightsDiffer, receive, shards_of
+from tests.parameters import every
 
 
 def model(tied: bool) -> ModelConfig:
@@ -46,12 +47,17 @@ def bits(of: Transformer) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(data=2), Layout(tensor=2, pipeline=2)],
+    ("layout", "tied", "dtype"),
+    every(
+        [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(data=2), Layout(tensor=2, pipeline=2)],
+        [True, False],
+        [torch.float32, torch.bfloat16],
+        part=lambda layout, tied, dtype: (
+            tied == (layout.pipeline == 1) and (dtype == torch.float32) == (layout.data == 1)
+        ),
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_whole_model_receives_what_any_layout_sends(
     layout: Layout, tied: bool, dtype: torch.dtype, worlds: Worlds, groups: Groups
 ) -> None:
