@@ -20,10 +20,11 @@ from lockstep.cluster.serving.jobs import Job, JobMaker
 from lockstep.cluster.serving.metrics import Metrics
 from lockstep.cluster.serving.replies import ChatReply, Choice, CompletionReply, Piece, Reply, Usage, merged
 from lockstep.cluster.serving.service import Busy, Ended, EngineFailed, EngineService
-from lockstep.cluster.serving.text import Decode, TextStream
+from lockstep.cluster.serving.text import TextStream
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.engine import PromptTooLong
 from lockstep.rl.rollout.sequence import Token
+from lockstep.rl.rollout.stopping import Decode
 
 log = logging.getLogger(__name__)
 

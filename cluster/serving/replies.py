@@ -2,12 +2,14 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from lockstep.cluster.serving.text import Decode, TextStream
+from lockstep.cluster.serving.text import TextStream
 from lockstep.rl.rollout.sequence import Token
+from lockstep.rl.rollout.stopping import Decode
 
 Json = dict[str, Any]
 
@@ -83,56 +85,66 @@ class Usage:
         }
 
 
-class Reply(Protocol):
-    """The shape of an answer."""
-
-    @property
-    def id(self) -> str:
-        """Of the answer; keys of the engine's requests begin with it."""
-        ...
-
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> Json:
-        """All choices at once."""
-        ...
-
-    def chunk(self, piece: Piece | None, usage: Usage | None, *, with_usage: bool) -> Json:
-        """An event of a stream: a piece of a choice, or, in the end, the usage."""
-        ...
-
-
 def _now() -> int:
     return int(time.time())
 
 
 @dataclass(frozen=True)
-class CompletionReply:
-    """Of `/v1/completions`."""
+class Reply(ABC):
+    """The shape of an answer."""
 
     model: str
     decode: Decode
     logprobs: bool
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=_now)
+    unique: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """Of the answer; keys of the engine's requests begin with it."""
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> Json:
         """All choices at once."""
-        return self._head | {"choices": [self._choice(piece) for piece in choices], "usage": usage.json}
+        shown = [self._choice(piece, streamed=False) for piece in choices]
+        return self._head(streamed=False) | {"choices": shown, "usage": usage.json}
 
     def chunk(self, piece: Piece | None, usage: Usage | None, *, with_usage: bool) -> Json:
-        """An event of a stream."""
-        choices = [self._choice(piece)] if piece else []
-        return self._head | {"choices": choices} | _usage(usage, with_usage)
+        """An event of a stream: a piece of a choice, or, in the end, the usage.
+
+        Streams that end with their usage have the field in every event.
+        """
+        shown = [self._choice(piece, streamed=True)] if piece else []
+        said = {"usage": usage.json if usage else None} if with_usage else {}
+        return self._head(streamed=True) | {"choices": shown} | said
+
+    def _head(self, *, streamed: bool) -> Json:
+        return {"id": self.id, "object": self._kind(streamed), "created": self.created, "model": self.model}
+
+    @abstractmethod
+    def _kind(self, streamed: bool) -> str:
+        """OpenAI's name for the object."""
+
+    @abstractmethod
+    def _choice(self, piece: Piece, *, streamed: bool) -> Json: ...
+
+
+class CompletionReply(Reply):
+    """Of `/v1/completions`."""
 
     @property
-    def _head(self) -> Json:
-        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+    def id(self) -> str:
+        """See `Reply`."""
+        return f"cmpl-{self.unique}"
 
-    def _choice(self, piece: Piece) -> Json:
-        logprobs = self._logprobs(piece) if self.logprobs else None
+    def _kind(self, streamed: bool) -> str:
+        return "text_completion"
+
+    def _choice(self, piece: Piece, *, streamed: bool) -> Json:
         return {
             "index": piece.index,
             "text": piece.text,
-            "logprobs": logprobs,
+            "logprobs": self._logprobs(piece) if self.logprobs else None,
             "finish_reason": piece.finish_reason,
         }
 
@@ -153,39 +165,25 @@ class CompletionReply:
         return found
 
 
-@dataclass(frozen=True)
-class ChatReply:
+class ChatReply(Reply):
     """Of `/v1/chat/completions`."""
 
-    model: str
-    decode: Decode
-    logprobs: bool
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=_now)
+    @property
+    def id(self) -> str:
+        """See `Reply`."""
+        return f"chatcmpl-{self.unique}"
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> Json:
-        """All choices at once."""
-        return self._head("chat.completion") | {
-            "choices": [self._choice(piece, "message") for piece in choices],
-            "usage": usage.json,
-        }
+    def _kind(self, streamed: bool) -> str:
+        return "chat.completion.chunk" if streamed else "chat.completion"
 
-    def chunk(self, piece: Piece | None, usage: Usage | None, *, with_usage: bool) -> Json:
-        """An event of a stream."""
-        choices = [self._choice(piece, "delta")] if piece else []
-        return self._head("chat.completion.chunk") | {"choices": choices} | _usage(usage, with_usage)
-
-    def _head(self, kind: str) -> Json:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def _choice(self, piece: Piece, key: str) -> Json:
+    def _choice(self, piece: Piece, *, streamed: bool) -> Json:
         message = {"content": piece.text}
         if piece.is_first:
             message = {"role": "assistant", **message}
         content = [self._logprob(place.token) for place in piece.places]
         return {
             "index": piece.index,
-            key: message,
+            "delta" if streamed else "message": message,
             "logprobs": {"content": content, "refusal": None} if self.logprobs else None,
             "finish_reason": piece.finish_reason,
         }
@@ -197,8 +195,3 @@ class ChatReply:
         """A token with its text, and its bytes where they are whole characters."""
         text = self.decode([number])
         return {"token": text, "logprob": logp, "bytes": None if "\ufffd" in text else list(text.encode())}
-
-
-def _usage(usage: Usage | None, with_usage: bool) -> Json:
-    """Streams that end with their usage have the field in every event."""
-    return {"usage": usage.json if usage else None} if with_usage else {}

@@ -4,9 +4,9 @@ A character comes when its last byte does, and text that may be the beginning of
 not to be. The stop string itself is no part of the text.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-Decode = Callable[[list[int]], str]
+from lockstep.rl.rollout.stopping import Decode, Reader
 
 PATIENCE = 12
 """Tokens that may wait for the rest of a character; one has four bytes at most."""
@@ -16,9 +16,8 @@ class TextStream:
     """Decodes one completion, a token at a time; each is decoded with a few before it only."""
 
     def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
-        self._decode, self._stop = decode, tuple(stop)
+        self._reader, self._stop = Reader(decode), tuple(stop)
         self._tokens: list[int] = []
-        self._context = self._read = 0
         self._held = ""
         self.length = 0
         """Characters that are known, whether they have been given or not."""
@@ -35,12 +34,11 @@ class TextStream:
         return text[:certain]
 
     def _characters(self, *, last: bool) -> str:
-        """Some tokenizers drop a leading space, so tokens are decoded behind those that were decoded last."""
-        known = self._decode(self._tokens[self._context : self._read])
-        new = self._decode(self._tokens[self._context :])[len(known) :]
-        if new.endswith("\ufffd") and not last and len(self._tokens) - self._read < PATIENCE:
+        """Whole ones that have come with the last tokens."""
+        new = self._reader.unread(self._tokens)
+        if new.endswith("\ufffd") and not last and len(self._tokens) - self._reader.read < PATIENCE:
             return ""
-        self._context, self._read = self._read, len(self._tokens)
+        self._reader.advance(self._tokens)
         return new
 
     def _doubtful(self, text: str) -> int:

@@ -2,26 +2,47 @@
 
 from collections.abc import Callable, Sequence
 
+Decode = Callable[[list[int]], str]
+
+
+class Reader:
+    """Decodes a completion as it grows, each part once."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._context = 0
+        self.read = 0
+        """Tokens that have been read."""
+
+    def unread(self, tokens: Sequence[int]) -> str:
+        """Text behind the tokens that have been read.
+
+        It is decoded behind the tokens that were read last, since some tokenizers drop a leading space.
+        """
+        known = self._decode(list(tokens[self._context : self.read]))
+        return self._decode(list(tokens[self._context :]))[len(known) :]
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """All tokens have been read."""
+        self._context, self.read = self.read, len(tokens)
+
 
 class StopStrings:
     """Looks for any of some strings in the text of a completion that grows by a token at a time."""
 
-    def __init__(self, strings: Sequence[str], decode: Callable[[list[int]], str]) -> None:
-        self._strings, self._decode = tuple(strings), decode
+    def __init__(self, strings: Sequence[str], decode: Decode) -> None:
+        self._strings, self._reader = tuple(strings), Reader(decode)
         self._longest = max(map(len, strings))
         self._tail = ""
-        self._context = self._read = 0
 
     def found(self, tokens: Sequence[int]) -> bool:
         """Whether the completion contains one of the strings; to be asked after each of its tokens.
 
-        A token is decoded behind the tokens that were decoded last, since some tokenizers drop a leading space; where
-        bytes do not form a character yet, the next ones are decoded together with them.
+        Where bytes do not form a character yet, the next ones are decoded together with them.
         """
-        known = self._decode(list(tokens[self._context : self._read]))
-        new = self._decode(list(tokens[self._context :]))[len(known) :]
+        new = self._reader.unread(tokens)
         text = self._tail + new
         if not new.endswith("\ufffd"):
-            self._context, self._read = self._read, len(tokens)
+            self._reader.advance(tokens)
             self._tail = text[max(0, len(text) - self._longest + 1) :] if self._longest > 1 else ""
         return any(string in text for string in self._strings)
