@@ -9,8 +9,10 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from lockstep.data.tokenizer import Tokenizer
     from lockstep.distributed.groups import Groups
     from lockstep.distributed.worlds import Worlds
+    from lockstep.model.transformer import Transformer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other on cores that others use are slow
@@ -82,3 +84,24 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny_folder: Path, groups: "Groups") -> "Transformer":
+    """The tiny model in fp32."""
+    import torch
+
+    from lockstep.model.formats.huggingface import HuggingFaceFolder
+    from lockstep.model.train import build, transformer_of
+
+    source = HuggingFaceFolder(tiny_folder)
+    return transformer_of(build(source.config, groups, torch.float32, source))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Path) -> "Tokenizer":
+    """The tiny model's."""
+    from lockstep.data.tokenizer import Tokenizer
+    from lockstep.model.formats.huggingface import read_text_files
+
+    return Tokenizer(read_text_files(tiny_folder))

@@ -14,14 +14,10 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.groups import Groups
-from lockstep.model.formats.huggingface import HuggingFaceFolder, read_text_files
-from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig
@@ -32,17 +28,6 @@ from tests.cluster.servers import MODEL, Running, serving
 PROMPT = "State the final answer"
 ENDLESS = {"2": -100.0}
 """A bias with which the tiny model never ends by itself."""
-
-
-@pytest.fixture(scope="module")
-def transformer(tiny_folder: Path, groups: Groups) -> Transformer:
-    source = HuggingFaceFolder(tiny_folder)
-    return transformer_of(build(source.config, groups, torch.float32, source))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Tokenizer:
-    return Tokenizer(read_text_files(tiny_folder))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.groups import Groups
 from lockstep.model.attention import DocumentAttention
-from lockstep.model.formats.huggingface import HuggingFaceFolder, read_text_files
+from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.linear import PackedWeight
 from lockstep.model.logprobs import local_logits, token_logprobs
 from lockstep.model.train import build, transformer_of
@@ -21,17 +21,6 @@ from lockstep.rl.sync import shards_of
 from lockstep.rl.types import Prompt, Rollout
 
 LENGTHS = [3, 40, 1, 12, 25, 7, 2]
-
-
-@pytest.fixture(scope="module")
-def transformer(tiny_folder: Path, groups: Groups) -> Transformer:
-    source = HuggingFaceFolder(tiny_folder)
-    return transformer_of(build(source.config, groups, torch.float32, source))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Tokenizer:
-    return Tokenizer(read_text_files(tiny_folder))
 
 
 @pytest.fixture(scope="module")
