@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-COLUMNS = ("weight", "advantage", "old_logp", "reference_logp")
+COLUMNS = ("weight", "advantage", "old_logp", "proximal_logp", "reference_logp", "value", "returns")
+"""Of a sample's tokens; `Sample` says what each means."""
+_PREDICTED = ("targets", "samples", *COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,21 @@ class Sample:
     weight: Floats
     """What each token counts; 0 for a token that is not to be learned."""
     advantage: Floats
+    """How much better than expected it was to write this token."""
     old_logp: Floats
+    """Under the behaviour policy: what the rollout reported when it drew the token."""
+    proximal_logp: Floats
+    """Under the policy that ratios are to: the trainer's own before the update, or again the behaviour's."""
     reference_logp: Floats
+    """Under the policy to stay near to, or under a teacher."""
+    value: Floats
+    """What a critic expected, before the update, of the rewards from this token on."""
+    returns: Floats
+    """What a critic should have expected."""
+    group: int = 0
+    """Samples of one prompt with the same number are compared with each other."""
+    preference: float = 0.0
+    """Of two samples of a group, the one with more is better."""
 
 
 def sample(
@@ -38,9 +53,14 @@ def sample(
     weight: float | Floats = 1.0,
     advantage: float | Floats = 1.0,
     old_logp: float | Floats = 0.0,
+    proximal_logp: float | Floats | None = None,
     reference_logp: float | Floats = 0.0,
+    value: float | Floats = 0.0,
+    returns: float | Floats = 0.0,
+    group: int = 0,
+    preference: float = 0.0,
 ) -> Sample:
-    """A sample whose columns may be given as one number.
+    """A sample whose columns may be given as one number; `proximal_logp` is `old_logp` unless it is given.
 
     Raises:
         ValueError: when there is nothing to predict from, or nothing to predict.
@@ -49,9 +69,38 @@ def sample(
         raise ValueError(
             f"a sample needs a prompt and a completion, and has {len(prompt)} and {len(completion)} tokens"
         )
-    columns = (weight, advantage, old_logp, reference_logp)
-    shaped = [np.broadcast_to(np.asarray(c, np.float32), len(completion)) for c in columns]
-    return Sample(np.asarray(prompt, np.int64), np.asarray(completion, np.int64), *shaped)
+    proximal_logp = old_logp if proximal_logp is None else proximal_logp
+    columns = (weight, advantage, old_logp, proximal_logp, reference_logp, value, returns)
+    shaped: dict[str, Any] = {
+        name: np.broadcast_to(np.asarray(column, np.float32), len(completion))
+        for name, column in zip(COLUMNS, columns, strict=True)
+    }
+    tokens = np.asarray(prompt, np.int64), np.asarray(completion, np.int64)
+    return Sample(*tokens, **shaped, group=group, preference=preference)
+
+
+@dataclass(frozen=True)
+class Members:
+    """What is known of each of the S samples of a row as a whole, wherever its tokens are computed."""
+
+    counted: Floats
+    """Tokens that have weight."""
+    weight: Floats
+    """Mean weight of those."""
+    group: Ints
+    preference: Floats
+
+
+def members_of(samples: Sequence[Sample]) -> Members:
+    """Of samples in the order in which they stand in a row."""
+    counted = np.array([np.count_nonzero(s.weight) for s in samples], np.float32)
+    total = np.array([s.weight.sum() for s in samples], np.float32)
+    return Members(
+        counted=counted,
+        weight=(total / np.maximum(counted, 1)).astype(np.float32),
+        group=np.array([s.group for s in samples], np.int64),
+        preference=np.array([s.preference for s in samples], np.float32),
+    )
 
 
 @dataclass(frozen=True)
@@ -66,10 +115,16 @@ class TokenBatch:
     """[K] indices into the row."""
     targets: Ints
     """[K] the tokens that are predicted."""
+    samples: Ints
+    """[K] the numbers, within the row, of the samples that they belong to."""
+    members: Members
     weight: Floats
     advantage: Floats
     old_logp: Floats
+    proximal_logp: Floats
     reference_logp: Floats
+    value: Floats
+    returns: Floats
 
 
 @dataclass(frozen=True)
@@ -123,6 +178,8 @@ def row(chosen: Sequence[Document], length: int) -> TokenBatch:
         documents=tuple(shapes),
         predictors=_joined(predictors, np.int64),
         targets=_joined([s.completion for s in members], np.int64),
+        samples=np.repeat(np.arange(len(members)), [len(s.completion) for s in members]),
+        members=members_of(members),
         **{c: _joined([getattr(s, c) for s in members], np.float32) for c in COLUMNS},
     )
     return _without_silent(batch)
@@ -135,7 +192,7 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
 def _without_silent(batch: TokenBatch) -> TokenBatch:
     """Predictions of weight 0 cost a row of the vocabulary each and teach nothing."""
     loud = batch.weight != 0
-    return replace(batch, **{c: getattr(batch, c)[loud] for c in ("predictors", "targets", *COLUMNS)})
+    return replace(batch, **{c: getattr(batch, c)[loud] for c in ("predictors", *_PREDICTED)})
 
 
 def part(batch: TokenBatch, places: Ints) -> TokenBatch:
@@ -152,7 +209,7 @@ def part(batch: TokenBatch, places: Ints) -> TokenBatch:
         tokens=batch.tokens[places],
         positions=batch.positions[places],
         predictors=local[held],
-        **{c: getattr(batch, c)[held] for c in ("targets", *COLUMNS)},
+        **{c: getattr(batch, c)[held] for c in _PREDICTED},
     )
 
 

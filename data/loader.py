@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from lockstep.data.batch import RowRules, TokenBatch
+from lockstep.data.batch import COLUMNS, RowRules, TokenBatch, members_of
 from lockstep.data.mixture import Mixture
 from lockstep.data.packing import Cut, Stream, split
 from lockstep.data.store import BadStore, Store
@@ -242,10 +242,9 @@ def _row(cuts: Sequence[Cut], tokens: int, *, length: int, multiple: int, weight
         documents=tuple((n,) for n in documents),
         predictors=predictors,
         targets=_joined([p.targets for p in parts]),
-        weight=alike * np.float32(weight),
-        advantage=alike,
-        old_logp=alike * 0,
-        reference_logp=alike * 0,
+        samples=np.zeros(len(predictors), np.int64),
+        members=members_of([]),  # text has no samples that could be compared
+        **dict.fromkeys(COLUMNS, alike * 0) | {"weight": alike * np.float32(weight), "advantage": alike},
     )
 
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -126,12 +126,9 @@ def _field(line: bytes, path: Path, offset: int, name: str) -> str | Bad:
     text = _decoded(line.removesuffix(b"\n"), path, offset)
     if isinstance(text, Bad):
         return Bad(text.reason.removeprefix(f"{path}, "))
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        return Bad(f"not valid JSON ({error.msg} at column {error.colno})" if text.strip() else "the line is empty")
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        return Bad(f"not readable JSON ({error})")
+    row = parsed_json(text)
+    if isinstance(row, Bad):
+        return row
     if not isinstance(row, dict):
         return Bad(f"a JSON object with the field {name!r} is needed, and this is {type(row).__name__}")
     found = row.get(name)
@@ -140,6 +137,17 @@ def _field(line: bytes, path: Path, offset: int, name: str) -> str | Bad:
     if found is not None:
         return Bad(f"the field {name!r} is no text but {type(found).__name__}")
     return Bad(f"no text in the field {name!r}; the row has {', '.join(map(repr, row)) or 'no fields'}")
+
+
+def parsed_json(text: str) -> Any | Bad:
+    """What a text of JSON says, or why it says nothing."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        return Bad(f"not valid JSON ({error.msg} at {where})" if text.strip() else "the line is empty")
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        return Bad(f"not readable JSON ({error})")
 
 
 def _encodable(text: str) -> bool:

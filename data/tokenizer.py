@@ -56,6 +56,13 @@ class Tokenizer:
         return None if name is None else self._fast.token_to_id(name)
 
     @cached_property
+    def special(self) -> dict[int, str]:
+        """Numbers and names of the tokens that are no text."""
+        return {
+            number: token.content for number, token in self._fast.get_added_tokens_decoder().items() if token.special
+        }
+
+    @cached_property
     def digest(self) -> str:
         """What the tokens mean: tokenizers that give every number the same text have the same digest, 32 hex digits."""
         names = sorted((number, name) for name, number in self._fast.get_vocab(with_added_tokens=True).items())

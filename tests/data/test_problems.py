@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import reasoning_gym
 
-from lockstep.data.problems import BadProblems, Problem, Split, TaskConfig, key, make_split
+from lockstep.data.presets import PRESETS
+from lockstep.data.problems import BadProblems, Problem, Split, TaskConfig, held_out_problems, key, make_split
+from lockstep.data.rows import BadRow
 
 GSM8K = Path(__file__).parents[3] / "shared" / "datasets" / "gsm8k" / "test.jsonl"
 TASKS = [
@@ -96,26 +98,21 @@ def test_a_line_separator_inside_a_string_does_not_end_its_row(tmp_path: Path) -
     assert "one\u2028two\x85three" in {p.question for p in split.train + split.held_out}
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        "not json",
-        '{"question": "q"}',
-        '["question", "answer"]',
-        "7",
-        '{"question": "q", "answer": 7}',
-        '{"question": null, "answer": "7"}',
-        "",
-    ],
-)
-def test_a_bad_row_is_named_with_file_and_line(bad: str, tmp_path: Path) -> None:
-    task = rows(tmp_path, *numbered(2), bad, *numbered(1))
-    with pytest.raises(BadProblems, match=r"rows\.jsonl:3: needs JSON with the fields question and answer"):
-        make_split(task, 0)
+def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path) -> None:
+    for bad, words in (
+        ("not json", "not valid JSON"),
+        ('{"question": "q"}', "the field 'answer' is missing"),
+        ('{"question": "q", "answer": true}', "the field 'answer' must be text"),
+        ("7", "a JSON object is needed"),
+        ("  ", "the line is empty"),
+    ):
+        task = rows(tmp_path, *numbered(2), bad, *numbered(1))
+        with pytest.raises(BadRow, match=rf"rows\.jsonl:3: {words}"):
+            make_split(task, 0)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadProblems, match=r"nowhere\.jsonl': there is no such file"):
+    with pytest.raises(BadRow, match=r"nowhere\.jsonl': there is no such file"):
         make_split(TaskConfig(generator=str(tmp_path / "nowhere.jsonl")), 0)
 
 
@@ -136,6 +133,64 @@ def test_a_bad_generator_is_named_with_its_settings(generator: str, settings: di
 def test_an_empty_side_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadProblems, match=r"gave no (held-out|training) problems: widen task\.settings"):
         make_split(rows(tmp_path, *numbered(1)), 0)
+
+
+def test_files_for_both_sides_are_taken_as_they_are(tmp_path: Path) -> None:
+    train, held_out = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text("\n".join(numbered(9)))
+    held_out.write_text("\n".join([*numbered(2), *numbered(2)]))
+    task = TaskConfig(generator=str(train), held_out_from=str(held_out), train=5, held_out=3)
+    split = make_split(task, 0)
+    assert [p.question for p in split.train] == [f"What is {i} + 1?" for i in range(5)]
+    assert [p.question for p in split.held_out] == [f"What is {i} + 1?" for i in (0, 1, 0)]
+    assert split.overlap == 2
+    train.unlink()
+    assert held_out_problems(task, 0) == split.held_out
+    whole = TaskConfig(generator=str(held_out), held_out=1)
+    held_out.write_text("\n".join(numbered(40)))
+    assert held_out_problems(whole, 0) == make_split(whole, 0).held_out
+
+
+def test_shots_come_from_training_problems_by_seed(tmp_path: Path) -> None:
+    task = rows(tmp_path, *numbered(60)).model_copy(update={"shots": 3})
+    split = make_split(task, 0)
+    assert len(split.shots) == len(set(split.shots)) == 4
+    assert set(split.shots) <= set(split.train)
+    assert make_split(task, 0).shots == split.shots != make_split(task, 1).shots
+    with pytest.raises(BadProblems, match=r"task\.shots=70 solved problems are to be shown, and"):
+        make_split(task.model_copy(update={"shots": 70}), 0)
+
+
+def test_gym_problems_keep_what_their_graders_need() -> None:
+    split = make_split(TaskConfig(generator="chain_sum", train=3, held_out=3), 0)
+    for problem in split.train:
+        assert problem.entry is not None
+        score = reasoning_gym.get_score_answer_fn(problem.entry["metadata"]["source_dataset"])
+        assert score(problem.answer, problem.entry) == 1.0
+        assert score(problem.answer + "1", problem.entry) < 1.0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_tasks_that_a_recipe_can_change(name: str) -> None:
+    task = TaskConfig.model_validate({"preset": name, "shots": 1, "generator": "x.jsonl"})
+    assert (task.shots, task.generator) == (1, "x.jsonl")
+    given = ("shots", "generator")
+    assert all(getattr(task, key) == value for key, value in PRESETS[name].values.items() if key not in given)
+
+
+def test_an_unknown_preset_and_a_prompt_without_a_problem_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"task\.preset='gsm9k' is not known: use one of gsm8k, "):
+        TaskConfig(preset="gsm9k")
+    with pytest.raises(ValueError, match=r"has no place for the problem"):
+        TaskConfig(prompt="{problem}")
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K does not lie in ../shared/datasets beside the repository")
+def test_gsm8k_has_a_file_for_each_side() -> None:
+    task = TaskConfig(preset="gsm8k", generator=str(GSM8K.with_name("train.jsonl")), held_out_from=str(GSM8K))
+    split = make_split(task, 0)
+    assert (len(split.train), len(split.held_out), split.overlap) == (7473, 1319, 0)
+    assert all(p.solution.endswith(f"#### {p.answer}") and "<<" not in p.solution for p in split.train)
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K does not lie in ../shared/datasets beside the repository")

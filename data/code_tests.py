@@ -1,0 +1,26 @@
+"""Tests of a program: what decides whether a completion solves a code problem."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a program reads from standard input and must print."""
+
+    stdin: str
+    stdout: str
+
+
+@dataclass(frozen=True)
+class CodeTests:
+    """Either a program of assertions about a function, or cases of standard input and output, or both."""
+
+    program: str = ""
+    """Python that runs after the completion; where it defines `check`, `check(entry_point)` is called (HumanEval's
+    form)."""
+    entry_point: str = ""
+    """Name of the function that is tested; empty for whole programs."""
+    prefix: str = ""
+    """What stands before the completion, as HumanEval's signature; a completion that defines the entry point itself
+    replaces it."""
+    cases: tuple[Case, ...] = ()

@@ -1,0 +1,177 @@
+"""Answers to one prompt in the order in which somebody prefers them, in the shapes that people keep them in.
+
+A ranking is best first, and a pair is a ranking of two. What ranks nothing (equal texts, equal scores) is a bad row.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from lockstep.data.rows import BadRow, Row, read_rows
+from lockstep.data.tokenizer import Tokenizer
+
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):[ ]?")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+_SCORES = ("overall_score", "score")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What somebody said."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A prompt and completions of it, best first."""
+
+    index: int
+    """Of the row that it came from."""
+    prompt: str
+    """What a person said last; or the text as the model read it, where the completions are a model's own."""
+    ranked: tuple[str, ...]
+    """Two completions or more, all different."""
+    before: tuple[Turn, ...] = ()
+    """The conversation up to the prompt."""
+
+
+@dataclass(frozen=True)
+class RankedTokens:
+    """A preference as a model reads it: all completions continue the same prompt tokens."""
+
+    index: int
+    prompt: tuple[int, ...]
+    completions: tuple[tuple[int, ...], ...]
+    """Best first; each ends with the tokenizer's end token where there is one."""
+
+
+def stop(error: BadRow) -> None:
+    """End at a bad row."""
+    raise error
+
+
+def read(source: str, *, on_bad: Callable[[BadRow], None] = stop) -> list[Preference]:
+    """Preferences of files here or on the Hub; see `rows.read_rows` for what a source may be.
+
+    Recognised are Anthropic's HH (`chosen`, `rejected` as transcripts, arXiv:2204.05862), UltraFeedback (message lists
+    in `chosen` and `rejected`; or `instruction` with `completions` and their `overall_score`, arXiv:2310.01377), plain
+    `prompt`, `chosen`, `rejected`, and rankings: `prompt` with `ranked`, best first, or with `responses` and `scores`.
+
+    Args:
+        on_bad: takes each bad row, which is left out; raises unless another is given.
+
+    Raises:
+        BadRow: names file, line and field.
+    """
+    found = []
+    for index, row in enumerate(read_rows(source)):
+        try:
+            found.append(_preference(index, row))
+        except BadRow as error:
+            on_bad(error)
+    return found
+
+
+def from_verdicts(rows: Iterable[Mapping[str, Any]], *, pairs: int = 1) -> Iterator[Preference]:
+    """Correct before incorrect completions of the same prompt; ungradable ones count as neither.
+
+    Args:
+        rows: `prompt`, `completion` and `outcome` of each, as `lockstep eval` and runs save them.
+        pairs: of each prompt at most; each completion is in one of them at most.
+    """
+    sides: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: {"correct": {}, "incorrect": {}})
+    for row in rows:
+        if row["outcome"] in ("correct", "incorrect"):
+            sides[str(row["prompt"])][str(row["outcome"])][str(row["completion"])] = None
+    for index, (prompt, found) in enumerate(sides.items()):
+        both = found["correct"].keys() & found["incorrect"].keys()  # a verdict that changed with its mind is none
+        good, bad = ([text for text in found[side] if text not in both] for side in ("correct", "incorrect"))
+        yield from (Preference(index, prompt, pair) for pair in islice(zip(good, bad, strict=False), pairs))
+
+
+def tokenized(preference: Preference, tokenizer: Tokenizer, *, chat: bool = True) -> RankedTokens:
+    """Tokens under the chat template; or of the texts as they are, for prompts that a model has read so.
+
+    The prompt is encoded once and alone, as rollouts read it, so that all completions share its tokens exactly.
+
+    Raises:
+        BadTokenizer: when there is no chat template.
+    """
+    turns = (*preference.before, Turn("user", preference.prompt))
+    text = tokenizer.chat([{"role": t.role, "content": t.content} for t in turns]) if chat else preference.prompt
+    end = () if tokenizer.eos is None else (tokenizer.eos,)
+    completions = tuple((*tokenizer.encode(text), *end) for text in preference.ranked)
+    return RankedTokens(preference.index, tuple(tokenizer.encode(text)), completions)
+
+
+def _preference(index: int, row: Row) -> Preference:
+    if "completions" in row.values and "instruction" in row.values:
+        return _scored(index, row, row.text("instruction"), *_ultrafeedback(row))
+    if "ranked" in row.values:
+        return _ranking(index, row, "ranked", (Turn("user", row.text("prompt")),), row.texts("ranked"))
+    if "responses" in row.values:
+        return _scored(index, row, row.text("prompt"), row.texts("responses"), row.items("scores"))
+    if isinstance(row.values.get("chosen"), list):
+        return _compared(index, row, *(_messages(row, name) for name in ("chosen", "rejected")))
+    if "prompt" not in row.values:
+        return _compared(index, row, *(_transcript(row, name) for name in ("chosen", "rejected")))
+    pair = [row.text("chosen"), row.text("rejected")]
+    return _ranking(index, row, "rejected", (Turn("user", row.text("prompt")),), pair)
+
+
+def _ranking(index: int, row: Row, name: str, asked: tuple[Turn, ...], ranked: Sequence[str]) -> Preference:
+    if len(ranked) < 2 or len(set(ranked)) < len(ranked):
+        raise row.bad(name, f"ranks {len(set(ranked))} different texts, and needs two or more, each once")
+    return Preference(index, asked[-1].content, tuple(ranked), asked[:-1])
+
+
+def _compared(index: int, row: Row, chosen: list[Turn], rejected: list[Turn]) -> Preference:
+    """Two conversations that are alike up to their last turns."""
+    if chosen[:-1] != rejected[:-1]:
+        raise row.bad("rejected", "differs from 'chosen' before its last turn, so that they answer different prompts")
+    if [turn.role for turn in chosen[-2:]] != ["user", "assistant"] or rejected[-1].role != "assistant":
+        raise row.bad("chosen", "must end with a person's turn and the assistant's")
+    score = [row.values.get(f"score_{side}") for side in ("chosen", "rejected")]
+    if None not in score and score[0] == score[1]:
+        raise row.bad("score_chosen", f"is that of 'rejected', {score[0]}, so that neither is preferred")
+    return _ranking(index, row, "rejected", tuple(chosen[:-1]), [chosen[-1].content, rejected[-1].content])
+
+
+def _messages(row: Row, name: str) -> list[Turn]:
+    turns = [Row(row.place, row.checked(name, turn, dict)) for turn in row.items(name)]
+    if not turns:
+        raise row.bad(name, "holds no messages")
+    return [Turn(turn.text("role"), turn.text("content")) for turn in turns]
+
+
+def _transcript(row: Row, name: str) -> list[Turn]:
+    """Turns of a text in which "\\n\\nHuman:" and "\\n\\nAssistant:" say who speaks."""
+    before, *parts = _SPEAKER.split(row.text(name))
+    if before.strip() or not parts:
+        raise row.bad(name, r"must be a transcript that begins with '\n\nHuman:', where there is no field 'prompt'")
+    return [Turn(_ROLES[who], said) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _ultrafeedback(row: Row) -> tuple[list[str], list[Any]]:
+    answers = [Row(f"{row.place}, completions", row.checked("completions", c, dict)) for c in row.items("completions")]
+    names = [next((name for name in _SCORES if answer.has(name)), _SCORES[0]) for answer in answers]
+    return [a.text("response") for a in answers], [a.json(name) for a, name in zip(answers, names, strict=True)]
+
+
+def _scored(index: int, row: Row, prompt: str, texts: Sequence[str], scores: Sequence[Any]) -> Preference:
+    """Best first; of completions with one score, which are not ranked among themselves, the first stands for all."""
+    name = "responses" if "responses" in row.values else "completions"
+    if len(scores) != len(texts) or not all(isinstance(s, int | float) and math.isfinite(s) for s in scores):
+        raise row.bad(name, "needs one number for each text as its score")
+    by_score: dict[float, str] = {}
+    for score, text in zip(scores, texts, strict=True):
+        by_score.setdefault(score, text)
+    distinct = dict.fromkeys(by_score[score] for score in sorted(by_score, reverse=True))
+    return _ranking(index, row, name, (Turn("user", prompt),), list(distinct))
