@@ -231,7 +231,11 @@ class _SegmentBatch:
 
         def value(*tensors: Tensor) -> Tensor:
             q, k, v = (t.unflatten(0, (len(self.segments), -1)) for t in tensors)
-            return attend_in_tiles(q, k, v, self._first_N, scoring).flatten(0, 1).flatten(1)
+            return (
+                attend_in_tiles(q, k.transpose(1, 2), v.transpose(1, 2), self._first_N, scoring)
+                .flatten(0, 1)
+                .flatten(1)
+            )
 
         return with_gradient(value, partial(self.attend, scoring=scoring), (q_PHE, k_PGE, v_PGE))
 

@@ -19,6 +19,10 @@ Numerics = Literal["fast", "exact"]
 """Whether sums are in the fastest order, or in one that gives rollouts and training the same bits."""
 
 
+Head = Literal["vocabulary", "value"]
+"""What stands on the last norm: a logit for each token of the vocabulary, or one number (critics, reward models)."""
+
+
 class UnknownModel(ValueError):
     """A model that Lockstep's block does not describe."""
 
@@ -73,6 +77,29 @@ class MoEConfig(BaseModel):
         return 3 * (self.experts - self.experts_per_token) * self.intermediate * width
 
 
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""A linear layer inside of a block, as the logical tensors call it."""
+
+
+class LoraConfig(BaseModel):
+    """Low-rank adapters: a layer's weight becomes W + scale · B · A (Hu et al. 2021, section 4.1).
+
+    B is 0 at first, so that nothing changes; A is drawn.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(8, ge=1, description="rows of A and columns of B")
+    alpha: float = Field(16.0, gt=0, description="the scale is alpha / rank")
+    rslora: bool = Field(False, description="the scale is alpha / √rank (Kalajdzievski 2023)")
+    targets: tuple[Projection, ...] | Literal["all"] = Field("all", description="linear layers that have adapters")
+
+    @property
+    def scale(self) -> float:
+        """What multiplies B · A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
 class ModelConfig(BaseModel):
     """A decoder-only transformer. The defaults are Llama's."""
 
@@ -105,10 +132,12 @@ class ModelConfig(BaseModel):
     window_rope: Rope | None = Field(None, description="of the layers with a window, where it is another")
     unrotated_layers: tuple[int, ...] = Field((), description="layers without rotary positions")
     embedding_scale: float = Field(1.0, gt=0, description="what embeddings are multiplied by")
+    head: Head = "vocabulary"
     tied: bool = True
     bos_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
     moe: MoEConfig | None = Field(None, description="experts in place of the feed-forward layer, in every block")
+    lora: LoraConfig | None = Field(None, description="adapters that the model has beside its weights")
 
     @field_validator("rope", mode="before")
     @classmethod
@@ -132,6 +161,7 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _is_possible(self) -> "ModelConfig":
+        strange = [name for name in self.adapted if name not in self.projections]
         named = {*self.full_layers, *self.unrotated_layers}
         faults: dict[str, Any] = {
             f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}": self.heads % self.kv_heads,
@@ -144,6 +174,14 @@ class ModelConfig(BaseModel):
             ),
             "window is None, and full_layers or window_rope is given": (
                 self.window is None and (self.full_layers or self.window_rope)
+            ),
+            "head='value' and tied=True, and a value head shares nothing with the embedding": (
+                self.head == "value" and self.tied
+            ),
+            f"lora.targets names {', '.join(strange)}, and adapters are for {', '.join(self.projections)}": strange,
+            "lora.targets is empty": self.lora and not self.lora.targets,
+            "lora.targets='all', and experts have no adapters: name the projections of attention": (
+                self.moe and self.lora and self.lora.targets == "all"
             ),
             f"full_layers or unrotated_layers names a layer outside 0 … {self.layers - 1}": (
                 not named <= set(range(self.layers))
@@ -167,6 +205,43 @@ class ModelConfig(BaseModel):
             return None
         return self.rope if self.window_of(layer) is None else self.window_rope or self.rope
 
+    def with_head(self, head: Head) -> "ModelConfig":
+        """The same model with this head; nothing of a head of another kind comes along.
+
+        Raises:
+            UnknownModel: when a model without a vocabulary's head is to have one.
+        """
+        if head == self.head:
+            return self
+        if head == "vocabulary":
+            raise UnknownModel("a model with a value head has no logits: give a language model's checkpoint")
+        return self.model_copy(update={"head": head, "tied": False})
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head's own weight; a tied head has none."""
+        return 1 if self.head == "value" else 0 if self.tied else self.vocabulary
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The linear layers of a block that may have adapters: experts and routers may not."""
+        attention: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+        if self.moe:
+            return attention
+        return (*attention, "gate_proj", "up_proj", "down_proj") if self.gated else (*attention, "up_proj", "down_proj")
+
+    @property
+    def adapted(self) -> tuple[Projection, ...]:
+        """The linear layers of a block that have adapters."""
+        if self.lora is None:
+            return ()
+        return self.projections if self.lora.targets == "all" else self.lora.targets
+
+    @property
+    def without_adapters(self) -> "ModelConfig":
+        """The same model with its adapters in its weights, or left away."""
+        return self.model_copy(update={"lora": None})
+
     @property
     def sizes(self) -> dict[str, int]:
         """What a layout divides, as `check_divides` takes it."""
@@ -182,7 +257,7 @@ class ModelConfig(BaseModel):
 
     @property
     def parameters(self) -> int:
-        """Number of parameters; a tied head is counted once."""
+        """Number of parameters; a tied head is counted once, adapters are not counted."""
         norm = self.width * (2 if self.norm == "layer" else 1)
         block = sum(
             (
@@ -197,7 +272,7 @@ class ModelConfig(BaseModel):
                 ("mlp" in self.biases) * (self.intermediate * (2 if self.gated else 1) + self.width),
             )
         )
-        embeddings = (1 if self.tied else 2) * self.vocabulary * self.width
+        embeddings = (self.vocabulary + self.head_rows) * self.width
         positions = self.context * self.width if self.rope is None else 0
         return self.layers * block + embeddings + positions + norm
 

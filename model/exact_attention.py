@@ -27,8 +27,8 @@ POSITIONS_AT_ONCE = 128
 
 def attend_in_tiles(
     q_NLHE: Tensor,
-    k_NSGE: Tensor,
-    v_NSGE: Tensor,
+    k_NGSE: Tensor,
+    v_NGSE: Tensor,
     first_N: Tensor,
     scoring: Scoring = PLAIN,
     keys_from: int | Tensor = 0,
@@ -39,14 +39,15 @@ def attend_in_tiles(
     Padding of N, L and S changes no bit of a row that sees a key.
 
     Args:
-        k_NSGE: keys at the positions keys_from, keys_from + 1, …; what no row sees may be any finite number.
+        k_NGSE: keys at the positions keys_from, keys_from + 1, …; what no row sees may be any finite number.
         keys_from: multiples of 64, one for all sequences or [N]: at most the first position that a row sees.
     """
     if q_NLHE.is_cuda:
-        return exact_triton.attend_in_tiles(q_NLHE, k_NSGE, v_NSGE, first_N - keys_from, scoring)
+        k, v = k_NGSE.transpose(1, 2), v_NGSE.transpose(1, 2)
+        return exact_triton.attend_in_tiles(q_NLHE, k, v, first_N - keys_from, scoring)
     n, length, heads, width = q_NLHE.shape
-    kv_heads, repeats = k_NSGE.shape[2], heads // k_NSGE.shape[2]
-    k, v = _by_head(k_NSGE), _by_head(v_NSGE)
+    kv_heads, repeats = k_NGSE.shape[1], heads // k_NGSE.shape[1]
+    k, v = _in_blocks(k_NGSE), _in_blocks(v_NGSE)
     first = first_N - keys_from
     out = q_NLHE.new_empty(n, length, heads, width)
     with one_thread():
@@ -60,12 +61,13 @@ def attend_in_tiles(
     return out
 
 
-def _by_head(x_NSGE: Tensor) -> Tensor:
+def _in_blocks(x_NGSE: Tensor) -> Tensor:
     """[N · G, S, E] in fp32, with zeros up to a whole block."""
-    n, length, heads, width = x_NSGE.shape
-    padded = -(-length // KEYS) * KEYS
-    out = torch.empty(n, heads, padded, width, device=x_NSGE.device)
-    out[:, :, :length] = x_NSGE.transpose(1, 2)
+    n, heads, length, width = x_NGSE.shape
+    if length % KEYS == 0 and x_NGSE.is_contiguous():
+        return x_NGSE.float().flatten(0, 1)
+    out = torch.empty(n, heads, length + -length % KEYS, width, device=x_NGSE.device)
+    out[:, :, :length] = x_NGSE
     out[:, :, length:] = 0
     return out.flatten(0, 1)
 

@@ -12,6 +12,26 @@ from lockstep.model.full_attention import PLAIN, Scoring
 from lockstep.model.kv_cache import KVCache, Span
 
 
+class ExactKVCache(KVCache):
+    """A cache whose blocks hold keys and values as rows [tokens, head width], which is how they are gathered."""
+
+    def _shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (self.block, width), (self.block, width)
+
+    def write(self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> None:
+        self.keys[layer][blocks_T, :, offsets_T] = k_TGE
+        self.values[layer][blocks_T, :, offsets_T] = v_TGE
+
+    def gathered(self, layer: int, tables_NP: Tensor) -> tuple[Tensor, Tensor]:
+        heads = self.keys[layer].shape[1]
+        lines_NGP = tables_NP[:, None] * heads + torch.arange(heads, device=tables_NP.device)[:, None]
+        keys, values = (x[layer].flatten(0, 1)[lines_NGP].flatten(2, 3) for x in (self.keys, self.values))
+        return keys, values
+
+    def attention(self, spans: Sequence[Span]) -> "ExactPagedAttention":
+        return ExactPagedAttention(self, spans)
+
+
 @dataclass(frozen=True)
 class _Batch:
     """Spans of as many tokens each, as `attend_in_tiles` takes them."""
@@ -27,10 +47,10 @@ class _Batch:
 class ExactPagedAttention:
     """`Attend` for spans of sequences, head to tail: keys and values are kept first, then each token sees its own.
 
-    Single tokens of all sequences are attended to together, and every longer span by itself.
+    Single tokens of sequences of similar lengths are attended to together, and every longer span by itself.
     """
 
-    def __init__(self, cache: KVCache, spans: Sequence[Span]) -> None:
+    def __init__(self, cache: ExactKVCache, spans: Sequence[Span]) -> None:
         """
         Args:
             cache: the tokens of its blocks divide 64.
@@ -39,8 +59,7 @@ class ExactPagedAttention:
         self._cache, device = cache, cache.values[0].device
         starts = np.cumsum([0, *(s.count for s in spans)]).tolist()
         places = list(zip(starts, spans, strict=False))
-        single = [(i, s) for i, s in places if s.count == 1]
-        alike = [each for each in (single, *([(i, s)] for i, s in places if s.count > 1)) if each]
+        alike = [*_alike([(i, s) for i, s in places if s.count == 1]), *([(i, s)] for i, s in places if s.count > 1)]
         kinds = range(len(cache.windows))
         self._batches = [[_batch(cache, kind, each, device) for each in alike] for kind in kinds]
         positions = [np.arange(s.start, s.start + s.count) for s in spans]
@@ -57,19 +76,29 @@ class ExactPagedAttention:
         self._cache.write(layer, self._blocks[kind], self._offsets, k_TGE, v_TGE)
         mixed = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
         for batch in self._batches[kind]:
-            k, v = (x.transpose(1, 2) for x in self._cache.gathered(layer, batch.tables_NP))
-            mixed[batch.rows_NL] = attend_in_tiles(
-                q_THE[batch.rows_NL], k, v, batch.first_N, scoring, batch.keys_from_N
-            )
+            k, v = self._cache.gathered(layer, batch.tables_NP)
+            q = q_THE[batch.rows_NL]
+            mixed[batch.rows_NL] = attend_in_tiles(q, k, v, batch.first_N, scoring, batch.keys_from_N)
         return mixed
 
 
-def _batch(cache: KVCache, kind: int, spans: Sequence[tuple[int, Span]], device: torch.device) -> _Batch:
+def _alike(places: Sequence[tuple[int, Span]]) -> list[list[tuple[int, Span]]]:
+    """By length; in each batch the shortest sequence has at least half of the keys that all are padded to."""
+    batches: list[list[tuple[int, Span]]] = []
+    for place in sorted(places, key=lambda place: place[1].start):
+        if not batches or place[1].start >= 2 * max(batches[-1][0][1].start, KEYS):
+            batches.append([])
+        batches[-1].append(place)
+    return batches
+
+
+def _batch(cache: ExactKVCache, kind: int, spans: Sequence[tuple[int, Span]], device: torch.device) -> _Batch:
     window, block = cache.windows[kind], cache.block
     seen = [0 if window is None else max(0, s.start - window + 1) for _, s in spans]
     begins = [position // KEYS * (KEYS // block) for position in seen]
     stops = [-(-(s.start + s.count) // block) for _, s in spans]
-    tables = np.zeros((len(spans), max(b - a for a, b in zip(begins, stops, strict=True))), np.int64)
+    most = max(b - a for a, b in zip(begins, stops, strict=True))
+    tables = np.zeros((len(spans), most + -most % (KEYS // block)), np.int64)
     for place, (_, span), begin, stop in zip(tables, spans, begins, stops, strict=True):
         place[: stop - begin] = np.maximum(span.tables[kind][begin:stop], 0)  # a block behind the window is given back
     rows = torch.tensor([i for i, _ in spans])[:, None] + torch.arange(spans[0][1].count)

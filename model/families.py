@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel, need, refuse
+from lockstep.model.config import Head, ModelConfig, MoEConfig, UnknownModel, need, refuse
 from lockstep.model.rope import Rope
 from lockstep.model.rope_words import Words, rope_from, rope_words
 
@@ -21,6 +21,18 @@ class Family:
     read: Callable[[Words], Words]
     """`config.json` → fields of `ModelConfig`."""
     write: Callable[[ModelConfig], Words]
+    classifier: str = ""
+    """The class with one number in the place of logits, where its name does not follow from the architecture's."""
+
+    def architecture_of(self, head: Head) -> str:
+        """The class in `transformers` that has this head."""
+        if head == "vocabulary":
+            return self.architecture
+        stem = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        return self.classifier or f"{stem}{CLASSIFIER}"
+
+
+CLASSIFIER = "ForSequenceClassification"
 
 
 def from_huggingface(words: Words) -> ModelConfig:
@@ -33,11 +45,15 @@ def from_huggingface(words: Words) -> ModelConfig:
     for feature in ("use_bidirectional_attention", "quantization_config"):
         refuse(feature, words.get(feature))
     eos = words.get("eos_token_id")
+    is_classifier = any(name.endswith(CLASSIFIER) for name in words.get("architectures") or ())
+    labels = words.get("num_labels") or len(words.get("id2label") or range(2))
+    refuse(f"num_labels={labels}, where a value head has one,", is_classifier and labels != 1)
+    fields = family.read(words) | ({"head": "value", "tied": False} if is_classifier else {})
     return ModelConfig(
         family=words["model_type"],
         bos_token=words.get("bos_token_id"),
         eos_tokens=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        **family.read(words),
+        **fields,
     )
 
 
@@ -49,7 +65,7 @@ def to_huggingface(config: ModelConfig, dtype: str) -> Words:
     """
     family, eos = _family(config.family), list(config.eos_tokens)
     words = {
-        "architectures": [family.architecture],
+        "architectures": [family.architecture_of(config.head)],
         "model_type": config.family,
         "vocab_size": config.vocabulary,
         "tie_word_embeddings": config.tied,
@@ -58,12 +74,20 @@ def to_huggingface(config: ModelConfig, dtype: str) -> Words:
         "pad_token_id": None,
         "torch_dtype": dtype,
         "dtype": dtype,
+        **_LABELS[config.head],
     } | family.write(config)
     said, meant = from_huggingface(words), _without_losses(config)
     lost = [name for name in ModelConfig.model_fields if getattr(said, name) != getattr(meant, name)]
     if lost:
         raise UnknownModel(f"a config.json of model_type={config.family!r} cannot say this model's {', '.join(lost)}")
     return words
+
+
+_LABELS: dict[Head, Words] = {
+    "vocabulary": {},
+    "value": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": "regression"},
+}
+"""What makes a classifier's answer one number without bounds."""
 
 
 def _family(kind: str | None) -> Family:
@@ -386,7 +410,7 @@ FAMILIES = {
     "smollm3": Family("SmolLM3ForCausalLM", _read_smollm3, _write_smollm3),
     "gemma": Family("GemmaForCausalLM", _read_gemma, _write_gemma),
     "gemma2": Family("Gemma2ForCausalLM", _read_gemma2, _write_gemma2),
-    "gemma3_text": Family("Gemma3ForCausalLM", _read_gemma3, _write_gemma3),
+    "gemma3_text": Family("Gemma3ForCausalLM", _read_gemma3, _write_gemma3, f"Gemma3Text{CLASSIFIER}"),
     "olmo2": Family("Olmo2ForCausalLM", _read_olmo2, _write_llama),
     "mixtral": Family("MixtralForCausalLM", _read_mixtral, _write_mixtral),
     "qwen2_moe": Family("Qwen2MoeForCausalLM", _read_qwen2_moe, _write_qwen_moe),

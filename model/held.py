@@ -1,14 +1,16 @@
 """What a rank holds: its parameters as pieces of logical tensors, and filling them from a source."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lockstep.distributed.checkpoint.spec import Piece, Source, concurrently, read_tensor
 from lockstep.distributed.groups import Groups
-from lockstep.model.names import EMBEDDING, HEAD, is_stack, logical_tensors, parameter_pieces, part_sizes
+from lockstep.model.adapters import merge
+from lockstep.model.lora import Adapter, Adapters
+from lockstep.model.names import EMBEDDING, HEAD, is_adapter, is_stack, logical_tensors, parameter_pieces, part_sizes
 from lockstep.model.transformer import Transformer
 
 
@@ -35,6 +37,39 @@ def _held(path: str, piece: Piece, groups: Groups) -> Piece:
         return replace(piece, owned=groups.owns_experts)
     first = piece.first and (groups.is_first_stage or piece.name != EMBEDDING)
     return replace(piece, first=first, owned=first and groups.owns_replicated)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A piece of a model without adapters, as this rank has it: with what adapters change."""
+
+    parameter: nn.Parameter
+    piece: Piece
+    adapter: Adapter | None = None
+
+    def __len__(self) -> int:
+        """How many rows it has."""
+        return len(range(*self.piece.box[0]))
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows of the piece, on its first dim, in the parameter's dtype."""
+        weight = self.piece.view(self.parameter)[first:last]
+        if self.adapter is None:
+            return weight
+        return merge(weight, self.adapter.a.detach(), self.adapter.b.detach()[first:last], self.adapter.scale)
+
+
+def served(transformer: Transformer) -> Iterator[Served]:
+    """Every piece that this rank holds, as those see it who know of no adapters: rollouts, and a reference's copy."""
+    named = dict(transformer.named_parameters())
+    adapters = {path: module for path, module in transformer.named_modules() if isinstance(module, Adapters)}
+    paths = {parameter: path for path, parameter in named.items()}
+    for parameter, piece in pieces(transformer):
+        if is_adapter(piece.name):
+            continue
+        path, kind = paths[parameter].rsplit(".", 1)
+        beside = adapters.get(f"{path}.adapters") if kind == "weight" else None
+        yield Served(parameter, piece, beside.of(piece.name.split(".")[-2]) if beside else None)
 
 
 def parts(transformer: Transformer) -> dict[str, list[nn.Parameter]]:

@@ -10,8 +10,12 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-enum { LANES = 16, BLOCK = 16, TILE = 64, PART = 512 };
+enum { LANES = 16, BLOCK = 16, TILE = 64, PART = 512, PAIR = 4 / sizeof(NUMBER) };
 
 typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(64)));
@@ -102,8 +106,10 @@ struct attention {
     int64_t writes, rows, parts;                     /* tokens to keep; tokens that attend; parts of their sequences */
     int64_t heads, groups, width, table_width;       /* query heads, key-value heads, of one the width */
     int64_t q_stride, k_stride, v_stride;            /* from token to token */
+    int64_t tiled;                                   /* whether tiles may be used */
     const NUMBER *q, *k, *v;
-    NUMBER *keys, *values;                           /* [blocks, groups, width, BLOCK], [blocks, groups, BLOCK, width] */
+    NUMBER *keys, *values;                           /* [blocks, groups, width / PAIR, BLOCK, PAIR], the same with
+                                                        BLOCK and width exchanged */
     const int32_t *blocks, *offsets;                 /* of each token to keep its place */
     const int32_t *tokens;                           /* of each row its token, from the first of q */
     const int32_t *tables, *firsts, *lasts;          /* [rows, table_width]; the positions that a row sees */
@@ -118,22 +124,34 @@ static void keep(struct attention *job, int64_t token)
 {
     int64_t size = job->groups * job->width, block = job->blocks[token], offset = job->offsets[token];
     const NUMBER *k = job->k + token * job->k_stride, *v = job->v + token * job->v_stride;
-    NUMBER *keys = job->keys + block * size * BLOCK + offset;
-    for (int64_t i = 0; i < size; i++) keys[i * BLOCK] = k[i];
-    for (int64_t g = 0; g < job->groups; g++)
-        memcpy(job->values + ((block * job->groups + g) * BLOCK + offset) * job->width, v + g * job->width,
-               job->width * sizeof(NUMBER));
+    NUMBER *keys = job->keys + block * size * BLOCK + offset * PAIR;
+    for (int64_t i = 0; i < size; i++) keys[i / PAIR * BLOCK * PAIR + i % PAIR] = k[i];
+    for (int64_t g = 0; g < job->groups; g++) {
+        NUMBER *values = job->values + ((block * job->groups + g) * BLOCK + offset / PAIR * PAIR) * job->width;
+        for (int64_t e = 0; e < job->width; e++) values[e * PAIR + offset % PAIR] = v[g * job->width + e];
+    }
+}
+
+/* The numbers of two rows at LANES columns; where rows lie in pairs, one is beside the other. */
+static inline void both(const NUMBER *rows, int64_t columns, int64_t column, lanes *first, lanes *second)
+{
+    if (is_float) {
+        *first = load(rows + column);
+        *second = load(rows + columns + column);
+    } else {
+        words pairs = (words)*(const lanes *)(rows + column * PAIR);
+        *first = (lanes)(pairs << 16);
+        *second = (lanes)(pairs & 0xffff0000);
+    }
 }
 
 /* Scores of n heads with the keys of a block. */
 static inline __attribute__((always_inline)) void
-score(int n, const float *q, int64_t width, const NUMBER *held, const NUMBER *ahead, float (*scores)[TILE])
+score(int n, const float *q, int64_t width, const NUMBER *held, float (*scores)[TILE])
 {
-    lanes even[4] = {}, odd[4] = {};
+    lanes even[4] = {}, odd[4] = {}, first, second;
     for (int64_t e = 0; e < width; e += 2) {
-        lanes first = load(held + e * BLOCK), second = load(held + (e + 1) * BLOCK);
-        __builtin_prefetch(ahead + e * BLOCK);
-        if (is_float) __builtin_prefetch(ahead + (e + 1) * BLOCK);
+        both(held + e * BLOCK, BLOCK, 0, &first, &second);
         for (int r = 0; r < n; r++) {
             even[r] += q[r * width + e] * first;
             odd[r] += q[r * width + e + 1] * second;
@@ -144,15 +162,14 @@ score(int n, const float *q, int64_t width, const NUMBER *held, const NUMBER *ah
 
 /* Adds to the sums of n heads the values of a block, as much of each as its weight says. */
 static inline __attribute__((always_inline)) void
-mix(int n, float (*weights)[TILE], int64_t width, const NUMBER *held, const NUMBER *ahead, float *sums)
+mix(int n, float (*weights)[TILE], int64_t width, const NUMBER *held, float *sums)
 {
     int64_t e = 0;
-    for (int64_t i = 0; i < width * BLOCK; i += 64 / sizeof(NUMBER)) __builtin_prefetch(ahead + i);
     for (; e + LANES <= width; e += LANES) {
-        lanes even[4], odd[4] = {};
+        lanes even[4], odd[4] = {}, first, second;
         for (int r = 0; r < n; r++) even[r] = get(sums + r * (width + 2) + e);
         for (int64_t j = 0; j < BLOCK; j += 2) {
-            lanes first = load(held + j * width + e), second = load(held + (j + 1) * width + e);
+            both(held + j * width, width, e, &first, &second);
             for (int r = 0; r < n; r++) {
                 even[r] += weights[r][j] * first;
                 odd[r] += weights[r][j + 1] * second;
@@ -162,7 +179,8 @@ mix(int n, float (*weights)[TILE], int64_t width, const NUMBER *held, const NUMB
     }
     for (; e < width; e++)
         for (int r = 0; r < n; r++)
-            for (int64_t j = 0; j < BLOCK; j++) sums[r * (width + 2) + e] += weights[r][j] * wide(held[j * width + e]);
+            for (int64_t j = 0; j < BLOCK; j++)
+                sums[r * (width + 2) + e] += weights[r][j] * wide(held[j / PAIR * PAIR * width + e * PAIR + j % PAIR]);
 }
 
 /* Four heads at a time, so that a key or value is read, and made wide, once for all of them. */
@@ -201,17 +219,29 @@ static void weigh(float *line, int64_t from, int64_t to, float *sums, int64_t wi
         for (int64_t e = 0; e < width; e++) sums[e] *= kept;
 }
 
-/* The weighted sum of values that the heads of one key-value head give to a part of their sequence. */
-static void attend(struct attention *job, int64_t part, int64_t group)
+/* What a part of a sequence sees: positions first to last, in the blocks of a table. */
+struct view {
+    int64_t first, last;
+    const int32_t *table;
+};
+
+static struct view seen(const struct attention *job, int64_t part)
 {
-    int64_t width = job->width, shared = job->heads / job->groups, row = job->part_rows[part];
-    int64_t start = job->part_starts[part], size = width * BLOCK;
-    int64_t first = job->firsts[row] > start ? job->firsts[row] : start;
-    int64_t last = job->lasts[row] < start + PART - 1 ? job->lasts[row] : start + PART - 1;
-    const int32_t *table = job->tables + row * job->table_width;
-    const NUMBER *q = job->q + job->tokens[row] * job->q_stride + group * shared * width;
+    int64_t row = job->part_rows[part], start = job->part_starts[part], end = start + PART - 1;
+    struct view view = { job->firsts[row], job->lasts[row], job->tables + row * job->table_width };
+    if (view.first < start) view.first = start;
+    if (view.last > end) view.last = end;
+    return view;
+}
+
+/* The weighted sum of values that the heads of one key-value head give to a part of their sequence. */
+static void attend(struct attention *job, int64_t task)
+{
+    int64_t width = job->width, shared = job->heads / job->groups, size = width * BLOCK, stride = job->groups * size;
+    int64_t part = task / job->groups, group = task % job->groups;
+    struct view view = seen(job, part);
+    const NUMBER *q = job->q + job->tokens[job->part_rows[part]] * job->q_stride + group * shared * width;
     const NUMBER *keys = job->keys + group * size, *values = job->values + group * size;
-    int64_t stride = job->groups * size;
     float own[shared * width], scores[shared][TILE];
     for (int64_t i = 0; i < shared * width; i++) own[i] = wide(q[i]) * job->scale;
     float *sums = job->partial + (part * job->heads + group * shared) * (width + 2);
@@ -219,21 +249,128 @@ static void attend(struct attention *job, int64_t part, int64_t group)
         memset(sums + r * (width + 2), 0, (width + 1) * sizeof(float));
         sums[r * (width + 2) + width + 1] = -INFINITY;
     }
-    for (int64_t begin = first / TILE * TILE; begin <= last; begin += TILE) {
-        int64_t from = first > begin ? first - begin : 0, to = last - begin < TILE ? last - begin + 1 : TILE;
+    for (int64_t begin = view.first / TILE * TILE; begin <= view.last; begin += TILE) {
+        int64_t from = view.first > begin ? view.first - begin : 0, to = view.last - begin < TILE ? view.last - begin + 1 : TILE;
         for (int64_t b = from / BLOCK; b * BLOCK < to; b++) {
-            int64_t place = begin / BLOCK + b, after = place < last / BLOCK ? place + 1 : place;
-            const NUMBER *held = keys + table[place] * stride, *ahead = keys + table[after] * stride;
-            FOUR_AT_A_TIME(shared, score(n, own + r * width, width, held, r ? held : ahead, (float(*)[TILE])(scores[r] + b * BLOCK)))
+            const NUMBER *held = keys + view.table[begin / BLOCK + b] * stride;
+            FOUR_AT_A_TIME(shared, score(n, own + r * width, width, held, (float(*)[TILE])(scores[r] + b * BLOCK)))
         }
         for (int64_t r = 0; r < shared; r++) weigh(scores[r], from, to, sums + r * (width + 2), width, job->cap);
         for (int64_t b = from / BLOCK; b * BLOCK < to; b++) {
-            int64_t place = begin / BLOCK + b, after = place < last / BLOCK ? place + 1 : place;
-            const NUMBER *held = values + table[place] * stride, *ahead = values + table[after] * stride;
-            FOUR_AT_A_TIME(shared, mix(n, (float(*)[TILE])(scores[r] + b * BLOCK), width, held, r ? held : ahead, sums + r * (width + 2)))
+            const NUMBER *held = values + view.table[begin / BLOCK + b] * stride;
+            FOUR_AT_A_TIME(shared, mix(n, (float(*)[TILE])(scores[r] + b * BLOCK), width, held, sums + r * (width + 2)))
         }
     }
 }
+
+#ifdef __AMX_BF16__
+typedef struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} __attribute__((packed)) tiles;
+
+enum { LINE = 32, SIDE = 16 };
+
+static int fits_tiles(const struct attention *job)
+{
+    return job->tiled && !is_float && job->width % 64 == 0 && job->heads <= SIDE * job->groups;
+}
+
+/* A tile of sums for each of the first four numbers, then the rows of what is multiplied and of what it meets. */
+static void prepare(int rows, int columns, int held)
+{
+    tiles all __attribute__((aligned(64))) = { .palette = 1 };
+    for (int t = 0; t < 6; t++) {
+        all.bytes[t] = t == 4 ? columns : 64;
+        all.rows[t] = t == 5 ? held : rows;
+    }
+    _tile_loadconfig(&all);
+}
+
+/* Weights of a head relative to its largest score, in place of its scores, of which from … to−1 are seen. */
+static void spread(float *line, NUMBER *out, int64_t from, int64_t to, float *total, float *top, float scale, float cap)
+{
+    lanes high = all(-INFINITY), added = {};
+    int64_t end = (to + LANES - 1) / LANES * LANES;
+    for (int64_t j = 0; j < to; j++) line[j] = cap > 0 ? cap * tanhf(line[j] * scale / cap) : line[j] * scale;
+    for (int64_t j = 0; j < from; j++) line[j] = -INFINITY;
+    for (int64_t j = to; j < end; j++) line[j] = -INFINITY;
+    for (int64_t j = 0; j < end; j += LANES) { lanes x = get(line + j); high = pick(x > high, x, high); }
+    float most = high[0];
+    for (int i = 1; i < LANES; i++) most = high[i] > most ? high[i] : most;
+    for (int64_t j = 0; j < end; j += LANES) {
+        lanes x = get(line + j) - most;
+        store(out + j, pick(x > all(-87.0f), exponential(x), all(0)));
+        added += load(out + j);
+    }
+    *total = sum(added);
+    *top = most;
+}
+
+/* As `attend`, by products of the processor's tiles; weights are rounded to the dtype of the values. */
+static void attend_in_tiles(struct attention *job, int64_t task)
+{
+    int64_t width = job->width, shared = job->heads / job->groups, size = width * BLOCK, stride = job->groups * size;
+    int64_t part = task / job->groups, group = task % job->groups;
+    struct view view = seen(job, part);
+    int64_t first = view.first / BLOCK, count = view.last / BLOCK - first + 1;
+    const NUMBER *q = job->q + job->tokens[job->part_rows[part]] * job->q_stride + group * shared * width;
+    const NUMBER *keys = job->keys + group * size, *values = job->values + group * size;
+    float scores[shared][PART];
+    NUMBER weights[shared][PART];
+    prepare(shared, 64, SIDE);
+    for (int64_t b = 0; b < count; b += 2) {
+        const NUMBER *held = keys + view.table[first + b] * stride, *after = held;
+        if (b + 1 < count) after = keys + view.table[first + b + 1] * stride;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t e = 0; e < width; e += LINE) {
+            _tile_loadd(4, q + e, width * sizeof(NUMBER));
+            _tile_loadd(5, held + e * BLOCK, 64);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(5, after + e * BLOCK, 64);
+            _tile_dpbf16ps(1, 4, 5);
+        }
+        _tile_stored(0, scores[0] + b * BLOCK, sizeof scores[0]);
+        if (b + 1 < count) _tile_stored(1, scores[0] + (b + 1) * BLOCK, sizeof scores[0]);
+    }
+    float *sums = job->partial + (part * job->heads + group * shared) * (width + 2);
+    for (int64_t r = 0; r < shared; r++) {
+        float *own = sums + r * (width + 2) + width;
+        spread(scores[r], weights[r], view.first - first * BLOCK, view.last + 1 - first * BLOCK, own, own + 1, job->scale, job->cap);
+    }
+    prepare(shared, 32, BLOCK / 2);
+    for (int64_t e = 0; e < width; e += 4 * SIDE) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t b = 0; b < count; b++) {
+            const NUMBER *held = values + view.table[first + b] * stride + e * PAIR;
+            int64_t row = width * PAIR * sizeof(NUMBER);
+            _tile_loadd(4, weights[0] + b * BLOCK, sizeof weights[0]);
+            _tile_loadd(5, held, row);
+            _tile_dpbf16ps(0, 4, 5);
+            _tile_loadd(5, held + SIDE * PAIR, row);
+            _tile_dpbf16ps(1, 4, 5);
+            _tile_loadd(5, held + 2 * SIDE * PAIR, row);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_loadd(5, held + 3 * SIDE * PAIR, row);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+        int64_t row = (width + 2) * sizeof(float);
+        _tile_stored(0, sums + e, row);
+        _tile_stored(1, sums + e + SIDE, row);
+        _tile_stored(2, sums + e + 2 * SIDE, row);
+        _tile_stored(3, sums + e + 3 * SIDE, row);
+    }
+    _tile_release();
+}
+#else
+static int fits_tiles(const struct attention *job) { return 0; }
+static void attend_in_tiles(struct attention *job, int64_t task) {}
+#endif
 
 /* The parts of a row together, in order. */
 static void join(struct attention *job, int64_t row)
@@ -267,7 +404,8 @@ void attention(struct attention *job)
     if (!job->rows) return;
     wait_until(&job->kept, job->writes);
     while ((task = next(&job->taken)) < job->parts * groups) {
-        attend(job, task / groups, task % groups);
+        if (fits_tiles(job)) attend_in_tiles(job, task);
+        else attend(job, task);
         __atomic_fetch_add(&job->done, 1, __ATOMIC_RELEASE);
     }
     wait_until(&job->done, job->parts * groups);
@@ -333,9 +471,9 @@ void gate(struct gate *job)
 
 /* Heads turned by their positions; the first half of a head pairs with the second. */
 struct turn {
-    int64_t taken, rows, heads, width, stride;       /* from token to token of x */
+    int64_t taken, rows, heads, width, stride, out_stride; /* from token to token of x, and of out */
     const NUMBER *x, *cosines, *sines;               /* [rows, heads, width]; [rows, width] */
-    NUMBER *out;                                     /* [rows, heads, width] */
+    NUMBER *out;                                     /* [rows, heads, width]; may be x itself */
 };
 
 void turn(struct turn *job)
@@ -345,7 +483,7 @@ void turn(struct turn *job)
         const NUMBER *c = job->cosines + row * width, *s = job->sines + row * width;
         for (int64_t head = 0; head < job->heads; head++) {
             const NUMBER *x = job->x + row * job->stride + head * width;
-            NUMBER *out = job->out + (row * job->heads + head) * width;
+            NUMBER *out = job->out + row * job->out_stride + head * width;
             int64_t e = 0;
             for (; e + LANES <= half; e += LANES) {
                 lanes a = load(x + e), b = load(x + e + half);
@@ -383,26 +521,37 @@ static lanes weights(const NUMBER *logits, int64_t left, float scale, float most
     return pick(x > all(-87.0f), exponential(x), all(0));
 }
 
+static float largest(const NUMBER *logits, int64_t size)
+{
+    lanes high = all(-INFINITY);
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) { lanes x = load(logits + i); high = pick(x > high, x, high); }
+    float most = high[0];
+    for (int l = 1; l < LANES; l++) most = high[l] > most ? high[l] : most;
+    for (; i < size; i++) most = wide(logits[i]) > most ? wide(logits[i]) : most;
+    return most;
+}
+
+enum { STRETCH = 256 };
+
+/* The weights of a stretch of tokens, added up. */
+static double stretch(const NUMBER *logits, int64_t size, int64_t s, float scale, float most)
+{
+    lanes added = {};
+    for (int64_t i = s * STRETCH; i < (s + 1) * STRETCH && i < size; i += LANES)
+        added += weights(logits + i, size - i, scale, most);
+    return sum(added);
+}
+
 void draw(struct draw *job)
 {
-    enum { STRETCH = 256 };
     int64_t row, size = job->size, stretches = (size + STRETCH - 1) / STRETCH;
     while ((row = next(&job->taken)) < job->rows) {
         const NUMBER *logits = job->logits + job->places[row] * job->stride;
+        float most = largest(logits, size), scale = job->scales[row];
         double sums[stretches], total = 0;
-        lanes high = all(-INFINITY);
-        int64_t i = 0, found = -1;
-        for (; i + LANES <= size; i += LANES) { lanes x = load(logits + i); high = pick(x > high, x, high); }
-        float most = high[0], scale = job->scales[row];
-        for (int l = 1; l < LANES; l++) most = high[l] > most ? high[l] : most;
-        for (; i < size; i++) most = wide(logits[i]) > most ? wide(logits[i]) : most;
-        for (int64_t s = 0; s < stretches; s++) {
-            lanes added = {};
-            for (i = s * STRETCH; i < (s + 1) * STRETCH && i < size; i += LANES)
-                added += weights(logits + i, size - i, scale, most);
-            total += sum(added);
-            sums[s] = total;
-        }
+        int64_t i, found = -1;
+        for (int64_t s = 0; s < stretches; s++) sums[s] = total += stretch(logits, size, s, scale, most);
         double wanted = job->shares[row] * total;
         int64_t s = 0;
         while (s < stretches - 1 && sums[s] <= wanted) s++;
@@ -413,5 +562,154 @@ void draw(struct draw *job)
                 if (part[l] > 0) { before += part[l]; found = i + l; } /* rounding may end behind the last: that one */
         }
         job->tokens[row] = found;
+    }
+}
+
+/* The logarithm of the sum of e^(logit * scale) over each row. */
+struct log_sums {
+    int64_t taken, rows, size, stride;               /* from row to row */
+    const NUMBER *logits;
+    float *out;
+    float scale;
+};
+
+void log_sums(struct log_sums *job)
+{
+    int64_t row, size = job->size, stretches = (size + STRETCH - 1) / STRETCH;
+    while ((row = next(&job->taken)) < job->rows) {
+        const NUMBER *logits = job->logits + row * job->stride;
+        float most = largest(logits, size);
+        double total = 0;
+        for (int64_t s = 0; s < stretches && most > -INFINITY; s++) total += stretch(logits, size, s, job->scale, most);
+        job->out[row] = most > -INFINITY ? most * job->scale + log(total) : most;
+    }
+}
+
+#ifdef __AMX_BF16__
+/* x · weightᵀ, plus a bias, plus what is to be added; rounded after each. The weight lies as tiles want it, for 16
+   outputs and 32 inputs at a time: [outputs / 16, inputs / 32, inputs / 2 of a tile, outputs of a tile, 2]. */
+struct product {
+    int64_t taken, rows, inputs, outputs;            /* multiples of 32 */
+    const NUMBER *x, *weight, *bias, *add;           /* [rows, inputs]; [outputs]; [rows, outputs] */
+    NUMBER *out;                                     /* [rows, outputs]; may be what is added */
+};
+
+/* Sums in tiles 0 to 3, two of rows by two of outputs; the rows' inputs in 4 and 5, the outputs' weights in 6 and 7. */
+static void shape(int upper, int lower)
+{
+    tiles all __attribute__((aligned(64))) = { .palette = 1 };
+    for (int t = 0; t < 8; t++) {
+        all.bytes[t] = 64;
+        all.rows[t] = t == 2 || t == 3 || t == 5 ? (lower ? lower : 1) : t == 6 || t == 7 ? SIDE : upper;
+    }
+    _tile_loadconfig(&all);
+}
+
+static void finish(struct product *job, const float *sums, int64_t rows, int64_t row, int64_t first)
+{
+    for (int64_t r = 0; r < rows; r++) {
+        int64_t at = (row + r) * job->outputs + first;
+        NUMBER rounded[LANES];
+        store(rounded, get(sums + r * SIDE));
+        if (job->bias) store(rounded, load(rounded) + load(job->bias + first));
+        if (job->add) store(rounded, load(rounded) + load(job->add + at));
+        memcpy(job->out + at, rounded, sizeof rounded);
+    }
+}
+
+/* Up to 32 rows of 32 outputs, whose weights are read while those at `ahead`, which come next, are fetched. */
+static void multiply(struct product *job, int64_t first, int64_t row, int64_t count, const NUMBER *ahead)
+{
+    int64_t inputs = job->inputs, upper = count < SIDE ? count : SIDE, lower = count - upper;
+    const NUMBER *x = job->x + row * inputs, *y = x + SIDE * inputs;
+    const NUMBER *v = job->weight + first * inputs, *w = v + SIDE * inputs;
+    float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
+    shape(upper, lower);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < inputs; i += LINE) {
+        if (lower)
+            for (int64_t p = i * SIDE; p < (i + LINE) * SIDE; p += LINE) {
+                _mm_prefetch((const char *)(ahead + p), _MM_HINT_T1);
+                _mm_prefetch((const char *)(ahead + SIDE * inputs + p), _MM_HINT_T1);
+            }
+        _tile_loadd(4, x + i, inputs * sizeof(NUMBER));
+        _tile_loadd(6, v + i * SIDE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + i * SIDE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!lower) continue;
+        _tile_loadd(5, y + i, inputs * sizeof(NUMBER));
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    for (int t = 0; t < 4; t++)
+        finish(job, sums[t], t < 2 ? upper : lower, t < 2 ? row : row + SIDE, first + t % 2 * SIDE);
+}
+
+void product(struct product *job)
+{
+    int64_t task = next(&job->taken), after, count = job->outputs / LINE;
+    for (; task < count; task = after) {
+        after = next(&job->taken);
+        for (int64_t row = 0; row < job->rows; row += LINE) {
+            int64_t left = job->rows - row, last = left <= LINE, coming = last && after < count ? after : task;
+            const NUMBER *ahead = job->weight + coming * LINE * job->inputs;
+            multiply(job, task * LINE, row, last ? left : LINE, ahead);
+        }
+    }
+    _tile_release();
+}
+
+/* Whether the kernel lets this process use tiles. */
+int may_use_tiles(void)
+{
+    enum { ASK = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM of arch_prctl(2), XFEATURE_XTILEDATA */
+    return !syscall(SYS_arch_prctl, ASK, TILES);
+}
+#endif
+
+/* Jobs that follow one another: threads that are given the same list share each job, and wait for each other behind it. */
+struct step {
+    void (*work)(void *);
+    int64_t *job;                                    /* begins with a counter and a number of rows, but for attention */
+    const struct attention *same;                    /* what the attention of all layers of a kind has in common */
+};
+
+struct list {
+    int64_t arrived, threads, count, rows;
+    const struct step *steps;
+};
+
+void begin(struct list *list)
+{
+    list->arrived = 0;
+    for (const struct step *step = list->steps; step < list->steps + list->count; step++) {
+        if (!step->same) {
+            step->job[0] = 0;
+            step->job[1] = list->rows;
+            continue;
+        }
+        struct attention *job = (struct attention *)step->job, own = *job;
+        *job = *step->same;
+        job->keys = own.keys, job->values = own.values, job->scale = own.scale, job->cap = own.cap;
+        job->q = own.q, job->k = own.k, job->v = own.v, job->out = own.out;
+        job->q_stride = own.q_stride, job->k_stride = own.k_stride, job->v_stride = own.v_stride;
+        job->heads = own.heads;
+    }
+}
+
+void list(struct list *list)
+{
+    for (int64_t i = 0; i < list->count; i++) {
+        list->steps[i].work(list->steps[i].job);
+        __atomic_fetch_add(&list->arrived, 1, __ATOMIC_RELEASE);
+        wait_until(&list->arrived, (i + 1) * list->threads);
     }
 }

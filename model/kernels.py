@@ -22,6 +22,8 @@ from torch import Tensor
 
 NUMBERS = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
+LINE, SIDE = 32, 16
+"""Inputs and outputs of a tile of a weight."""
 ALONE = 1 << 14
 """Numbers that one thread works through before another one would have begun."""
 
@@ -60,17 +62,22 @@ class AttentionJob(ctypes.Structure):
     """`struct attention`."""
 
     _fields_ = _fields(
-        "written kept taken done joined writes rows parts heads groups width table_width q_stride k_stride v_stride",
+        "written kept taken done joined writes rows parts heads groups width table_width q_stride k_stride v_stride "
+        "tiled",
         "q k v keys values blocks offsets tokens tables firsts lasts part_rows part_starts row_parts partial out",
         "scale cap",
     )
 
 
-class _NormJob(ctypes.Structure):
+class NormJob(ctypes.Structure):
+    """`struct norm`."""
+
     _fields_ = _fields("taken rows width", "x weight out", "eps")
 
 
-class _GateJob(ctypes.Structure):
+class GateJob(ctypes.Structure):
+    """`struct gate`."""
+
     _fields_ = _fields("taken rows width", "x out")
 
 
@@ -78,19 +85,106 @@ class _DrawJob(ctypes.Structure):
     _fields_ = _fields("taken rows size stride", "logits places scales shares tokens")
 
 
-class _TurnJob(ctypes.Structure):
-    _fields_ = _fields("taken rows heads width stride", "x cosines sines out")
+class _LogSumsJob(ctypes.Structure):
+    _fields_ = _fields("taken rows size stride", "logits out", "scale")
+
+
+class TurnJob(ctypes.Structure):
+    """`struct turn`."""
+
+    _fields_ = _fields("taken rows heads width stride out_stride", "x cosines sines out")
+
+
+class ProductJob(ctypes.Structure):
+    """`struct product`."""
+
+    _fields_ = _fields("taken rows inputs outputs", "x weight bias add out")
+
+
+class _ListJob(ctypes.Structure):
+    _fields_ = _fields("arrived threads count rows", "steps")
 
 
 def run(name: str, job: ctypes.Structure, dtype: torch.dtype, *, size: int) -> None:
     """Do a job in the threads that torch works with, or in this one alone where its size in numbers is small."""
-    threads = torch.get_num_threads()
-    library, team = _library(dtype), _team()
-    assert library is not None
-    if threads == 1 or size < ALONE or team is None:
-        getattr(library, name)(ctypes.byref(job))
+    team, threads = _team(), threads_for(size)
+    function = getattr(_loaded(dtype), name)
+    if threads == 1 or team is None:
+        function(ctypes.byref(job))
     else:
-        team(ctypes.cast(getattr(library, name), ctypes.c_void_p), ctypes.byref(job), threads, 0)
+        team(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(job), threads, 0)
+
+
+def threads_for(size: int) -> int:
+    """Threads for a job of so many numbers."""
+    return 1 if size < ALONE or _team() is None else torch.get_num_threads()
+
+
+def log_sums(logits_KV: Tensor, temperature: float) -> Tensor:
+    """log Σ e^(logit / temperature) over each row, [K] in fp32."""
+    if logits_KV.stride(1) != 1:
+        logits_KV = logits_KV.contiguous()
+    out = torch.empty(len(logits_KV))
+    job = _LogSumsJob(
+        rows=len(out),
+        size=logits_KV.shape[1],
+        stride=logits_KV.stride(0),
+        logits=logits_KV.data_ptr(),
+        out=out.data_ptr(),
+        scale=1 / temperature,
+    )
+    run("log_sums", job, logits_KV.dtype, size=logits_KV.numel())
+    return out
+
+
+class JobList:
+    """Jobs that follow one another and are done in one call."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._library = _loaded(dtype)
+        self._dtype = dtype
+        self._jobs: list[tuple[str, ctypes.Structure, AttentionJob | None]] = []
+        self._steps: np.ndarray | None = None
+
+    def add(self, name: str, job: ctypes.Structure, same: AttentionJob | None = None) -> None:
+        """Another job behind the others.
+
+        Args:
+            same: of attention what is copied into the job before each run, all but heads, arrays and scoring.
+        """
+        self._jobs.append((name, job, same))
+
+    def run(self, rows: int) -> None:
+        """Do all jobs on so many rows."""
+        if self._steps is None:
+            steps = [
+                [
+                    ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value or 0,
+                    ctypes.addressof(job),
+                    0 if same is None else ctypes.addressof(same),
+                ]
+                for name, job, same in self._jobs
+            ]
+            self._steps = np.array(steps, np.int64)
+        everything = _ListJob(
+            threads=threads_for(ALONE), count=len(self._jobs), rows=rows, steps=self._steps.ctypes.data
+        )
+        self._library.begin(ctypes.byref(everything))
+        run("list", everything, self._dtype, size=ALONE)
+
+
+def tiled(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the processor has tiles for products of a dtype: AMX, in bf16."""
+    library = _library(dtype) if device.type == "cpu" and dtype == torch.bfloat16 else None
+    return hasattr(library, "may_use_tiles") and bool(_loaded(dtype).may_use_tiles())
+
+
+def in_tiles(weight: Tensor) -> Tensor:
+    """A weight [outputs, inputs] as `struct product` wants it, with outputs that are 0 up to a multiple of `LINE`."""
+    outputs, inputs = weight.shape
+    whole = weight.detach().new_zeros(-(-outputs // LINE) * LINE, inputs)
+    whole[:outputs] = weight.detach()
+    return whole.view(-1, SIDE, inputs // LINE, SIDE, 2).permute(0, 2, 3, 1, 4).contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -98,7 +192,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
-    job = _NormJob(rows=rows, width=width, x=x.data_ptr(), weight=weight.data_ptr(), out=out.data_ptr(), eps=eps)
+    job = NormJob(rows=rows, width=width, x=x.data_ptr(), weight=weight.data_ptr(), out=out.data_ptr(), eps=eps)
     run("norm", job, x.dtype, size=x.numel())
     return out
 
@@ -108,7 +202,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    job = _GateJob(rows=gate_up.numel() // (2 * width), width=width, x=gate_up.data_ptr(), out=out.data_ptr())
+    job = GateJob(rows=gate_up.numel() // (2 * width), width=width, x=gate_up.data_ptr(), out=out.data_ptr())
     run("gate", job, gate_up.dtype, size=gate_up.numel())
     return out
 
@@ -120,11 +214,12 @@ def rotary(x_THE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         x_THE = x_THE.contiguous()
     cosines, sines = (t.contiguous() for t in table)
     out = x_THE.new_empty(rows, heads, width)
-    job = _TurnJob(
+    job = TurnJob(
         rows=rows,
         heads=heads,
         width=width,
         stride=x_THE.stride(0),
+        out_stride=heads * width,
         x=x_THE.data_ptr(),
         cosines=cosines.data_ptr(),
         sines=sines.data_ptr(),
@@ -155,6 +250,12 @@ def draw(logits_BV: Tensor, rows: Sequence[int], temperatures: Sequence[float], 
     if tokens.min() < 0:
         raise FloatingPointError("logits are not numbers, so nothing can be drawn: the weights are not whole")
     return torch.from_numpy(tokens)
+
+
+def _loaded(dtype: torch.dtype) -> ctypes.CDLL:
+    library = _library(dtype)
+    assert library is not None
+    return library
 
 
 @cache

@@ -4,6 +4,7 @@ A sequence's tokens lie in the blocks of its table, wherever these are, so that 
 and equal beginnings are kept once. Layers with different windows keep different parts of a text, so each kind of layer
 has a pool and a table of its own. In a block the keys of a head stand as [head width, tokens] and its values as
 [tokens, head width]: read in place and in order, a processor's lanes hold the tokens of a block, then a head's width.
+Numbers of 16 bits stand in pairs of rows, [rows / 2, columns, 2], as instructions that add up products of pairs want.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.model import kernels
-from lockstep.model.attention import DocumentAttention
+from lockstep.model.attention import Attend, DocumentAttention
 from lockstep.model.config import ModelConfig
 from lockstep.model.full_attention import PLAIN, Scoring, attend_in_full
 
@@ -47,27 +48,38 @@ class KVCache:
             block: tokens of a block.
         """
         self.block, self.windows = block, kinds(model)
+        self.pair = 2 if dtype.itemsize == 2 and not model.head_dim % 2 else 1
         of_layer = [self.windows.index(model.window_of(layer)) for layer in range(model.layers)]
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        width = model.head_dim
         for kind, count in enumerate(blocks):
             layers = [layer for layer, k in enumerate(of_layer) if k == kind]
-            keys = _zeros((len(layers), count, kv_heads, width, block), dtype, device)
-            values = _zeros((len(layers), count, kv_heads, block, width), dtype, device)
+            keys, values = (
+                _zeros((len(layers), count, kv_heads, *shape), dtype, device) for shape in self._shapes(model.head_dim)
+            )
             self.keys |= dict(zip(layers, keys, strict=True))
             self.values |= dict(zip(layers, values, strict=True))
         self.kind_of = of_layer
 
+    def _shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the keys and of the values of a head in a block."""
+        return (width // self.pair, self.block, self.pair), (self.block // self.pair, width, self.pair)
+
     def write(self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> None:
         """Keep keys and values of tokens at places of blocks."""
-        self.keys[layer][blocks_T, :, :, offsets_T] = k_TGE
-        self.values[layer][blocks_T, :, offsets_T] = v_TGE
+        pair = self.pair
+        self.keys[layer][blocks_T, :, :, offsets_T] = k_TGE.unflatten(-1, (-1, pair))
+        self.values[layer][blocks_T, :, offsets_T // pair, :, offsets_T % pair] = v_TGE
 
     def gathered(self, layer: int, tables_NP: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [N, G, P · block, E] of tables of P blocks each."""
         keys, values = self.keys[layer][tables_NP], self.values[layer][tables_NP]
-        return keys.permute(0, 2, 1, 4, 3).flatten(2, 3), values.transpose(1, 2).flatten(2, 3)
+        keys, values = keys.permute(0, 2, 1, 4, 3, 5).flatten(4), values.permute(0, 2, 1, 3, 5, 4).flatten(3, 4)
+        return keys.flatten(2, 3), values.flatten(2, 3)
+
+    def attention(self, spans: "Sequence[Span]") -> Attend:
+        """Attention of a pass to the tokens of sequences that lie here."""
+        return PagedAttention(self, spans)
 
     def copy(self, kind: int, source: int, target: int) -> None:
         """Copy a block of one kind of layer over another."""
@@ -123,7 +135,7 @@ class PagedAttention:
         """
         self._cache = cache
         held = cache.values[0]
-        in_place = in_place and kernels.usable(held.dtype, held.device) and not held.shape[-1] % 2
+        in_place = in_place and kernels.usable(held.dtype, held.device) and not held.shape[-2] % 2
         shortest = SHORT if in_place else 1
         placed = list(zip(np.cumsum([0, *(s.count for s in spans)]).tolist(), spans, strict=False))
         rows = [_Row(i + n, s.tables, s.start + n) for i, s in placed if s.count <= shortest for n in range(s.count)]
@@ -148,6 +160,10 @@ class PagedAttention:
             here = slice(start, start + span.count)
             mixed[here] = self._attended(layer, kind, q_THE[here], span, scoring)
         return mixed
+
+    def jobs(self, heads: int) -> list[kernels.AttentionJob]:
+        """Of single tokens, attended to in place: what the attention of each kind of layer has in common."""
+        return [each.job(heads) for each in self._by_row if isinstance(each, _InPlace)]
 
     def _attended(self, layer: int, kind: int, q_LHE: Tensor, span: Span, scoring: Scoring) -> Tensor:
         """One span of tokens that also see what is before them."""
@@ -176,7 +192,7 @@ class _InPlace:
     def __init__(self, cache: KVCache, kind: int, spans: Sequence[Span], rows: Sequence[_Row]) -> None:
         self._cache = cache
         window = cache.windows[kind]
-        _, groups, _, width = cache.values[cache.kind_of.index(kind)].shape
+        _, groups, _, width, _ = cache.values[cache.kind_of.index(kind)].shape
         self._dtype = cache.values[0].dtype
         places, offsets = _places(cache.block, [s.tables[kind] for s in spans], spans)
         lasts = np.array([r.position for r in rows], np.int32)
@@ -204,18 +220,23 @@ class _InPlace:
             groups=groups,
             width=width,
             table_width=self._arrays["tables"].shape[-1],
+            tiled=kernels.tiled(self._dtype, torch.device("cpu")),
             **{name: array.ctypes.data for name, array in self._arrays.items()},
         )
         self._size = int((lasts - firsts + 1).sum()) * groups * width
         self._partial: np.ndarray | None = None
 
+    def job(self, heads: int) -> kernels.AttentionJob:
+        """What the attention of all layers has in common."""
+        if self._partial is None:
+            self._partial = np.empty((self._job.parts, heads, self._job.width + 2), np.float32)
+            self._job.partial, self._job.heads = self._partial.ctypes.data, heads
+        return self._job
+
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring) -> Tensor:
         """Mixed values [T, H, E]; undefined for tokens that are not among the rows."""
         q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THE, k_TGE, v_TGE))
-        mixed, job = q.new_empty(q.shape), self._job
-        if self._partial is None:
-            self._partial = np.empty((job.parts, q.shape[1], q.shape[2] + 2), np.float32)
-            job.partial, job.heads = self._partial.ctypes.data, q.shape[1]
+        mixed, job = q.new_empty(q.shape), self.job(q.shape[1])
         job.written = job.kept = job.taken = job.done = job.joined = 0
         job.q, job.k, job.v, job.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), mixed.data_ptr()
         job.q_stride, job.k_stride, job.v_stride = q.stride(0), k.stride(0), v.stride(0)

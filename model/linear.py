@@ -1,6 +1,7 @@
 """megatron-core's parallel linear layers, whose weights may be reordered once for inference on a CPU."""
 
 from functools import cache
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -73,15 +74,31 @@ def biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
+class Adapting(Protocol):
+    """What a layer's weight is changed by, and stays as it is; see `lockstep.model.lora`."""
+
+    on: bool
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """The output for x with the adapters' part, from the output without."""
+        ...
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight that would give the same output."""
+        ...
+
+
 class Packable:
-    """A layer whose weight may be packed for inference."""
+    """A layer whose weight may be packed for inference, or adapted for training."""
 
     weight: nn.Parameter
+    adapters: Adapting | None
     _numerics: Numerics
     _packed: PackedWeight | None = None
 
     def pack(self) -> None:
         """Serve inference from a packed copy of the weight as it is now."""
+        assert self.adapters is None, "rollouts see weights with the adapters in them"
         self._packed = packed(self.weight, self._numerics)
 
     @property
@@ -90,8 +107,16 @@ class Packable:
         return self._numerics == "exact" or (self._packed is not None and not torch.is_grad_enabled())
 
     def _product(self, x: Tensor) -> Tensor:
+        if self._numerics == "exact" and self.adapters is not None and self.adapters.on:
+            return linear(x, self.adapters.merged(self.weight), self._numerics)
         weight = self.weight if self._packed is None or torch.is_grad_enabled() else self._packed
         return linear(x, weight, self._numerics)
+
+    def _adapted(self, x: Tensor, out: Tensor) -> Tensor:
+        """The output with the adapters' part; in exact numerics, which rollouts share, the weight has it."""
+        if self.adapters is None or not self.adapters.on or self._numerics == "exact":
+            return out
+        return self.adapters(x, out)
 
 
 class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
@@ -106,8 +131,16 @@ class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
         bias: bool = False,
         numerics: Numerics = "fast",
     ) -> None:
-        super().__init__(inputs, outputs, config=config, init_method=not_drawn, bias=bias, gather_output=False)
-        self._numerics = numerics
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=not_drawn,
+            bias=bias,
+            gather_output=False,
+            skip_bias_add=True,  # where the weight learns nothing, megatron-core would give its bias no gradient
+        )
+        self._numerics, self.adapters = numerics, None
         mark(self.weight, 0)
         if bias:
             mark(self.bias, 0)
@@ -115,12 +148,13 @@ class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         if not self._is_own:
-            return super().forward(x)[0]
+            out, bias = super().forward(x)
+            return self._adapted(x, biased(out, bias))
         if self.sequence_parallel:
-            x = gather_from_sequence_parallel_region(x, group=self.tp_group)
+            whole = gather_from_sequence_parallel_region(x, group=self.tp_group)
         else:
-            x = copy_to_tensor_model_parallel_region(x, self.tp_group)
-        return biased(self._product(x), self.bias)
+            whole = copy_to_tensor_model_parallel_region(x, self.tp_group)
+        return self._adapted(x, biased(self._product(whole), self.bias))
 
 
 class RowLinear(Packable, tensor_parallel.RowParallelLinear):
@@ -144,7 +178,7 @@ class RowLinear(Packable, tensor_parallel.RowParallelLinear):
             input_is_parallel=True,
             skip_bias_add=True,
         )
-        self._numerics = numerics
+        self._numerics, self.adapters = numerics, None
         mark(self.weight, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +187,9 @@ class RowLinear(Packable, tensor_parallel.RowParallelLinear):
             out, bias = super().forward(x)
         else:
             out, bias = reduced(self._product(x), self.tp_group, self.sequence_parallel, self._numerics), self.bias
-        return out if bias is None else out + summed_over(bias, self.tp_group if self.sequence_parallel else None)
+        if bias is not None:
+            out = out + summed_over(bias, self.tp_group if self.sequence_parallel else None)
+        return self._adapted(x, out)
 
 
 def reduced(part_T: Tensor, group: ProcessGroup, sequence: bool, numerics: Numerics) -> Tensor:

@@ -1,76 +1,141 @@
-"""Objectives: pure functions from the policy's per-token log-probabilities and a batch's columns to a loss.
+"""Objectives: pure functions from a model's score of each token and a batch's columns to a loss.
 
-Sums run over the selected tokens of a micro-batch; the weight column already divides by the size of the global batch.
+`token_loss` is pretraining, SFT, RSFT and every policy gradient, `value_loss` is PPO's critic, and `pair_loss` (in
+`pairs`) reward models and DPO. Sums run over the selected tokens of a micro-batch; the weight column already divides by
+the size of the global batch.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lockstep.model.columns import Columns
+from lockstep.model.kl import KL, estimate
+from lockstep.model.ratio import Clip, Correction, Level, bounded, corrected, ratio
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of the K tokens that count, in fp32."""
-
-    weight: Tensor
-    advantage: Tensor
-    old_logp: Tensor
-    reference_logp: Tensor
+Report = dict[str, Tensor]
+Objective = Callable[[Tensor, Columns], tuple[Tensor, Report]]
+"""The loss of a micro-batch, and what it reports, from scores [K] (log-probabilities, or values) and columns."""
 
 
-Objective = Callable[[Tensor, Columns], tuple[Tensor, dict[str, Tensor]]]
-"""The loss of a micro-batch, and what it reports, from log-probabilities and columns."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Bounds of the importance ratio: [1 − low, 1 + high] (PPO, Schulman et al. 2017, eq. 7)."""
-
-    low: float = 0.2
-    high: float = 0.2
-
-
-def nll(logp_K: Tensor, columns: Columns) -> tuple[Tensor, dict[str, Tensor]]:
+def nll(logp_K: Tensor, columns: Columns) -> tuple[Tensor, Report]:
     """Weighted negative log-likelihood in nats: pretraining, SFT, and REINFORCE where advantages differ from 1."""
     loss = -(columns.weight * columns.advantage * logp_K).sum()
     return loss, {"loss": loss}
 
 
-def token_loss(
-    logp_K: Tensor, columns: Columns, *, clip: Clip, kl_beta: float, has_reference: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped policy gradient, −min(ρA, clip(ρ)A), plus β·KL to the reference by the k3 estimator.
+@dataclass(frozen=True)
+class TokenLoss:
+    """An objective of the policy, as a value: what `token_loss` computes."""
 
-    GRPO: Shao et al. 2024, eq. 3 and 4. k3 = exp(r − p) − 1 − (r − p) ≥ 0 for log-probabilities r, p of the
-    reference and the policy (Schulman, "Approximating KL divergence").
+    gain: Literal["clipped", "cispo", "reinforce"] = "clipped"
+    """With ρ = π / π_proximal: min(ρA, clip(ρ)A) of PPO; clip(ρ), a constant to the gradient, times A log π of CISPO
+    (MiniMax-M1, 2025, eq. 4); or A log π."""
+    level: Level = "token"
+    """What ρ is of; see `ratio`."""
+    clip: Clip = field(default_factory=Clip)
+    kl: KL = field(default_factory=KL)
+    correction: Correction | None = None
+    entropy: float = 0.0
+    """Times the policy's entropy, which is added to the gain."""
+    proximal: Literal["column", "now"] = "column"
+    """The policy that ρ is to: that of the column, or the one being trained, so that ρ is 1 (one update a batch)."""
+    has_reference: bool = True
+    """Whether `reference_logp` says anything."""
+
+    def __call__(self, logp_K: Tensor, columns: Columns) -> tuple[Tensor, Report]:
+        """See `token_loss`."""
+        return token_loss(logp_K, columns, self)
+
+
+def token_loss(logp_K: Tensor, columns: Columns, rule: TokenLoss) -> tuple[Tensor, Report]:
+    """−Σ weight · (correction · gain − β · KL + coefficient · entropy).
+
+    GRPO: Shao et al. 2024, eq. 3 and 4; `docs/methods.md` has the equation of every method.
 
     Returns:
-        The loss, and sums of: loss, kl (k3, nats a token), clipped (share of tokens), and what `mismatch` says of the
-        policy now and when it was sampled.
+        The loss, and sums of: loss, kl (k3, nats a token), clipped (share of tokens whose ratio is out of bounds),
+        ratio_max (the largest |ratio − 1|), what `mismatch` says of the policy now and when it was sampled; entropy and
+        mean correction where they are used.
     """
-    delta = logp_K - columns.old_logp
-    ratio = delta.exp()
-    bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
-    gain = torch.minimum(ratio * columns.advantage, bounded * columns.advantage)
+    proximal = columns.proximal_logp if rule.proximal == "column" else logp_K.detach()
+    ratio_K = ratio(logp_K - proximal, columns.samples, rule.level)
+    gain = _gain(logp_K, ratio_K, columns.advantage, rule)
+    report: Report = {}
+    if rule.correction:
+        correction = corrected(columns.old_logp, proximal, columns.samples, rule.correction)
+        gain = correction * gain
+        report["correction"] = (columns.weight * correction).sum()
     loss = -(columns.weight * gain).sum()
-    k3 = torch.zeros_like(logp_K)
-    if has_reference:
-        gap = columns.reference_logp - logp_K
-        k3 = gap.exp() - 1 - gap
-        loss = loss + kl_beta * (columns.weight * k3).sum()
+    if rule.kl.in_loss and rule.has_reference:
+        distance = estimate(logp_K, columns.reference_logp, rule.kl.estimator)
+        loss = loss + rule.kl.in_loss * (columns.weight * distance).sum()
+    if rule.entropy and columns.entropy is not None:
+        entropy = (columns.weight * columns.entropy).sum()
+        loss = loss - rule.entropy * entropy
+        report["entropy"] = entropy.detach()
     with torch.no_grad():
-        report = {
+        k3 = estimate(logp_K, columns.reference_logp, "k3") if rule.has_reference else torch.zeros_like(logp_K)
+        report |= {
             "loss": loss.detach(),
             "kl": (columns.weight * k3).sum(),
-            "clipped": (columns.weight * (ratio != bounded)).sum(),
+            "clipped": (columns.weight * (ratio_K != bounded(ratio_K, rule.clip))).sum(),
+            "ratio_max": _largest((ratio_K - 1).abs()[columns.weight != 0]),
             **mismatch(logp_K, columns),
         }
     return loss, report
 
 
-def mismatch(logp_K: Tensor, columns: Columns) -> dict[str, Tensor]:
+def _gain(logp_K: Tensor, ratio_K: Tensor, advantage_K: Tensor, rule: TokenLoss) -> Tensor:
+    if rule.gain == "reinforce":
+        return advantage_K * logp_K
+    within = bounded(ratio_K, rule.clip)
+    if rule.gain == "cispo":
+        return within.detach() * advantage_K * logp_K
+    gain = torch.minimum(ratio_K * advantage_K, within * advantage_K)
+    if rule.clip.dual is None:
+        return gain
+    return torch.where(advantage_K < 0, torch.maximum(gain, rule.clip.dual * advantage_K), gain)
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """The critic's objective, as a value: what `value_loss` computes."""
+
+    clip: float | None = 0.2
+    """How far a value may move from the one before the update; None for any."""
+
+    def __call__(self, values_K: Tensor, columns: Columns) -> tuple[Tensor, Report]:
+        """See `value_loss`."""
+        return value_loss(values_K, columns, self)
+
+
+def value_loss(values_K: Tensor, columns: Columns, rule: ValueLoss) -> tuple[Tensor, Report]:
+    """Σ weight · ½ max((v − R)², (clip(v, v_old ± ε) − R)²), R the returns: PPO's critic as in its code.
+
+    Returns:
+        The loss, and sums of: value_loss, value (its mean), value_clipped (share of tokens).
+    """
+    error = (values_K - columns.returns).square()
+    clipped = torch.zeros_like(values_K, dtype=torch.bool)
+    if rule.clip is not None:
+        near = columns.value + (values_K - columns.value).clamp(-rule.clip, rule.clip)
+        other = (near - columns.returns).square()
+        clipped, error = other > error, torch.maximum(error, other)
+    loss = (columns.weight * error).sum() / 2
+    with torch.no_grad():
+        report = {
+            "value_loss": loss.detach(),
+            "value": (columns.weight * values_K).sum(),
+            "value_clipped": (columns.weight * clipped).sum(),
+        }
+    return loss, report
+
+
+def mismatch(logp_K: Tensor, columns: Columns) -> Report:
     """How far log-probabilities are from those that rollouts reported of the same tokens.
 
     Returns:
@@ -82,10 +147,14 @@ def mismatch(logp_K: Tensor, columns: Columns) -> dict[str, Tensor]:
     gap = delta.abs()[counted]
     return {
         "mismatch_mean": (columns.weight * delta.abs()).sum(),
-        "mismatch_max": gap.max() if gap.numel() else delta.new_zeros(()),
+        "mismatch_max": _largest(gap),
         "mismatch_kl": (columns.weight * (delta.exp() - 1 - delta)).sum(),
         "mismatch_bits": differing_bits(logp_K[counted], columns.old_logp[counted]),
     }
+
+
+def _largest(values: Tensor) -> Tensor:
+    return values.max() if values.numel() else values.new_zeros(())
 
 
 def differing_bits(a: Tensor, b: Tensor) -> Tensor:

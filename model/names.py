@@ -17,6 +17,9 @@ from lockstep.distributed.checkpoint.spec import Box, Piece, WeightsOnly, whole
 from lockstep.model.config import ModelConfig, MoEConfig
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+VALUE = "score.weight"
+LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
+"""What stands in the place of a projection's `weight` in the names of its adapter's matrices, as PEFT calls them."""
 POSITIONS = "model.embed_positions.weight"
 
 OnAxis = tuple[int, int]
@@ -28,7 +31,7 @@ _OUTSIDE = {
     "norm": ("model.norm", None),
     "head": ("lm_head", 0),
 }
-"""Modules outside of blocks: their logical names, and the dim that the tensor axis splits."""
+"""Modules outside of blocks: their logical names, and the dim that the tensor axis splits; see `_outside`, too."""
 
 _NORMS = {
     "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
@@ -52,7 +55,13 @@ def logical_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(model.layers):
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
     shapes |= _norm_tensors(model, NORM.removesuffix(".weight"))
-    return shapes if model.tied else shapes | {HEAD: (model.vocabulary, model.width)}
+    head = VALUE if model.head == "value" else HEAD
+    return shapes | ({head: (model.head_rows, model.width)} if model.head_rows else {})
+
+
+def _outside(model: ModelConfig) -> dict[str, tuple[str, int | None]]:
+    """`_OUTSIDE` for the head that a model has; all tensor ranks hold the whole of a value head."""
+    return _OUTSIDE | ({"head": (VALUE.removesuffix(".weight"), None)} if model.head == "value" else {})
 
 
 def _block_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -76,6 +85,9 @@ def _block_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{name}.weight"] = (outputs, inputs)
         if kind in model.biases:
             shapes[f"{name}.bias"] = (outputs,)
+        if model.lora and name.split(".")[-1] in model.adapted:
+            shapes[f"{name}.{LORA_A}"] = (model.lora.rank, inputs)
+            shapes[f"{name}.{LORA_B}"] = (outputs, model.lora.rank)
     if model.qk_norm is not None:
         one = model.qk_norm == "head"
         shapes["self_attn.q_norm.weight"] = (model.head_dim if one else q,)
@@ -106,13 +118,18 @@ def _norm_tensors(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
 
 def part_sizes(model: ModelConfig) -> dict[str, int]:
     """Elements of each part of a model: `embedding`, `positions` where learned, `layers.0`, …, `norm`, `head`."""
-    part_of = {logical: part for part, (logical, _) in _OUTSIDE.items()}
+    part_of = {logical: part for part, (logical, _) in _outside(model).items()}
     sizes: dict[str, int] = {}
     for name, shape in logical_tensors(model).items():
         module = name.removeprefix("model.").split(".")
         part = ".".join(module[:2]) if module[0] == "layers" else part_of[name.rsplit(".", 1)[0]]
         sizes[part] = sizes.get(part, 0) + math.prod(shape)
     return sizes
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a logical tensor is a matrix of an adapter."""
+    return name.endswith((f".{LORA_A}", f".{LORA_B}"))
 
 
 def is_projection(name: str) -> bool:
@@ -155,11 +172,13 @@ def is_stack(path: str) -> bool:
 
 def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None]:
     """Logical tensors that lie one after the other in a parameter, and the dim that the tensor axis splits."""
+    if ADAPTERS in path:
+        return _adapter_name(path)
     if not path.endswith((".weight", ".bias")):
         path += ".weight"
     path, part = path.rsplit(".", 1)
     if not path.startswith("blocks."):
-        name, split = _OUTSIDE[path]
+        name, split = _outside(model)[path]
         return [f"{name}.{part}"], split
     _, layer, place = path.split(".", 2)
     qk_split = 0 if model.qk_norm == "width" else None
@@ -179,6 +198,19 @@ def _logical_names(path: str, model: ModelConfig) -> tuple[list[str], int | None
     }
     names, split = within[place]
     return [f"model.layers.{layer}.{name}.{part}" for name in names], split
+
+
+ADAPTERS = ".adapters."
+"""In the path of a parameter of an adapter."""
+
+
+def _adapter_name(path: str) -> tuple[list[str], int | None]:
+    """The one logical tensor in an adapter's parameter: the dim that its layer's weight is split on is split, too."""
+    _, layer, part, module, _, projection, matrix = path.split(".")
+    by_rows = module not in ("out", "down")
+    home, split = {"attention": "self_attn"}.get(part, part), {"a": None, "b": 0} if by_rows else {"a": 1, "b": None}
+    name = f"model.layers.{layer}.{home}.{projection}"
+    return [f"{name}.{LORA_A if matrix == 'a' else LORA_B}"], split[matrix]
 
 
 def _expert_pieces(path: str, shapes: dict[str, tuple[int, ...]], tensor: OnAxis, expert: OnAxis) -> Iterator[Piece]:

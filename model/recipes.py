@@ -13,6 +13,7 @@ from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.spikes import SpikeConfig
+from lockstep.model.trainable import TrainableConfig
 
 Recompute = Literal["none", "selective", "full"]
 """Activations that the backward pass computes again: none, those of attention, or all inside of a block."""
@@ -66,6 +67,7 @@ class TrainerConfig(BaseModel):
     row_tokens: int = Field(2048, ge=1, description="tokens of a packed row, which is the micro-batch")
     recompute: Recompute = Field("none", description="activations to compute again in the backward pass: less memory")
     compile: bool = Field(False, description="let torch.compile fuse the blocks, where there is an accelerator")
+    trainable: TrainableConfig = TrainableConfig()
 
 
 class PretrainConfig(BaseModel):

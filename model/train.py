@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.data.batch import COLUMNS, Ints, TokenBatch, part, sequences_of
+from lockstep.data.batch import Ints, TokenBatch, part, sequences_of
 from lockstep.distributed.checkpoint.reshard import WEIGHTS, whole_chunks
 from lockstep.distributed.checkpoint.spec import Piece, Source
 from lockstep.distributed.checkpoint.store import Chunk
@@ -22,14 +22,17 @@ from lockstep.distributed.pipeline import Forward, Loss, Stage, megatron_config,
 from lockstep.distributed.result import StepResult
 from lockstep.distributed.zero import experts_apart
 from lockstep.model.attention import Attend
-from lockstep.model.config import ModelConfig, Numerics
+from lockstep.model.columns import Columns, columns_of
+from lockstep.model.config import Head, ModelConfig, Numerics
 from lockstep.model.context import attention
+from lockstep.model.heads import ValueHead, with_head
 from lockstep.model.held import held_pieces, load, parts, pieces
 from lockstep.model.logprobs import token_scores
-from lockstep.model.loss import Columns, Objective
+from lockstep.model.loss import Objective, TokenLoss
 from lockstep.model.moe import Sequences
-from lockstep.model.names import is_projection, part_sizes
+from lockstep.model.names import LORA_B, is_adapter, is_projection, part_sizes
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
+from lockstep.model.trainable import freeze
 from lockstep.model.transformer import Transformer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -65,7 +68,7 @@ def to_device(
         positions=tensor("positions"),
         predictors_K=tensor("predictors"),
         targets_K=tensor("targets"),
-        columns=Columns(*(tensor(name) for name in COLUMNS)),
+        columns=columns_of(local, device, groups.context if groups.layout.context > 1 else None),
         attend=attend,
         sequences=Sequences(*(torch.tensor(column).to(device) for column in (document_T[places], weight_D))),
     )
@@ -78,8 +81,21 @@ def _places(batch: TokenBatch, groups: Groups) -> Ints:
     return held_places(len(batch.tokens), groups.layout.context, groups.context_rank).numpy()
 
 
-def build(model: ModelConfig, groups: Groups, dtype: torch.dtype, source: Source, numerics: Numerics = "fast") -> Stage:
-    """This rank's stage of a transformer, filled from a source."""
+def build(
+    model: ModelConfig,
+    groups: Groups,
+    dtype: torch.dtype,
+    source: Source,
+    numerics: Numerics = "fast",
+    *,
+    head: Head | None = None,
+) -> Stage:
+    """This rank's stage of a transformer, filled from a source.
+
+    Args:
+        head: in the place of the head that the model has; see `lockstep.model.heads`.
+    """
+    model, source = with_head(model, source, head or model.head)
     config = megatron_config(groups, layers=model.layers, width=model.width, heads=model.heads, dtype=dtype)
     transformer = Transformer(model, groups, config, numerics).to(local_device(groups.rank))
     load(transformer, source)
@@ -95,12 +111,12 @@ def transformer_of(stage: Stage) -> Transformer:
 def optimizer_of(transformer: Transformer, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of what a stage trains."""
     trained = [p for p in transformer.parameters() if p.requires_grad]
-    if config.kind == "adamw":
-        return adamw(trained, config)
     matrices: dict[nn.Parameter, list[Piece]] = {}
     for parameter, piece in pieces(transformer):
         if parameter.requires_grad and is_projection(piece.name):
             matrices.setdefault(parameter, []).append(piece)
+    if config.kind == "adamw" or not matrices:
+        return adamw(trained, config)
     layers: dict[str, list[nn.Parameter]] = {}
     for parameter, (piece, *_) in matrices.items():
         layers.setdefault(piece.name.split(".")[2], []).append(parameter)
@@ -142,9 +158,11 @@ class Trainer:
         self.stage, self.groups = stage, groups
         self.transformer = transformer_of(stage)
         self.transformer.recompute = config.recompute
+        freeze(self.transformer.model, held_pieces(self.transformer), config.trainable)
         if config.compile and local_device(groups.rank).type != "cpu":
             self.transformer.compile_blocks()
-        self._forward = scorer(groups, temperature)
+        self._temperature, self._forward = temperature, scorer(groups, temperature)
+        self._forward_with_entropy = scorer(groups, temperature, entropy=True)
         self.engine = Engine(
             stage,
             groups,
@@ -174,7 +192,9 @@ class Trainer:
             scores = self.engine.evaluate(reference, batches, self._forward, tokens=tokens)
             batches = [_with_reference(b, s[0]) for b, s in zip(batches, scores, strict=False)] or batches
         loss = _loss(objective, z_coefficient)
-        return self.engine.step(batches, self._forward, loss, tokens=tokens, learning_rate=learning_rate)
+        wants_entropy = isinstance(objective, TokenLoss) and objective.entropy != 0
+        forward = self._forward_with_entropy if wants_entropy else self._forward
+        return self.engine.step(batches, forward, loss, tokens=tokens, learning_rate=learning_rate)
 
     def statistics(self, result: StepResult) -> dict[str, float]:
         """By part of the model: the norm of a step's gradient and the root mean square of the weights as they are now.
@@ -200,25 +220,34 @@ class Trainer:
         """Take over the optimizer's state of a checkpoint whose weights the model was built with."""
         self.engine.restore(source, held_pieces(self.transformer))
 
+    @property
+    def base(self) -> Stage:
+        """The model that the adapters were added to, as long as nothing else learns, without a copy: see `is_base`."""
+        return Stage(self.transformer.without_adapters(), self.stage.config)
+
+    def is_base(self) -> bool:
+        """Whether the policy is what `base` will still be later on: its adapters are new, and they alone learn.
+
+        All ranks call this together.
+        """
+        if self.transformer.model.lora is None:
+            return False
+        with self.engine.whole_weights(), torch.no_grad():
+            changes = [p.any() for p, piece in pieces(self.transformer) if piece.name.endswith(LORA_B)]
+        learns = [piece.name for p, piece in pieces(self.transformer) if p.requires_grad]
+        kept = all(map(is_adapter, learns)) and not any(changes)
+        found = torch.tensor(int(kept), device=next(self.transformer.parameters()).device)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return bool(found)
+
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
         """What an objective reports over this data rank's rows of a global batch and all others', without an update."""
         batches = rows_of(self.stage, self.groups, rows)
         return self.engine.measure(batches, self._forward, _loss(objective), tokens=_longest(rows))
 
     def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
-        """log p of the tokens that count in each row, [K]; on all but the last pipeline stage an empty list."""
-        batches = rows_of(self.stage, self.groups, rows)
-        found = self.engine.evaluate(stage or self.stage, batches, self._forward, tokens=_longest(rows))
-        return [self._whole(row, scores[0]) for row, scores in zip(rows, found, strict=False)]
-
-    def _whole(self, row: TokenBatch, logp: Tensor) -> Tensor:
-        """The row's log-probabilities from those of every context rank."""
-        if self.groups.layout.context == 1:
-            return logp
-        whole = logp.new_zeros(len(row.targets))
-        whole[torch.from_numpy(np.isin(row.predictors, _places(row, self.groups))).to(logp.device)] = logp
-        dist.all_reduce(whole, group=self.groups.context)
-        return whole
+        """See `score`; of another model than the one that learns where `stage` is given."""
+        return score(stage or self.stage, self.groups, rows, self._temperature)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -226,13 +255,18 @@ class Trainer:
         return next(self.transformer.parameters()).dtype
 
 
-def scorer(groups: Groups, temperature: float) -> Forward:
-    """The forward pass of a transformer's stages; the last returns `token_scores` of a row, [2, K]."""
+def scorer(groups: Groups, temperature: float, *, entropy: bool = False) -> Forward:
+    """The forward pass of a transformer's stages; the last returns `token_scores` of a row, [2, K], or [3, K].
+
+    With a value head it returns the values at the predictors, [1, K].
+    """
 
     def forward(module: nn.Module, batch: DeviceBatch, received: Tensor | None, chunk: int) -> Tensor:
         assert isinstance(module, Transformer)
 
         def scores(hidden_T1D: Tensor) -> Tensor:
+            if isinstance(head := getattr(module, "head", None), ValueHead):
+                return head(hidden_T1D[batch.predictors_K, 0])[None]
             found = token_scores(
                 hidden_T1D[batch.predictors_K, 0],
                 module.head_weight,
@@ -242,6 +276,7 @@ def scorer(groups: Groups, temperature: float) -> Forward:
                 temperature=temperature,
                 cap=module.model.logit_cap,
                 numerics=module.numerics,
+                entropy=entropy,
             )
             return torch.stack(found)
 
@@ -259,9 +294,22 @@ def scorer(groups: Groups, temperature: float) -> Forward:
 
 
 def score(stage: Stage, groups: Groups, rows: Sequence[TokenBatch], temperature: float) -> list[Tensor]:
-    """log p of the tokens that count in each row, [K], as a trainer computes it; empty but on the last stage."""
+    """log p of the tokens that count in each row, or the values at their predictors, [K], as a trainer computes them.
+
+    On all but the last pipeline stage an empty list.
+    """
     found = run_forward(stage, rows_of(stage, groups, rows), scorer(groups, temperature), tokens=_longest(rows))
-    return [scores[0] for scores in found]
+    return [_whole(row, scores[0], groups) for row, scores in zip(rows, found, strict=False)]
+
+
+def _whole(row: TokenBatch, logp: Tensor, groups: Groups) -> Tensor:
+    """The row's scores from those of every context rank."""
+    if groups.layout.context == 1:
+        return logp
+    whole = logp.new_zeros(len(row.targets))
+    whole[torch.from_numpy(np.isin(row.predictors, _places(row, groups))).to(logp.device)] = logp
+    dist.all_reduce(whole, group=groups.context)
+    return whole
 
 
 def rows_of(stage: Stage, groups: Groups, rows: Sequence[TokenBatch]) -> list[DeviceBatch]:
@@ -274,11 +322,12 @@ def rows_of(stage: Stage, groups: Groups, rows: Sequence[TokenBatch]) -> list[De
 def _loss(objective: Objective, z_coefficient: float = 0.0) -> Loss:
     """The objective and the z loss."""
 
-    def loss(scores_2K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        value, report = objective(scores_2K[0], batch.columns)
+    def loss(scores: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        columns = replace(batch.columns, entropy=scores[2]) if len(scores) > 2 else batch.columns
+        value, report = objective(scores[0], columns)
         if not z_coefficient:
             return value, report
-        z_loss = (batch.columns.weight * scores_2K[1].square()).sum()
+        z_loss = (batch.columns.weight * scores[1].square()).sum()
         return value + z_coefficient * z_loss, report | {"z_loss": z_loss.detach()}
 
     return loss

@@ -4,7 +4,9 @@ Tokens stand on the first dim, [T, 1, width] between blocks, as megatron-core's 
 a batch of one.
 """
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from megatron.core import tensor_parallel
@@ -17,7 +19,9 @@ from lockstep.distributed.layout import ranges, stage_layers
 from lockstep.model.attention import Attend, Recomputed, recomputed
 from lockstep.model.block import Block, Norm
 from lockstep.model.config import ModelConfig, Numerics, check_layout, check_numerics
+from lockstep.model.heads import ValueHead
 from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed, sequence_group
+from lockstep.model.lora import add_adapters, without_adapters
 from lockstep.model.moe import Sequences
 from lockstep.model.names import padded_vocabulary
 from lockstep.model.recipes import Recompute
@@ -26,9 +30,11 @@ from lockstep.model.recipes import Recompute
 def _layers(model: ModelConfig, groups: Groups) -> list[range]:
     """Layers of each of this rank's virtual stages."""
     layout = groups.layout
-    embeddings = (1 if model.tied else 2) * model.vocabulary * model.width
-    head = model.vocabulary * model.width / ((model.parameters - embeddings) / model.layers)
-    balanced = stage_layers(model.layers, layout.chunks, first=min(1.0, head), last=head)
+    outside = (model.vocabulary + model.head_rows) * model.width
+    row = model.width * model.layers / (model.parameters - outside)
+    head = model.vocabulary if model.head == "vocabulary" else 1
+    first, last = min(1.0, model.vocabulary * row), head * row
+    balanced = stage_layers(model.layers, layout.chunks, first=first, last=last)
     return (ranges(layout.stages) if layout.stages else balanced)[groups.stage :: layout.pipeline]
 
 
@@ -48,7 +54,7 @@ class Transformer(nn.Module):
         self.model, self.groups, self.numerics = model, groups, numerics
         self.layers = _layers(model, groups)
         held = [i for part in self.layers for i in part]
-        self._ropes = {rope for i in held if (rope := model.rope_of(i))}
+        self.ropes = {rope for i in held if (rope := model.rope_of(i))}
         rows = padded_vocabulary(model.vocabulary, groups.layout.tensor)
         self.has_embedding = groups.is_first_stage or (model.tied and groups.is_last_stage)
         if self.has_embedding:
@@ -59,19 +65,29 @@ class Transformer(nn.Module):
         if groups.is_first_stage and model.rope is None:
             self.positions = nn.Embedding(model.context, model.width, dtype=config.params_dtype)
         self.blocks = nn.ModuleDict({str(i): Block(model, groups, config, i, numerics) for i in held})
+        add_adapters(self.blocks, model, groups, config.params_dtype)
         if groups.is_last_stage:
             self.norm = Norm(model, model.width, config.params_dtype, sequence_group(groups), numerics)
-            if not model.tied:
+            if model.head == "value":
+                self.head: ValueHead | ColumnLinear = ValueHead(model.width, config.params_dtype, numerics)
+            elif not model.tied:
                 self.head = ColumnLinear(model.width, rows, config, numerics=numerics)
         self._packed_head: PackedWeight | None = None
         self.recompute: Recompute = "none"
+        self._adapted = True
+
+    def without_adapters(self) -> "Transformer":
+        """This very model, weights and all, computing without its adapters."""
+        base = copy.copy(self)
+        base._adapted = False
+        return base
 
     def pack(self) -> None:
         """Reorder the weights as they are now for inference; call it again whenever they have changed."""
         for module in self.modules():
             if isinstance(module, ColumnLinear | RowLinear):
                 module.pack()
-        if self.groups.is_last_stage:
+        if self.groups.is_last_stage and self.model.head == "vocabulary":
             self._packed_head = packed(self.head_weight, self.numerics)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -105,11 +121,26 @@ class Transformer(nn.Module):
             finish: what the last stage makes of its activations; inside, because ZeRO-3 lends weights for a forward.
             sequences: documents of the row, for the losses of experts' routers; None for no such losses.
         """
+        with nullcontext() if self._adapted else without_adapters(self):
+            return self._computed(tokens_T, positions_T, attend, received, chunk, finish, sequences)
+
+    def _computed(
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attend: Attend,
+        received: Tensor | None,
+        chunk: int,
+        finish: Callable[[Tensor], Tensor] | None,
+        sequences: Sequences | None,
+    ) -> Tensor:
         x = received
         if self.groups.is_first_stage and chunk == 0:
             x = self._embedded(tokens_T, positions_T)
+            if torch.is_grad_enabled() and self.groups.layout.pipeline > 1:
+                x.requires_grad_()  # schedules start a backward from what a stage sends on, even if nothing here learns
         assert x is not None
-        tables = {rope: rope.table(positions_T, self.model.head_dim, x.dtype) for rope in self._ropes}
+        tables = {rope: rope.table(positions_T, self.model.head_dim, x.dtype) for rope in self.ropes}
         again = self.recompute if torch.is_grad_enabled() else "none"
         if again == "selective":
             attend = Recomputed(attend)
@@ -133,7 +164,10 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """This rank's rows [V/tensor, width] of the output projection, padding included. Last stage only."""
+        """This rank's rows [V/tensor, width] of the output projection, padding included. Last stage only.
+
+        A value head's weight is [1, width].
+        """
         weight = self.embedding.weight if self.model.tied else self.head.weight
         assert isinstance(weight, Tensor)
         return weight

@@ -64,6 +64,7 @@ _GPT2_ENDS = {
     "model.embed_positions": "transformer.wpe",
     "model.norm": "transformer.ln_f",
     "lm_head": "lm_head",
+    "score": "score",
 }
 _GPT2_BLOCK = {
     "input_layernorm": ("ln_1", 0, 1),

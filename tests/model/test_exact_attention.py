@@ -20,8 +20,13 @@ def sequence(length: int, heads: int, kv_heads: int, width: int, dtype: torch.dt
     return [torch.randn(length, h, width, generator=draw).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
+def by_head(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
 def attended(qkv: list[Tensor], scoring: Scoring) -> Tensor:
-    return attend_in_tiles(*(x[None] for x in qkv), torch.zeros(1, dtype=torch.long), scoring)[0]
+    q, k, v = qkv
+    return attend_in_tiles(q[None], *by_head(k[None], v[None]), torch.zeros(1, dtype=torch.long), scoring)[0]
 
 
 @DTYPES
@@ -47,7 +52,7 @@ def test_rows_have_the_same_bits_alone_in_chunks_and_in_batches(
     ]
     batch[0][-1, : stop - start], batch[1][-1, :stop], batch[2][-1, :stop] = q[start:stop], k[:stop], v[:stop]
     torch.set_num_threads(data.draw(st.integers(1, 3)))
-    found = attend_in_tiles(*batch, first, scoring)[-1, : stop - start]
+    found = attend_in_tiles(batch[0], *by_head(*batch[1:]), first, scoring)[-1, : stop - start]
     torch.set_num_threads(1)
     assert torch.equal(found, whole[start:stop])
 
@@ -59,7 +64,9 @@ def test_keys_before_a_window_may_be_left_out(window: int) -> None:
     positions = [150, 299]
     begin = torch.tensor([max(0, p - window + 1) // KEYS * KEYS for p in positions])
     parts = [torch.stack([x[b : b + 192] for b in begin]) for x in (k, v)]
-    found = attend_in_tiles(q[positions][:, None], *parts, torch.tensor(positions), Scoring(window=window), begin)
+    found = attend_in_tiles(
+        q[positions][:, None], *by_head(*parts), torch.tensor(positions), Scoring(window=window), begin
+    )
     assert torch.equal(found[:, 0], whole[positions])
 
 

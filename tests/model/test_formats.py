@@ -196,6 +196,7 @@ def test_gguf_logits_equal_those_of_transformers(ours: tuple[RolloutEngine, Toke
 
 
 @needs_gguf
+@pytest.mark.exhaustive
 def test_gguf_speaks_greedily_as_transformers_does(ours: tuple[RolloutEngine, Tokenizer], theirs: Any) -> None:
     engine, tokenizer = ours
     encoded = [tokenizer.encode(text) for text in chats(tokenizer)]

@@ -155,3 +155,45 @@ def test_no_fp32_logits_of_all_tokens_are_kept(dtype: torch.dtype, kept: int, gr
     logits = [t for t in saved if t.dim() == 2 and t.shape[1] == 301]
     assert sum(len(t) for t in logits) == kept
     assert all(t.dtype == dtype for t in logits)
+
+
+def entropies(groups: Groups, temperature: float, cap: float | None, dtype: torch.dtype) -> list[Any]:
+    """Entropy and its gradient together with that of log p, by this rank's part of a padded weight."""
+    hidden, whole, targets, slope = problem(CHUNKS["fast"] + 3, 31)
+    rows = padded_vocabulary(31, groups.layout.tensor)
+    padded = torch.cat((whole, torch.full((rows - 31, WIDTH), 50.0)))
+    weight = padded.chunk(groups.layout.tensor)[groups.tensor_rank].to(dtype).requires_grad_()
+    hidden = hidden.to(dtype).requires_grad_()
+    settings = {"temperature": temperature, "cap": cap, "entropy": True}
+    logp, _, entropy = token_scores(hidden, weight, targets, vocabulary=31, group=groups.tensor, **settings)
+    found = [entropy, *torch.autograd.grad((slope * entropy + logp).sum(), (hidden, weight))]
+    return [t.detach().float().numpy() for t in found]
+
+
+def naive_entropies(temperature: float, cap: float | None) -> list[Tensor]:
+    hidden, weight, targets, slope = (
+        t.double() if t.is_floating_point() else t for t in problem(CHUNKS["fast"] + 3, 31)
+    )
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logits = hidden @ weight.t()
+    logits = (logits if cap is None else cap * torch.tanh(logits / cap)) / temperature
+    logp = logits.log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    loss = (slope * entropy + logp.gather(1, targets[:, None])[:, 0]).sum()
+    return [entropy.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+
+@pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (0.5, None), (0.7, 3.0)])
+def test_entropy_is_that_of_the_whole_vocabulary(temperature: float, cap: float | None, worlds: Worlds) -> None:
+    expected = naive_entropies(temperature, cap)
+    for layout in (Layout(), Layout(tensor=2)):
+        ranks = worlds.run(layout, entropies, temperature, cap, torch.float32)
+        weight = torch.cat([torch.from_numpy(rank[2]) for rank in ranks])
+        assert not weight[31:].any()
+        check([*map(torch.from_numpy, ranks[0][:2]), weight[:31]], expected, 2e-5)
+
+
+def test_entropy_in_bfloat16_stays_near(groups: Groups) -> None:
+    found = [torch.from_numpy(t) for t in entropies(groups, 1.0, None, torch.bfloat16)]
+    check([*found[:2], found[2][:31]], naive_entropies(1.0, None), 0.06)

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.model.loss import Clip, Columns, differing_bits, mismatch, nll, token_loss
+from lockstep.model.columns import Columns, Samples
+from lockstep.model.kl import KL
+from lockstep.model.loss import TokenLoss, differing_bits, mismatch, nll
+from lockstep.model.ratio import Clip
 
 CLIP = Clip(0.2, 0.3)
 
@@ -22,9 +25,19 @@ def columns(tokens: int, seed: int, spread: float) -> tuple[Tensor, Columns]:
 
     logp = -normal().abs()
     weight = torch.rand(tokens, generator=generator) / tokens
-    return logp.requires_grad_(), Columns(
-        weight, normal(), logp.detach() + spread * normal(), logp.detach() + 0.5 * normal()
-    )
+    advantage, old, reference = normal(), logp + spread * normal(), logp + 0.5 * normal()
+    return logp.requires_grad_(), columns_from(weight, advantage, old, reference)
+
+
+def columns_from(weight: Tensor, advantage: Tensor, old: Tensor, reference: Tensor) -> Columns:
+    """All tokens are of one sample, and ratios are to the rollout's policy."""
+    zeros, number = torch.zeros_like(weight), torch.zeros(len(weight), dtype=torch.int64)
+    one = Samples(number, torch.tensor([len(weight)]), weight.mean()[None], torch.zeros(1), torch.zeros(1))
+    return Columns(weight, advantage, old, old, reference, zeros, zeros, one)
+
+
+def grpo(kl_beta: float, *, has_reference: bool = True) -> TokenLoss:
+    return TokenLoss(clip=CLIP, kl=KL(kl_beta), has_reference=has_reference)
 
 
 def naive_loss(logp: Tensor, c: Columns, kl_beta: float) -> Tensor:
@@ -47,7 +60,7 @@ def naive_loss(logp: Tensor, c: Columns, kl_beta: float) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 def test_token_loss_is_grpo(seed: int, kl_beta: float) -> None:
     logp, c = columns(60, seed, 0.5)
-    loss, report = token_loss(logp, c, clip=CLIP, kl_beta=kl_beta, has_reference=True)
+    loss, report = grpo(kl_beta)(logp, c)
     expected = naive_loss(logp, c, kl_beta)
     assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
     assert math.isclose(report["loss"].item(), loss.item())
@@ -60,12 +73,13 @@ def test_token_loss_is_grpo(seed: int, kl_beta: float) -> None:
 
 def test_reports_of_token_loss() -> None:
     logp, c = columns(60, 4, 0.5)
-    _, report = token_loss(logp, c, clip=CLIP, kl_beta=0.1, has_reference=True)
+    _, report = grpo(0.1)(logp, c)
     p, old, r, w = (t.detach().double() for t in (logp, c.old_logp, c.reference_logp, c.weight))
     ratio = (p - old).exp()
     expected = {
         "kl": (w * ((r - p).exp() - (r - p) - 1)).sum(),
         "clipped": (w * ((ratio > 1.3) | (ratio < 0.8))).sum(),
+        "ratio_max": (ratio - 1).abs().max(),
         "mismatch_mean": (w * (p - old).abs()).sum(),
         "mismatch_max": (p - old).abs().max(),
         "mismatch_kl": (w * ((p - old).exp() - (p - old) - 1)).sum(),
@@ -78,7 +92,7 @@ def test_reports_of_token_loss() -> None:
 
 def test_on_policy_the_gradient_is_that_of_reinforce() -> None:
     logp, c = columns(40, 1, 0.0)
-    loss, report = token_loss(logp, c, clip=CLIP, kl_beta=0.0, has_reference=True)
+    loss, report = grpo(0.0)(logp, c)
     (found,) = torch.autograd.grad(loss, logp)
     (wanted,) = torch.autograd.grad(nll(logp, c)[0], logp)
     assert torch.equal(found, wanted)
@@ -107,8 +121,8 @@ def test_tokens_that_weigh_nothing_have_no_mismatch() -> None:
 
 def test_no_reference_means_no_kl() -> None:
     logp, c = columns(10, 2, 0.1)
-    plain, report = token_loss(logp, c, clip=CLIP, kl_beta=0.7, has_reference=False)
-    assert plain == token_loss(logp, c, clip=CLIP, kl_beta=0.0, has_reference=True)[0]
+    plain, report = grpo(0.7, has_reference=False)(logp, c)
+    assert plain == grpo(0.0)(logp, c)[0]
     assert report["kl"] == 0
 
 
@@ -116,19 +130,15 @@ def test_no_reference_means_no_kl() -> None:
 def test_k3_is_zero_only_at_the_reference_and_never_negative(reference: float) -> None:
     logp = torch.linspace(-4, 0, 41)
     ones = torch.ones(1)
-    values = [
-        token_loss(p[None], Columns(ones, ones, p[None], ones * reference), clip=CLIP, kl_beta=1, has_reference=True)[
-            1
-        ]["kl"].item()
-        for p in logp
-    ]
+    rows = [columns_from(ones, ones, p[None], ones * reference) for p in logp]
+    values = [grpo(1.0)(p[None], c)[1]["kl"].item() for p, c in zip(logp, rows, strict=True)]
     assert min(values) >= 0
     assert abs(logp[values.index(min(values))].item() - reference) < 0.051
 
 
 def test_a_row_without_predictions_has_a_loss_of_zero_that_has_a_gradient() -> None:
     logp, c = columns(0, 0, 0.0)
-    for loss, report in (nll(logp, c), token_loss(logp, c, clip=CLIP, kl_beta=0.1, has_reference=True)):
+    for loss, report in (nll(logp, c), grpo(0.1)(logp, c)):
         loss.backward()
         assert loss == 0
         assert all(value == 0 for value in report.values())
@@ -137,11 +147,10 @@ def test_a_row_without_predictions_has_a_loss_of_zero_that_has_a_gradient() -> N
 @pytest.mark.parametrize("parts", [2, 5])
 def test_losses_of_micro_batches_add_up(parts: int) -> None:
     logp, c = columns(30, 3, 0.4)
-    whole = token_loss(logp, c, clip=CLIP, kl_beta=0.1, has_reference=True)[0]
-    names = ("weight", "advantage", "old_logp", "reference_logp")
-    split = [Columns(*(getattr(c, n).chunk(parts)[i] for n in names)) for i in range(parts)]
-    sums = [
-        token_loss(p, s, clip=CLIP, kl_beta=0.1, has_reference=True)[0]
-        for p, s in zip(logp.chunk(parts), split, strict=True)
+    whole = grpo(0.1)(logp, c)[0]
+    split = [
+        columns_from(*(getattr(c, n).chunk(parts)[i] for n in ("weight", "advantage", "old_logp", "reference_logp")))
+        for i in range(parts)
     ]
+    sums = [grpo(0.1)(p, s)[0] for p, s in zip(logp.chunk(parts), split, strict=True)]
     assert math.isclose(sum(s.item() for s in sums), whole.item(), rel_tol=1e-5)

@@ -150,7 +150,11 @@ def test_any_layout_goes_on_from_every_other(
 
 
 @pytest.mark.parametrize(
-    ("name", "layouts", "dtype"), [("dense", DENSE[4::4], "bfloat16"), ("experts", EXPERTS[1::2], "float32")]
+    ("name", "layouts", "dtype"),
+    [
+        pytest.param("dense", DENSE[4::5], "bfloat16", marks=pytest.mark.exhaustive),
+        ("experts", EXPERTS[1::3], "float32"),
+    ],
 )
 def test_a_layout_goes_on_from_itself_and_another(
     name: str, layouts: list[Layout], dtype: str, worlds: Worlds, tmp_path: Path
