@@ -4,7 +4,10 @@ megatron-core names the device "cuda" in its schedules and point-to-point commun
 the CPU instead, for the length of one call, and only on a host without an accelerator.
 """
 
+import ctypes
+import gc
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,9 @@ from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+"""Parameters of mallopt, as in malloc.h."""
 
 
 def local_device(local_rank: int = 0) -> torch.device:
@@ -32,6 +38,26 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(found[1]) if found else 0
+
+
+def keep_freed_memory() -> None:
+    """Keep the memory of freed tensors for the next ones, from now on: mallopt(3) of glibc.
+
+    Left alone, it gives large tensors back to the kernel after each operation and faults them in again, page by page,
+    which doubles the time of all that is bound by memory. `give_back` still gives back what is asked for.
+    """
+    if sys.platform == "linux":
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def give_back(device: torch.device) -> None:
+    """Give memory that this process has freed, and keeps for later, back to those who share the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # malloc_trim(3): free pages of the heap, wherever they lie
 
 
 class _CpuForCuda(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lockstep.distributed.checkpoint.reshard import Kept
 from lockstep.distributed.checkpoint.spec import Piece, Source
 from lockstep.distributed.device import peak_memory
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.groups import Groups, before_leaving
 from lockstep.distributed.pipeline import Forward, Loss, Stage, run_forward, run_forward_backward
 from lockstep.distributed.result import StepResult
 from lockstep.distributed.snapshot import Snapshot
@@ -42,16 +43,16 @@ class Engine:
             tied: the embedding that the first and the last stage both hold, where they are tied over stages.
         """
         self.stage, self.groups = stage, groups
-        self._tied = tied if groups.layout.pipeline > 1 else None
-        if self._tied is not None and not groups.is_first_stage:
-            replicate(self._tied)
+        if tied is not None and groups.layout.pipeline > 1 and not groups.is_first_stage:
+            replicate(tied)
+        self._tied = tied if tied is not None and groups.layout.pipeline > 1 and tied.requires_grad else None
         self._zero = ZeroOptimizer(stage.module, optimizer, groups, clip_norm, parts)
         self._trained = {n: p for n, p in stage.module.named_parameters() if p.requires_grad and p is not self._tied}
         self._reached: set[str] = set()
         self.before_changes: Callable[[], object] = lambda: None
         """Returns when weights and optimizer may change: whoever copies them meanwhile sets it."""
         for name, parameter in self._trained.items():
-            parameter.register_hook(lambda _, name=name: self._reached.add(name))
+            before_leaving(parameter.register_hook(partial(self._has_reached, name)).remove)
 
     def step(
         self, batches: Sequence[Any], forward: Forward, loss: Loss, *, tokens: int, learning_rate: float
@@ -80,6 +81,11 @@ class Engine:
         norm = self._zero.step(learning_rate)
         values = self._reduced(reports) | {"memory_gb": self._most_memory() / 1e9}
         return StepResult(values, norm, self._zero.gradient_norms())
+
+    def _has_reached(self, name: str, gradient: Tensor | None) -> None:
+        """A gradient has come to a parameter; autograd calls this, too, where one should have and did not."""
+        if gradient is not None:
+            self._reached.add(name)
 
     def weight_norms(self) -> dict[str, float]:
         """Norm of each part's weights, the same on every rank; all ranks call this."""

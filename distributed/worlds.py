@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import multiprocessing.connection
+import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -10,8 +11,15 @@ from typing import Any
 
 import torch
 
+from lockstep.distributed.device import keep_freed_memory
 from lockstep.distributed.groups import host_meeting, join, leave, meeting_at
 from lockstep.distributed.layout import Layout
+
+PRELOADED = ["lockstep.distributed.zero"]
+"""Modules that a process has from the start: imported once, in the server that all are forked from."""
+
+MOST_THREADS = 100
+"""Processes with more are replaced: ZeRO-3 may leave groups behind, and each has threads that poll without pause."""
 
 Members = list[tuple[Any, Connection]]
 
@@ -43,16 +51,20 @@ class Worlds:
             pipe.send((layout, rank, meeting.port, self._timeout_s, function, args))
         ranks = {pipe: rank for rank, (_, pipe) in enumerate(members)}
         answers: dict[int, Any] = {}
+        spent = False
         while len(answers) < len(members):
             waiting = [pipe for pipe, rank in ranks.items() if rank not in answers]
             ready: list[Any] = [*multiprocessing.connection.wait(waiting, timeout=self._timeout_s)] or [None]
             for pipe in ready:
                 silence = f"no answer from {len(waiting)} ranks in {self._timeout_s} s"
-                ok, value = pipe.recv() if pipe else (False, silence)
+                ok, value, threads = pipe.recv() if pipe else (False, silence, 0)
+                spent |= threads > MOST_THREADS
                 if not ok:  # the others may wait for the rank that raised, for ever
                     self._end(layout.processes)
                     raise WorldFailed(value)
                 answers[ranks[pipe]] = value
+        if spent:
+            self._end(layout.processes)
         return [answers[rank] for rank in range(len(members))]
 
     def __enter__(self) -> "Worlds":
@@ -73,7 +85,8 @@ class Worlds:
             process.join()
 
     def _started(self, size: int) -> Members:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         members = self._members.setdefault(size, [])
         while len(members) < size:
             ours, theirs = context.Pipe()
@@ -84,6 +97,7 @@ class Worlds:
 
 
 def _serve(pipe: Connection) -> None:
+    keep_freed_memory()
     torch.set_num_threads(1)
     while True:
         try:
@@ -94,10 +108,10 @@ def _serve(pipe: Connection) -> None:
             gc.freeze()  # the libraries, imported by now: each world that is left looks for garbage
         try:
             groups = join(layout, rank=rank, meeting=meeting_at("127.0.0.1", port), timeout_s=timeout_s)
-            answer = (True, function(groups, *args))
+            ok, value = True, function(groups, *args)
             torch.distributed.barrier()
             del groups
             leave()
         except Exception:
-            answer = (False, f"rank {rank}: {traceback.format_exc()}")
-        pipe.send(answer)
+            ok, value = False, f"rank {rank}: {traceback.format_exc()}"
+        pipe.send((ok, value, len(os.listdir("/proc/self/task"))))

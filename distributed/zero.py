@@ -253,7 +253,7 @@ class ZeroOptimizer:
         if self._groups.layout.zero < 3:
             yield
             return
-        with deepspeed.zero.GatheredParameters(self._parameters):
+        with deepspeed.zero.GatheredParameters([*self._engine.module.parameters()]):
             yield
 
     def forget(self) -> None:

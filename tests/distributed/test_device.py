@@ -40,3 +40,29 @@ def test_a_step_reports_the_fullest_rank(worlds: Worlds) -> None:
     own, reported = zip(*worlds.run(Layout(pipeline=2), memory_with_a_full_last_rank), strict=True)
     assert reported[0] == reported[1]
     assert abs(reported[0] - own[1]) < 0.01
+
+
+FAULTS = """
+import resource, sys, torch
+from lockstep.distributed.device import keep_freed_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for turn in range(20):
+    if turn == 10:  # the heap has grown by then
+        begun = faults()
+    torch.ones(8 << 20)  # 32 MiB
+print(faults() - begun)
+"""
+
+
+def test_freed_memory_is_used_again() -> None:
+    def faults(how: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", FAULTS, how], stdout=subprocess.PIPE, check=True).stdout)
+
+    pages = (32 << 20) // 4096
+    assert faults("keep") < pages
+    assert faults("leave") > 9 * pages, "the library behaves as well alone"

@@ -5,11 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lockstep.data.batch import rows_for_ranks
+from lockstep.distributed.engine import Engine, MissingGradient
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.pipeline import Stage, megatron_config
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.held import pieces
@@ -73,3 +76,37 @@ def test_gradients_are_those_of_any_other_cut(
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert np.linalg.norm(found[name] - gradient) <= 1e-6 * np.linalg.norm(gradient), name
+
+
+class _Forgetful(torch.autograd.Function):
+    """x + b, whose backward pass forgets b, as some libraries' do where a weight beside it is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, b: Tensor) -> Tensor:
+        return x + b
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+
+
+def test_a_parameter_that_a_backward_pass_forgets_is_named(groups: Groups) -> None:
+    module = _Biased()
+    stage = Stage(module, megatron_config(groups, layers=1, width=4, heads=1, dtype=torch.float32))
+    parts = {"all": list(module.parameters())}
+    engine = Engine(stage, groups, torch.optim.AdamW(module.parameters()), clip_norm=1.0, parts=parts)
+
+    def forward(_: nn.Module, batch: Tensor, received: Tensor | None, chunk: int) -> Tensor:
+        return _Forgetful.apply(batch * module.weight, module.bias).sum()
+
+    def loss(result: Tensor, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return result, {"loss": result}
+
+    with pytest.raises(MissingGradient, match="bias received no gradient on rank 0"):
+        engine.step([torch.ones(3)], forward, loss, tokens=3, learning_rate=1e-3)

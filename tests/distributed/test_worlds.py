@@ -1,5 +1,7 @@
 """Worlds that follow each other in the same processes leave nothing behind."""
 
+import threading
+
 import psutil
 import pytest
 import torch
@@ -9,7 +11,7 @@ from lockstep.data.batch import rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.result import StepResult
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.worlds import MOST_THREADS, Worlds
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
@@ -56,3 +58,16 @@ def what_deepspeed_left(groups: Groups) -> tuple[str, list[str]]:
 def test_deepspeed_forgets_a_world_that_was_left(worlds: Worlds, layout: Layout) -> None:
     for _ in range(2):
         assert worlds.run(layout, what_deepspeed_left) == [("linear", [])] * 2
+
+
+def process_with_threads(groups: Groups, count: int) -> int:
+    """Which process this is; more threads remain in it."""
+    for _ in range(count):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return psutil.Process().pid
+
+
+def test_processes_with_many_threads_are_replaced(worlds: Worlds) -> None:
+    few, same, other = (worlds.run(Layout(data=2), process_with_threads, count) for count in (1, MOST_THREADS, 1))
+    assert few == same
+    assert not {*few} & {*other}
