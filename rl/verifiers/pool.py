@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
-from lockstep.rl.verifiers.math import grade
+from lockstep.rl.verifiers.math import EXAMPLES, grade
 from lockstep.rl.verifiers.verdict import Outcome, Verdict
 
 Grader = Callable[[str, str], Verdict]
@@ -29,6 +30,7 @@ Grader = Callable[[str, str], Verdict]
 _START_LIMIT = 60.0
 _STARTS_TRIED = 3
 _EXIT_GRACE = 1.0
+_MEMORY = 4 << 30
 _PR_SET_PDEATHSIG = 1
 
 
@@ -40,14 +42,18 @@ class VerifierPool:
     """`workers` child processes that grade (response, answer) pairs, each pair within `deadline` seconds of wall time.
 
     The grader is pickled by name, so it must live in an importable module: a lambda raises at once, a function of
-    `__main__` at the first `grade`. Threads may share a pool. Close it, or use it as a context manager.
+    `__main__` at the first `grade`. Each child grades the examples before it takes an item, so that what a grader loads
+    at its first formula is not charged to one. A child has 4 GiB of address space: a grader that wants more gets a
+    MemoryError. Threads may share a pool. Close it, or use it as a context manager.
     """
 
-    def __init__(self, workers: int, deadline: float, grader: Grader = grade) -> None:
+    def __init__(
+        self, workers: int, deadline: float, grader: Grader = grade, examples: Sequence[tuple[str, str]] = EXAMPLES
+    ) -> None:
         if workers < 1 or not deadline > 0:
             raise ValueError(f"a pool needs workers >= 1 and deadline > 0 s, not {workers} workers and {deadline} s")
         self._deadline = deadline
-        self._grader = pickle.dumps(grader)
+        self._grader = pickle.dumps((grader, tuple(examples)))
         self._closed = False
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier-pool")
         self._idle: SimpleQueue[_Child] = SimpleQueue()
@@ -174,6 +180,7 @@ def serve() -> None:
     descriptor, parent = (int(argument) for argument in sys.argv[1:3])
     _die_with(parent)
     os.set_inheritable(descriptor, False)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     logging.disable(logging.WARNING)
     with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):
         grader = _load(connection)
@@ -186,14 +193,16 @@ def serve() -> None:
 
 
 def _load(connection: "Connection[Any, Any]") -> Grader | None:
-    """The grader, announced as ready (None); or None, and the pool is told why it cannot be imported."""
+    """The grader, warmed by its examples and announced as ready; or None, and the pool is told why it has none."""
     try:
-        grader: Grader = pickle.loads(connection.recv_bytes())
+        grader, examples = pickle.loads(connection.recv_bytes())
     except (ImportError, AttributeError) as error:
         connection.send(f"it cannot import the grader ({error}): define it in a module that can be imported")
         return None
+    for example in examples:
+        _guarded(grader, *example)
     connection.send(None)
-    return grader
+    return cast(Grader, grader)
 
 
 def _guarded(grader: Grader, response: str, answer: str) -> Verdict:

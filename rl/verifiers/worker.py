@@ -1,23 +1,29 @@
 """The verifier workers' processes."""
 
-from lockstep.rl.verifiers.pool import VerifierPool
+from lockstep.rl.types import Prompt
+from lockstep.rl.verifiers.judge import GraderName, Judge
+from lockstep.rl.verifiers.recipes import VerifierConfig
 from lockstep.rl.verifiers.verdict import Verdict
 from lockstep.rl.worker import Worker
 
 
 class VerifierWorker(Worker):
-    """A pool of processes that judge answers and can be killed."""
+    """A judge, whose processes can be killed."""
 
     role = "verifier"
 
-    def __init__(self, rank: int, processes: int, deadline_s: float) -> None:
+    def __init__(self, rank: int, config: VerifierConfig, grader: GraderName) -> None:
         super().__init__(rank)
-        self.pool = VerifierPool(processes, deadline_s)
+        self.judge = Judge(config, grader, self.log.info)
 
-    def grade(self, pairs: list[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts on (response, answer) pairs."""
-        return self.pool.grade(pairs)
+    def start(self, programs: bool) -> None:
+        """See `Judge.start`."""
+        self.judge.start(programs=programs)
+
+    def grade(self, items: list[tuple[str, Prompt]]) -> list[Verdict]:
+        """Verdicts on (completion, prompt)."""
+        return self.judge.grade(items)
 
     def close(self) -> None:
-        """End the pool's processes."""
-        self.pool.close()
+        """End the judge's processes."""
+        self.judge.close()

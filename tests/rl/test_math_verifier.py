@@ -1,14 +1,17 @@
 """The grader reads what a completion states as its answer, never a number that merely stands in it."""
 
+import re
 import threading
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lockstep.rl.verifiers.math import final_answer, grade
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
+from lockstep.rl.verifiers.extraction import candidates, final_answer
+from lockstep.rl.verifiers.math import grade
+from lockstep.rl.verifiers.verdict import Outcome, Verdict, of_credit
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -52,6 +55,7 @@ CORRECT = [
     (r"\boxed{\sqrt8}", r"2\sqrt2"),
     ("The answer is no solution.", "No solution"),
     ("12:30", "12:30"),
+    ("There are 42 million of them", "42,000,000"),
 ]
 
 INCORRECT = [
@@ -88,7 +92,6 @@ NO_FINAL_ANSWER = [
     r"\boxed{}",
     r"\boxed{42",
     "40 + 2 = 42. Then I add 3",
-    "There are 42 million of them",
 ]
 
 
@@ -100,6 +103,17 @@ def test_stated_answer_is_found_and_equal(response: str, answer: str) -> None:
 @pytest.mark.parametrize(("response", "answer"), INCORRECT)
 def test_other_answer_is_incorrect(response: str, answer: str) -> None:
     assert grade(response, answer).outcome is Outcome.incorrect
+
+
+def test_answers_in_every_usual_form() -> None:
+    rows = (Path(__file__).parent / "math_answers.txt").read_text(encoding="utf-8").splitlines()[1:]
+    wrong = []
+    for row in rows:
+        sign, response, answer = row.split(" | ")
+        verdict = grade(re.sub(r"\\n(?![a-z])", "\n", response), answer)
+        if verdict.outcome is not (Outcome.correct if sign == "+" else Outcome.incorrect):
+            wrong.append((row, verdict))
+    assert wrong == []
 
 
 @pytest.mark.parametrize("response", NO_FINAL_ANSWER)
@@ -120,6 +134,29 @@ def test_rewards_and_extracted_text() -> None:
     assert [Verdict(outcome).reward for outcome in Outcome] == [1.0, 0.0, None]
 
 
+def test_partial_credit_is_the_reward_and_only_all_of_it_is_correct() -> None:
+    assert [(v.outcome, v.reward) for v in map(of_credit, (0.0, 0.25, 1.0))] == [
+        (Outcome.incorrect, 0.0),
+        (Outcome.incorrect, 0.25),
+        (Outcome.correct, 1.0),
+    ]
+    for credit in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            of_credit(credit)
+    with pytest.raises(ValueError, match="could not be graded"):
+        Verdict(Outcome.ungradable, credit=0.5)
+
+
+def test_every_rule_names_its_own_candidate() -> None:
+    assert candidates("It is \\boxed{7}. No, the answer is 42.") == {"boxed": "7", "phrase": "42"}
+    assert candidates("<think>41</think><answer>40 + 2 = 42</answer>") == {
+        "bare": "40 + 2 = 42",
+        "equation": "42",
+        "tag": "40 + 2 = 42",
+    }
+    assert candidates("nothing") == {"bare": "nothing"}
+
+
 @pytest.mark.parametrize(
     "response",
     ["answer:" + "\n" * 20_000, r"\boxed{" * 5_000, r"\text{" * 9_000, "1 " * 9_000, r"\frac{1" * 5_000, "-" * 20_000],
@@ -135,6 +172,11 @@ def test_formulas_are_graded_off_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert verdicts[0].outcome is Outcome.correct
+
+
+def test_numbers_too_large_to_compute_are_refused_at_once() -> None:
+    for tower in ("9^{9^{9^9}}", "10^{10^{10}}", "(10^9)!", "10^{-10^{10}}"):
+        assert "digits" in grade(rf"\boxed{{{tower}}}", "42").reason
 
 
 MARKERS = [r"So \boxed{{{}}} it is, not 7.", "work: 1 + 1\n#### {}\nDone, 100%.", "1, 2, 3. The answer is {}.", "{}"]
@@ -164,6 +206,48 @@ def test_every_decimal_with_separators(number: object, marker: str) -> None:
 def test_a_row_of_numbers_is_no_answer(numbers: list[int]) -> None:
     text = "Numbers: " + " ".join(map(str, numbers))
     assert final_answer(text) is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(-99, 99), min_size=2, max_size=5, unique=True),
+    st.sampled_from([", ", " and ", r" \text{ or } "]),
+    st.data(),
+)
+def test_a_list_is_right_in_any_order_and_only_whole(numbers: list[int], joint: str, data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations(numbers))
+    reference = ", ".join(map(str, numbers))
+    assert grade(rf"\boxed{{{joint.join(map(str, shuffled))}}}", reference).outcome is Outcome.correct
+    assert grade(rf"\boxed{{{joint.join(map(str, [*shuffled[1:], 100]))}}}", reference).outcome is Outcome.incorrect
+    assert grade(rf"\boxed{{{joint.join(map(str, shuffled[1:]))}}}", reference).outcome is Outcome.incorrect
+
+
+@settings(max_examples=15, deadline=None)
+@given(*[st.integers(-9, 9), st.integers(1, 9)], *[st.sampled_from(["[", "("]), st.sampled_from(["]", ")"])] * 2)
+def test_an_interval_is_its_ends_and_its_brackets(low: int, size: int, a: str, b: str, c: str, d: str) -> None:
+    given_one, reference = f"{a}{low}, {low + size}{b}", rf"\left{c}{low}, {low + size}\right{d}"
+    wanted = Outcome.correct if (a, b) == (c, d) else Outcome.incorrect
+    assert grade(rf"\boxed{{{given_one}}}", reference).outcome is wanted
+    assert grade(rf"\boxed{{{a}{low}, {low + size + 1}{b}}}", reference).outcome is Outcome.incorrect
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(-9, 9), min_size=2, max_size=2), min_size=1, max_size=3), st.data())
+def test_a_matrix_is_its_entries(rows: list[list[int]], data: st.DataObject) -> None:
+    def matrix(kind: str, entries: list[list[int]]) -> str:
+        return rf"\begin{{{kind}}} " + r" \\ ".join(" & ".join(map(str, row)) for row in entries) + rf" \end{{{kind}}}"
+
+    changed = [list(row) for row in rows]
+    changed[data.draw(st.integers(0, len(rows) - 1))][data.draw(st.integers(0, 1))] += 1
+    assert grade(rf"\boxed{{{matrix('bmatrix', rows)}}}", matrix("pmatrix", rows)).outcome is Outcome.correct
+    assert grade(rf"\boxed{{{matrix('pmatrix', changed)}}}", matrix("pmatrix", rows)).outcome is Outcome.incorrect
+
+
+@given(st.integers(1, 99), st.integers(1, 99), st.integers(2, 99), st.sampled_from(["", "-"]))
+def test_mixed_numbers_and_their_fractions(whole: int, top: int, bottom: int, sign: str) -> None:
+    value = f"{sign}{whole * bottom + top}/{bottom}"
+    for spelled in (rf"{sign}{whole}\frac{{{top}}}{{{bottom}}}", f"{sign}{whole} {top}/{bottom}"):
+        assert grade(rf"\boxed{{{spelled}}}", value).outcome is Outcome.correct
 
 
 ANY_TEXT = st.text(max_size=60) | st.text(r"\boxed{}frac123 =+^*/.,$#%()[]x", max_size=40)

@@ -1,0 +1,91 @@
+"""Judges completions by what their problem has: the tests of a program, or else a reference answer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from threading import Lock
+from types import TracebackType
+from typing import Literal, Self
+
+from lockstep.data.code_tests import CodeTests
+from lockstep.rl.types import Prompt
+from lockstep.rl.verifiers import gym, math
+from lockstep.rl.verifiers.code import CodePool
+from lockstep.rl.verifiers.pool import Grader, VerifierPool
+from lockstep.rl.verifiers.recipes import VerifierConfig
+from lockstep.rl.verifiers.verdict import Verdict
+
+Note = Callable[[str], object]
+GraderName = Literal["answer", "gym"]
+
+GRADERS: Mapping[GraderName, Grader] = {"answer": math.grade, "gym": gym.grade}
+"""What compares a completion with what its problem has for an answer, by the names that tasks use."""
+
+
+class Judge:
+    """Verifiers in processes of their own, started when the first problem of their kind comes; a context manager.
+
+    Threads may share a judge.
+    """
+
+    def __init__(self, config: VerifierConfig, grader: GraderName = "answer", note: Note = print) -> None:
+        """
+        Args:
+            grader: of problems without tests.
+            note: takes a sentence on what programs are kept in by, when these verifiers start.
+        """
+        self._config, self._grader, self._note = config, GRADERS[grader], note
+        self._started, self._starting = ExitStack(), Lock()
+
+    def start(self, *, programs: bool) -> None:
+        """Start the verifiers of programs, or those of answers, before the first one comes.
+
+        Raises:
+            SandboxError: as `grade`.
+        """
+        with self._starting:
+            _ = self._programs if programs else self._answers
+
+    def grade(self, items: Sequence[tuple[str, Prompt]]) -> list[Verdict]:
+        """One verdict for each (completion, prompt), in order.
+
+        Raises:
+            SandboxError: where programs come, and this machine cannot keep them in.
+        """
+        answers = [(text, prompt.answer) for text, prompt in items if prompt.tests is None]
+        programs = [(text, prompt.tests) for text, prompt in items if prompt.tests is not None]
+        of_answers = iter(self._grade_answers(answers) if answers else ())
+        of_programs = iter(self._grade_programs(programs) if programs else ())
+        return [next(of_answers if prompt.tests is None else of_programs) for _, prompt in items]
+
+    def close(self) -> None:
+        """End the verifiers' processes."""
+        self._started.close()
+
+    def _grade_answers(self, answers: Sequence[tuple[str, str]]) -> list[Verdict]:
+        self.start(programs=False)
+        return self._answers.grade(answers)
+
+    def _grade_programs(self, programs: Sequence[tuple[str, CodeTests]]) -> list[Verdict]:
+        self.start(programs=True)
+        return self._programs.grade(programs)
+
+    @cached_property
+    def _answers(self) -> VerifierPool:
+        pool = VerifierPool(self._config.processes, self._config.deadline, self._grader)
+        return self._started.enter_context(pool)
+
+    @cached_property
+    def _programs(self) -> CodePool:
+        sandbox = self._config.sandbox
+        pool = self._started.enter_context(CodePool(self._config.processes, sandbox.limits, sandbox.required))
+        self._note(str(pool.protection))
+        return pool
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

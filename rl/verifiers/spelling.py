@@ -1,0 +1,111 @@
+r"""One spelling for what is written in several ways: LaTeX's variants, Unicode's symbols, currency, spacing.
+
+Text in, text out: nothing here knows numbers or sympy. Every pattern takes time linear in its text.
+"""
+
+import re
+from fractions import Fraction
+
+_SYMBOLS = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "⋅": r"\cdot ",
+        "÷": r"\div ",
+        "∞": r"\infty ",
+        "π": r"\pi ",
+        "θ": r"\theta ",
+        "±": r"\pm ",
+        "≤": r"\le ",
+        "≥": r"\ge ",
+        "≠": r"\ne ",
+        "≈": r"\approx ",
+        "∪": r"\cup ",
+        "∩": r"\cap ",
+        "∈": r"\in ",
+        "∅": r"\emptyset ",
+        "ℝ": r"\mathbb{R}",
+        "°": r"^\circ ",
+        "²": "^2",
+        "³": "^3",
+        "½": r" \frac{1}{2}",
+        "¼": r" \frac{1}{4}",
+        "¾": r" \frac{3}{4}",
+        "⟨": "(",
+        "⟩": ")",
+        "’": "'",
+        "\u00a0": " ",
+        "\u202f": " ",
+        **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
+    }
+)
+
+_TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|it|sf)|mbox|hbox|emph|underline|boldsymbol|operatorname)"
+_REPEATING = re.compile(
+    r"(?<![\d.])([0-9]{0,9})\.([0-9]{0,9})(?:\\(?:overline|bar|dot)\s*(?:\{([0-9]{1,9})\}|([0-9]))|\(([0-9]{1,9})\))"
+)
+
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"√\s*\(([^()]*)\)|√\s*([0-9.]+|[a-zA-Z])"), r"\\sqrt{\1\2}"),
+    (re.compile(rf"{_TEXT}\s*\{{([^{{}}]*)\}}\s*\^\s*(?:\{{\s*([23])\s*\}}|([23]))"), r" \1^\2\3 "),
+    (re.compile(rf"{_TEXT}\s*\{{([^{{}}]*)\}}"), r" \1 "),
+    (
+        re.compile(
+            r"(?<!\\)\\[,!]|\\?[$€£¥₹]|(?<!\\)\\[()\[\]]|[`\"]"
+            r"|\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\(?:text)?color\s*\{[a-zA-Z]*\}"
+        ),
+        "",
+    ),
+    (re.compile(r"\\[dtc]frac(?![a-z])"), r"\\frac"),
+    (re.compile(r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])(?![0-9a-zA-Z{])"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\\frac\s*([0-9])\s*\{"), r"\\frac{\1}{"),
+    (re.compile(r"\\sqrt\s*([0-9a-zA-Z])"), r"\\sqrt{\1}"),
+    (re.compile(r"\\(?:varnothing|O)(?![a-z])|\\\{\s*\\\}"), r"\\emptyset "),
+    (re.compile(r"\\([lg])eq(?:slant)?(?![a-z])"), r"\\\1e "),
+    (re.compile(r"\\neq(?![a-z])"), r"\\ne "),
+    (re.compile(r"\\langle(?![a-z])"), "("),
+    (re.compile(r"\\rangle(?![a-z])"), ")"),
+    (re.compile(r"\\begin\{[bBvp]?matrix\}"), r"\\begin{pmatrix}"),
+    (re.compile(r"\\end\{[bBvp]?matrix\}"), r"\\end{pmatrix}"),
+    (re.compile(r"(?i:(?<![a-z\\])infinity(?![a-z]))"), r"\\infty "),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"(?<!\\)\\[;:]|(?<!\\)\\(?=\s)|~|\s+"), " "),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"^\s*\\?(?:approx|sim)(?![a-z])\s*|^\s*=\s*(?!=)"), ""),
+)
+
+
+def clean(text: str) -> str:
+    """text without currency and formula marks, spacing commands, quotes and final punctuation, in one spelling."""
+    text = _REPEATING.sub(_as_fraction, text.translate(_SYMBOLS))
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    return text.rstrip(" .,;:").lstrip()
+
+
+def as_words(text: str) -> str:
+    """Clean text in the form in which words are compared: without brackets around it, spaces by signs, plural, case.
+
+    The case of LaTeX commands and of formulas is kept.
+    """
+    text = re.sub(r"^\(\s*(\w+)\s*\)$|^(\w)\)$", r"\1\2", text)
+    text = re.sub(r"_\{([0-9a-zA-Z]+)\}", r"_\1", text)
+    text = re.sub(r"\s*([:,;])\s*", r"\1", text)
+    if "\\" in text:
+        return text.replace(" ", "")
+    return " ".join(_singular(word) for word in text.casefold().replace("p.m", "pm").replace("a.m", "am").split())
+
+
+def _singular(word: str) -> str:
+    return word.rstrip(".").removesuffix("s") if len(word) > 3 else word.rstrip(".")
+
+
+def _as_fraction(match: re.Match[str]) -> str:
+    """0.1666… written as 0.1\\overline{6} is 15/90: its digits less those before the period, over nines and zeros."""
+    whole, fixed = match[1], match[2]
+    period = match[3] or match[4] or match[5]
+    top = int(whole + fixed + period) - int((whole + fixed) or 0)
+    value = Fraction(top, (10 ** len(period) - 1) * 10 ** len(fixed))
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
