@@ -7,27 +7,28 @@ never leaves the others waiting unnoticed.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import isawaitable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 
-from lockstep.data.batch import Sample, rows_for_ranks
+from lockstep.data.batch import Sample, TokenBatch, rows_for_ranks
 from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.result import StepResult
-from lockstep.model.config import Numerics
+from lockstep.model.config import Head, Numerics
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig, row_rules
-from lockstep.rl.types import Prompt, Rollout
-from lockstep.rl.verifiers.verdict import Verdict
+from lockstep.rl.environments.config import EnvironmentConfig
+from lockstep.rl.types import Rollout
+from lockstep.rl.verifiers.recipes import VerifierConfig
 
 if TYPE_CHECKING:  # torch, which a verifier has no use for
     from lockstep.model.loss import Objective
     from lockstep.rl.rollout.limits import RolloutLimits
-    from lockstep.rl.rollout.sampling import SamplingConfig
+    from lockstep.rl.verifiers.judge import GraderName
 
 ENVIRONMENT = {
     # torch gives large tensors back to the kernel after each operation and faults them in again; a heap that is kept
@@ -45,8 +46,16 @@ GRACE_S = 3.0
 """After the first failure, how long others may take to be heard."""
 
 
+PASSES = 32
+"""Forward passes of a rollout worker between two looks at what it has been asked for meanwhile."""
+
+
 class WorkerFailed(RuntimeError):
     """A worker raised or died; the message begins with which."""
+
+
+class WorkerDied(WorkerFailed):
+    """A worker's process ended."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +65,33 @@ class Member:
     name: str
     handle: Any
 
-    def call(self, method: str, *args: Any, **named: Any) -> tuple["Member", Any]:
+    def call(self, method: str, *args: Any, **named: Any) -> "Call":
         """A call of a method of its worker, to be gathered."""
         return self, self.handle.call.remote(method, *args, **named)
 
+    def end(self) -> None:
+        """End its process, if that has not happened."""
+        ray.kill(self.handle)
 
-def _start(kind: Any, role: str, count: int, threads: int, *args: Any) -> list[Member]:
-    """Actors with this many threads each."""
+
+Call = tuple[Member, Any]
+"""Who was asked, and where the answer will be."""
+
+
+Places = Sequence[Mapping[str, Any]]
+"""Ray's options of each process of a role; with none, processes run anywhere and reserve nothing."""
+
+
+def _start(
+    kind: Any, role: str, ranks: Iterable[int], threads: int, *args: Any, places: Places = (), together: int = 1
+) -> list[Member]:
+    """Actors with this many threads each, which work on so many calls at the same time."""
     environment = {"env_vars": ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}}
-    actors = [kind.options(runtime_env=environment).remote(rank, *args) for rank in range(count)]
-    return [Member(f"{role} {rank}", handle) for rank, handle in enumerate(actors)]
+    started = []
+    for rank in ranks:
+        options = {"runtime_env": environment, "max_concurrency": together, **(places[rank] if places else {})}
+        started.append(Member(f"{role} {rank}", kind.options(**options).remote(rank, *args)))
+    return started
 
 
 class _Actor:
@@ -103,22 +129,46 @@ class RolloutWorker(_Actor):
 
 @ray.remote(max_restarts=0, num_cpus=0)
 class VerifierWorker(_Actor):
-    """A pool of processes that judge answers."""
+    """A judge of completions, with processes of its own."""
 
     work = "lockstep.rl.verifiers.worker:VerifierWorker"
 
 
-def gather(calls: Sequence[tuple[Member, Any]]) -> list[Any]:
-    """Results of (member, call) pairs in order, failing as soon as one of them fails.
+@ray.remote(max_restarts=0, num_cpus=0)
+class EnvironmentWorker(_Actor):
+    """Episodes of many rollouts; it takes calls while others wait."""
+
+    work = "lockstep.rl.environments.worker:EnvironmentWorker"
+
+    async def call(self, method: str, *args: Any, **named: Any) -> Any:
+        """What a method of the worker returns."""
+        found = getattr(self._worker, method)(*args, **named)
+        return await found if isawaitable(found) else found
+
+
+def gather(calls: Sequence[Call]) -> list[Any]:
+    """Results of calls in order, failing as soon as one of them fails.
 
     Raises:
-        WorkerFailed: names the worker and carries its own error.
+        WorkerFailed: names the worker and carries its own error; `WorkerDied` where its process ended.
     """
     wait_for(calls)
     return [ray.get(call) for _, call in calls]
 
 
-def wait_for(calls: Sequence[tuple[Member, Any]]) -> None:
+def any_of(calls: Sequence[Call], seconds: float | None = None) -> list[Call]:
+    """Those that have ended, well or not; waits for the first, or so many seconds."""
+    by_place = {call[1]: call for call in calls}
+    ended = ray.wait(list(by_place), num_returns=1, timeout=seconds, fetch_local=False)[0]
+    return [by_place[place] for place in ended]
+
+
+def failed(call: Call) -> bool:
+    """Whether a call that has ended did not end well."""
+    return _error(call[1]) is not None
+
+
+def wait_for(calls: Sequence[Call]) -> None:
     """As `gather`, but leaves the results where they are."""
     names = {call: member.name for member, call in calls}
     waiting = list(names)
@@ -130,9 +180,10 @@ def wait_for(calls: Sequence[tuple[Member, Any]]) -> None:
         more = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S, fetch_local=False)[0] if waiting else []
         errors = {call: error for call in [*done, *more] if (error := _error(call)) is not None}
         cause = min(errors, key=lambda call: isinstance(errors[call], ray.exceptions.RayTaskError))
-        died = "" if isinstance(errors[cause], ray.exceptions.RayTaskError) else " died"
         words = re.sub("\x1b\\[[0-9;]*m", "", str(errors[cause]))  # Ray colours them wherever they go
-        raise WorkerFailed(f"{names[cause]}{died}: {words}") from errors[cause]
+        if isinstance(errors[cause], ray.exceptions.RayTaskError):
+            raise WorkerFailed(f"{names[cause]}: {words}") from errors[cause]
+        raise WorkerDied(f"{names[cause]} died: {words}") from errors[cause]
 
 
 def _error(call: Any) -> Exception | None:
@@ -143,114 +194,232 @@ def _error(call: Any) -> Exception | None:
     return None
 
 
-class Policy:
-    """The trainer's world."""
+class Model:
+    """A model's world: the policy, or a critic, which learn, or a reward model or a teacher, which score."""
 
-    def __init__(self, layout: Layout, *, threads: int, trainer: TrainerConfig) -> None:
+    def __init__(
+        self, layout: Layout, *, threads: int, trainer: TrainerConfig, places: Places = (), role: str = "policy"
+    ) -> None:
         self.layout, self._config = layout, trainer
-        self.workers = _start(PolicyWorker, "policy", layout.processes, threads, layout, trainer)
+        ranks = range(layout.processes)
+        self.workers = _start(PolicyWorker, role, ranks, threads, role, layout, trainer, places=places)
 
     def start(
         self,
         checkpoint: Path | Place,
         dtype: str,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | None,
         temperature: float,
         numerics: Numerics = "fast",
-    ) -> list[tuple[Member, Any]]:
-        """Calls that load the checkpoint, to be gathered."""
+        head: Head | None = None,
+    ) -> list[Call]:
+        """Calls that load the checkpoint, to be gathered; without an optimizer the model only scores."""
         host = self.workers[0]
         address = gather([(host, host.handle.address.remote())])[0]
         port = gather([host.call("host", address)])[0]
-        given = checkpoint, dtype, optimizer, temperature, numerics
+        given = checkpoint, dtype, optimizer, temperature, numerics, head
         return [w.call("start", address, port, *given) for w in self.workers]
 
-    def begin_phase(self, *, keep_reference: bool) -> None:
+    def begin_phase(self, **given: Any) -> None:
         """See `PolicyWorker.begin_phase`."""
-        gather([w.call("begin_phase", keep_reference=keep_reference) for w in self.workers])
+        gather([w.call("begin_phase", **given) for w in self.workers])
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """What a method of `PolicyWorker` returns on every rank."""
         return gather([w.call(method, *args) for w in self.workers])
 
-    def update(self, step: int, samples: Sequence[Sample], objective: "Objective", learning_rate: float) -> StepResult:
-        """One gradient step on a global batch."""
-        layout = self.layout
-        rows = rows_for_ranks(samples, row_rules(layout, self._config.row_tokens))
-        calls = [
-            w.call("update", step, rows[layout.data_rank(rank)], objective, learning_rate)
-            for rank, w in enumerate(self.workers)
-        ]
-        return gather(calls)[0]
+    def update(self, step: int, samples: Sequence[Sample], objective: "Objective", learning_rate: float) -> list[Call]:
+        """Calls that take one gradient step on a global batch, each with a `StepResult`, to be gathered."""
+        calls = zip(self.workers, self._shares(samples), strict=True)
+        return [w.call("update", step, rows, objective, learning_rate) for w, rows in calls]
+
+    def measure(self, samples: Sequence[Sample], objective: "Objective") -> list[Call]:
+        """Calls that say what an objective reports over samples, without an update, to be gathered."""
+        return [w.call("measure", rows, objective) for w, rows in zip(self.workers, self._shares(samples), strict=True)]
+
+    def score(self, samples: Sequence[Sample], of: Literal["model", "reference"] = "model") -> list[Call]:
+        """Calls that score numbered samples, each with a part of what `scoring.columns` joins, to be gathered."""
+        return [w.call("score", rows, of) for w, rows in zip(self.workers, self._shares(samples), strict=True)]
+
+    def _shares(self, samples: Sequence[Sample]) -> list[list[TokenBatch]]:
+        """Each rank's rows."""
+        rows = rows_for_ranks(samples, row_rules(self.layout, self._config.row_tokens))
+        return [rows[self.layout.data_rank(rank)] for rank in range(len(self.workers))]
+
+
+class Policy(Model):
+    """The world of the model that writes."""
 
     def weights(self, bucket_mib: float) -> Iterator[list[Any]]:
-        """References to the weights, a message of each rank at a time; what was asked for before may then be freed."""
-        size = int(bucket_mib * 2**20)
-        for number in range(max(self.call("messages", size))):
-            calls = [w.call("weights", number, size) for w in self.workers]
+        """References to the weights, a message of each rank at a time; what was asked for before may then be freed.
+
+        The next message is made while the last one is being taken.
+        """
+        count = max(self.call("open_weights", int(bucket_mib * 2**20)))
+        coming = self._message(0)
+        for number in range(count):
+            calls = coming
             wait_for(calls)
+            coming = self._message(number + 1)
             yield [call for _, call in calls]
+        wait_for(coming)
+        self.call("close_weights")
+
+    def _message(self, number: int) -> list[Call]:
+        return [w.call("weights", number) for w in self.workers]
 
 
 class Rollouts:
-    """Rollout workers that share the prompts; each is a group of processes, one for each tensor rank of its model."""
+    """Teams of rollout workers: the tensor ranks of one model each, which make the same calls."""
 
-    def __init__(self, limits: "RolloutLimits", *, threads: int) -> None:
-        self._limits = limits
-        self.workers = _start(RolloutWorker, "rollout", limits.workers * limits.tensor, threads)
+    def __init__(self, limits: "RolloutLimits", *, threads: int, places: Places = ()) -> None:
+        self._limits, self._threads, self._places = limits, threads, places
+        self.teams = [self._team(number) for number in range(limits.workers)]
         self.version = 0
 
-    def start(self, checkpoint: Path | Place, dtype: str, numerics: Numerics = "fast") -> list[tuple[Member, Any]]:
+    def start(self, checkpoint: Path | Place, dtype: str, numerics: Numerics = "fast") -> list[Call]:
         """Calls that load the checkpoint, to be gathered."""
-        calls = []
-        for group in self._groups():
-            address = gather([(group[0], group[0].handle.address.remote())])[0]
-            port = gather([group[0].call("host", address)])[0]
-            given = address, port, checkpoint, dtype, self._limits, numerics
-            calls += [w.call("start", i, *given) for i, w in enumerate(group)]
-        return calls
+        self._given = checkpoint, dtype, self._limits, numerics
+        return [call for team in self.teams for call in self._loading(team)]
 
-    def receive(self, policy: Policy) -> None:
-        """Give every worker the next version of the weights, message by message."""
+    def resume(self, policy: Policy, version: int) -> None:
+        """Go on after so many versions, with the weights that the policy has."""
+        self.version = version
+        self._fill(policy, list(range(len(self.teams))))
+
+    def receive(self, policy: Policy) -> list[int]:
+        """Give every team the next version of the weights; returns those that died meanwhile."""
         self.version += 1
-        gather([w.call("begin_update", self.version) for w in self.workers])
-        for message in policy.weights(self._limits.bucket_mib):
-            gather([w.call("take", *message) for w in self.workers])
-        gather([w.call("end_update") for w in self.workers])
+        return self._fill(policy, list(range(len(self.teams))))
 
-    def _groups(self) -> list[list[Member]]:
-        """The tensor ranks of each worker."""
+    def replace(self, number: int, policy: Policy) -> None:
+        """A new team in the place of one that died, with the weights that the others have.
+
+        Raises:
+            WorkerDied: when the new one dies, too.
+        """
+        self.end(number)
+        self.teams[number] = self._team(number)
+        gather(self._loading(self.teams[number]))
+        if self._fill(policy, [number]):
+            raise WorkerDied(f"rollout {number} died again while it received weights of version {self.version}")
+
+    def end(self, number: int) -> None:
+        """End the processes of a team."""
+        for member in self.teams[number]:
+            member.end()
+
+    def _team(self, number: int) -> list[Member]:
         size = self._limits.tensor
-        return [self.workers[i : i + size] for i in range(0, len(self.workers), size)]
+        ranks = range(number * size, (number + 1) * size)
+        return _start(RolloutWorker, "rollout", ranks, self._threads, places=self._places)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: "SamplingConfig", samples: int, seed: int) -> list[Rollout]:
-        """Completions of all prompts, in the order of (prompt, sample)."""
-        groups = self._groups()
-        shares = [(group, list(prompts[i :: len(groups)])) for i, group in enumerate(groups)]
-        calls = [w.call("generate", own, sampling, samples, seed) for group, own in shares if own for w in group]
-        found = [rollout for part in gather(calls)[:: self._limits.tensor] for rollout in part]
-        order = {p.index: i for i, p in enumerate(prompts)}
-        return sorted(found, key=lambda r: (order[r.prompt.index], r.sample))
+    def _loading(self, team: list[Member]) -> list[Call]:
+        address = gather([(team[0], team[0].handle.address.remote())])[0]
+        port = gather([team[0].call("host", address)])[0]
+        return [member.call("start", rank, address, port, *self._given) for rank, member in enumerate(team)]
+
+    def _fill(self, policy: Policy, numbers: list[int]) -> list[int]:
+        """Give teams the weights of the policy, message by message; returns those that died meanwhile."""
+        alive = self._told(numbers, "begin_update", self.version)
+        for message in policy.weights(self._limits.bucket_mib):
+            alive = self._told(alive, "take", *message)
+        alive = self._told(alive, "end_update")
+        return [number for number in numbers if number not in alive]
+
+    def _told(self, numbers: list[int], method: str, *args: Any) -> list[int]:
+        """Have teams do something; returns those that are still alive then."""
+        calls = {number: [w.call(method, *args) for w in self.teams[number]] for number in numbers}
+        return [number for number in numbers if _lives(calls[number])]
+
+
+def _lives(calls: Sequence[Call]) -> bool:
+    """Whether who was called is alive when all calls have ended."""
+    try:
+        gather(calls)
+    except WorkerDied:
+        return False
+    return True
 
 
 class Verifiers:
-    """Verifier workers that share the answers."""
+    """Verifier workers, each a judge with processes of its own."""
 
-    def __init__(self, workers: int, processes: int, deadline_s: float) -> None:
-        self.workers = _start(VerifierWorker, "verifier", workers, 1, processes, deadline_s)
+    def __init__(self, config: VerifierConfig, grader: "GraderName" = "answer", places: Places = ()) -> None:
+        """
+        Args:
+            grader: of problems without tests.
+        """
+        self._config, self._grader, self._places = config, grader, places
+        self.workers = [self._worker(number) for number in range(config.workers)]
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """Verdicts on (response, answer) pairs, in order."""
-        count = len(self.workers)
-        calls = [w.call("grade", list(pairs[i::count])) for i, w in enumerate(self.workers)]
-        verdicts: list[Any] = [None] * len(pairs)
-        for i, part in enumerate(gather(calls)):
-            verdicts[i::count] = part
-        return verdicts
+    def start(self, *, programs: bool) -> list[Call]:
+        """Calls that start the verifiers of programs, or those of answers, to be gathered; others start when needed."""
+        return [w.call("start", programs) for w in self.workers]
+
+    def judge(self, number: int, rollouts: Sequence[Rollout]) -> Call:
+        """A call of a worker for verdicts on completions, in order."""
+        return self.workers[number].call("grade", [(r.judged, r.prompt) for r in rollouts])
+
+    def replace(self, number: int) -> None:
+        """A new worker in the place of one that died."""
+        self.workers[number].end()
+        self.workers[number] = self._worker(number)
 
     def close(self) -> None:
         """End all grading processes."""
         gather([w.call("close") for w in self.workers])
+
+    def _worker(self, number: int) -> Member:
+        # One answer that takes until its deadline holds up one call, and the others go to the pool's other processes.
+        given, at_once = (self._config, self._grader), self._config.processes + 1
+        return _start(VerifierWorker, "verifier", [number], 1, *given, places=self._places, together=at_once)[0]
+
+
+class Environments:
+    """A process of environments, which answer the turns of rollouts."""
+
+    TOGETHER = 4096
+    """Calls at the same time; others wait for their turn."""
+
+    def __init__(self, config: EnvironmentConfig, files: dict[str, str], *, chat: bool) -> None:
+        """
+        Args:
+            files: of the policy's tokenizer.
+            chat: whether prompts are in its chat template.
+        """
+        self._given, self.config = (config, files, chat), config
+        self.worker = self._start()
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a process that keeps its deadlines has answered a call."""
+        return 2 * self.config.deadline + 2 * GRACE_S
+
+    def ready(self) -> Call:
+        """A call that ends when episodes can begin, to be gathered."""
+        return self.worker.call("pid")
+
+    def answer(self, rollout: Rollout, most: int) -> Call:
+        """A call for what follows a rollout's last turn: see `EnvironmentWorker.answer`."""
+        return self.worker.call("answer", rollout, most)
+
+    def replace(self) -> None:
+        """A new process in the place of one that died or hangs."""
+        self.worker.end()
+        self.worker = self._start()
+        gather([self.ready()])
+
+    def drop(self) -> None:
+        """Close all episodes."""
+        gather([self.worker.call("drop")])
+
+    def close(self) -> None:
+        """Close all episodes, and what they share."""
+        gather([self.worker.call("close")])
+
+    def _start(self) -> Member:
+        return _start(EnvironmentWorker, "environment", [0], 1, *self._given, together=self.TOGETHER)[0]
 
 
 def threads_for(processes: int) -> int:

@@ -2,21 +2,43 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
 from lockstep.data.batch import Sample, documents, sample
-from lockstep.data.problems import Problem, Split, TaskConfig
+from lockstep.data.problems import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
+from lockstep.distributed.result import StepResult
 from lockstep.model.loss import nll
-from lockstep.rl.actors import Policy, Rollouts, Verifiers
-from lockstep.rl.advantage import teaches, with_advantages
-from lockstep.rl.recipes import RLConfig, SupervisedConfig
+from lockstep.rl.actors import Environments, Model, Policy, Rollouts, Verifiers, gather
+from lockstep.rl.batching import teaches, weighted, with_advantages
+from lockstep.rl.environments.opening import told
+from lockstep.rl.environments.transcript import own_logp
+from lockstep.rl.learner import Learned, Learner, Models
+from lockstep.rl.preferences import (
+    Comparison,
+    apart,
+    by_verdict,
+    completions_of,
+    read_comparisons,
+    samples_to_compare,
+    with_reference,
+)
+from lockstep.rl.producer import Producer
+from lockstep.rl.prompts import make_prompt
+from lockstep.rl.recipes import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.scoring import columns, of_completions
+from lockstep.rl.stream import Batch, Stream
+from lockstep.rl.types import Prompt, Scored
+from lockstep.rl.verifiers.rewards import CORRECTNESS, RewardConfig, means, rewarded
 from lockstep.rl.verifiers.verdict import Outcome
+
+NO_MODELS = Models()
+Placed = TypeVar("Placed")
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,8 @@ class StepRecord:
     step: int
     metrics: dict[str, float]
     scored: tuple[Scored, ...] = ()
+    position: int = 0
+    """Number of the next group of prompts, after steps of RL."""
 
 
 class Controller:
@@ -42,113 +66,153 @@ class Controller:
         task: TaskConfig,
         split: Split,
         seed: int,
+        reward: RewardConfig = CORRECTNESS,
+        models: Models = NO_MODELS,
+        environments: Environments | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._policy, self._rollouts, self._verifiers = policy, rollouts, verifiers
-        self._tokenizer, self._task, self._seed, self._clock = tokenizer, task, seed, clock
-        self._train, self._held_out = self._prompts(split.train), self._prompts(split.held_out)
+        self._policy, self._producer = policy, Producer(policy, rollouts, verifiers, clock, environments)
+        self._learner = Learner(policy, models, self._producer.gather, seed, reward)
+        self._reward, self._stop = reward, tuple(task.stop)
+        self._reward_model = models.reward
+        self._tokenizer, self._seed, self._clock = tokenizer, seed, clock
+        rules = told(environments.config) if environments else ""
+        self._train, self._held_out = (
+            [make_prompt(p, task, tokenizer, split.shots, rules) for p in problems]
+            for problems in (split.train, split.held_out)
+        )
+
+    def resume(self, version: int) -> None:
+        """Go on with the weights of the policy as this version."""
+        self._producer.resume(version)
 
     def evaluate(self, max_new_tokens: int) -> list[Scored]:
         """Greedy completions of the held-out problems, with their verdicts."""
-        return self._scored(self._held_out, SamplingConfig(temperature=0, max_new_tokens=max_new_tokens), 1, 0)
+        prompts = dict(enumerate(self._held_out))
+        sampling = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens, stop=self._stop)
+        self._producer.ask(prompts, sampling, samples=1, seed=0)
+        return [scored for number in prompts for scored in self._producer.take(number)]
 
-    def supervised(self, config: SupervisedConfig) -> Iterator[StepRecord]:
-        """Learn the answers to training problems, then give the weights to the rollout workers."""
-        self._policy.begin_phase(keep_reference=False)
-        for step in range(1, config.steps + 1):
+    def supervised(self, config: SupervisedConfig, done: int = 0) -> Iterator[StepRecord]:
+        """Learn the answers to training problems, then give the weights to the rollout workers.
+
+        Args:
+            done: steps that have been taken before.
+        """
+        if not done:
+            self._policy.begin_phase(keep_reference=False)
+        for step in range(done + 1, config.steps + 1):
             started = self._clock()
-            prompts = self._draw(self._train, config.problems_per_step, step, "sft")
-            samples = _weighted([self._demonstration(p) for p in prompts])
-            result = self._policy.update(step, samples, nll, config.optimizer.rate(step, config.steps))
+            count = config.problems_per_step
+            prompts = [self._place(self._train, n, "sft") for n in range((step - 1) * count, step * count)]
+            samples = weighted([self._demonstration(p) for p in prompts])
+            rate = config.optimizer.rate(step, config.steps)
+            result: StepResult = gather(self._policy.update(step, samples, nll, rate))[0]
             seconds = self._clock() - started
             speed = {"train_tokens_per_second": _computed(samples) / seconds, "step_seconds": seconds}
             yield StepRecord("sft", step, result.values | {"grad_norm": result.grad_norm} | speed)
-        self._rollouts.receive(self._policy)
+        self._producer.renew()
 
-    def reinforce(self, config: RLConfig) -> Iterator[StepRecord]:
-        """Verifier-based policy gradients; every step ends with the rollout workers on the new weights."""
-        self._policy.begin_phase(keep_reference=True)
+    def prefer(self, config: PreferenceConfig) -> Iterator[StepRecord]:
+        """Learn from comparisons: the policy beside what it was before, or the reward model that it goes on with.
+
+        Raises:
+            TooFewComparisons: when there are none to learn from.
+        """
+        learns = self._judge() if config.judged else self._policy
+        train, held_out = apart(self._comparisons(config), config.held_out, self._seed)
+        learns.begin_phase(keep_reference=False)
         for step in range(1, config.steps + 1):
+            started = self._clock()
+            count = config.groups_per_step
+            chosen = [self._place(train, n, "preference") for n in range((step - 1) * count, step * count)]
+            samples = samples_to_compare(chosen, judged=config.judged)
+            rate = config.optimizer.rate(step, config.steps)
+            result: StepResult = gather(learns.update(step, samples, config.objective, rate))[0]
+            seconds = self._clock() - started
+            metrics = result.values | {"grad_norm": result.grad_norm, "step_seconds": seconds}
+            metrics["train_tokens_per_second"] = _computed(samples) / seconds
+            if held_out and config.measures_at(step):
+                kept = samples_to_compare(held_out, judged=config.judged)
+                found: dict[str, float] = gather(learns.measure(kept, config.objective))[0]
+                metrics |= {f"held_out_{name}": found[name] for name in ("loss", "accuracy", "margin")}
+            yield StepRecord(config.phase, step, metrics)
+        if not config.judged:
+            self._producer.renew()
+
+    def _judge(self) -> Model:
+        assert self._reward_model, "a reward model is to learn, and there is none"
+        return self._reward_model
+
+    def _comparisons(self, config: PreferenceConfig) -> list[Comparison]:
+        """Those of the file, or of the policy's completions, with what the reference says where there is one."""
+        if config.source:
+            found = read_comparisons(config, self._tokenizer)
+        else:
+            prompts = {n: self._place(self._train, n, "preference") for n in range(config.prompts)}
+            seed = int(np.random.default_rng([self._seed, *b"preference"]).integers(1 << 62))
+            self._producer.ask(prompts, config.sampling, config.completions, seed)
+            found = by_verdict((self._producer.take(number) for number in prompts), config.pairs)
+        if config.judged or not found:
+            return found
+        texts = completions_of(found)
+        logp = columns(gather(self._policy.score(of_completions(texts))), [len(tokens) for _, tokens in texts])
+        return with_reference(found, logp)
+
+    def reinforce(self, config: RLConfig, done: int = 0, position: int = 0) -> Iterator[StepRecord]:
+        """Verifier-based policy gradients; every step ends with the rollout workers on the new weights.
+
+        Args:
+            done: steps that have been taken before.
+            position: see `StepRecord`, after them.
+        """
+        if not done:
+            self._learner.begin(config)
+        stream = self._stream(config, position)
+        for step in range(done + 1, config.steps + 1):
             clock = _Stopwatch(self._clock)
-            prompts = self._draw(self._train, config.prompts_per_step, step, "rl")
-            seed = int(np.random.default_rng([self._seed, step]).integers(1 << 62))
-            rollouts = self._rollouts.generate(prompts, config.sampling, config.group_size, seed)
+            batch = stream.batch()
             clock.lap("rollout")
-            scored = self._with_verdicts(rollouts)
-            clock.lap("verify")
-            groups = [list(g) for _, g in groupby(scored, key=lambda s: s.rollout.prompt.index)]
-            groups = [with_advantages(g, scale_by_deviation=config.advantage == "grpo") for g in groups]
-            scored = [s for g in groups for s in g]
-            kept = [s for g in groups if teaches(g) for s in g if s.advantage is not None]
-            samples = _weighted([_sample(s) for s in kept])
-            learned = self._learn(step, samples, config)
+            if config.flow.release:
+                self._producer.release()
+            learned = self._learner.learn(step, batch.groups, config)
             clock.lap("train")
-            if learned:
-                self._rollouts.receive(self._policy)
+            if learned.metrics:
+                self._producer.renew(finish=config.flow.in_waves)
+            if config.flow.release:
+                self._policy.call("release")
             clock.lap("sync")
-            metrics = (
-                learned
-                | _summary(scored, clock.seconds)
-                | {
-                    "skipped_groups": float(len(groups) - len({s.rollout.prompt.index for s in kept})),
-                    "train_tokens_per_second": _computed(samples) / clock.seconds["train"],
-                    "weight_version": self._rollouts.version,
-                }
-            )
-            yield StepRecord("rl", step, metrics, tuple(scored))
+            metrics = learned.metrics | _summary(batch, learned, config, clock.seconds) | self._producer.metrics()
+            scored = tuple(s for group in learned.groups for s in group)
+            yield StepRecord("rl", step, metrics, scored, stream.position)
+            config = config.adapted(metrics.get("kl", 0.0))
+        self._producer.drop()
 
-    def _learn(self, step: int, samples: Sequence[Sample], config: RLConfig) -> dict[str, float]:
-        if not samples:
-            return {}
-        result = self._policy.update(step, samples, config.objective, config.optimizer.rate(step, config.steps))
-        return result.values | {"grad_norm": result.grad_norm}
-
-    def _scored(self, prompts: Sequence[Prompt], sampling: SamplingConfig, samples: int, seed: int) -> list[Scored]:
-        return self._with_verdicts(self._rollouts.generate(prompts, sampling, samples, seed))
-
-    def _with_verdicts(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        verdicts = self._verifiers.grade([(r.text, r.prompt.answer) for r in rollouts])
-        return [Scored(r, v) for r, v in zip(rollouts, verdicts, strict=True)]
-
-    def _prompts(self, problems: Sequence[Problem]) -> list[Prompt]:
-        return [make_prompt(p, self._task, self._tokenizer) for p in problems]
+    def _stream(self, config: RLConfig, first: int) -> Stream:
+        """Groups of completions of training prompts, one batch a step."""
+        return Stream(
+            self._producer,
+            lambda number: self._place(self._train, number, "rl"),
+            config.flow,
+            groups=config.prompts_per_step,
+            samples=config.group_size,
+            sampling=config.sampling.model_copy(update={"stop": (*config.sampling.stop, *self._stop)}),
+            seed=int(np.random.default_rng([self._seed, *b"rl"]).integers(1 << 62)),
+            compare=lambda group: with_advantages(rewarded(group, self._reward), config),
+            teaches=partial(teaches, config=config),
+            first=first,
+        )
 
     def _demonstration(self, prompt: Prompt) -> Sample:
-        text = self._task.completion.format(answer=prompt.answer)
         eos = [] if self._tokenizer.eos is None else [self._tokenizer.eos]
-        return sample(prompt.tokens, self._tokenizer.encode(text) + eos)
+        return sample(prompt.tokens, self._tokenizer.encode(prompt.demonstration) + eos)
 
-    def _draw(self, prompts: Sequence[Prompt], count: int, step: int, phase: str) -> list[Prompt]:
-        """The prompts of a step: an epoch after the other, each in its own order; a function of (seed, phase, step)."""
-        first = (step - 1) * count
-        chosen = []
-        for place in range(first, first + count):
-            epoch, index = divmod(place, len(prompts))
-            order = np.random.default_rng([self._seed, *phase.encode(), epoch]).permutation(len(prompts))
-            chosen.append(prompts[order[index]])
-        return list({p.index: p for p in chosen}.values())
-
-
-def make_prompt(problem: Problem, task: TaskConfig, tokenizer: Tokenizer) -> Prompt:
-    """A problem as the model reads it."""
-    text = task.prompt.format(question=problem.question)
-    if task.chat:
-        text = tokenizer.chat([{"role": "user", "content": text}])
-    return Prompt(problem.index, text, tuple(tokenizer.encode(text)), problem.answer)
-
-
-def _sample(scored: Scored) -> Sample:
-    rollout = scored.rollout
-    assert scored.advantage is not None
-    return sample(
-        rollout.prompt.tokens, rollout.tokens, advantage=scored.advantage, old_logp=np.asarray(rollout.logp, np.float32)
-    )
-
-
-def _weighted(samples: list[Sample]) -> list[Sample]:
-    """The samples with weights that make sums over the global batch means over its tokens."""
-    total = sum(float(s.weight.sum()) for s in samples)
-    return [replace(s, weight=s.weight / np.float32(total)) for s in samples]
+    def _place(self, things: Sequence[Placed], number: int, phase: str) -> Placed:
+        """A phase's prompt, or comparison, of this number: an epoch after the other, each in its own order, which the
+        seed decides."""
+        epoch, index = divmod(number, len(things))
+        order = np.random.default_rng([self._seed, *phase.encode(), epoch]).permutation(len(things))
+        return things[order[index]]
 
 
 def _computed(samples: Sequence[Sample]) -> int:
@@ -168,17 +232,24 @@ class _Stopwatch:
         self.seconds[name], self._last = now - self._last, now
 
 
-def _summary(scored: Sequence[Scored], seconds: dict[str, float]) -> dict[str, float]:
+def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str, float]) -> dict[str, float]:
     """What a step's rollouts say; the entropy is estimated by −log p of the tokens that were drawn."""
-    rewards = [r for s in scored if (r := s.verdict.reward) is not None]
+    scored = [s for group in learned.groups for s in group]
+    rewards = [r for s in scored if (r := s.reward) is not None]
     lengths = [len(s.rollout.tokens) for s in scored]
-    logp = [p for s in scored for p in s.rollout.logp]
+    logp = [p for s in scored for p in own_logp(s.rollout)]
     return {
         "reward": float(np.mean(rewards)) if rewards else float("nan"),
+        **means([s.earned for s in scored if s.earned]),
         "entropy": -float(np.mean(logp)),
         "completion_tokens": float(np.mean(lengths)),
         "ungradable": float(sum(s.verdict.outcome is Outcome.ungradable for s in scored)),
+        "skipped_groups": float(sum(not teaches(group, config) for group in learned.groups)),
+        "replaced_groups": float(batch.replaced),
+        "staleness_mean": float(np.mean(batch.staleness)),
+        "staleness_max": float(max(batch.staleness)),
         "rollout_tokens_per_second": sum(lengths) / seconds["rollout"],
+        "train_tokens_per_second": _computed(learned.samples) / seconds["train"],
         "step_seconds": sum(seconds.values()),
         **{f"{name}_seconds": value for name, value in seconds.items()},
     }

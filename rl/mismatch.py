@@ -8,17 +8,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lockstep.data.batch import Floats, documents, pack, sample
+from lockstep.data.batch import Floats, documents, pack
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Stage
+from lockstep.model.adapters import merged
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.loss import differing_bits
 from lockstep.model.train import DTYPES, build, score, transformer_of
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.scoring import columns, of_tokens, scores_of
 from lockstep.rl.types import Prompt, Rollout
 
 ROW_TOKENS = 2048
@@ -69,16 +71,9 @@ def rescored(stage: Stage, groups: Groups, rollouts: Sequence[Rollout], temperat
     Args:
         temperature: that the rollouts were drawn with.
     """
-    starts = np.cumsum([0, *(len(r.tokens) for r in rollouts)])
-    numbered = [
-        sample(r.prompt.tokens, r.tokens, old_logp=np.arange(a, b, dtype=np.float32))
-        for r, a, b in zip(rollouts, starts, starts[1:], strict=False)
-    ]
-    rows = pack(documents(numbered), budget=ROW_TOKENS)
-    found = np.full(starts[-1], np.nan, np.float32)
-    for row, logp in zip(rows, score(stage, groups, rows, temperature), strict=True):
-        found[row.old_logp.astype(np.int64)] = logp.numpy(force=True)
-    return found
+    rows = pack(documents(of_tokens(rollouts)), budget=ROW_TOKENS)
+    scores = [logp.numpy(force=True) for logp in score(stage, groups, rows, temperature)]
+    return np.concatenate(columns([scores_of(rows, scores)], [len(r.tokens) for r in rollouts]))
 
 
 def reported(rollouts: Iterable[Rollout]) -> Floats:
@@ -99,8 +94,8 @@ def measure(
 ) -> Mismatch:
     """Write completions and score them again, on every rank of a tensor group."""
     source = Checkpoint(checkpoint)
-    model = ModelConfig(**source.manifest["model"])
-    stage = build(model, groups, DTYPES[dtype], source, numerics)
+    model, weights = merged(ModelConfig(**source.manifest["model"]), source)
+    stage = build(model, groups, DTYPES[dtype], weights, numerics)
     engine = RolloutEngine(transformer_of(stage), decode=Tokenizer(source.files).decode)
     rollouts = list(engine.generate(prompts, sampling, samples=samples, seed=seed))
     return compare(reported(rollouts), rescored(stage, groups, rollouts, sampling.temperature or 1.0))

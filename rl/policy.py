@@ -1,28 +1,33 @@
-"""The policy's processes: each is one rank of the trainer's world, and does what the controller asks of all ranks."""
+"""Processes of a model that learns or scores, the policy first of all: each is one rank of the model's world, and does
+what the controller asks of all ranks."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from lockstep.data.batch import TokenBatch
+from lockstep.data.batch import Floats, Ints, TokenBatch
 from lockstep.data.loader import PretrainingConfig, PretrainingData
 from lockstep.data.schedule import SampleSchedule
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
+from lockstep.distributed.checkpoint.spec import Source
+from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.result import StepResult
 from lockstep.distributed.trace import Trace
-from lockstep.model.config import ModelConfig, Numerics, describe
+from lockstep.model.config import Head, ModelConfig, Numerics, describe
 from lockstep.model.flops import peak_flops
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loss import Objective
 from lockstep.model.pretrain import Pretraining
 from lockstep.model.recipes import OptimizerConfig, PretrainConfig, TrainerConfig, row_rules
-from lockstep.model.train import DTYPES, Trainer, build
+from lockstep.model.train import DTYPES, Trainer, build, score, transformer_of
+from lockstep.rl.reference import Reference
+from lockstep.rl.scoring import scores_of
 from lockstep.rl.sync import Held, Shard, messages_of, signed
 from lockstep.rl.worker import Worker
 
@@ -30,9 +35,8 @@ from lockstep.rl.worker import Worker
 class PolicyWorker(Worker):
     """One rank of the trainer's world."""
 
-    role = "policy"
-
-    def __init__(self, rank: int, layout: Layout, config: TrainerConfig) -> None:
+    def __init__(self, rank: int, role: str, layout: Layout, config: TrainerConfig) -> None:
+        self.role = role
         super().__init__(rank)
         self.layout, self.config = layout, config
         self.trace: Trace | None = None
@@ -48,34 +52,85 @@ class PolicyWorker(Worker):
         port: int,
         checkpoint: Path | Place,
         dtype: str,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | None,
         temperature: float,
         numerics: Numerics = "fast",
+        head: Head | None = None,
     ) -> None:
-        """Join the world and fill this rank's part of the model."""
+        """Join the world and fill this rank's part of the model.
+
+        Args:
+            optimizer: of a model that learns; one that only scores has none.
+            head: in the place of the head that the checkpoint has.
+        """
         groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
         weights = Recast(source, self.model, dtype) if dtype == "float32" else source
-        stage = build(self.model, groups, DTYPES[dtype], weights, numerics)
-        self.trainer = Trainer(stage, groups, optimizer, temperature=temperature, config=self.config)
-        self.reference: Any = None
+        self.stage = build(self.model, groups, DTYPES[dtype], weights, numerics, head=head)
+        self.model = transformer_of(self.stage).model
+        self.groups, self.temperature = groups, temperature
+        if optimizer:
+            self.trainer = Trainer(self.stage, groups, optimizer, temperature=temperature, config=self.config)
+        self.reference: Reference | None = None
         self.log.info("ready with %s", self.layout)
 
-    def begin_phase(self, *, keep_reference: bool) -> None:
-        """Forget the optimizer's moments; with `keep_reference`, remember the weights as they are now."""
+    def begin_phase(self, *, keep_reference: bool, every: int = 0, decay: float | None = None) -> None:
+        """Forget the optimizer's moments; with `keep_reference`, remember the weights as they are now.
+
+        Args:
+            every, decay: see `Reference`.
+        """
         self.trainer.engine.forget()
-        if keep_reference:
+        self.reference = None
+        moves = every > 0 or decay is not None
+        if keep_reference and not moves and self.trainer.is_base():
+            self.reference = Reference(self.trainer.base)
+        elif keep_reference:
             with self.trainer.engine.whole_weights():
-                here = Held(self.trainer.transformer)
-            numerics = self.trainer.transformer.numerics
-            self.reference = build(self.model, self.trainer.groups, self.trainer.dtype, here, numerics)
+                self._keep(Held(self.trainer.transformer), every, decay)
+
+    def resume_phase(self, reference: Path | Place | None) -> None:
+        """Remember the weights of a checkpoint, and no longer those of the phase before; moments stay."""
+        self.reference = None
+        if reference is not None:
+            self._keep(manager.Checkpoint(reference))
+
+    def _keep(self, source: Source, every: int = 0, decay: float | None = None) -> None:
+        numerics = self.trainer.transformer.numerics
+        stage = build(self.model, self.groups, self.trainer.dtype, source, numerics)
+        self.reference = Reference(stage, every=every, decay=decay)
 
     def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         """One gradient step from this data rank's rows, compared with the reference where one is kept."""
         self.step = step
-        return self._ended(self.trainer.step(rows, objective, learning_rate, self.reference))
+        stage = self.reference.stage if self.reference else None
+        return self._ended(self.trainer.step(rows, objective, learning_rate, stage))
+
+    def measure(self, rows: list[TokenBatch], objective: Objective) -> dict[str, float]:
+        """What an objective reports over this data rank's rows and all others', without an update."""
+        return self.trainer.measure(rows, objective)
+
+    def follow(self, step: int) -> None:
+        """Have the reference take note of the weights after a step, where it does."""
+        if self.reference and self.reference.moves:
+            with self.trainer.engine.whole_weights():
+                self.reference.follow(self.trainer.transformer, step)
+
+    def release(self) -> None:
+        """Give memory that a step needed back to those who share this process's device."""
+        give_back(next(self.stage.module.parameters()).device)
+
+    def score(self, rows: list[TokenBatch], of: Literal["model", "reference"]) -> tuple[Ints, Floats]:
+        """What this model, or its reference, says of the tokens of this data rank's rows; see `scores_of`."""
+        stage = self.stage
+        if of == "reference":
+            assert self.reference
+            stage = self.reference.stage
+        scores = [each.numpy(force=True) for each in score(stage, self.groups, rows, self.temperature)]
+        first = self.groups.tensor_rank == self.groups.context_rank == 0
+        return scores_of(rows, scores if first else [])
 
     def restore(self, checkpoint: Path | Place) -> None:
         """Take over the optimizer's state of the checkpoint that this rank started from."""
@@ -118,22 +173,39 @@ class PolicyWorker(Worker):
         """Operations per second of this rank's matrix products, while the others measure theirs."""
         return peak_flops(self.trainer.dtype, next(self.trainer.transformer.parameters()).device)
 
-    def messages(self, size: int) -> int:
-        """How many messages of at most so many bytes the weights are that this rank owns."""
-        with self.trainer.engine.whole_weights():
-            return len(messages_of(self.trainer.transformer, size))
+    def open_weights(self, size: int) -> int:
+        """Be ready to hand out weights; how many messages of at most so many bytes those are that this rank owns.
 
-    def weights(self, number: int, size: int) -> list[Shard]:
+        With ZeRO-3 they are gathered here, once, and stay whole until `close_weights`.
+        """
+        self._whole = self.trainer.engine.whole_weights()
+        self._whole.__enter__()
+        self._messages = messages_of(self.trainer.transformer, size)
+        return len(self._messages)
+
+    def weights(self, number: int) -> list[Shard]:
         """One of these messages; empty behind the last."""
-        with self.trainer.engine.whole_weights():
-            messages = messages_of(self.trainer.transformer, size)
-            return signed(messages[number]) if number < len(messages) else []
+        return signed(self._messages[number]) if number < len(self._messages) else []
+
+    def close_weights(self) -> None:
+        """All messages have been handed out."""
+        self._messages = []
+        self._whole.__exit__(None, None, None)
 
     def open_checkpoints(self, folder: Path | Place, config: CheckpointConfig) -> None:
         """Be ready to save into a folder."""
-        processes = self.layout.processes
-        self.saver = Saver(folder, config, rank=self.rank, ranks=processes, barrier=torch.distributed.barrier)
+        self.saver = self._saver(folder, config)
         self.trainer.engine.before_changes = self.saver.copied
+
+    def _saver(self, folder: Path | Place, config: CheckpointConfig) -> Saver:
+        barrier = torch.distributed.barrier
+        return Saver(folder, config, rank=self.rank, ranks=self.layout.processes, barrier=barrier)
+
+    def save_reference(self, step: int, folder: Path | Place) -> None:
+        """Write this rank's part of the weights, for runs that go on with them as their reference."""
+        saver = self._saver(folder, CheckpointConfig(keep_last=1))
+        said = describe(self.model, self.layout)
+        saver.save(step, self.trainer.chunks(state=False), said, self.tokenizer_files, wait=True)
 
     def save(self, step: int, manifest: dict[str, Any], state: bool, best: bool) -> None:
         """Begin to write this rank's part of a checkpoint, with the optimizer's state or without."""

@@ -3,17 +3,17 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from lockstep.distributed.checkpoint.spec import Box, Piece, WeightsOnly, digest, overlap, to_numpy, to_torch, within
-from lockstep.model.held import pieces
+from lockstep.model.held import Served, pieces, served
 from lockstep.model.names import EMBEDDING, HEAD
 from lockstep.model.transformer import Transformer
 
@@ -38,43 +38,43 @@ class Shard:
         return self.bits.view(bfloat16) if self.is_bfloat16 else self.bits
 
 
-def shards_of(transformer: Transformer, *, owned_only: bool = True) -> list[Shard]:
-    """The pieces that this rank owns, or all that it holds, signed."""
-    held = (pair for pair in pieces(transformer) if pair[1].owned or not owned_only)
-    return [_signed(piece.name, piece.box, to_numpy(piece.view(parameter))) for parameter, piece in held]
+def shards_of(transformer: Transformer) -> list[Shard]:
+    """The pieces that this rank owns, signed; adapters are in them."""
+    return [signed_rows((each, 0, len(each))) for each in served(transformer) if each.piece.owned]
 
 
-Part = tuple[nn.Parameter, Piece, int, int]
-"""Rows of a piece, on its first dim."""
+Part = tuple[Served, int, int]
+"""Rows of a piece, on its first dim, with its adapter merged."""
 
 
 def messages_of(transformer: Transformer, size: int) -> list[list[Part]]:
     """What this rank owns in messages of at most `size` bytes; a larger piece is cut between rows, a row never."""
     messages: list[list[Part]] = []
     filled = size
-    for parameter, piece in pieces(transformer):
-        if not piece.owned:
+    for each in served(transformer):
+        if not each.piece.owned:
             continue
-        (start, stop), *rest = piece.box
-        row = parameter.element_size() * math.prod(b - a for a, b in rest)
+        row = each.parameter.element_size() * math.prod(b - a for a, b in each.piece.box[1:])
         step = max(1, size // row)
-        for first in range(0, stop - start, step):
-            last = min(first + step, stop - start)
+        for first in range(0, len(each), step):
+            last = min(first + step, len(each))
             if filled + (last - first) * row > size:
                 messages, filled = [*messages, []], 0
-            messages[-1].append((parameter, piece, first, last))
+            messages[-1].append((each, first, last))
             filled += (last - first) * row
     return messages
 
 
 def signed(message: Sequence[Part]) -> list[Shard]:
     """The shards of a message."""
-    found = []
-    for parameter, piece, first, last in message:
-        (start, _), *rest = piece.box
-        part = to_numpy(piece.view(parameter)[first:last])
-        found.append(_signed(piece.name, ((start + first, start + last), *rest), part))
-    return found
+    return [signed_rows(part) for part in message]
+
+
+def signed_rows(part: Part) -> Shard:
+    """A part as a shard."""
+    each, first, last = part
+    (start, _), *rest = each.piece.box
+    return _signed(each.piece.name, ((start + first, start + last), *rest), to_numpy(each.rows(first, last)))
 
 
 def _signed(name: str, box: Box, array: NDArray[Any]) -> Shard:
@@ -83,43 +83,46 @@ def _signed(name: str, box: Box, array: NDArray[Any]) -> Shard:
     return Shard(name, box, bits, is_bfloat16, digest(bits))
 
 
-class Shards(WeightsOnly):
-    """A `Source` over shards that came from any layout."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._by_name: dict[str, list[Shard]] = defaultdict(list)
-        for shard in shards:
-            self._by_name[shard.name].append(shard)
-
-    def read(self, name: str, box: Box) -> NDArray[Any]:
-        """See `Source`.
-
-        Raises:
-            WeightsDiffer: when the shards do not cover the box.
-        """
-        parts = [(shard, common) for shard in self._by_name[name] if (common := overlap(shard.box, box))]
-        if len(parts) == 1 and parts[0][1] == box:
-            shard, common = parts[0]
-            return shard.array[within(common, shard.box)]
-        out = np.empty([b - a for a, b in box], parts[0][0].array.dtype if parts else np.float32)
-        filled = 0
-        for shard, common in parts:
-            out[within(common, box)] = shard.array[within(common, shard.box)]
-            filled += int(np.prod([b - a for a, b in common]))
-        if filled != out.size:
-            raise WeightsDiffer(f"the policy sent {filled} of {out.size} elements of {name} {box}")
-        return out
-
-
 class Held(WeightsOnly):
-    """A `Source` over the pieces that a transformer itself holds."""
+    """A `Source` over the pieces that a transformer itself holds, those of adapters among them."""
 
     def __init__(self, transformer: Transformer) -> None:
-        self._shards = {(s.name, s.box): s for s in shards_of(transformer, owned_only=False)}
+        held = pieces(transformer)
+        self._arrays = {(piece.name, piece.box): to_numpy(piece.view(parameter)) for parameter, piece in held}
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
         """See `Source`."""
-        return self._shards[name, box].array
+        return self._arrays[name, box]
+
+
+@dataclass
+class _Target:
+    """A piece of this rank's parameters, and what has come of it."""
+
+    piece: Piece
+    held: Tensor
+    came: list[Box] = field(default_factory=list)
+
+    def mark(self, box: Box) -> None:
+        """Note that a part has come.
+
+        Raises:
+            WeightsDiffer: when some of it had come before: counts alone would let it stand for a part that is missing.
+        """
+        for other in self.came:
+            if overlap(other, box):
+                raise WeightsDiffer(f"{self.piece.name} {box} came, and {other} of it before: send each part once")
+        self.came.append(box)
+
+    def check(self) -> None:
+        """Be sure that all of it has come, no part of which came twice.
+
+        Raises:
+            WeightsDiffer: says how much is missing.
+        """
+        filled, size = sum(map(_size, self.came)), _size(self.piece.box)
+        if filled != size:
+            raise WeightsDiffer(f"the policy sent {filled} of {size} elements of {self.piece.name} {self.piece.box}")
 
 
 class Receiver:
@@ -130,38 +133,27 @@ class Receiver:
     """
 
     def __init__(self, transformer: Transformer) -> None:
-        self._pieces: dict[str, list[tuple[Piece, Tensor]]] = defaultdict(list)
-        self._filled: dict[tuple[str, Box], int] = {}
+        self._targets: dict[str, list[_Target]] = defaultdict(list)
         with torch.no_grad():
             for parameter in transformer.parameters():
                 parameter.fill_(float("nan"))
             for parameter, piece in pieces(transformer):
                 if piece.name in (EMBEDDING, HEAD):
                     parameter[piece.local[0][1] :] = 0
-                self._pieces[piece.name].append((piece, piece.view(parameter).detach()))
-                self._filled[piece.name, piece.box] = 0
+                self._targets[piece.name].append(_Target(piece, piece.view(parameter).detach()))
 
     def take(self, shards: Sequence[Shard]) -> None:
         """Write what this rank holds of some shards.
 
         Raises:
-            WeightsDiffer: when bits differ from those that were signed.
+            WeightsDiffer: when bits differ from those that were signed, or a part comes twice.
         """
         for shard in shards:
-            if digest(shard.bits) != shard.digest:
-                raise WeightsDiffer(f"{shard.name} {shard.box} differs from what the policy sent")
-            for piece, held in self._pieces[shard.name]:
-                common = overlap(shard.box, piece.box)
+            for target in self._targets[shard.name]:
+                common = overlap(shard.box, target.piece.box)
                 if common:
-                    self._write(shard, piece, held, common)
-
-    def _write(self, shard: Shard, piece: Piece, held: Tensor, common: Box) -> None:
-        sent, target = shard.array[within(common, shard.box)], held[within(common, piece.box)]
-        target.copy_(to_torch(sent))
-        back = to_numpy(target)
-        if back.dtype != sent.dtype or digest(back) != digest(sent):
-            raise WeightsDiffer(f"{shard.name} {shard.box} differs from what the policy sent")
-        self._filled[piece.name, piece.box] += target.numel()
+                    target.mark(common)
+                    _write(shard, target, common)
 
     def close(self) -> None:
         """Be sure that everything has been filled.
@@ -169,10 +161,26 @@ class Receiver:
         Raises:
             WeightsDiffer: names what is missing.
         """
-        for (name, box), filled in self._filled.items():
-            size = math.prod(b - a for a, b in box)
-            if filled != size:
-                raise WeightsDiffer(f"the policy sent {filled} of {size} elements of {name} {box}")
+        for targets in self._targets.values():
+            for target in targets:
+                target.check()
+
+
+def _write(shard: Shard, target: _Target, common: Box) -> None:
+    """Copy a part and read it back: as a whole shard its digest says all, of a part the bits are compared as well."""
+    sent, held = shard.array[within(common, shard.box)], target.held[within(common, target.piece.box)]
+    held.copy_(to_torch(sent))
+    back = to_numpy(held)
+    if common == shard.box:
+        same = back.dtype == sent.dtype and digest(back) == shard.digest
+    else:
+        same = back.dtype == sent.dtype and digest(back) == digest(sent) and digest(shard.bits) == shard.digest
+    if not same:
+        raise WeightsDiffer(f"{shard.name} {shard.box} differs from what the policy sent")
+
+
+def _size(box: Box) -> int:
+    return math.prod(stop - start for start, stop in box)
 
 
 def receive(transformer: Transformer, shards: Sequence[Shard]) -> None:

@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.groups import Groups, alone
-from lockstep.model import kernels
-from lockstep.model.config import ModelConfig, Numerics
-from lockstep.model.exact_cache import ExactPagedAttention
+from lockstep.model import decoder, kernels
+from lockstep.model.adapters import merged
+from lockstep.model.config import ModelConfig, Numerics, UnknownModel
+from lockstep.model.exact_cache import ExactKVCache
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.logprobs import local_logits, reduced
 from lockstep.model.train import DTYPES, build, transformer_of
@@ -28,9 +30,10 @@ from lockstep.rl.rollout.limits import OnUpdate
 from lockstep.rl.rollout.sampler import Row, draw, likeliest, uniforms
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler
-from lockstep.rl.rollout.sequence import Request, Token
+from lockstep.rl.rollout.sequence import Order, Request, Token
 from lockstep.rl.rollout.sequence import Sequence as Running
 from lockstep.rl.rollout.stopping import StopStrings
+from lockstep.rl.rollout.writer import Writer
 from lockstep.rl.sync import Receiver, Shard
 from lockstep.rl.types import Prompt, Rollout
 
@@ -81,8 +84,8 @@ class RolloutEngine:
             on_update: see `OnUpdate`.
         """
         model, parameter = transformer.model, next(transformer.parameters())
-        self.transformer, self._decode = transformer, decode
-        self._device = parameter.device
+        self.transformer, self.decode = transformer, decode
+        self.device = parameter.device
         self.length = min(length, model.context)
         shape = {"kv_heads": model.kv_heads // transformer.groups.layout.tensor, "block": BLOCK}
         counts = blocks or pool_sizes(
@@ -93,15 +96,19 @@ class RolloutEngine:
             length=self.length,
             budget=budget,
         )
-        self._cache = KVCache(model, blocks=counts, dtype=parameter.dtype, device=self._device, **shape)
+        of_blocks = ExactKVCache if transformer.numerics == "exact" else KVCache
+        self._new_cache = partial(of_blocks, model, blocks=counts, dtype=parameter.dtype, device=self.device, **shape)
+        self._cache: KVCache | None = None
         pools = [BlockPool(count) for count in counts]
         self._scheduler = Scheduler(kinds(model), pools, sequences=sequences, budget=budget)
         self._sequences: dict[str | int, Running] = {}
         self.weight_version = 0
         self._receiver: Receiver | None = None
         self._coming, self._on_update = 0, on_update
+        self._may_decode = decoder.serves(transformer)
+        self._decoder: decoder.Decoder | None = None
         self._prompt_tokens = self._generated_tokens = 0
-        transformer.pack()
+        self._pack()
 
     def receive(self, version: int, shards: Sequence[Shard]) -> None:
         """Take over new weights in one message.
@@ -112,6 +119,11 @@ class RolloutEngine:
         self.begin_update(version)
         self.take(shards)
         self.end_update()
+
+    def _pack(self) -> None:
+        """Make ready for inference what depends on the weights."""
+        self._decoder = None
+        self.transformer.pack()
 
     def ready_for_update(self) -> bool:
         """Whether new weights may come; where old requests are to end under the old ones, `step` until they have.
@@ -149,13 +161,18 @@ class RolloutEngine:
         assert self._receiver is not None
         self._receiver.close()
         self._receiver = None
-        self.transformer.pack()
+        self._pack()
         self.weight_version = self._coming
         self._scheduler.admits = True
         if self._on_update == "pause":
             self._scheduler.forget()
         else:
             self._scheduler.restart()
+
+    def release(self) -> None:
+        """Give the memory of keys and values back; requests that run are computed again when they go on."""
+        self._scheduler.restart()
+        self._cache = self._decoder = None
 
     @property
     def has_work(self) -> bool:
@@ -194,7 +211,7 @@ class RolloutEngine:
         self._check(request)
         if request.key in self._sequences:
             raise ValueError(f"a request with the key {request.key!r} is running already: give each a key of its own")
-        stops = StopStrings(request.sampling.stop, self._decode) if request.sampling.stop else None
+        stops = StopStrings(request.sampling.stop, self.decode) if request.sampling.stop else None
         self._sequences[request.key] = sequence = Running(request, stops=stops)
         self._scheduler.waiting.append(sequence)
         self._prompt_tokens += len(request.tokens)
@@ -204,6 +221,10 @@ class RolloutEngine:
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
             self._scheduler.finish(sequence)
+
+    def holds(self, key: str | int) -> bool:
+        """Whether a request has neither ended nor been cancelled."""
+        return key in self._sequences
 
     def step(self) -> list[Token]:
         """One forward pass: the next tokens of the sequences that it completed, at most one for each.
@@ -216,7 +237,8 @@ class RolloutEngine:
         if self._receiver is not None:
             raise RuntimeError(f"weights of version {self._coming} have come in part only: end the update first")
         try:
-            with torch.inference_mode():
+            exact = self.transformer.numerics == "exact"
+            with torch.inference_mode(), nullcontext() if exact else kernels.fused():
                 return self._stepped(self._scheduler.plan())
         except BaseException:
             self._scheduler.restart()
@@ -234,24 +256,19 @@ class RolloutEngine:
             PromptTooLong: before anything runs.
         """
         assert not self.has_work
-        places = {prompt.index * samples + s: prompt for prompt in prompts for s in range(samples)}
-        requests = [Request(number, prompt.tokens, sampling, seed, number) for number, prompt in places.items()]
-        for request in requests:
-            self._check(request)
-        for request in requests:
-            self.add(request)
-        parts: dict[str | int, list[Token]] = {number: [] for number in places}
+        orders = [
+            Order(prompt.index * samples + s, prompt, sampling, seed) for prompt in prompts for s in range(samples)
+        ]
+        for order in orders:
+            self._check(order.request)
+        writer = Writer(self)
+        for order in orders:
+            writer.add(order)
         try:
-            while parts:
-                for token in self.step():
-                    parts[token.key].append(token)
-                    if token.finish_reason:
-                        yield self._rollout(places[int(token.key)], int(token.key), parts.pop(token.key))
-                for number in [number for number in parts if number not in self._sequences]:
-                    yield self._rollout(places[int(number)], int(number), parts.pop(number))
+            while writer.has_work:
+                yield from writer.step()
         finally:
-            for number in parts:
-                self.cancel(number)
+            writer.drop()
 
     def _check(self, request: Request) -> None:
         """Refuse what cannot be run; see `add`."""
@@ -279,32 +296,39 @@ class RolloutEngine:
     def _stepped(self, plan: Plan) -> list[Token]:
         if not plan.chunks:
             return []
+        cache = self._cache = self._cache or self._new_cache()
+        if self._may_decode and not plan.forks and _decodes(plan.chunks):
+            return self._extended([chunk.sequence for chunk in plan.chunks], self._decoded(plan.chunks, cache))
         ends = torch.tensor([chunk.count for chunk in plan.chunks]).cumsum(0) - 1
-        hidden = self._hidden(plan.chunks)
+        hidden = self._hidden(plan.chunks, cache)
         for fork in plan.forks:
             for kind, copied in enumerate(fork.copies):
                 if copied:
-                    self._cache.copy(kind, *copied)
+                    cache.copy(kind, *copied)
         row = {id(chunk): end for chunk, end in zip(plan.chunks, ends.tolist(), strict=True)}
         drawing = [(chunk.sequence, row[id(chunk)]) for chunk in plan.chunks if chunk.draws]
         drawing += [(fork.sequence, row[id(fork.source)]) for fork in plan.forks]
         if not drawing:
             return []
         rows, places = torch.tensor([place for _, place in drawing]).unique(return_inverse=True)
-        logits = self._logits(hidden[rows.to(self._device)])
-        return self._extended([sequence for sequence, _ in drawing], logits[places.to(self._device)])
+        logits = self._logits(hidden[rows.to(self.device)])
+        return self._extended([sequence for sequence, _ in drawing], logits[places.to(self.device)])
 
-    def _hidden(self, chunks: Sequence[Chunk]) -> Tensor:
+    def _hidden(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
         """Activations [T, width] of all tokens of a pass."""
         tokens = np.concatenate([c.sequence.part(c.start, c.start + c.count) for c in chunks])
         positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
-        exact = self.transformer.numerics == "exact"
-        paged = ExactPagedAttention if exact else PagedAttention
-        attend = paged(self._cache, [Span(c.sequence.tables, c.start, c.count) for c in chunks])
-        tokens_T, positions_T = (torch.from_numpy(x).to(self._device) for x in (tokens, positions))
-        with nullcontext() if exact else kernels.fused():
-            hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
+        attend = cache.attention(_spans(chunks))
+        tokens_T, positions_T = (torch.from_numpy(x).to(self.device) for x in (tokens, positions))
+        hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
         return hidden[:, 0]
+
+    def _decoded(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
+        """Logits [B, V] behind chunks of one token each."""
+        self._decoder = self._decoder or decoder.Decoder(self.transformer, cache)
+        tokens = torch.tensor([c.sequence.part(c.start, c.start + 1)[0] for c in chunks])
+        positions = torch.tensor([c.start for c in chunks])
+        return self._decoder(tokens, positions, PagedAttention(cache, _spans(chunks)))
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
         """Of this tensor rank's part of the vocabulary [B, V/tensor]."""
@@ -321,7 +345,8 @@ class RolloutEngine:
         """Draw a token for each sequence, which ends there or goes on."""
         whole_BV = self._whole(local_BV)
         requests = [s.request for s in sequences]
-        numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], [len(s.tokens) for s in sequences])
+        places = [s.request.begun + len(s.tokens) for s in sequences]
+        numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], places)
         rows = [self._row(s, number) for s, number in zip(sequences, numbers.tolist(), strict=True)]
         drawn = draw(whole_BV, rows)
         tokens_B = self._agreed(drawn.tokens)
@@ -344,7 +369,9 @@ class RolloutEngine:
         request = sequence.request
         early = len(sequence.tokens) < request.sampling.min_new_tokens
         forbidden = self._ends(request.sampling) if early and not request.sampling.exact_lengths else ()
-        return Row(request.sampling, number, request.tokens, sequence.tokens, forbidden)
+        begun = request.tokens[len(request.tokens) - request.begun :]
+        completion = [*begun, *sequence.tokens] if begun else sequence.tokens
+        return Row(request.sampling, number, request.tokens, completion, forbidden)
 
     def _ends(self, sampling: SamplingConfig) -> tuple[int, ...]:
         """Tokens that end a completion."""
@@ -369,7 +396,7 @@ class RolloutEngine:
     def _policy(self, local_BV: Tensor, tokens_B: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor]:
         """Log-probabilities of tokens under the policy and the log-sum-exp below them, [B] each, as in training."""
         group, local_tokens = self.transformer.groups.tensor, tokens_B - self._first_row
-        logp, log_sums = (torch.empty(len(tokens_B), device=self._device) for _ in range(2))
+        logp, log_sums = (torch.empty(len(tokens_B), device=self.device) for _ in range(2))
         for temperature in dict.fromkeys(temperatures):
             rows = [i for i, t in enumerate(temperatures) if t == temperature]
             part = local_BV if len(rows) == len(local_BV) else local_BV[rows]
@@ -388,19 +415,14 @@ class RolloutEngine:
             return "stop"
         return "length" if written >= sampling.max_new_tokens else None
 
-    def _rollout(self, prompt: Prompt, number: int, tokens: list[Token]) -> Rollout:
-        ids = tuple(t.token for t in tokens)
-        return Rollout(
-            prompt=prompt,
-            sample=number,
-            tokens=ids,
-            logp=tuple(t.logp for t in tokens),
-            text=self._decode(list(ids)),
-            finish_reason=(tokens and tokens[-1].finish_reason) or "abort",
-            weight_versions=tuple(t.weight_version for t in tokens),
-            sampling_logp=tuple(t.sampling_logp for t in tokens),
-            supports=tuple(t.support for t in tokens) if any(t.support for t in tokens) else (),
-        )
+
+def _decodes(chunks: Sequence[Chunk]) -> bool:
+    """Whether a decoder can run a pass: one token of each sequence, all of which draw the next."""
+    return len(chunks) <= decoder.ROWS and all(c.draws and c.count == 1 for c in chunks)
+
+
+def _spans(chunks: Sequence[Chunk]) -> list[Span]:
+    return [Span(c.sequence.tables, c.start, c.count) for c in chunks]
 
 
 def load_rollout_engine(
@@ -418,7 +440,11 @@ def load_rollout_engine(
     """A rollout engine over a checkpoint, in a world of this process alone unless `groups` says otherwise."""
     source = Checkpoint(checkpoint)
     tokenizer = Tokenizer(source.files)
-    stage = build(ModelConfig(**source.manifest["model"]), groups or alone(), DTYPES[dtype], source, numerics)
+    model = ModelConfig(**source.manifest["model"])
+    if model.head == "value":
+        raise UnknownModel(f"{checkpoint} has a value head and writes no text: give a language model's checkpoint")
+    model, weights = merged(model, source)
+    stage = build(model, groups or alone(), DTYPES[dtype], weights, numerics)
     gc.freeze()  # weights and libraries, which are no garbage: looking through them takes as long as a forward pass
     engine = RolloutEngine(
         transformer_of(stage),

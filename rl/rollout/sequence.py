@@ -1,9 +1,10 @@
-"""A request for one completion, what comes out of it token by token, and its state in between."""
+"""A completion that is wanted, the request for it, what comes out of it token by token, and its state in between."""
 
 from dataclasses import dataclass, field
 
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.stopping import StopStrings
+from lockstep.rl.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,34 @@ class Request:
     seed: int
     sample: int
     """Number that together with the seed and the position decides what is drawn."""
+    begun: int = 0
+    """The last so many of the tokens are the completion's beginning; positions count from there."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A completion that is wanted."""
+
+    number: int
+    """Its name; with the seed and the position it decides what is drawn."""
+    prompt: Prompt
+    sampling: SamplingConfig
+    seed: int
+    begun: Rollout | None = None
+    """What there is of it already, of earlier turns and their answers; behind that it goes on."""
+
+    @property
+    def request(self) -> Request:
+        """What the engine is asked for."""
+        if self.begun is None:
+            return Request(self.number, self.prompt.tokens, self.sampling, self.seed, self.number)
+        before, limits = len(self.begun.tokens), self.sampling
+        left = {
+            "max_new_tokens": limits.max_new_tokens - before,
+            "min_new_tokens": max(0, limits.min_new_tokens - before),
+        }
+        tokens = self.prompt.tokens + self.begun.tokens
+        return Request(self.number, tokens, limits.model_copy(update=left), self.seed, self.number, before)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,11 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[list[int]], str]
 
 
+def before_stop(text: str, strings: Sequence[str]) -> str:
+    """The text up to the first of some strings; all of it where it has none."""
+    return text[: min((place for place in map(text.find, strings) if place >= 0), default=len(text))]
+
+
 class Reader:
     """Decodes a completion as it grows, each part once."""
 

@@ -3,14 +3,16 @@
 from pathlib import Path
 
 from lockstep.distributed.checkpoint.place import Place
+from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import Numerics
 from lockstep.rl.rollout.engine import load_rollout_engine
 from lockstep.rl.rollout.limits import RolloutLimits
-from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.sequence import Order
+from lockstep.rl.rollout.writer import Writer
 from lockstep.rl.sync import Shard
-from lockstep.rl.types import Prompt, Rollout
+from lockstep.rl.types import Rollout
 from lockstep.rl.worker import Worker
 
 
@@ -47,6 +49,7 @@ class RolloutWorker(Worker):
             groups=groups,
             numerics=numerics,
         )[0]
+        self.writer, self._speaks = Writer(self.engine), rank == 0
         self.log.info("ready for %d sequences", limits.sequences)
 
     def begin_update(self, version: int) -> None:
@@ -63,6 +66,28 @@ class RolloutWorker(Worker):
         self.engine.end_update()
         self.step = self.engine.weight_version
 
-    def generate(self, prompts: list[Prompt], sampling: SamplingConfig, samples: int, seed: int) -> list[Rollout]:
-        """Completions of all prompts."""
-        return list(self.engine.generate(prompts, sampling, samples=samples, seed=seed))
+    def settle(self) -> list[Rollout]:
+        """Completions that have to end before new weights may come, where `on_update` lets them end."""
+        ended = []
+        while not self.engine.ready_for_update():
+            ended += self.writer.step()
+        return ended if self._speaks else []
+
+    def work(self, orders: list[Order], passes: int) -> list[Rollout]:
+        """Take orders and go on writing: until a completion has ended, but for so many forward passes at most."""
+        for order in orders:
+            self.writer.add(order)
+        for _ in range(passes):
+            ended = self.writer.step()
+            if ended:
+                return ended if self._speaks else []
+        return []
+
+    def drop(self) -> None:
+        """Forget all orders."""
+        self.writer.drop()
+
+    def release(self) -> None:
+        """Give memory back to those who share this process's device; see `RolloutEngine.release`."""
+        self.engine.release()
+        give_back(self.engine.device)

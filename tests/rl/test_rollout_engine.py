@@ -3,20 +3,26 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lockstep.data.tokenizer import Tokenizer
+from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import Groups
 from lockstep.model.attention import DocumentAttention
+from lockstep.model.config import ModelConfig
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.linear import PackedWeight
 from lockstep.model.logprobs import local_logits, token_logprobs
+from lockstep.model.names import RandomWeights
 from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.engine import PromptTooLong, RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.sequence import Order
+from lockstep.rl.rollout.writer import Writer
 from lockstep.rl.sync import shards_of
 from lockstep.rl.types import Prompt, Rollout
 
@@ -130,6 +136,7 @@ def test_a_stop_string_ends_a_completion_where_it_is_whole(
     for place, rollout in free.items():
         ends = [n for n in range(1, len(rollout.tokens) + 1) if stop in tokenizer.decode(rollout.tokens[:n])]
         assert stopped[place].tokens == rollout.tokens[: ends[0] if ends else None]
+        assert stopped[place].text == rollout.text.partition(stop)[0]
         assert stopped[place].finish_reason == ("stop" if ends else rollout.finish_reason)
     assert len(stopped[longest.prompt.index, longest.sample].tokens) <= cut < len(longest.tokens)
 
@@ -218,3 +225,26 @@ def test_packed_weights_give_the_same_logits_and_follow_new_ones(
     torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
     hidden = worker(text, torch.arange(len(text)), attend)
     assert hidden.requires_grad, "training must not go through packed weights"
+
+
+def test_released_memory_is_given_back_and_what_was_running_goes_on(groups: Groups, tokenizer: Tokenizer) -> None:
+    sizes = {"layers": 2, "width": 64, "heads": 8, "kv_heads": 8, "head_dim": 64, "intermediate": 64}
+    model = ModelConfig(**sizes, vocabulary=300, context=256, tied=True)
+    wide = transformer_of(build(model, groups, torch.float32, RandomWeights(model, seed=0)))
+    engine = RolloutEngine(wide, sequences=80, decode=tokenizer.decode, blocks=[1400])
+    long = [Prompt(i, "", (3 + i,) * 240, "") for i in range(64)]
+    orders = [Order(p.index, p, SamplingConfig(max_new_tokens=8), 0) for p in long]
+    wanted = {r.sample: r.tokens for r in engine.generate(long, orders[0].sampling, samples=1, seed=0)}
+    writer, found = Writer(engine), {}
+    for order in orders:
+        writer.add(order)
+    for passes in range(30):
+        found |= {r.sample: r.tokens for r in writer.step()}
+        if passes == 3:
+            assert not found
+            before = psutil.Process().memory_info().rss
+            engine.release()
+            give_back(engine.device)
+            held = 64 * 240 * 8192
+            assert before - psutil.Process().memory_info().rss > 0.9 * held
+    assert found == wanted

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.distributed.checkpoint.spec import Box, digest
@@ -16,7 +16,7 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.names import RandomWeights, logical_tensors
 from lockstep.model.train import build, transformer_of
 from lockstep.model.transformer import Transformer
-from lockstep.rl.sync import Shard, Shards, WeightsDiffer, receive, shards_of
+from lockstep.rl.sync import Shard, WeightsDiffer, messages_of, receive, shards_of, signed
 from tests.parameters import every
 
 
@@ -101,30 +101,56 @@ def test_an_altered_bit_is_noticed(place: int, shards: list[Shard], groups: Grou
     receive(transformer(groups, True, torch.bfloat16, seed=1), shards)
 
 
+def split(box: Box, dim: int, place: int) -> list[Box]:
+    (start, stop) = box[dim]
+    return [(*box[:dim], part, *box[dim + 1 :]) for part in ((start, start + place), (start + place, stop))]
+
+
 @st.composite
-def partition(draw: st.DrawFn, rows: int, columns: int) -> list[Box]:
-    """Boxes that tile a matrix: bands of rows, each cut into columns of its own."""
-    found: list[Box] = []
-    cuts = sorted(draw(st.sets(st.integers(1, rows - 1)))) if rows > 1 else []
-    for top, bottom in zip([0, *cuts], [*cuts, rows], strict=True):
-        inner = sorted(draw(st.sets(st.integers(1, columns - 1)))) if columns > 1 else []
-        found += [((top, bottom), (a, b)) for a, b in zip([0, *inner], [*inner, columns], strict=True)]
-    return draw(st.permutations(found))
+def tilings(draw: st.DrawFn, box: Box) -> list[Box]:
+    """Boxes that tile a box, cut again and again at any place of any dim."""
+    tiles = [box]
+    for _ in range(draw(st.integers(0, 4))):
+        chosen = tiles.pop(draw(st.integers(0, len(tiles) - 1)))
+        dims = [dim for dim, (start, stop) in enumerate(chosen) if stop - start > 1]
+        if not dims:
+            return [*tiles, chosen]
+        dim = draw(st.sampled_from(dims))
+        tiles += split(chosen, dim, draw(st.integers(1, chosen[dim][1] - chosen[dim][0] - 1)))
+    return draw(st.permutations(tiles))
 
 
-def shard(array: np.ndarray, box: Box) -> Shard:
-    part = array[tuple(slice(a, b) for a, b in box)].copy()
-    return Shard("w", box, part, False, digest(part))
+def cut(shard: Shard, box: Box) -> Shard:
+    part = shard.bits[
+        tuple(slice(*(p - o[0] for p in places)) for places, o in zip(box, shard.box, strict=True))
+    ].copy()
+    return replace(shard, box=box, bits=part, digest=digest(part))
 
 
-@given(st.data(), st.integers(1, 7), st.integers(1, 6))
-def test_any_box_is_read_from_any_tiling(data: st.DataObject, rows: int, columns: int) -> None:
-    array = np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
-    tiles = data.draw(partition(rows, columns))
-    top, left = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
-    box = ((top, data.draw(st.integers(top + 1, rows))), (left, data.draw(st.integers(left + 1, columns))))
-    wanted = array[top : box[0][1], left : box[1][1]]
-    assert np.array_equal(Shards([shard(array, tile) for tile in tiles]).read("w", box), wanted)
-    gone = data.draw(st.sampled_from(tiles))
-    with pytest.raises(WeightsDiffer, match="elements of w"):
-        Shards([shard(array, tile) for tile in tiles if tile != gone]).read("w", gone)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_tiling_fills_a_model_and_no_part_stands_for_another(data: st.DataObject, groups: Groups) -> None:
+    """A part that comes twice is refused, even where another is missing and the number of elements is right."""
+    whole = sent(groups, True, torch.float32)
+    tiled = data.draw(st.sampled_from(whole))
+    tiles = [cut(tiled, box) for box in data.draw(tilings(tiled.box))]
+    others = [shard for shard in whole if shard is not tiled]
+    worker = transformer(groups, True, torch.float32, seed=2)
+    receive(worker, [*others, *tiles])
+    assert bits(worker) == {s.name: s.digest for s in whole}
+    twice = data.draw(st.sampled_from(tiles))
+    with pytest.raises(WeightsDiffer, match="send each part once"):
+        receive(worker, [*others, *(tiles if len(tiles) == 1 else tiles[1:]), twice, twice])
+    with pytest.raises(WeightsDiffer, match=f"elements of {tiled.name}"):
+        receive(worker, [*others, *(tile for tile in tiles if tile is not twice)])
+
+
+@pytest.mark.parametrize("size", [1, 500, 1 << 20])
+def test_messages_hold_every_part_once_and_no_more_than_they_may(size: int, groups: Groups) -> None:
+    policy = transformer(groups, True, torch.float32, seed=1)
+    messages = [signed(message) for message in messages_of(policy, size)]
+    for message in messages:
+        assert sum(s.bits.nbytes for s in message) <= size or all(s.box[0][1] - s.box[0][0] == 1 for s in message)
+    worker = transformer(groups, True, torch.float32, seed=2)
+    receive(worker, [shard for message in messages for shard in message])
+    assert bits(worker) == bits(policy)

@@ -1,0 +1,123 @@
+"""How a model calls tools and hears their results, in one form: that of Hermes and Qwen.
+
+    <tool_call>
+    {"name": "calculator", "arguments": {"expression": "12 * 34"}}
+    </tool_call>
+
+Results are messages of the chat template. Only what is new is encoded: the template renders a conversation with a
+stand-in where the model spoke, and what follows the stand-in is the answer, up to where the model has the word again.
+What the model wrote is never rendered: its tokens stay what they are, also where its text has other tokens.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+
+from lockstep.data.tokenizer import BadTokenizer, Tokenizer
+from lockstep.rl.environments.protocol import Message
+
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_STAND_IN, _PROBE = "0d5f3a-what-the-model-said", "0d5f3a-what-it-hears"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that a model wrote, or what is wrong with it."""
+
+    name: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+def calls_of(text: str) -> list[Call]:
+    """The calls of a turn in order; one that is not closed counts, since a stop string may have cut off its end."""
+    return [_call(found) for found in _CALL.findall(text)]
+
+
+def _call(text: str) -> Call:
+    try:
+        given = json.loads(text)
+        name, arguments = given["name"], given.get("arguments", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return Call(problem='a call is JSON of the form {"name": …, "arguments": {…}}, and this is not')
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return Call(problem="a call has a text for its name and an object for its arguments")
+    return Call(name, arguments)
+
+
+def described(schemas: Sequence[dict[str, Any]]) -> str:
+    """What a system message says of tools, given their JSON schemas."""
+    listed = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
+    return (
+        f"You can call these functions:\n<tools>\n{listed}\n</tools>\n"
+        "To call one, write a JSON object with its name and arguments and end your turn:\n"
+        '<tool_call>\n{"name": "…", "arguments": {…}}\n</tool_call>\n'
+        "You are given the result and go on. A turn without a call is your final answer."
+    )
+
+
+class ChatForm:
+    """An environment's messages as tokens behind those of a model."""
+
+    def __init__(self, tokenizer: Tokenizer, *, chat: bool) -> None:
+        """
+        Args:
+            chat: whether prompts are in the tokenizer's chat template; plain text gets lines of its own otherwise.
+        """
+        self._tokenizer, self._chat = tokenizer, chat
+        self._known: dict[str, bool] = {}
+
+    def answer(self, turn: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        """Tokens to append to those of a turn; the one that ends a turn is among them where the model has not said it.
+
+        Raises:
+            BadTokenizer: when there is no chat template.
+        """
+        said = [Message(m.role, self._harmless(m.content)) for m in messages]
+        tokens = self._tokenizer.encode(self._rendered(said) if self._chat else _plain(said))
+        return tokens[1:] if turn and tokens[:1] == list(turn[-1:]) and turn[-1] in self._tokenizer.special else tokens
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
+        """What the template puts behind a turn; messages of tools in the user's name where it knows no tools."""
+        return self._after_stand_in(messages if all(self._knows(m.role) for m in messages) else [_as_user(messages)])
+
+    def _knows(self, role: str) -> bool:
+        """Whether the template renders messages of a role."""
+        if role not in self._known:
+            try:
+                self._known[role] = _PROBE in self._after_stand_in([Message(role, _PROBE)])
+            except jinja2.TemplateError:
+                self._known[role] = False
+        return self._known[role]
+
+    def _after_stand_in(self, messages: Sequence[Message]) -> str:
+        opening = [{"role": "user", "content": "…"}, {"role": "assistant", "content": _STAND_IN}]
+        spoken = [{"role": m.role, "content": m.content} for m in messages]
+        before, found, after = self._tokenizer.chat([*opening, *spoken]).rpartition(_STAND_IN)
+        if not found:
+            raise BadTokenizer(
+                f"the chat template leaves out what an assistant said ({before[:80]!r} is all): use another template"
+            )
+        return after
+
+    def _harmless(self, text: str) -> str:
+        """Text without special tokens, so that no result of a tool can end its own message and begin another."""
+        for name in self._tokenizer.special.values():
+            text = text.replace(name, f"{name[:1]} {name[1:]}")
+        return text
+
+
+def _as_user(messages: Sequence[Message]) -> Message:
+    return Message("user", "\n".join(_tagged(m) for m in messages))
+
+
+def _plain(messages: Sequence[Message]) -> str:
+    return "".join(f"\n{_tagged(m)}\n" for m in messages)
+
+
+def _tagged(message: Message) -> str:
+    return f"<tool_response>\n{message.content}\n</tool_response>" if message.role == "tool" else message.content

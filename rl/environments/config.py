@@ -1,0 +1,36 @@
+"""Which environment a recipe puts its policy into."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+TOOLS = ("calculator", "python")
+
+
+class EnvironmentConfig(BaseModel):
+    """What answers the policy's turns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str = Field("none", description="none, tools, gym, or module:Class of your own")
+    tools: tuple[str, ...] = Field(TOOLS, description="of kind tools: what the model may call")
+    settings: dict[str, Any] = Field({}, description="arguments of your own class")
+    turns: int = Field(4, ge=1, description="turns of the model at most")
+    deadline: float = Field(20.0, gt=0, description="seconds for one answer; a rollout that waits longer is ungradable")
+    stop: tuple[str, ...] = Field((), description="texts that end a turn, beside the recipe's")
+    processes: int = Field(1, ge=1, description="that run programs or score answers; more wait, within the deadline")
+
+    @model_validator(mode="after")
+    def _is_known(self) -> "EnvironmentConfig":
+        if self.kind not in ("none", "tools", "gym") and not self.is_own:
+            raise ValueError(f"environment.kind={self.kind!r} is not known: use none, tools, gym or module:Class")
+        strange = next((name for name in self.tools if name not in TOOLS), None)
+        if strange is not None or not self.tools:
+            raise ValueError(f"environment.tools has {strange!r}: use one or more of {', '.join(TOOLS)}")
+        return self
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the kind names a class or a function."""
+        module, separator, name = self.kind.partition(":")
+        return bool(separator) and all(part.isidentifier() for part in [*module.split("."), name])

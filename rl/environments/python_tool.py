@@ -1,0 +1,24 @@
+"""A tool that runs Python in the code verifier's sandbox: each call is a program of its own, and keeps nothing."""
+
+import asyncio
+
+from lockstep.rl.environments.tools import Signature, Tool, ToolError
+from lockstep.rl.verifiers.code import CodePool
+
+PYTHON = Signature(
+    "python",
+    "Runs a Python program that starts anew with each call, and returns what it prints.",
+    {"code": "the whole program; it has Python's standard library, no network and a few seconds"},
+)
+
+
+def python_tool(pool: CodePool) -> Tool:
+    """Runs a program in a sandbox of the pool, within the pool's limits, and says what it printed."""
+
+    async def run(code: str) -> str:
+        seen = await asyncio.to_thread(pool.run, code)
+        if seen.problem:
+            raise ToolError(f"the program {seen.problem}" + (f"; it printed:\n{seen.output}" if seen.output else ""))
+        return seen.output or "(it printed nothing)"
+
+    return Tool(PYTHON, run)

@@ -1,0 +1,150 @@
+"""The side of learning: judged groups go in, models say what a method asks of their tokens, updates come out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from lockstep.data.batch import Floats, Sample
+from lockstep.distributed.result import StepResult
+from lockstep.model.recipes import OptimizerConfig
+from lockstep.rl.actors import Call, Model, Policy
+from lockstep.rl.batching import samples_of, updates_of
+from lockstep.rl.recipes import RLConfig
+from lockstep.rl.scoring import columns, of_answers, of_tokens
+from lockstep.rl.types import Estimates, Scored
+from lockstep.rl.verifiers.rewards import RewardConfig, rewarded
+
+Groups = Sequence[Sequence[Scored]]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Who learns or scores beside the policy; None where a method has no use for it."""
+
+    critic: Model | None = None
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    reward: Model | None = None
+    """Scores answers, in the place of verdicts."""
+    reference: Model | None = None
+    """Apart from the policy; without it the policy keeps its own."""
+    teacher: Model | None = None
+    """Scores tokens, in the place of the reference."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a step learned from, and what it reports."""
+
+    groups: tuple[tuple[Scored, ...], ...]
+    samples: list[Sample]
+    metrics: dict[str, float]
+    """Empty where nothing was learned."""
+
+
+class Learner:
+    """The policy and the models beside it."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        models: Models,
+        gather: Callable[[Sequence[Call]], list[Any]],
+        seed: int,
+        reward: RewardConfig,
+    ) -> None:
+        """
+        Args:
+            gather: waits for calls, while rollouts may go on.
+            seed: of the order of samples in epochs of several updates.
+            reward: what answers earn when a reward model has scored them.
+        """
+        self._policy, self._models, self._gather, self._seed = policy, models, gather, seed
+        self._reward = reward
+
+    def begin(self, config: RLConfig) -> None:
+        """Forget all moments; the reference is the policy as it is now."""
+        kept = config.reference
+        self._policy.begin_phase(
+            keep_reference=kept.kind != "none" and not self._models.reference,
+            every=kept.every if kept.kind == "version" else 0,
+            decay=kept.decay if kept.kind == "average" else None,
+        )
+        if self._models.critic:
+            self._models.critic.begin_phase(keep_reference=False)
+
+    def learn(self, step: int, groups: Groups, config: RLConfig) -> Learned:
+        """All updates of a step; none where no sample teaches anything."""
+        judged = self._estimated(self._rewarded(groups), config)
+        samples = samples_of(judged, config)
+        order = int(np.random.default_rng([self._seed, step]).integers(1 << 62))
+        reports = [self._update(step, part, config) for part in updates_of(samples, config, order)] if samples else []
+        if reports:
+            self._gather([worker.call("follow", step) for worker in self._policy.workers])
+        return Learned(judged, samples, _joined(reports))
+
+    def _update(self, step: int, samples: list[Sample], config: RLConfig) -> dict[str, float]:
+        """One gradient step of the policy, and one of the critic beside it."""
+        rate = config.optimizer.rate(step, config.steps)
+        calls = self._policy.update(step, samples, config.objective, rate)
+        ranks = len(calls)
+        if self._models.critic:
+            rate = self._models.critic_optimizer.rate(step, config.steps)
+            calls += self._models.critic.update(step, samples, config.critic_loss, rate)
+        results: list[StepResult] = self._gather(calls)
+        report = results[0].values | {"grad_norm": results[0].grad_norm}
+        if self._models.critic:
+            said = results[ranks]
+            values = {name: value for name, value in said.values.items() if name != "memory_gb"}
+            report |= values | {"critic_grad_norm": said.grad_norm}
+        return report
+
+    def _rewarded(self, groups: Groups) -> Groups:
+        """The groups with the reward model's scores, where there is one."""
+        if not self._models.reward:
+            return groups
+        rollouts = [s.rollout for group in groups for s in group]
+        found = columns(self._gather(self._models.reward.score(of_answers(rollouts))), [1] * len(rollouts))
+        scores = iter(found)
+        scored = [[replace(s, score=float(next(scores)[0])) for s in group] for group in groups]
+        return [rewarded(group, self._reward) for group in scored]
+
+    def _estimated(self, groups: Groups, config: RLConfig) -> tuple[tuple[Scored, ...], ...]:
+        """The groups with what the method asks models of each token, all of them at the same time."""
+        rollouts = [s.rollout for group in groups for s in group]
+        samples = of_tokens(rollouts)
+        calls: list[Call] = []
+        asked: dict[str, slice] = {}
+        for name, model in self._asked(config):
+            begun, beside = len(calls), name == "reference_logp" and model is self._policy
+            calls += model.score(samples, "reference" if beside else "model")
+            asked[name] = slice(begun, len(calls))
+        results = self._gather(calls)
+        lengths = [len(r.tokens) for r in rollouts]
+        found: dict[str, list[Floats]] = {name: columns(results[part], lengths) for name, part in asked.items()}
+        estimates = iter([Estimates(**{name: found[name][i] for name in found}) for i in range(len(rollouts))])
+        return tuple(tuple(replace(s, estimates=next(estimates)) for s in group) for group in groups)
+
+    def _asked(self, config: RLConfig) -> list[tuple[str, Model]]:
+        """Which columns a method needs, and who has them."""
+        models: dict[str, tuple[str, Model | None]] = {
+            "proximal": ("proximal_logp", self._policy),
+            "reference": ("reference_logp", self._models.teacher or self._models.reference or self._policy),
+            "value": ("value", self._models.critic),
+        }
+        found = []
+        needed: set[str] = {*config.scores, *(["reference"] if self._models.reference else [])}
+        for score in sorted(needed):
+            name, model = models[score]
+            assert model is not None, f"{config.method} has no model for {score}"
+            found.append((name, model))
+        return found
+
+
+def _joined(reports: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of several updates the means, and of peaks the highest."""
+    if len(reports) == 1:
+        return reports[0]
+    peaks = {n: max if n.endswith("_max") or n == "memory_gb" else np.mean for n in (reports[0] if reports else {})}
+    return {name: float(join([report[name] for report in reports])) for name, join in peaks.items()}

@@ -1,0 +1,121 @@
+"""The methods as values: which signal, which objective, which mean. `docs/methods.md` has the equation of each."""
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lockstep.model.kl import KL, Estimator
+from lockstep.model.loss import TokenLoss, ValueLoss
+from lockstep.model.pairs import PairLoss
+from lockstep.model.ratio import Clip, Correction, Level
+
+Aggregation = Literal["tokens", "sequences", "constant"]
+Signal = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae", "best", "teacher"]
+Score = Literal["proximal", "reference", "value"]
+
+
+class CorrectionConfig(BaseModel):
+    """What weighs tokens for who drew them; see `lockstep.model.ratio.Correction`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["truncate", "mask"] = "truncate"
+    level: Literal["token", "sequence"] = "token"
+    low: float = Field(0.0, ge=0, description="a mask drops ratios below")
+    high: float | None = Field(2.0, gt=0, description="truncation lowers ratios to it, a mask drops those above")
+
+    @property
+    def value(self) -> Correction:
+        """What the objective takes."""
+        return Correction(self.kind, self.level, self.low, math.inf if self.high is None else self.high)
+
+
+class Method(BaseModel):
+    """A method that learns from rollouts, and any of its relatives; the defaults are GRPO's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    advantage: Signal = Field("grpo", description="grpo divides by the group's deviation")
+    aggregation: Aggregation = Field("tokens", description="what the loss is a mean over")
+    gain: Literal["clipped", "cispo", "reinforce"] = "clipped"
+    ratio: Level = Field("token", description="what the importance ratio is of")
+    clip_low: float = Field(0.2, gt=0, le=1)
+    clip_high: float = Field(0.2, gt=0)
+    clip_dual: float | None = Field(None, gt=1, description="bounds the gain of bad tokens from below")
+    kl_beta: float = Field(0.0, ge=0, description="weight of the KL to the policy that RL started from")
+    kl_estimator: Estimator = "k3"
+    kl_place: Literal["loss", "reward"] = "loss"
+    kl_target: float | None = Field(None, gt=0, description="KL, in nats a token, that kl_beta is adapted to")
+    entropy: float = Field(0.0, description="weight of the policy's entropy, as a bonus in the loss")
+    proximal: Literal["rollout", "trainer"] = Field("rollout", description="whose log-probabilities ratios are to")
+    correction: CorrectionConfig | None = None
+    overlong: Literal["keep", "drop"] = Field("keep", description="whether completions that were cut off teach")
+    overlong_share: float = Field(0.0, ge=0, le=1, description="last share of the limit, where the reward falls by 1")
+    accept_above: float = Field(0.0, description="of rejection sampling: the reward that the best has to exceed")
+    discount: float = Field(1.0, ge=0, le=1)
+    gae_trace: float = Field(0.95, ge=0, le=1, description="λ of generalised advantages")
+    whiten_rewards: bool = False
+    value_clip: float | None = Field(0.2, gt=0, description="how far an update moves a value")
+
+    @property
+    def kl(self) -> KL:
+        """What the distance to the reference costs.
+
+        Raises:
+            ValueError: where the choice has no gradient.
+        """
+        return KL(self.kl_beta, self.kl_estimator, self.kl_place)
+
+    @property
+    def policy_loss(self) -> TokenLoss:
+        """The objective of the policy, where ratios are to a column."""
+        rule = self.correction
+        return TokenLoss(
+            gain=self.gain,
+            level=self.ratio,
+            clip=Clip(self.clip_low, self.clip_high, self.clip_dual),
+            kl=self.kl,
+            correction=None if rule is None else rule.value,
+            entropy=self.entropy,
+        )
+
+    @property
+    def critic_loss(self) -> ValueLoss:
+        """The objective of the critic, of methods that have one."""
+        return ValueLoss(self.value_clip)
+
+
+GRPO = Method()
+DR_GRPO = Method(advantage="dr_grpo", aggregation="constant")
+RLOO = Method(advantage="rloo", aggregation="constant", gain="reinforce", kl_place="reward", kl_estimator="k1")
+REINFORCE_PP = Method(advantage="reinforce_pp", kl_place="reward", kl_estimator="k1")
+REINFORCE_PP_BASELINE = Method(advantage="reinforce_pp_baseline", kl_estimator="k2")
+GSPO = Method(aggregation="sequences", ratio="sequence", clip_low=3e-4, clip_high=4e-4)
+CISPO = Method(gain="cispo", clip_low=1.0, clip_high=4.0)
+DAPO = Method(clip_high=0.28, overlong_share=0.2)
+PPO = Method(advantage="gae", kl_place="reward", kl_estimator="k1")
+RSFT = Method(advantage="best", gain="reinforce")
+DISTILL = Method(advantage="teacher")
+
+METHODS = {
+    "grpo": GRPO,
+    "dr_grpo": DR_GRPO,
+    "rloo": RLOO,
+    "reinforce_pp": REINFORCE_PP,
+    "reinforce_pp_baseline": REINFORCE_PP_BASELINE,
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "dapo": DAPO,
+    "ppo": PPO,
+    "rsft": RSFT,
+    "distill": DISTILL,
+}
+"""Methods that learn from rollouts, by the names that recipes use."""
+
+SFT = TokenLoss(gain="reinforce", has_reference=False)
+DPO = PairLoss("sigmoid", beta=0.1)
+IPO = PairLoss("ipo", beta=0.1)
+REWARD_MODEL = PairLoss("sigmoid")
+RANKING_MODEL = PairLoss("plackett_luce")
+"""Objectives of methods that learn from data."""

@@ -1,0 +1,61 @@
+"""Problems as the model reads them: solved examples and an instruction are part of the task, not of who asks."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from lockstep.data.problems import Problem, TaskConfig
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.types import Prompt
+from lockstep.rl.verifiers.gym import entry_text
+
+_PLACE = re.compile(r"\{([a-z]+)\}")
+
+
+def make_prompt(
+    problem: Problem, task: TaskConfig, tokenizer: Tokenizer, shots: Sequence[Problem] = (), rules: str = ""
+) -> Prompt:
+    """A problem as the model reads it.
+
+    Args:
+        shots: solved problems to show before it, one more than `task.shots`: where it is one of them, the others serve.
+        rules: of the environment, which the system says last.
+    """
+    system = "\n\n".join(filter(None, (task.system or problem.system, rules)))
+    shown = [shot for shot in shots if shot.question != problem.question][: task.shots]
+    text = _conversation(problem, task, tokenizer, shown, system) if task.chat else _plain(problem, task, shown, system)
+    scored = problem.entry if task.grader == "gym" else None
+    answer = entry_text(dict(scored), task.settings) if scored else problem.answer
+    tokens = tuple(tokenizer.encode(text))
+    return Prompt(problem.index, text, tokens, answer, problem.tests, demonstration(problem, task))
+
+
+def asked(problem: Problem, task: TaskConfig) -> str:
+    """What a person would say: the problem in the task's words, then the instruction."""
+    text = _filled(task.prompt, {"question": problem.question, "examples": problem.examples})
+    return f"{text}\n\n{task.instruction}" if task.instruction else text
+
+
+def demonstration(problem: Problem, task: TaskConfig) -> str:
+    """What the model should say: solved examples show it, and supervised tuning teaches it."""
+    solution = problem.solution or problem.answer
+    return _filled(task.completion, {"answer": problem.answer, "solution": solution, "program": problem.program})
+
+
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    """The template with its places filled; braces around anything else stay, and so do those in what is filled in."""
+    return _PLACE.sub(lambda place: values.get(place[1], place[0]), template)
+
+
+def _conversation(
+    problem: Problem, task: TaskConfig, tokenizer: Tokenizer, shown: Sequence[Problem], system: str
+) -> str:
+    messages = [{"role": "system", "content": system}] if system else []
+    for shot in shown:
+        messages.append({"role": "user", "content": asked(shot, task)})
+        messages.append({"role": "assistant", "content": demonstration(shot, task)})
+    return tokenizer.chat([*messages, {"role": "user", "content": asked(problem, task)}])
+
+
+def _plain(problem: Problem, task: TaskConfig, shown: Sequence[Problem], system: str) -> str:
+    solved = [asked(shot, task) + demonstration(shot, task) for shot in shown]
+    return "\n\n".join([*([system] if system else []), *solved, asked(problem, task)])

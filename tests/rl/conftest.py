@@ -1,0 +1,50 @@
+"""What tests of reinforcement learning share: a Ray cluster in this process's care, and actors over the tiny model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from lockstep.data.tokenizer import Tokenizer
+    from lockstep.rl.actors import Policy, Rollouts, Verifiers
+
+
+@dataclass(frozen=True)
+class Actors:
+    """One rank of a policy, two rollout workers, a verifier, and what the model reads."""
+
+    policy: "Policy"
+    rollouts: "Rollouts"
+    verifiers: "Verifiers"
+    tokenizer: "Tokenizer"
+    checkpoint: Path
+
+
+@pytest.fixture(scope="session")
+def actors(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Actors]:
+    """Actors that all tests of a process share, on a cluster of their own."""
+    import ray
+
+    from lockstep.cluster.convert import to_lockstep
+    from lockstep.data.tokenizer import Tokenizer
+    from lockstep.distributed.checkpoint.manager import Checkpoint
+    from lockstep.distributed.layout import Layout
+    from lockstep.model.recipes import OptimizerConfig, TrainerConfig
+    from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather
+    from lockstep.rl.rollout.limits import RolloutLimits
+    from lockstep.rl.verifiers.recipes import VerifierConfig
+
+    checkpoint = to_lockstep(str(tiny_folder), tmp_path_factory.mktemp("actors"))
+    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=1)
+    try:
+        policy = Policy(Layout(), threads=1, trainer=TrainerConfig(row_tokens=256))
+        rollouts = Rollouts(RolloutLimits(workers=2, sequences=4, length=64, bucket_mib=0.01), threads=1)
+        verifiers = Verifiers(VerifierConfig())
+        calls = rollouts.start(checkpoint, "float32")
+        gather(policy.start(checkpoint, "float32", OptimizerConfig(), 1.0) + calls)
+        yield Actors(policy, rollouts, verifiers, Tokenizer(Checkpoint(checkpoint).files), checkpoint)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,75 @@
+"""Judged groups of random rollouts whose tokens all have numbers of their own, and losses of what is made of them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.data.batch import Floats, RowRules, Sample, rows_for_ranks
+from lockstep.model.columns import columns_of
+from lockstep.model.loss import Objective
+from lockstep.rl.types import Estimates, Prompt, Rollout, Scored
+from lockstep.rl.verifiers.verdict import Outcome, Verdict
+
+LIMIT = 9
+"""Tokens that a completion may have."""
+
+
+def floats(draw: np.random.Generator, count: int, spread: float) -> Floats:
+    return (spread * draw.standard_normal(count)).astype(np.float32)
+
+
+def groups_of(seed: int, *, masked: bool = True) -> list[list[Scored]]:
+    """Groups of all verdicts, one all right and one all wrong, with prompts and completions of mixed lengths."""
+    draw = np.random.default_rng(seed)
+    groups, next_token = [], 0
+    for index in range(5):
+        prompt = Prompt(index, "", tuple(range(900 + index, 900 + 2 * index + 1)), "")
+        group = []
+        for place in range(4):
+            length = int(draw.integers(1, LIMIT + 1))
+            outcome = (Outcome.correct, Outcome.incorrect)[int(draw.integers(2)) if index > 1 else index]
+            if index == 3 and place == 0:
+                outcome = Outcome.ungradable
+            logp = -np.abs(floats(draw, length, 1))
+            written = draw.random(length) < 0.7
+            written[0] = True
+            rollout = Rollout(
+                prompt,
+                place,
+                tuple(range(next_token, next_token + length)),
+                tuple(logp.tolist()),
+                "",
+                "length" if length == LIMIT else "stop",
+                (0,) * length,
+                written=tuple(written.tolist()) if masked and index == 4 else (),
+            )
+            near, far = (logp + floats(draw, length, spread) for spread in (0.2, 0.4))
+            known = Estimates(near, far, floats(draw, length, 1))
+            group.append(Scored(rollout, Verdict(outcome), estimates=known))
+            next_token += length
+        groups.append(group)
+    return groups
+
+
+def policy_of(groups: Sequence[Sequence[Scored]], seed: int) -> Tensor:
+    """Log-probabilities of all tokens by their numbers, near to those of the rollouts."""
+    draw = np.random.default_rng(seed)
+    reported = np.concatenate([s.rollout.logp for group in groups for s in group]).astype(np.float32)
+    return torch.from_numpy(reported + floats(draw, len(reported), 0.4)).requires_grad_()
+
+
+def total(
+    samples: Sequence[Sample], logp: Tensor, objective: Objective, *, budget: int = 100, ranks: int = 1
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss and the reports of a global batch: sums over all rows of all ranks, or the largest of any row."""
+    loss, reports = torch.zeros(()), dict[str, float]()
+    for rows in rows_for_ranks(samples, RowRules(ranks, budget, multiple=4)):
+        for row in rows:
+            value, report = objective(logp[torch.from_numpy(row.targets)], columns_of(row, torch.device("cpu")))
+            loss = loss + value
+            for name, number in report.items():
+                before = reports.get(name, 0.0)
+                reports[name] = max(before, number.item()) if name.endswith("_max") else before + number.item()
+    return loss, reports
