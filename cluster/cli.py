@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockstep.cluster import corpus, inference_commands
+from lockstep.cluster import corpus, evaluation_command, grading_commands, inference_commands
 from lockstep.cluster.console import err, out, progress, sentences
 
 if TYPE_CHECKING:
@@ -98,26 +98,8 @@ def parity(
 
 app.command()(inference_commands.generate)
 app.command()(inference_commands.serve)
-
-
-@app.command("eval")
-@sentences
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
-    task: Annotated[str, typer.Option(help="A recipe whose task to use, a reasoning-gym data set, or a .jsonl file.")],
-    overrides: Overrides = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    output: Annotated[Path | None, typer.Option(help="Write every completion and verdict here, as JSON lines.")] = None,
-) -> None:
-    """Greedy exact match on the held-out problems of a task, with a 95% interval.
-
-    Example: lockstep eval runs/quickstart --task recipes/quickstart.toml
-    """
-    from lockstep.cluster.inference import evaluate as evaluate_task
-
-    line = evaluate_task(checkpoint, task, overrides or [], max_new_tokens=max_new_tokens, dtype=dtype, output=output)
-    out.print(line)
+app.command("eval")(evaluation_command.evaluate)
+app.command()(grading_commands.grade)
 
 
 @app.command()
@@ -165,7 +147,7 @@ def mismatch(
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint in any format, or a name on the Hugging Face Hub.")],
     destination: Annotated[str, typer.Argument(help="A folder that does not exist, or a URL for Lockstep's format.")],
-    to: Annotated[str, typer.Option(help="lockstep, hf, megatron or deepspeed.")] = "lockstep",
+    to: Annotated[str, typer.Option(help="lockstep, hf, peft, megatron or deepspeed.")] = "lockstep",
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; as in the source otherwise.")
     ] = None,

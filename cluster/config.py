@@ -18,14 +18,18 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lockstep.cluster.roles import RolesConfig
 from lockstep.cluster.sources import SourceConfig
 from lockstep.data.problems import TaskConfig
 from lockstep.distributed.checkpoint.place import Folder, Place, is_url, place_of
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import PretrainConfig, TrainerConfig
-from lockstep.rl.recipes import RLConfig, SupervisedConfig
+from lockstep.rl.environments.config import EnvironmentConfig
+from lockstep.rl.recipes import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.rollout.limits import RolloutLimits
+from lockstep.rl.verifiers.recipes import VerifierConfig
+from lockstep.rl.verifiers.rewards import RewardConfig
 
 
 class RecipeError(ValueError):
@@ -34,14 +38,6 @@ class RecipeError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class VerifierConfig(_Section):
-    """The verifier workers."""
-
-    workers: int = Field(1, ge=1)
-    processes: int = Field(1, ge=1, description="grading processes of each worker")
-    deadline: float = Field(2.0, gt=0, description="seconds that one answer may take")
 
 
 class EvaluationConfig(_Section):
@@ -62,16 +58,22 @@ class Recipe(_Section):
     layout: Layout = Layout()
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutLimits = RolloutLimits()
+    roles: RolesConfig = RolesConfig()
     verifier: VerifierConfig = VerifierConfig()
+    reward: RewardConfig = RewardConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     pretrain: PretrainConfig | None = None
     supervised: SupervisedConfig | None = None
+    preference: PreferenceConfig | None = None
     rl: RLConfig | None = None
 
     @model_validator(mode="after")
     def _has_one_kind_of_training(self) -> "Recipe":
-        if self.pretrain and (self.supervised or self.rl):
-            raise ValueError("a recipe trains on text, with [pretrain], or on problems, with [supervised] and [rl]")
+        if self.pretrain and (self.supervised or self.preference or self.rl):
+            raise ValueError(
+                "a recipe trains on text, with [pretrain], or on problems, with [supervised], [preference] and [rl]"
+            )
         return self
 
     @model_validator(mode="after")
@@ -85,6 +87,24 @@ class Recipe(_Section):
             raise ValueError(
                 f"rollout.tensor={degrees[0]} and layout.tensor={degrees[1]} add up other parts, "
                 "and model.numerics='exact' needs the same ones: make them equal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _punishes_length_once(self) -> "Recipe":
+        if self.rl and self.rl.overlong_share and self.reward.overlong.weight:
+            raise ValueError(
+                f"rl.overlong_share={self.rl.overlong_share} and reward.overlong.weight="
+                f"{self.reward.overlong.weight} punish the same length twice: make one of them 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_entries_to_score(self) -> "Recipe":
+        if self.environment.kind == "gym" and self.task.grader != "gym":
+            raise ValueError(
+                f"environment.kind='gym' scores entries of reasoning-gym, and task.grader={self.task.grader!r} gives "
+                "answers: set task.grader='gym'"
             )
         return self
 

@@ -55,11 +55,21 @@ def plan(conversion: Conversion) -> Iterator[str]:
     form, sizes = TARGETS[conversion.to], [part.size for part in target.parts]
     yield f"{conversion.source}: {recognise(locate(conversion.source)).title}, {_shape(model)}"
     yield f"{conversion.destination}: {form.title}, {in_words(sum(sizes))}, {_dtypes(recast)}"
-    yield _of_optimizer(source, recast, form.title, form.has_states)
+    merges = model.lora is not None and form.adapters == "merged"
+    yield _of_optimizer(source, recast, form.title, form.has_states and not merges)
+    if model.lora:
+        yield f"its adapters of rank {model.lora.rank}: {_ADAPTERS[form.adapters]}"
     if recast.takes_masters:
         yield "the weights are the optimizer's fp32 masters, from which the source's own were rounded"
     yield from getattr(opened[0], "notes", ())
     yield f"beside the weights: {', '.join(sorted(files)) or 'nothing, the source has no tokenizer'}"
+
+
+_ADAPTERS = {
+    "kept": "stay beside the weights",
+    "merged": "go into the weights",
+    "alone": "are written, and the weights are not",
+}
 
 
 def _shape(model: ModelConfig) -> str:

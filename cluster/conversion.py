@@ -12,6 +12,7 @@ from lockstep.cluster.targets import TARGETS, Wanted
 from lockstep.distributed.checkpoint.manager import MANIFEST
 from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.spec import Source, WeightsOnly
+from lockstep.model.adapters import merged
 from lockstep.model.formats.huggingface_writer import SHARD_BYTES
 from lockstep.model.formats.parts import LARGEST_PART, Part, Target
 from lockstep.model.formats.recast import Recast
@@ -83,9 +84,14 @@ def target_of(conversion: Conversion, opened: OpenModel, folder: Path | Place) -
     form = TARGETS[conversion.to]
     if not isinstance(folder, Path) and not form.to_stores:
         raise BadConversion(f"{form.title} is written to folders only, and {folder} is none: give a folder")
+    if model.head == "value" and not form.has_values:
+        raise BadConversion(f"{form.title} has no place for a value head: convert to lockstep or hf")
+    if form.adapters == "merged":
+        model, source = merged(model, source)
     recast = Recast(source, model, conversion.dtype, states=form.has_states)
+    wanted = Wanted(model, recast, files, conversion.shard_bytes, conversion.part_bytes, conversion.source)
     try:
-        return form.target(folder, Wanted(model, recast, files, conversion.shard_bytes, conversion.part_bytes)), recast
+        return form.target(folder, wanted), recast
     except KeyError as error:
         raise BadSource(str(error.args[0])) from error
 

@@ -8,6 +8,10 @@ from markupsafe import Markup
 
 from lockstep.cluster.charts import Point, Series, line_chart, number, point_chart
 from lockstep.cluster.records import STAGES, Record
+from lockstep.rl.evaluate import wilson
+
+UPDATES = ("sft", "preference", "rl")
+"""Phases on problems that change the policy; a record is an update."""
 
 MEMORY_UNIT = "GB, peak of the fullest trainer rank"
 
@@ -19,16 +23,6 @@ class Chart:
     title: str
     svg: Markup
     note: str
-
-
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of correct out of total, as fractions; 0 to 1 where total is 0 (Wilson, 1927)."""
-    if total <= 0:
-        return 0.0, 1.0
-    share, square = correct / total, z * z / total
-    middle = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(max(0.0, share * (1 - share)) / total + square / (4 * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
@@ -47,6 +41,10 @@ def charts(records: Sequence[Record]) -> list[Chart]:
     ]
     if _measured(rl, "memory_gb"):
         charts.append(_chart("Memory", rl, {"memory_gb": "memory"}, MEMORY_UNIT, "", True))
+    if compared := of_phase(records, "preference") or of_phase(records, "reward"):
+        names = {"accuracy": "in training", "held_out_accuracy": "held out"}
+        note = "Share of pairs that the model has in the right order."
+        charts.append(_chart("Preferences", compared, names, "share of pairs", note, x_label="step"))
     if sft:
         charts.append(_chart("Supervised loss", sft, {"loss": "loss"}, "nats per token", "", x_label="supervised step"))
     return charts
@@ -111,16 +109,16 @@ def _mismatch_chart(rl: Sequence[Record]) -> Chart:
 def _accuracy_chart(records: Sequence[Record]) -> Chart:
     """Held-out accuracy over all updates made so far, whichever stage made them."""
     points: list[Point] = []
-    updates, supervised = 0, len(of_phase(records, "sft"))
+    updates, supervised = 0, sum(record.get("phase") in UPDATES and record.get("phase") != "rl" for record in records)
     for record in records:
-        updates += record.get("phase") in ("sft", "rl")
+        updates += record.get("phase") in UPDATES
         if record.get("phase") == "eval":
             low, high = wilson(count_of(record, "correct"), count_of(record, "total"))
             stage = str(record.get("stage", ""))
             label = stage if stage in STAGES else ""
             points.append(Point(updates, 100 * value_of(record, "accuracy"), 100 * low, 100 * high, label))
     marks = [Point(supervised, 0, 0, 0, "RL begins")] if supervised and of_phase(records, "rl") else []
-    title, x_label = "Held-out accuracy", "updates, supervised and RL" if supervised else "RL step"
+    title, x_label = "Held-out accuracy", "updates of all phases" if supervised else "RL step"
     svg = point_chart(title, points, x_label, "percent correct", marks)
     return Chart(title, Markup(svg), "Bars are 95% Wilson intervals.")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from lockstep.cluster.serving.text import TextStream, whole_text
+from lockstep.cluster.serving.text import TextStream
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig
@@ -82,8 +82,7 @@ class Answerer:
                 yield next(following).given | {"completions": [self._row(r) for r in sorted(rollouts, key=_sample)]}
 
     def _row(self, rollout: Rollout) -> dict[str, Any]:
-        text = whole_text(rollout.tokens, rollout.finish_reason, self.tokenizer.decode, self.sampling.stop)
-        return {"text": text, "finish_reason": rollout.finish_reason, "tokens": len(rollout.tokens)}
+        return {"text": rollout.text, "finish_reason": rollout.finish_reason, "tokens": len(rollout.tokens)}
 
 
 def _sample(rollout: Rollout) -> int:

@@ -60,7 +60,7 @@ def generate(
         raise ValueError("what to answer comes from one place: give a prompt, --input or --chat")
     if chat and (raw or output or samples > 1):
         raise ValueError("--chat talks at this terminal: leave out --raw, --output and --samples")
-    sampling = _sampling(
+    sampling = sampling_of(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -129,7 +129,8 @@ def serve(
             serve(engine, tokenizer, door, settings, lambda line: err.print(line, markup=False, highlight=False))
 
 
-def _sampling(**values: Any) -> "SamplingConfig":
+def sampling_of(**values: Any) -> "SamplingConfig":
+    """How tokens are drawn; what is not allowed is one sentence."""
     from lockstep.cluster.config import validation_sentence
     from lockstep.rl.rollout.sampling import SamplingConfig
 

@@ -8,31 +8,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
 from rich.console import Console
 
 from lockstep.cluster.config import Recipe, RecipeError, to_toml
-from lockstep.cluster.convert import write_checkpoint
 from lockstep.cluster.display import Progress
-from lockstep.cluster.pretraining import run_pretraining
+from lockstep.cluster.phases import continued, models, processes, run_phases, scorer_source
+from lockstep.cluster.placement import Placement, plan
+from lockstep.cluster.pretraining import continued_text, run_pretraining
 from lockstep.cluster.records import RunFolder
 from lockstep.cluster.report import write_report
+from lockstep.cluster.roles import ScorerConfig
 from lockstep.cluster.sources import OpenModel, starting_point
-from lockstep.cluster.tracing import traced
 from lockstep.data.loader import PretrainingData
 from lockstep.data.problems import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.layout import Layout
+from lockstep.model.adapters import with_adapters
 from lockstep.model.config import ModelConfig, check_layout, check_numerics
-from lockstep.model.recipes import OptimizerConfig
-from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
-from lockstep.rl.controller import Controller, StepRecord
-from lockstep.rl.types import Scored
-from lockstep.rl.verifiers.verdict import Outcome
+from lockstep.rl.verifiers.code import CodePool
+from lockstep.rl.verifiers.protection import SandboxError
+from lockstep.rl.verifiers.recipes import SandboxConfig
 
 SHUTDOWN_S = 5.0
 """How long processes may take to end by themselves when a run ends."""
@@ -113,10 +112,22 @@ def check(recipe: Recipe) -> OpenModel:
     Raises:
         ValueError: one sentence on what does not fit.
     """
-    start = _, model, files = starting_point(recipe.model, recipe.seed)
+    source, model, files = starting_point(recipe.model, recipe.seed)
+    model, source = with_adapters(model, source, recipe.trainer.trainable.lora, recipe.seed)
+    recipe.trainer.trainable.check(model)
     check_layout(recipe.layout, model)
     check_layout(Layout(tensor=recipe.rollout.tensor), model)
     check_numerics(recipe.model.numerics, recipe.layout, model)
+    for name, beside in models(recipe).items():
+        other = scorer_source(name, recipe)[1] if isinstance(beside, ScorerConfig) and beside.source else model
+        check_layout(beside.layout or recipe.layout, other)
+        if other.vocabulary != model.vocabulary:
+            raise RecipeError(
+                f"roles.{name}.source reads {other.vocabulary} tokens and the policy writes {model.vocabulary}: "
+                "give a model with the same tokenizer"
+            )
+    if recipe.rl and recipe.roles.reference.place == "apart" and recipe.rl.reference.moves:
+        raise RecipeError("a reference that moves is in the policy's own processes: place it together")
     if recipe.pretrain and recipe.pretrain.data:
         if recipe.pretrain.data.length > model.context:
             raise RecipeError(
@@ -125,7 +136,7 @@ def check(recipe: Recipe) -> OpenModel:
             )
         tokenizer = Tokenizer(files).digest if files else None
         PretrainingData(recipe.pretrain.data, seed=recipe.seed, vocabulary=model.vocabulary, tokenizer=tokenizer)
-    return start
+    return source, model, files
 
 
 def train(
@@ -143,21 +154,36 @@ def train(
     start = check(recipe)
     last = last_checkpoint(recipe, start[1]) if resume else None
     split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
+    if split and split.has_programs:
+        console.print(check_sandbox(recipe.verifier.sandbox), markup=False, highlight=False)
     traces = recipe.folder / "traces" if profile else None
     with Interruption() as interruption:
         run = RunFolder.resume(recipe.folder) if last else RunFolder.create(recipe.folder, to_toml(recipe), recipe.name)
         try:
             with run, Progress(console) as progress:
                 _describe(run, split)
-                with ray_cluster(address):
+                with ray_cluster(address), Placement(plan(recipe.roles, processes(recipe))) as placement:
                     interruption.listen()
                     if split is None:
-                        run_pretraining(recipe, start, run, progress, traces, last)
+                        run_pretraining(recipe, start, run, progress, traces, last, placement.of("policy"))
                     else:
-                        _run_phases(recipe, start, split, run, progress, traces)
+                        run_phases(recipe, start, split, run, progress, traces, placement, last)
         finally:
             write_report(recipe.folder)
     return recipe.folder
+
+
+def check_sandbox(config: SandboxConfig) -> str:
+    """What keeps programs in on this machine, in one line.
+
+    Raises:
+        ValueError: where that is less than the recipe requires.
+    """
+    try:
+        with CodePool(1, config.limits, config.required) as sandboxes:
+            return str(sandboxes.protection)
+    except SandboxError as error:
+        raise RecipeError(f"verifier.sandbox.requires={list(config.requires)}: {error}") from error
 
 
 def last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | None:
@@ -166,19 +192,25 @@ def last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | 
     Raises:
         RecipeError: when the recipe is not one that can go on from there.
     """
-    if recipe.pretrain is None:
-        raise RecipeError("--resume goes on with runs that train on text: give a recipe with a [pretrain] section")
     if not manager.saved(recipe.saves):
         return None
     last = manager.Checkpoint(recipe.saves)
-    for key, there, here in (
-        ("model", ModelConfig(**last.manifest["model"]), model),
-        ("pretrain.optimizer.kind", last.manifest.get("optimizer"), recipe.pretrain.optimizer.kind),
-        ("seed", last.manifest.get("seed"), recipe.seed),
-        ("pretrain.samples_per_step", last.manifest.get("samples_per_step"), recipe.pretrain.samples_per_step),
-    ):
+    expected = [("model", "model", model), ("seed", "seed", recipe.seed)]
+    expected += continued_text(recipe.pretrain) if recipe.pretrain else continued(recipe)
+    for key, name, here in expected:
+        there = ModelConfig(**last.manifest["model"]) if key == "model" else last.manifest.get(key)
         if there != here:
-            raise RecipeError(f"{last.place} was saved with {key}={there}, and the recipe says {here}: make them equal")
+            raise RecipeError(
+                f"{last.place} was saved with {name}={there}, and the recipe says {here}: make them equal"
+            )
+    if "critic" in models(recipe) or (recipe.rl and recipe.rl.reference.moves):
+        raise RecipeError("--resume does not go on with a critic or with a reference that moves: begin the run again")
+    if recipe.preference:
+        raise RecipeError("--resume does not go on with [preference]: begin the run again")
+    if not last.states:
+        raise RecipeError(
+            f"{last.place} holds no state of the optimizer, which a run needs to go on: save with checkpoints.every"
+        )
     return last
 
 
@@ -197,138 +229,3 @@ def _describe(run: RunFolder, split: Split | None) -> None:
                 "method": split.method,
             }
         )
-
-
-def _run_phases(
-    recipe: Recipe, start: OpenModel, split: Split, run: RunFolder, progress: Progress, traces: Path | None
-) -> None:
-    progress.say(f"converting {recipe.model.source} into {recipe.folder / 'model'}")
-    checkpoint = write_checkpoint(*start, recipe.folder / "model")
-    progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
-    policy, rollouts, verifiers = _start_actors(recipe, checkpoint)
-    tokenizer = Tokenizer(manager.Checkpoint(checkpoint).files)
-    controller = Controller(
-        policy, rollouts, verifiers, tokenizer=tokenizer, task=recipe.task, split=split, seed=recipe.seed
-    )
-    phases = _Phases(recipe, controller, policy, run, progress, traces)
-    phases.measure("before")
-    if recipe.supervised and recipe.supervised.steps:
-        phases.run("sft", recipe.supervised.steps, controller.supervised(recipe.supervised))
-        phases.measure("supervised")
-    if recipe.rl and recipe.rl.steps:
-        phases.run("rl", recipe.rl.steps, controller.reinforce(recipe.rl))
-        phases.measure("after")
-    phases.save()
-    policy.call("saved")
-    verifiers.close()
-
-
-def _start_actors(recipe: Recipe, checkpoint: Path) -> tuple[Policy, Rollouts, Verifiers]:
-    sampling = recipe.rl.sampling if recipe.rl else None
-    checkpoint = checkpoint.resolve()
-    policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
-    processes = recipe.rollout.workers * recipe.rollout.tensor
-    rollouts = Rollouts(recipe.rollout, threads=threads_for(processes))
-    verifiers = Verifiers(recipe.verifier.workers, recipe.verifier.processes, recipe.verifier.deadline)
-    calls = rollouts.start(checkpoint, recipe.model.dtype, recipe.model.numerics)
-    optimizer = (
-        recipe.rl.optimizer if recipe.rl else recipe.supervised.optimizer if recipe.supervised else OptimizerConfig()
-    )
-    temperature = (sampling.temperature if sampling else 1.0) or 1.0
-    numerics = recipe.model.numerics
-    gather(policy.start(checkpoint, recipe.model.dtype, optimizer, temperature, numerics) + calls)
-    policy.call("open_checkpoints", recipe.saves, recipe.checkpoints)
-    return policy, rollouts, verifiers
-
-
-class _Phases:
-    """Runs phases and writes down what they report."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        controller: Controller,
-        policy: Policy,
-        run: RunFolder,
-        progress: Progress,
-        traces: Path | None,
-    ) -> None:
-        self._recipe, self._controller, self._policy = recipe, controller, policy
-        self._run, self._progress, self._traces = run, progress, traces
-        self._rows: list[dict[str, Any]] = []
-        self._steps = 0
-        self._saved: int | None = None
-
-    def run(self, name: str, total: int, records: Iterator[StepRecord]) -> None:
-        """One phase, a record a step."""
-        self._progress.begin(name, total)
-        with traced(self._policy, self._traces and self._traces / name, self._progress):
-            for record in records:
-                self._record(name, record)
-
-    def _record(self, name: str, record: StepRecord) -> None:
-        self._steps += 1
-        self._run.log(name, record.step, record.metrics)
-        if record.scored:
-            self._run.rollouts(record.step, [_rollout_row(record.step, i, s) for i, s in enumerate(record.scored)])
-        self._progress.step(name, record.step, record.metrics)
-        every = self._recipe.checkpoints.every
-        if every and self._steps % every == 0:
-            self.save()
-
-    def measure(self, stage: str) -> None:
-        """Greedy accuracy on the held-out problems."""
-        self._progress.say(f"measuring held-out accuracy ({stage})")
-        scored = self._controller.evaluate(self._recipe.evaluation.max_new_tokens)
-        row = _evaluation(stage, self._steps, scored)
-        self._rows.append(row)
-        self._run.evaluation(stage, [_answer_row(s) for s in scored])
-        self._run.log("eval", self._steps, row)
-        self._run.update(rows=self._rows)
-        self._progress.say(f"{stage}: {row['correct']} of {row['total']} correct")
-
-    def save(self) -> None:
-        """A checkpoint of the policy as it is."""
-        if self._saved != self._steps:
-            self._policy.call("save", self._steps, {"name": self._recipe.name}, False, False)
-            self._saved = self._steps
-
-
-def _evaluation(stage: str, step: int, scored: Sequence[Scored]) -> dict[str, Any]:
-    outcomes = [s.verdict.outcome for s in scored]
-    correct, ungradable = outcomes.count(Outcome.correct), outcomes.count(Outcome.ungradable)
-    return {
-        "stage": stage,
-        "accuracy": correct / len(scored),
-        "correct": correct,
-        "total": len(scored),
-        "ungradable": ungradable,
-        "step": step,
-    }
-
-
-def _answer_row(scored: Scored) -> dict[str, Any]:
-    rollout, verdict = scored.rollout, scored.verdict
-    return {
-        "problem": rollout.prompt.index,
-        "prompt": rollout.prompt.text,
-        "answer": rollout.prompt.answer,
-        "completion": rollout.text,
-        "outcome": str(verdict.outcome),
-        "reason": verdict.reason,
-    }
-
-
-def _rollout_row(step: int, number: int, scored: Scored) -> dict[str, Any]:
-    rollout = scored.rollout
-    return _answer_row(scored) | {
-        "step": step,
-        "group": rollout.prompt.index,
-        "sample": number,
-        "reward": scored.verdict.reward,
-        "weight_version": rollout.weight_version,
-        "finish_reason": rollout.finish_reason,
-        "prompt_tokens": len(rollout.prompt.tokens),
-        "completion_tokens": len(rollout.tokens),
-        "advantage": scored.advantage,
-    }

@@ -15,8 +15,8 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.config import ModelConfig, Numerics, check_layout
-from lockstep.rl.controller import make_prompt
 from lockstep.rl.mismatch import Mismatch, measure
+from lockstep.rl.prompts import make_prompt
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt
 

@@ -20,21 +20,36 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.result import StepResult
 from lockstep.model.flops import training_flops
 from lockstep.model.recipes import PretrainConfig
-from lockstep.rl.actors import Policy, gather, threads_for
+from lockstep.rl.actors import Places, Policy, gather, threads_for
 
 
 class Diverged(RuntimeError):
     """A run that no longer learns; the sentence says since when, what is saved, and where the batch is."""
 
 
+def continued_text(config: PretrainConfig) -> list[tuple[str, str, Any]]:
+    """What must be as it was where a run goes on: its key in a manifest, its key in the recipe, and its value."""
+    return [
+        ("optimizer", "pretrain.optimizer.kind", config.optimizer.kind),
+        ("samples_per_step", "pretrain.samples_per_step", config.samples_per_step),
+    ]
+
+
 def run_pretraining(
-    recipe: Recipe, start: OpenModel, run: RunFolder, progress: Progress, traces: Path | None, last: Checkpoint | None
+    recipe: Recipe,
+    start: OpenModel,
+    run: RunFolder,
+    progress: Progress,
+    traces: Path | None,
+    last: Checkpoint | None,
+    places: Places = (),
 ) -> None:
     """Train, measure, save.
 
     Args:
         traces: a folder for traces of the first steps, where they are wanted.
         last: the checkpoint to go on from, where the run goes on.
+        places: of the trainer's processes.
 
     Raises:
         Diverged: after `pretrain.give_up_after` steps in a row without a finite gradient, or at a spike too many.
@@ -46,7 +61,8 @@ def run_pretraining(
     done, samples = _position(config, last)
     checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
-    policy = Policy(recipe.layout, threads=threads_for(recipe.layout.processes), trainer=recipe.trainer)
+    threads = threads_for(recipe.layout.processes)
+    policy = Policy(recipe.layout, threads=threads, trainer=recipe.trainer, places=places)
     gather(policy.start(checkpoint, recipe.model.dtype, config.optimizer, 1.0, recipe.model.numerics))
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")

@@ -24,7 +24,7 @@ Record: TypeAlias = dict[str, Any]
 Row: TypeAlias = Mapping[str, object]
 
 RECIPE, SUMMARY, METRICS = "recipe.toml", "summary.json", "metrics.jsonl"
-STAGES = ("before", "supervised", "after")
+STAGES = ("before", "supervised", "preferred", "after")
 STATUSES = ("running", "finished", "interrupted", "failed")
 
 ROLLOUT_COLUMNS: dict[str, pa.DataType] = {
@@ -38,6 +38,7 @@ ROLLOUT_COLUMNS: dict[str, pa.DataType] = {
     "outcome": pa.string(),
     "reason": pa.string(),
     "weight_version": pa.int64(),
+    "weight_versions": pa.list_(pa.int64()),
     "finish_reason": pa.string(),
     "prompt_tokens": pa.int64(),
     "completion_tokens": pa.int64(),
@@ -215,7 +216,7 @@ class RunFolder:
 
     def _metrics_file(self) -> TextIO:
         if self._lines is None:
-            _cut_half_line(self.path / METRICS)
+            cut_half_line(self.path / METRICS)
             self._lines = (self.path / METRICS).open("a", encoding="utf-8")
         return self._lines
 
@@ -296,7 +297,7 @@ def _json_value(value: object) -> object:
     return [_json_value(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _cut_half_line(path: Path) -> None:
+def cut_half_line(path: Path) -> None:
     """Drop what a killed writer left after the last newline, so that the next line starts a line."""
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):

@@ -17,9 +17,10 @@ from jinja2 import Environment, StrictUndefined
 from rich.table import Table
 
 from lockstep.cluster.charts import number
-from lockstep.cluster.curves import charts, column, count_of, of_phase, value_of, wilson
+from lockstep.cluster.curves import UPDATES, charts, column, count_of, of_phase, value_of
 from lockstep.cluster.display import duration
 from lockstep.cluster.records import METRICS, RECIPE, STAGES, Record, RunFolder, replace_file
+from lockstep.rl.evaluate import wilson
 
 CHANGES = ("fixed", "still wrong", "broken", "still correct")
 PAIRS_SHOWN = 24
@@ -248,10 +249,12 @@ def _missing(
     if of_phase(records, "pretrain"):
         return [] if recipe is not None else [f"There is no {RECIPE}."]
     measured = {stage.name for stage in stages}
-    expected = [name for name in STAGES if name != "supervised" or of_phase(records, "sft")]
+    phases = {"supervised": "sft", "preferred": "preference", "after": "rl"}
+    expected = [name for name in STAGES if name == "before" or of_phase(records, phases[name])]
     sentences = [f"There is no held-out measurement “{name}”." for name in expected if name not in measured]
     sentences += [f"No completions were kept for “{name}”." for name in STAGES if name in measured - set(evaluations)]
-    sentences += [] if of_phase(records, "rl") else [f"There is no RL step in {METRICS}."]
+    stepped = any(of_phase(records, name) for name in (*UPDATES, "reward"))
+    sentences += [] if stepped else [f"There is no step in {METRICS}."]
     return sentences + ([] if recipe is not None else [f"There is no {RECIPE}."])
 
 

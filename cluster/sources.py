@@ -12,9 +12,10 @@ from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.place import Folder, Place, is_url, place_of
 from lockstep.distributed.checkpoint.spec import Source
 from lockstep.model.config import ModelConfig, Numerics
-from lockstep.model.formats import deepspeed, huggingface
+from lockstep.model.formats import deepspeed, huggingface, peft
 from lockstep.model.formats.gguf import GGUFFile
 from lockstep.model.formats.megatron import MegatronFolder
+from lockstep.model.formats.peft import PeftFolder
 from lockstep.model.names import RandomWeights
 
 QUICKSTART_MODEL = "smollm2-135m-instruct"
@@ -86,6 +87,15 @@ def _open_huggingface(path: Path) -> OpenModel:
     return folder, folder.config, huggingface.read_text_files(path)
 
 
+def _open_peft(path: Path) -> OpenModel:
+    adapters = PeftFolder(path)
+    if not adapters.base:
+        raise BadSource(f"{path / peft.CONFIG} does not say base_model_name_or_path: write there what it adapts")
+    source, model, files = open_source(adapters.base)
+    model, source = adapters.over(model.without_adapters, source)
+    return source, model, files
+
+
 def _open_gguf(path: Path) -> OpenModel:
     file = GGUFFile(path)
     return file, file.config, file.text_files()
@@ -115,6 +125,7 @@ FORMATS = (
     Format("lockstep", "Lockstep", _is_lockstep, _open_lockstep, _root_of_lockstep, in_stores=True),
     Format("megatron", "Megatron torch_dist", _is_megatron, _open_megatron),
     Format("deepspeed", "DeepSpeed", deepspeed.is_checkpoint, _open_deepspeed),
+    Format("peft", "PEFT", lambda path: (path / peft.CONFIG).is_file(), _open_peft),
     Format("hf", "Hugging Face", lambda path: (path / huggingface.CONFIG).is_file(), _open_huggingface),
 )
 """In the order in which they are tried: a folder of another format may have a config.json beside it."""

@@ -59,12 +59,13 @@ def submit(recipe: Recipe, address: str, console: Console) -> int:
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with its run folder, and its model and problems where they are files here, as absolute paths."""
-    source, generator = recipe.model.source, recipe.task.generator
+    source, task = recipe.model.source, recipe.task
+    files = {key: _absolute(name) for key in ("generator", "held_out_from") if (name := getattr(task, key))}
     return recipe.model_copy(
         update={
             "run": str(recipe.folder.resolve()),
             "model": recipe.model.model_copy(update={"source": _absolute(source)}),
-            "task": recipe.task.model_copy(update={"generator": _absolute(generator)}),
+            "task": task.model_copy(update=files),
         }
     )
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lockstep.distributed.checkpoint import manager, store
 from lockstep.distributed.checkpoint.place import Place, place_of
@@ -15,6 +15,7 @@ from lockstep.model.formats.deepspeed_writer import UniversalTarget
 from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
 from lockstep.model.formats.megatron_writer import MegatronTarget
 from lockstep.model.formats.parts import Part, Target, rows_of_part, split
+from lockstep.model.formats.peft import PeftTarget
 from lockstep.model.formats.recast import Recast
 
 
@@ -27,6 +28,8 @@ class Wanted:
     files: Mapping[str, str]
     shard_bytes: int
     part_bytes: int
+    origin: str = ""
+    """Where the model comes from."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class TargetFormat:
     """Written into a folder."""
     to_stores: bool = False
     """Whether a key-value store will do in the place of a folder."""
+    adapters: Literal["kept", "merged", "alone"] = "merged"
+    """Whether a model's adapters stay beside its weights, go into them, or are all that is written."""
+    has_values: bool = False
+    """Whether it holds value heads."""
 
 
 class LockstepTarget:
@@ -108,9 +115,14 @@ def _huggingface(folder: Path, wanted: Wanted) -> Target:
     )
 
 
+def _peft(folder: Path, wanted: Wanted) -> Target:
+    return PeftTarget(folder, wanted.model, wanted.source, wanted.origin, limit=wanted.part_bytes)
+
+
 TARGETS: dict[str, TargetFormat] = {
-    "lockstep": TargetFormat("Lockstep", True, LockstepTarget, to_stores=True),
-    "hf": TargetFormat("Hugging Face", False, _huggingface),
+    "lockstep": TargetFormat("Lockstep", True, LockstepTarget, to_stores=True, adapters="kept", has_values=True),
+    "hf": TargetFormat("Hugging Face", False, _huggingface, has_values=True),
+    "peft": TargetFormat("PEFT", False, _peft, adapters="alone", has_values=True),
     "megatron": TargetFormat("Megatron torch_dist", True, _megatron),
     "deepspeed": TargetFormat("DeepSpeed universal", True, _deepspeed),
 }

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from lockstep.cluster.sources import OpenModel, locate, recognise
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.spec import Box, Source, digest
+from lockstep.model.adapters import merged
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.parts import rows_of_part
 from lockstep.model.names import logical_tensors
@@ -101,7 +102,9 @@ def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Box]:
 
 
 def _equal(one: OpenModel, other: OpenModel, progress: Progress) -> Found:
-    """Compare what both have; weights must be the same, states may be only one's."""
+    """Compare what both have; weights must be the same, states may be only one's. Adapters of one alone are merged."""
+    if one[1].lora != other[1].lora:
+        one, other = _merged(one), _merged(other)
     shapes, others = names_of(one[0], one[1]), names_of(other[0], other[1])
     faults = [f"{name} is in one checkpoint alone" for name in sorted(shapes.keys() ^ others.keys()) if "/" not in name]
     common = [name for name in shapes if name in others]
@@ -116,6 +119,12 @@ def _equal(one: OpenModel, other: OpenModel, progress: Progress) -> Found:
     notes = [f"{apart} tensors of an optimizer's state are in one alone, and were not compared"] if apart else []
     notes += [f"dtypes differ ({pair}): values were compared" for pair in sorted(dtypes)]
     return Found(tuple(faults), len(common), tuple(notes))
+
+
+def _merged(opened: OpenModel) -> OpenModel:
+    source, model, files = opened
+    model, source = merged(model, source)
+    return source, model, files
 
 
 def _difference(one: Source, other: Source, name: str, shape: tuple[int, ...], dtypes: set[str]) -> Iterator[str]:

@@ -4,7 +4,7 @@ A character comes when its last byte does, and text that may be the beginning of
 not to be. The stop string itself is no part of the text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from lockstep.rl.rollout.stopping import Decode, Reader
 
@@ -44,13 +44,6 @@ class TextStream:
     def _doubtful(self, text: str) -> int:
         """Characters at the end with which a stop string may have begun."""
         return max((_overlap(text, string) for string in self._stop), default=0)
-
-
-def whole_text(tokens: Iterable[int], finish_reason: str, decode: Decode, stop: Sequence[str] = ()) -> str:
-    """Text of a completion that has ended."""
-    *before, last = tokens
-    stream = TextStream(decode, stop)
-    return "".join([*map(stream.add, before), stream.add(last, finish_reason)])
 
 
 def _overlap(text: str, string: str) -> int:

@@ -118,6 +118,11 @@ class Command:
         until(lambda: text in self.output or self._child.poll() is not None, timeout)
         assert text in self.output, self.output
 
+    def wait_for_file(self, path: Path, timeout: float = 240.0) -> None:
+        """Until there is something in a file."""
+        until(lambda: (path.is_file() and path.stat().st_size > 0) or self._child.poll() is not None, timeout)
+        assert path.is_file(), self.output
+
     def wait(self, timeout: float = 240.0) -> int:
         """Until it ends; its exit code."""
         return self._child.wait(timeout)

@@ -47,7 +47,7 @@ def test_a_killed_worker_ends_the_run_and_is_named(learning: Command, tmp_path: 
     assert "failed" in (tmp_path / "tiny" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("kind", ["ctrl-c", "sigterm, then ctrl-c"])
+@pytest.mark.parametrize("kind", [pytest.param("ctrl-c", marks=pytest.mark.exhaustive), "sigterm, then ctrl-c"])
 def test_an_interrupted_run_leaves_a_record_and_no_process(learning: Command, tmp_path: Path, kind: str) -> None:
     processes = learning.descendants()
     titles = [" ".join(p.cmdline()) for p in processes]

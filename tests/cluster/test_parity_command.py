@@ -26,6 +26,7 @@ def parity(log: Path, *words: str) -> tuple[int, str]:
         command.kill()
 
 
+@pytest.mark.exhaustive
 def test_layouts_agree_with_one_process(tmp_path: Path) -> None:
     layouts = ("tensor=2,sequence=true", "pipeline=2,virtual=2", "context=2", "data=2,zero=3")
     code, output = parity(tmp_path / "log", "--steps", "3", "--layouts", *layouts)

@@ -15,6 +15,9 @@ from lockstep.cluster.jobs import check
 from lockstep.data.store import Store
 from lockstep.data.synthetic import write_random_store
 from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.spec import whole
+from lockstep.model.names import logical_tensors
+from lockstep.model.trainable import NothingLearns
 from tests.cluster.commands import Command, Train, metrics, summary
 from tests.distributed.traces import steps_and_kinds
 
@@ -178,3 +181,17 @@ def test_random_documents_end_in_token_0_and_mostly_follow_a_rule(tmp_path: Path
     commonest = [max(map(seen.count, set(seen))) / len(seen) for seen in following.values() if len(seen) > 100]
     assert np.median(commonest) > 0.7
     assert json.loads(Path(f"{store.path}.json").read_text())["documents"] == store.documents
+
+
+def test_one_declaration_says_what_learns(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, [f"run={tmp_path}/run", "trainer.trainable.lora.rank=4"])
+    source, model, _ = check(recipe)
+    assert model.adapted == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    name, shape = "model.layers.2.self_attn.v_proj.lora_A.weight", (4, model.width)
+    assert logical_tensors(model)[name] == shape
+    drawn = source.read(name, whole(shape))
+    assert 0.5 < np.abs(drawn).max() * math.sqrt(model.width) <= 1
+    assert parse(tomllib.loads(to_toml(recipe))) == recipe
+    given = load_recipe(RECIPE, [f"run={tmp_path}/run", "trainer.trainable.tensors=biases"])
+    with pytest.raises(NothingLearns, match="it has no biases"):
+        check(given)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from lockstep.cluster.charts import Point, Series, line_chart, moving_average, number, point_chart, ticks
-from lockstep.cluster.curves import wilson
 from lockstep.cluster.records import RunError, RunFolder
 from lockstep.cluster.report import Answer, Pair, _choose, summary_table, write_report
 
@@ -222,14 +221,6 @@ def test_summary_table(tmp_path: Path) -> None:
         "812 tokens/s",
     ):
         assert phrase in text
-
-
-@pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (0, 0, 0, 1)],
-)
-def test_wilson_against_published_values(correct: int, total: int, low: float, high: float) -> None:
-    assert wilson(correct, total) == pytest.approx((low, high), abs=5e-5)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=80), st.integers(0, 30))

@@ -12,6 +12,7 @@ from lockstep.cluster.sources import starting_point
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.place import place_of
 from lockstep.distributed.checkpoint.spec import whole
+from lockstep.model.names import is_adapter
 from tests.cluster.commands import Command, Train, metrics, overrides, summary, until
 from tests.cluster.heads import Head
 
@@ -110,3 +111,20 @@ def test_a_checkpoint_is_read_with_tensorstore_alone(straight: Path) -> None:
     array = tensorstore.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}).result()
     assert list(array.shape) == entry["shape"] == [64]
     assert np.abs(array.read().result()).max() > 0
+
+
+@pytest.mark.exhaustive
+def test_adapters_go_on_and_their_base_stays(tmp_path: Path, train: Train) -> None:
+    """As any other run: a declaration is all that differs."""
+    constant = ("pretrain.optimizer.schedule=constant", "pretrain.optimizer.learning_rate=0.01")
+    adapters = ("trainer.trainable.lora.rank=4", "layout.tensor=2", *constant)
+    for run, steps, options in (("whole", 6, ()), ("cut", 3, ()), ("cut", 6, ("--resume",))):
+        settings = f"run={tmp_path}/{run}", f"pretrain.steps={steps}", *adapters
+        code, output = train(tmp_path / "log", RECIPE, *settings, options=options)
+        assert code == 0, output
+    first, base = Checkpoint(tmp_path / "whole"), Checkpoint(tmp_path / "whole" / "model")
+    for name, entry in first.tensors.items():
+        box = whole(tuple(entry["shape"]))
+        np.testing.assert_array_equal(first.read(name, box), Checkpoint(tmp_path / "cut").read(name, box), name)
+        if "/" not in name:
+            assert (first.read(name, box) != base.read(name, box)).any() == is_adapter(name), name

@@ -1,0 +1,74 @@
+"""Where the processes of each role run, as a recipe says it."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lockstep.distributed.layout import Layout
+from lockstep.model.recipes import OptimizerConfig
+
+
+class RoleConfig(BaseModel):
+    """Where the processes of a role run, and what each reserves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    place: Literal["together", "apart"] = Field(
+        "together", description="in turns on what the policy's processes reserve, or on devices of its own"
+    )
+    cpus: float = Field(0.0, ge=0, description="cores that each process reserves; 0 for none")
+    gpus: float = Field(0.0, ge=0, description="GPUs that each process reserves; 0 for none")
+
+    @model_validator(mode="after")
+    def _reserves_apart(self) -> "RoleConfig":
+        if self.place == "together" and (self.cpus or self.gpus):
+            raise ValueError("who is placed together reserves nothing: set place = 'apart', or leave cpus and gpus out")
+        return self
+
+
+class PolicyRoleConfig(BaseModel):
+    """What each process of the policy reserves."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cpus: float = Field(0.0, ge=0, description="cores that each process reserves; 0 for none")
+    gpus: float = Field(0.0, ge=0, description="GPUs that each process reserves; 0 for none")
+
+
+class CriticConfig(RoleConfig):
+    """A critic: the policy's first model with a value head."""
+
+    layout: Layout | None = Field(None, description="as [layout], which it is where none is given")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class ScorerConfig(RoleConfig):
+    """A model that scores what the policy writes: a reward model, or a teacher."""
+
+    source: str = Field("", description="a checkpoint, a folder or a name, as of [model]; empty for none")
+    layout: Layout | None = Field(None, description="as [layout], which it is where none is given")
+
+
+class ReferenceRoleConfig(RoleConfig):
+    """The reference: in the policy's own processes where it is placed together, else in processes of its own."""
+
+    layout: Layout | None = Field(None, description="as [layout], which it is where none is given; only apart")
+
+
+class RolesConfig(BaseModel):
+    """Where roles run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    policy: PolicyRoleConfig = PolicyRoleConfig()
+    rollout: RoleConfig = RoleConfig()
+    verifier: RoleConfig = RoleConfig()
+    reference: ReferenceRoleConfig = ReferenceRoleConfig()
+    critic: CriticConfig = CriticConfig()
+    reward: ScorerConfig = ScorerConfig()
+    teacher: ScorerConfig = ScorerConfig()
+
+    @property
+    def by_name(self) -> dict[str, RoleConfig]:
+        """All roles but the policy."""
+        return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), RoleConfig)}
