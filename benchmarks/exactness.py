@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--longest-prompt", type=int, default=700)
     parser.add_argument("--longest-completion", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other sequences")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = to_lockstep(QUICKSTART_MODEL, Path(folder)) if args.model == "smollm2" else None
@@ -84,9 +85,15 @@ def main() -> None:
             return
         lengths = args.sequences, args.longest_prompt, args.longest_completion
         with Worlds(timeout_s=36_000.0) as worlds:
-            given = args.model, checkpoint, args.dtype, args.numerics, lengths
+            given = args.model, checkpoint, args.dtype, args.numerics, lengths, args.seed
             found = worlds.run(Layout(tensor=args.tensor), check, *given)[0]
-    said = {"model": args.model, "tensor": args.tensor, "dtype": args.dtype, "numerics": args.numerics}
+    said = {
+        "model": args.model,
+        "tensor": args.tensor,
+        "dtype": args.dtype,
+        "numerics": args.numerics,
+        "seed": args.seed,
+    }
     print(json.dumps(said | found))
 
 
@@ -100,7 +107,13 @@ def opened(name: str, checkpoint: Path | None) -> tuple[ModelConfig, Source]:
 
 
 def check(
-    groups: Groups, name: str, checkpoint: Path | None, dtype: str, numerics: Numerics, lengths: tuple[int, int, int]
+    groups: Groups,
+    name: str,
+    checkpoint: Path | None,
+    dtype: str,
+    numerics: Numerics,
+    lengths: tuple[int, int, int],
+    seed: int,
 ) -> dict[str, float]:
     """The mismatch, and what the engine did, on one rank of a tensor group."""
     model, source = opened(name, checkpoint)
@@ -114,7 +127,7 @@ def check(
         budget=384,
         blocks=[blocks] * len(kinds(model)),
     )
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     began = time.perf_counter()
     rollouts = written(engine, requests(draw, sequences, longest_prompt, longest_completion, model.vocabulary), draw)
     between = time.perf_counter()

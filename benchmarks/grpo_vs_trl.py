@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 import venv
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,14 @@ from lockstep.data.batch import sample
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
-from lockstep.model.loss import Clip, token_loss
+from lockstep.model.loss import TokenLoss
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
+from lockstep.rl.producer import Producer
 from lockstep.rl.rollout.limits import RolloutLimits
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt
+from lockstep.rl.verifiers.recipes import VerifierConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_PACKAGES = ["trl==1.16.*", "transformers==5.23.*", "accelerate", "datasets", "gguf"]
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--from", dest="recorded", type=Path, help="a file of TRL's line, instead of running TRL")
     parser.add_argument("--steps", type=int, default=5, help="steps that count, after one that does not")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=int, default=1, help="policy processes; TRL has one")
     parser.add_argument("--threads", type=int, default=0, help="of torch, on both sides; 0 leaves its own choice")
     args = parser.parse_args()
     if args.threads:
@@ -52,36 +54,36 @@ def main() -> None:
     theirs = json.loads(args.recorded.read_text()) if args.recorded else trl_steps(args)
     show("TRL", theirs["steps"], theirs["tokens"])
     if not args.trl_only:
-        ours = lockstep_step_seconds(theirs["lengths"], theirs["prompts"])
+        ours = lockstep_step_seconds(theirs["lengths"], theirs["prompts"], args.data)
         show("Lockstep", ours, theirs["tokens"])
         print(f"TRL / Lockstep: {statistics.median(theirs['steps']) / statistics.median(ours):.2f}")
 
 
-def lockstep_step_seconds(lengths: list[list[int]], prompts: list[list[str]]) -> list[float]:
+def lockstep_step_seconds(lengths: list[list[int]], prompts: list[list[str]], data: int) -> list[float]:
     """Wall seconds of each step: rollouts, verdicts, backward pass, optimizer step, weights to the rollout workers.
 
     Args:
         lengths: for each step, prompt by prompt, the tokens of each completion, the end-of-message token included.
         prompts: for each step the user messages, to be put into the model's chat template.
+        data: processes of the policy.
 
     The first step is replayed once beforehand, unrecorded: TRL's warm-up is left out too.
     """
     with tempfile.TemporaryDirectory() as folder, ray_cluster(None):
-        system = _System(to_lockstep(QUICKSTART_MODEL, Path(folder)))
+        system = _System(to_lockstep(QUICKSTART_MODEL, Path(folder)), data)
         system.step(prompts[0], lengths[0])
         return [system.step(p, n) for p, n in zip(prompts, lengths, strict=True)]
 
 
 class _System:
-    """The actors of a run, as the quickstart places them."""
+    """The actors of a run on one machine."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, data: int) -> None:
         self.optimizer = OptimizerConfig(learning_rate=2e-5)
-        self.policy = Policy(Layout(data=2), threads=1, trainer=TrainerConfig())
-        self.rollouts = Rollouts(RolloutLimits(workers=1, length=256), threads=threads_for(1))
-        self.verifiers = Verifiers(1, 1, 2.0)
-        calls = self.policy.start(checkpoint, "bfloat16", self.optimizer, 1.0)
-        gather(calls + self.rollouts.start(checkpoint, "bfloat16"))
+        self.policy = Policy(Layout(data=data), threads=threads_for(data), trainer=TrainerConfig())
+        rollouts = Rollouts(RolloutLimits(workers=1, length=256), threads=threads_for(1))
+        self.producer = Producer(self.policy, rollouts, Verifiers(VerifierConfig()))
+        gather(self.policy.start(checkpoint, "bfloat16", self.optimizer, 1.0) + rollouts.start(checkpoint, "bfloat16"))
         self.tokenizer = Tokenizer(Checkpoint(checkpoint).files)
 
     def step(self, messages: list[str], lengths: list[int]) -> float:
@@ -91,9 +93,9 @@ class _System:
         texts = [self.tokenizer.chat([{"role": "user", "content": m}]) for m in messages]
         prompts = [Prompt(i, t, tuple(self.tokenizer.encode(t)), "0") for i, t in enumerate(texts)]
         sampling = SamplingConfig(max_new_tokens=max(lengths), exact_lengths=tuple(lengths))
-        rollouts = self.rollouts.generate(prompts, sampling, group, 0)
+        self.producer.ask(dict(enumerate(prompts)), sampling, group, 0)
+        rollouts = [scored.rollout for number in range(len(prompts)) for scored in self.producer.take(number)]
         assert [len(r.tokens) for r in rollouts] == lengths
-        self.verifiers.grade([(r.text, r.prompt.answer) for r in rollouts])
         samples = [
             sample(
                 r.prompt.tokens,
@@ -104,9 +106,9 @@ class _System:
             )
             for i, r in enumerate(rollouts)
         ]
-        objective = partial(token_loss, clip=Clip(), kl_beta=0.0, has_reference=False)
-        self.policy.update(1, samples, objective, self.optimizer.learning_rate)
-        self.rollouts.receive(self.policy)
+        objective = TokenLoss(has_reference=False)
+        gather(self.policy.update(1, samples, objective, self.optimizer.learning_rate))
+        self.producer.renew()
         return time.perf_counter() - start
 
 
