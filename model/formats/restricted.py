@@ -12,6 +12,9 @@ import torch
 _PLAIN = {"argparse": "Namespace", "types": "SimpleNamespace", "pathlib": "PosixPath", "signal": "Signals"}
 """By module: classes that may stand beside tensors in a file of `torch.save`."""
 
+_GETATTR = "builtins.getattr"
+"""What Python 3.11 before 3.11.4 writes where a pickle has a member of an enumeration; `_member` stands in for it."""
+
 
 class UnreadFile(ValueError):
     """A file that is damaged, or holds something that is not on the list."""
@@ -33,7 +36,8 @@ def load_torch(content: bytes, what: str) -> Any:
 
     def load() -> Any:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-        with torch.serialization.safe_globals([_known_class(name) for name in names]):
+        known = [(_member, name) if name == _GETATTR else _known_class(name) for name in names]
+        with torch.serialization.safe_globals(known):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
     return _guarded(load, what)
@@ -56,9 +60,18 @@ class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in self._listed.get(module, ()):
             return super().find_class(module, name)
+        if f"{module}.{name}" == _GETATTR:
+            return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise _Foreign(f"{module}.{name}")
+
+
+def _member(kind: object, name: str) -> enum.Enum:
+    """A member of an enumeration by its name, and no other attribute of anything."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise _Foreign(f"{_GETATTR}({kind!r}, {name!r})")
+    return kind[name]
 
 
 def _known_class(path: str) -> type:
