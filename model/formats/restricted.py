@@ -36,7 +36,7 @@ def load_torch(content: bytes, what: str) -> Any:
 
     def load() -> Any:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-        known = [(_member, name) if name == _GETATTR else _known_class(name) for name in names]
+        known: list[Any] = [(_member, name) if name == _GETATTR else _known_class(name) for name in names]
         with torch.serialization.safe_globals(known):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
