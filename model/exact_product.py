@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.model import exact_triton
+from lockstep.model.exact import row_sum
 
 TILE = 32
 """Rows of a product; fewer wait for the weight to be read, more are lost where one row is wanted."""
@@ -23,6 +24,9 @@ LARGER: tuple[int, ...] = (1024, 512, 256, 128, 64)
 
 TRIED = 1 << 15
 """Numbers that a trial compares, at least."""
+
+SMALL = 4096
+"""Elements of a weight whose products are added up here where no kernel of the library will do."""
 
 Multiply = Callable[[Tensor], Tensor]
 """[R, inputs] → [R, outputs]."""
@@ -43,6 +47,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         if x.is_cuda:
             return exact_triton.product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        if not tile_sizes(weight.shape[1], weight.shape[0], weight.dtype):
+            return _summed(x, weight)
         return in_tiles(x, weight.shape[0], lambda rows: F.linear(rows, weight))
 
     @staticmethod
@@ -96,8 +102,11 @@ def one_thread() -> Iterator[None]:
 def tile_sizes(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Numbers of rows, the largest first, that give a row the same bits with weights of this shape on this CPU.
 
+    None where the bits even depend on a row's place among `TILE`, as those of MKL's kernels for small matrices do on
+    some processors, and the weight is `SMALL` enough to be added up one product after the other.
+
     Raises:
-        NotExact: where the bits even depend on a row's place among `TILE`.
+        NotExact: where it is larger.
     """
     x, sizes = delicate(LARGER[0], inputs, dtype, 0), LARGER
     for weight in trial_weights(outputs, inputs, dtype):
@@ -105,12 +114,19 @@ def tile_sizes(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...]
             expected = _by(TILE, x, weight)
             moved = torch.cat([F.linear(tile.roll(5, 0), weight).roll(-5, 0) for tile in x.split(TILE)])
             if not torch.equal(moved, expected):
+                if inputs * outputs <= SMALL:
+                    return ()
                 raise NotExact(
                     f"products with a weight [{outputs}, {inputs}] in {dtype} give a row other bits at another place: "
                     "numerics='exact' needs another processor or another build of torch"
                 )
             sizes = tuple(size for size in sizes if torch.equal(_by(size, x, weight), expected))
     return *sizes, TILE
+
+
+def _summed(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ by a sum over each row's products, in fp32."""
+    return row_sum(x[..., None, :].float() * weight.float()).to(x.dtype)
 
 
 def _by(size: int, x: Tensor, weight: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def _packs_exactly(outputs: int, inputs: int) -> bool:
             blocks, expected = PackedWeight(weight), product(rows, weight)
             if not all(torch.equal(torch.cat([blocks(part) for part in rows.split(n)]), expected) for n in sizes):
                 return False
-    return True
+    return bool(sizes)
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:

@@ -123,6 +123,8 @@ widths = st.sampled_from([1, 2, 7, 33, 64, 130, 301, 512, 577, 1030])
 @example(inputs=1536, outputs=1, cuts=[1, 5, 900], threads=3)
 @example(inputs=576, outputs=960, cuts=[700, 1024, 3], threads=2)
 @example(inputs=33, outputs=1, cuts=[89], threads=1)
+@example(inputs=7, outputs=7, cuts=[1], threads=1)
+@example(inputs=31, outputs=9, cuts=[40, 3, 700], threads=2)
 @example(inputs=64, outputs=1, cuts=[11], threads=1)
 def test_a_product_of_a_row_has_the_same_bits_in_any_company(
     dtype: torch.dtype, inputs: int, outputs: int, cuts: list[int], threads: int
