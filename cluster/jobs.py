@@ -13,10 +13,12 @@ import psutil
 import ray
 from rich.console import Console
 
+from lockstep.cluster.cast import models, processes, scorer_source
 from lockstep.cluster.config import Recipe, RecipeError, to_toml
 from lockstep.cluster.display import Progress
-from lockstep.cluster.phases import continued, models, processes, run_phases, scorer_source
+from lockstep.cluster.phases import run_phases
 from lockstep.cluster.placement import Placement, plan
+from lockstep.cluster.position import continued, newest
 from lockstep.cluster.pretraining import continued_text, run_pretraining
 from lockstep.cluster.records import RunFolder
 from lockstep.cluster.report import write_report
@@ -194,7 +196,7 @@ def last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | 
     """
     if not manager.saved(recipe.saves):
         return None
-    last = manager.Checkpoint(recipe.saves)
+    last = manager.Checkpoint(recipe.saves) if recipe.pretrain else newest(recipe)
     expected = [("model", "model", model), ("seed", "seed", recipe.seed)]
     expected += continued_text(recipe.pretrain) if recipe.pretrain else continued(recipe)
     for key, name, here in expected:
@@ -203,10 +205,6 @@ def last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | 
             raise RecipeError(
                 f"{last.place} was saved with {name}={there}, and the recipe says {here}: make them equal"
             )
-    if "critic" in models(recipe) or (recipe.rl and recipe.rl.reference.moves):
-        raise RecipeError("--resume does not go on with a critic or with a reference that moves: begin the run again")
-    if recipe.preference:
-        raise RecipeError("--resume does not go on with [preference]: begin the run again")
     if not last.states:
         raise RecipeError(
             f"{last.place} holds no state of the optimizer, which a run needs to go on: save with checkpoints.every"

@@ -1,70 +1,30 @@
 """The phases of a run on problems: supervised steps, preferences, reinforcement, and held-out accuracy between them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lockstep.cluster.config import Recipe, RecipeError
+from lockstep.cluster import crew as crews
+from lockstep.cluster.config import Recipe
 from lockstep.cluster.convert import write_checkpoint
+from lockstep.cluster.crew import Crew
 from lockstep.cluster.display import Progress
 from lockstep.cluster.placement import Placement
+from lockstep.cluster.position import Position, continued, position_of
 from lockstep.cluster.records import RunFolder
-from lockstep.cluster.roles import CriticConfig, ReferenceRoleConfig, ScorerConfig
-from lockstep.cluster.sources import OpenModel, open_source
+from lockstep.cluster.sources import OpenModel
 from lockstep.cluster.tracing import traced
 from lockstep.data.problems import Split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.place import Place
-from lockstep.distributed.checkpoint.saver import CheckpointConfig
-from lockstep.model.recipes import OptimizerConfig
-from lockstep.rl.actors import Call, Environments, Model, Policy, Rollouts, Verifiers, gather, threads_for
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.environments.transcript import turns
-from lockstep.rl.learner import Models
+from lockstep.rl.preferences import Comparison
+from lockstep.rl.recipes import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.types import Scored
 from lockstep.rl.verifiers.verdict import Outcome
-
-Beside = CriticConfig | ScorerConfig | ReferenceRoleConfig
-"""What a recipe says of a model beside the policy."""
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run is: which step of which phase its weights are of."""
-
-    phase: str = "sft"
-    phase_step: int = 0
-    group: int = 0
-    """Number of the next group of prompts of RL."""
-    version: int = 0
-    """Of the weights that rollout workers have."""
-    steps: int = 0
-    """Of all phases."""
-
-    def done(self, phase: str) -> int:
-        """Steps of a phase that have been taken, where it is the present one."""
-        return self.phase_step if self.phase == phase else 0
-
-
-def position_of(last: Checkpoint | None) -> Position:
-    """What a checkpoint says of its place in a run; the beginning where there is none."""
-    if last is None:
-        return Position()
-    return Position(**last.manifest["position"], steps=int(last.manifest["step"]))
-
-
-def continued(recipe: Recipe) -> list[tuple[str, str, Any]]:
-    """What must be as it was where a run goes on: its key in a manifest, its key in the recipe, and its value."""
-    supervised, rl = recipe.supervised, recipe.rl
-    return [
-        ("optimizer", "optimizer.kind", _optimizer(recipe).kind),
-        ("problems_per_step", "supervised.problems_per_step", supervised and supervised.problems_per_step),
-        ("prompts_per_step", "rl.prompts_per_step", rl and rl.prompts_per_step),
-        ("group_size", "rl.group_size", rl and rl.group_size),
-    ]
 
 
 def run_phases(
@@ -85,179 +45,34 @@ def run_phases(
         write_checkpoint(*start, folder)
     first = manager.find(folder.resolve())
     progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
-    policy, rollouts, verifiers, beside = _start_actors(recipe, last.place if last else first, split, placement)
-    tokenizer = Tokenizer(Checkpoint(first).files)
-    environments = _start_environments(recipe, tokenizer)
+    crew = crews.start(recipe, first, last, at, split, placement)
     controller = Controller(
-        policy,
-        rollouts,
-        verifiers,
-        tokenizer=tokenizer,
+        crew.policy,
+        crew.rollouts,
+        crew.verifiers,
+        tokenizer=Tokenizer(Checkpoint(first).files),
         task=recipe.task,
         split=split,
         seed=recipe.seed,
         reward=recipe.reward,
-        models=beside,
-        environments=environments,
+        models=crew.models,
+        environments=crew.environments,
     )
     if last:
         progress.say(f"going on after step {at.steps}, which {last.place} holds")
-        policy.call("restore", last.place)
-        inside = at.phase == "rl" and not beside.reference
-        policy.call("resume_phase", _reference(recipe, first) if inside else None)
+        manager.drop_after(recipe.saves, at.steps)
+        crew.resume(last, at)
         controller.resume(at.version)
-    phases = _Phases(recipe, controller, policy, run, progress, traces, at)
+    phases = _Phases(recipe, controller, crew, run, progress, traces, at)
     phases.measure("before")
     if recipe.supervised and recipe.supervised.steps and at.phase == "sft":
-        records = controller.supervised(recipe.supervised, at.done("sft"))
-        phases.run("sft", recipe.supervised.steps, records)
-        phases.measure("supervised")
-    if recipe.preference and recipe.preference.steps:
-        phases.run(recipe.preference.phase, recipe.preference.steps, controller.prefer(recipe.preference))
-        if recipe.preference.judged:
-            phases.save_reward_model(beside.reward)
-        else:
-            phases.measure("preferred")
+        phases.supervise(recipe.supervised)
+    if recipe.preference and recipe.preference.steps and at.phase != "rl":
+        phases.prefer(recipe.preference)
     if recipe.rl and recipe.rl.steps:
-        if (recipe.checkpoints.every or beside.reference) and at.phase == "sft" and phases.steps:
-            policy.call("save_reference", phases.steps, _references(recipe))
-        if beside.reference:
-            temperature, numerics = _temperature(recipe), recipe.model.numerics
-            kept = _reference(recipe, first)
-            gather(beside.reference.start(kept, recipe.model.dtype, None, temperature, numerics))
-        records = controller.reinforce(recipe.rl, at.done("rl"), at.group)
-        phases.run("rl", recipe.rl.steps, records)
-        phases.measure("after")
+        phases.reinforce(recipe.rl)
     phases.save()
-    policy.call("saved")
-    verifiers.close()
-    if environments:
-        environments.close()
-
-
-def _references(recipe: Recipe) -> Place:
-    """Where the weights that RL began with are kept, where those are not the run's first."""
-    return recipe.saves / "reference"
-
-
-def _reference(recipe: Recipe, first: Place) -> Place:
-    """The weights that RL began with."""
-    before = sum(phase.steps for phase in (recipe.supervised, recipe.preference) if phase)
-    return manager.saved(_references(recipe))[before] if before else first
-
-
-def processes(recipe: Recipe) -> dict[str, int]:
-    """Processes of each role."""
-    policy = {"policy": recipe.layout.processes}
-    if recipe.pretrain:
-        return policy
-    roles = {"rollout": recipe.rollout.workers * recipe.rollout.tensor, "verifier": recipe.verifier.workers}
-    return (
-        policy | roles | {name: (beside.layout or recipe.layout).processes for name, beside in models(recipe).items()}
-    )
-
-
-def busy(recipe: Recipe) -> tuple[int, int]:
-    """Processes that work while a rollout worker writes, and while the policy learns; those of models count as its own.
-
-    Threads are shared out over so many: with more, the threads that wait take the time of those that work.
-    """
-    count = processes(recipe)
-    writing, learning = count["rollout"], sum(count[name] for name in ("policy", *models(recipe)))
-    if recipe.rl and recipe.rl.flow.mode != "synchronous":
-        return writing + learning, writing + learning
-    return writing, learning
-
-
-def models(recipe: Recipe) -> dict[str, Beside]:
-    """The models that a recipe has beside the policy."""
-    found: dict[str, Beside] = {}
-    if recipe.rl and "value" in recipe.rl.scores:
-        found["critic"] = recipe.roles.critic
-    if recipe.rl and recipe.rl.reference.kind != "none" and recipe.roles.reference.place == "apart":
-        found["reference"] = recipe.roles.reference
-    for name in ("reward", "teacher"):
-        scorer: ScorerConfig = getattr(recipe.roles, name)
-        if scorer.source or name in learned(recipe):
-            found[name] = scorer
-    return found
-
-
-def learned(recipe: Recipe) -> set[str]:
-    """The models that are trained by preferences, and not only asked."""
-    return {"reward"} if recipe.preference and recipe.preference.judged else set()
-
-
-def scorer_source(name: str, recipe: Recipe) -> OpenModel:
-    """The model of a role that scores.
-
-    Raises:
-        ValueError: when it is not of the kind that the role needs.
-    """
-    source: str = getattr(recipe.roles, name).source
-    found = open_source(source)
-    wanted = "value" if name == "reward" else "vocabulary"
-    if found[1].head != wanted and name not in learned(recipe):
-        raise RecipeError(
-            f"roles.{name}.source={source} has a {found[1].head} head, and that role needs a {wanted} head"
-        )
-    return found
-
-
-def _start_actors(
-    recipe: Recipe, checkpoint: Place, split: Split, placement: Placement
-) -> tuple[Policy, Rollouts, Verifiers, Models]:
-    writing, learning = busy(recipe)
-    policy = Policy(recipe.layout, threads=threads_for(learning), trainer=recipe.trainer, places=placement.of("policy"))
-    rollouts = Rollouts(recipe.rollout, threads=threads_for(writing), places=placement.of("rollout"))
-    verifiers = Verifiers(recipe.verifier, recipe.task.grader, placement.of("verifier"))
-    dtype, numerics = recipe.model.dtype, recipe.model.numerics
-    calls = policy.start(checkpoint, dtype, _optimizer(recipe), _temperature(recipe), numerics)
-    beside, more = _start_models(recipe, checkpoint, placement)
-    gather(calls + more + rollouts.start(checkpoint, dtype, numerics) + verifiers.start(programs=split.has_programs))
-    policy.call("open_checkpoints", recipe.saves, recipe.checkpoints)
-    return policy, rollouts, verifiers, beside
-
-
-def _start_environments(recipe: Recipe, tokenizer: Tokenizer) -> Environments | None:
-    """What answers the policy's turns, where the recipe has it."""
-    if recipe.environment.kind == "none":
-        return None
-    environments = Environments(recipe.environment, tokenizer.files, chat=recipe.task.chat)
-    gather([environments.ready()])
-    return environments
-
-
-def _start_models(recipe: Recipe, checkpoint: Place, placement: Placement) -> tuple[Models, list[Call]]:
-    """The models beside the policy, and calls that load them, to be gathered; the reference loads when RL begins."""
-    started: dict[str, Model] = {}
-    calls: list[Call] = []
-    dtype, numerics = recipe.model.dtype, recipe.model.numerics
-    threads = threads_for(busy(recipe)[1])
-    for name, config in models(recipe).items():
-        layout = config.layout or recipe.layout
-        model = Model(layout, threads=threads, trainer=recipe.trainer, places=placement.of(name), role=name)
-        if isinstance(config, CriticConfig):
-            calls += model.start(checkpoint, dtype, config.optimizer, 1.0, numerics, "value")
-        elif isinstance(config, ScorerConfig):
-            begun: Path | Place = checkpoint
-            if config.source:
-                begun = write_checkpoint(*scorer_source(name, recipe), recipe.folder / name).resolve()
-            learns = recipe.preference.optimizer if recipe.preference and name in learned(recipe) else None
-            temperature = _temperature(recipe) if name == "teacher" else 1.0
-            calls += model.start(begun, dtype, learns, temperature, numerics, "value" if learns else None)
-        started[name] = model
-    return Models(**started, critic_optimizer=recipe.roles.critic.optimizer), calls
-
-
-def _temperature(recipe: Recipe) -> float:
-    """That rollouts are drawn with."""
-    return (recipe.rl.sampling.temperature if recipe.rl else 1.0) or 1.0
-
-
-def _optimizer(recipe: Recipe) -> OptimizerConfig:
-    phase = recipe.rl or (None if learned(recipe) else recipe.preference) or recipe.supervised
-    return phase.optimizer if phase else OptimizerConfig()
+    crew.close()
 
 
 class _Phases:
@@ -267,13 +82,13 @@ class _Phases:
         self,
         recipe: Recipe,
         controller: Controller,
-        policy: Policy,
+        crew: Crew,
         run: RunFolder,
         progress: Progress,
         traces: Path | None,
         at: Position,
     ) -> None:
-        self._recipe, self._controller, self._policy = recipe, controller, policy
+        self._recipe, self._controller, self._crew = recipe, controller, crew
         self._run, self._progress, self._traces = run, progress, traces
         self._at = at
         self._rows = [row for row in run.summary().get("rows") or [] if row["step"] <= at.steps]
@@ -284,16 +99,45 @@ class _Phases:
         """Taken so far, of all phases."""
         return self._at.steps
 
-    def run(self, name: str, total: int, records: Iterator[StepRecord]) -> None:
+    def supervise(self, config: SupervisedConfig) -> None:
+        """The phase of demonstrations."""
+        self._run_all("sft", config.steps, self._controller.supervised(config, self._at.done("sft")))
+        self.measure("supervised")
+
+    def prefer(self, config: PreferenceConfig) -> None:
+        """The phase of comparisons, which a run that goes on has written down."""
+        done = self._at.done(config.phase)
+        if done:
+            comparisons = [Comparison.of(row) for row in self._run.comparisons()]
+        else:
+            self._progress.say("reading comparisons" if config.source else "writing completions to compare")
+            comparisons = self._controller.compare(config)
+            self._run.keep_comparisons([each.row() for each in comparisons])
+        self._run_all(config.phase, config.steps, self._controller.prefer(config, comparisons, done))
+        if config.judged:
+            self._crew.save_reward_model(self.steps, self._said())
+        else:
+            self.measure("preferred")
+
+    def reinforce(self, config: RLConfig) -> None:
+        """The phase of rewards."""
+        at = self._at
+        if at.phase != "rl":
+            self._crew.keep_reference(at.steps)
+        self._crew.load_reference()
+        self._run_all("rl", config.steps, self._controller.reinforce(at.adapted(config), at.done("rl"), at.group))
+        self.measure("after")
+
+    def _run_all(self, name: str, total: int, records: Iterator[StepRecord]) -> None:
         """One phase, a record a step."""
         self._progress.begin(name, total)
-        with traced(self._policy, self._traces and self._traces / name, self._progress):
+        with traced(self._crew.policy, self._traces and self._traces / name, self._progress):
             for record in records:
                 self._record(name, record)
 
     def _record(self, name: str, record: StepRecord) -> None:
-        version = int(record.metrics.get("weight_version", self._at.version))
-        self._at = Position(name, record.step, record.position, version, self.steps + 1)
+        version = self._controller.version
+        self._at = Position(name, record.step, record.position, version, record.kl_beta, self.steps + 1)
         self._run.log(name, record.step, record.metrics)
         if record.scored:
             self._run.rollouts(record.step, [_rollout_row(record.step, i, s) for i, s in enumerate(record.scored)])
@@ -315,24 +159,18 @@ class _Phases:
         self._run.update(rows=self._rows)
         self._progress.say(f"{stage}: {row['correct']} of {row['total']} correct")
 
-    def save_reward_model(self, model: Model | None) -> None:
-        """A checkpoint of the reward model, which `roles.reward.source` of another recipe may name."""
-        assert model
-        model.call("open_checkpoints", self._recipe.saves / "reward", CheckpointConfig())
-        said = {"name": self._recipe.name, "seed": self._recipe.seed}
-        model.call("save", self.steps, said, False, False)
-        model.call("saved")
-
     def save(self) -> None:
-        """A checkpoint of the policy as it is."""
+        """A checkpoint of who learns as they are."""
         if self._saved == self.steps:
             return
         self._saved = self.steps
         said = {key: value for key, _, value in continued(self._recipe)}
         position = {key: value for key, value in asdict(self._at).items() if key != "steps"}
-        said |= {"name": self._recipe.name, "seed": self._recipe.seed, "position": position}
-        state = bool(self._recipe.checkpoints.every)  # a run that saves its end only does not go on
-        self._policy.call("save", self.steps, said, state, False)
+        self._crew.save(said | self._said() | {"position": position}, self._at)
+
+    def _said(self) -> dict[str, Any]:
+        """What every manifest says of the run."""
+        return {"name": self._recipe.name, "seed": self._recipe.seed}
 
 
 def _evaluation(stage: str, step: int, scored: Sequence[Scored]) -> dict[str, Any]:

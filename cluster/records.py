@@ -24,6 +24,7 @@ Record: TypeAlias = dict[str, Any]
 Row: TypeAlias = Mapping[str, object]
 
 RECIPE, SUMMARY, METRICS = "recipe.toml", "summary.json", "metrics.jsonl"
+COMPARISONS = "comparisons.parquet"
 STAGES = ("before", "supervised", "preferred", "after")
 STATUSES = ("running", "finished", "interrupted", "failed")
 
@@ -51,6 +52,12 @@ EVALUATION_COLUMNS: dict[str, pa.DataType] = {
     "completion": pa.string(),
     "outcome": pa.string(),
     "reason": pa.string(),
+}
+COMPARISON_COLUMNS: dict[str, pa.DataType] = {
+    "index": pa.int64(),
+    "prompt": pa.list_(pa.int64()),
+    "completions": pa.list_(pa.list_(pa.int64())),
+    "reference_logp": pa.list_(pa.list_(pa.float32())),
 }
 
 
@@ -146,6 +153,22 @@ class RunFolder:
     def evaluation(self, stage: str, rows: Sequence[Row]) -> Path:
         """Write one evaluation's completions; rows have EVALUATION_COLUMNS, and may have more."""
         return _write_table(self.path / "evals" / f"{stage}.parquet", rows, EVALUATION_COLUMNS)
+
+    def keep_comparisons(self, rows: Sequence[Row]) -> Path:
+        """Write the comparisons that a phase learns from; rows have COMPARISON_COLUMNS."""
+        return _write_table(self.path / COMPARISONS, rows, COMPARISON_COLUMNS)
+
+    def comparisons(self) -> list[Record]:
+        """What `keep_comparisons` wrote.
+
+        Raises:
+            RunError: when there is none.
+        """
+        try:
+            rows: list[Record] = pq.read_table(self.path / COMPARISONS).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(f"{self.path / COMPARISONS} cannot be read, and a run goes on with it: {error}") from error
+        return rows
 
     def update(self, **fields: object) -> None:
         """Set fields of summary.json; the others stay."""

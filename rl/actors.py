@@ -27,6 +27,7 @@ from lockstep.rl.verifiers.recipes import VerifierConfig
 
 if TYPE_CHECKING:  # torch, which a verifier has no use for
     from lockstep.model.loss import Objective
+    from lockstep.rl.recipes import ReferenceConfig
     from lockstep.rl.rollout.limits import RolloutLimits
     from lockstep.rl.verifiers.judge import GraderName
 
@@ -220,9 +221,9 @@ class Model:
         given = checkpoint, dtype, optimizer, temperature, numerics, head
         return [w.call("start", address, port, *given) for w in self.workers]
 
-    def begin_phase(self, **given: Any) -> None:
+    def begin_phase(self, reference: "ReferenceConfig | None" = None) -> None:
         """See `PolicyWorker.begin_phase`."""
-        gather([w.call("begin_phase", **given) for w in self.workers])
+        self.call("begin_phase", reference)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """What a method of `PolicyWorker` returns on every rank."""

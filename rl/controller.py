@@ -1,7 +1,7 @@
 """Verifier-based reinforcement learning as the algorithm reads: write, judge, compare, learn, hand over."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -51,6 +51,8 @@ class StepRecord:
     scored: tuple[Scored, ...] = ()
     position: int = 0
     """Number of the next group of prompts, after steps of RL."""
+    kl_beta: float | None = None
+    """Of the next step, where RL adapts it."""
 
 
 class Controller:
@@ -82,6 +84,11 @@ class Controller:
             for problems in (split.train, split.held_out)
         )
 
+    @property
+    def version(self) -> int:
+        """Of the weights that rollout workers have."""
+        return self._producer.version
+
     def resume(self, version: int) -> None:
         """Go on with the weights of the policy as this version."""
         self._producer.resume(version)
@@ -90,8 +97,16 @@ class Controller:
         """Greedy completions of the held-out problems, with their verdicts."""
         prompts = dict(enumerate(self._held_out))
         sampling = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens, stop=self._stop)
-        self._producer.ask(prompts, sampling, samples=1, seed=0)
-        return [scored for number in prompts for scored in self._producer.take(number)]
+        return [scored for group in self._answers(prompts, sampling, samples=1, seed=0) for scored in group]
+
+    def _answers(
+        self, prompts: Mapping[int, Prompt], sampling: SamplingConfig, samples: int, seed: int
+    ) -> list[list[Scored]]:
+        """Groups of completions, outside of the stream of RL."""
+        self._producer.ask(prompts, sampling, samples, seed)
+        found = [self._producer.take(number) for number in prompts]
+        self._producer.drop()
+        return found
 
     def supervised(self, config: SupervisedConfig, done: int = 0) -> Iterator[StepRecord]:
         """Learn the answers to training problems, then give the weights to the rollout workers.
@@ -100,7 +115,7 @@ class Controller:
             done: steps that have been taken before.
         """
         if not done:
-            self._policy.begin_phase(keep_reference=False)
+            self._policy.begin_phase()
         for step in range(done + 1, config.steps + 1):
             started = self._clock()
             count = config.problems_per_step
@@ -113,16 +128,23 @@ class Controller:
             yield StepRecord("sft", step, result.values | {"grad_norm": result.grad_norm} | speed)
         self._producer.renew()
 
-    def prefer(self, config: PreferenceConfig) -> Iterator[StepRecord]:
+    def prefer(
+        self, config: PreferenceConfig, comparisons: Sequence[Comparison], done: int = 0
+    ) -> Iterator[StepRecord]:
         """Learn from comparisons: the policy beside what it was before, or the reward model that it goes on with.
+
+        Args:
+            comparisons: see `compare`.
+            done: steps that have been taken before.
 
         Raises:
             TooFewComparisons: when there are none to learn from.
         """
         learns = self._judge() if config.judged else self._policy
-        train, held_out = apart(self._comparisons(config), config.held_out, self._seed)
-        learns.begin_phase(keep_reference=False)
-        for step in range(1, config.steps + 1):
+        train, held_out = apart(comparisons, config.held_out, self._seed)
+        if not done:
+            learns.begin_phase()
+        for step in range(done + 1, config.steps + 1):
             started = self._clock()
             count = config.groups_per_step
             chosen = [self._place(train, n, "preference") for n in range((step - 1) * count, step * count)]
@@ -144,15 +166,14 @@ class Controller:
         assert self._reward_model, "a reward model is to learn, and there is none"
         return self._reward_model
 
-    def _comparisons(self, config: PreferenceConfig) -> list[Comparison]:
-        """Those of the file, or of the policy's completions, with what the reference says where there is one."""
+    def compare(self, config: PreferenceConfig) -> list[Comparison]:
+        """Comparisons of a file, or of the policy's completions, with what the policy says now where it is to learn."""
         if config.source:
             found = read_comparisons(config, self._tokenizer)
         else:
             prompts = {n: self._place(self._train, n, "preference") for n in range(config.prompts)}
             seed = int(np.random.default_rng([self._seed, *b"preference"]).integers(1 << 62))
-            self._producer.ask(prompts, config.sampling, config.completions, seed)
-            found = by_verdict((self._producer.take(number) for number in prompts), config.pairs)
+            found = by_verdict(self._answers(prompts, config.sampling, config.completions, seed), config.pairs)
         if config.judged or not found:
             return found
         texts = completions_of(found)
@@ -179,13 +200,16 @@ class Controller:
             clock.lap("train")
             if learned.metrics:
                 self._producer.renew(finish=config.flow.in_waves)
+            elif not config.flow.staleness:
+                self._producer.drop()
             if config.flow.release:
                 self._policy.call("release")
             clock.lap("sync")
             metrics = learned.metrics | _summary(batch, learned, config, clock.seconds) | self._producer.metrics()
             scored = tuple(s for group in learned.groups for s in group)
-            yield StepRecord("rl", step, metrics, scored, stream.position)
-            config = config.adapted(metrics.get("kl", 0.0))
+            if "kl" in learned.metrics:
+                config = config.adapted(learned.metrics["kl"])
+            yield StepRecord("rl", step, metrics, scored, stream.position, config.kl_beta if config.kl_target else None)
         self._producer.drop()
 
     def _stream(self, config: RLConfig, first: int) -> Stream:
@@ -243,6 +267,7 @@ def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str
         **means([s.earned for s in scored if s.earned]),
         "entropy": -float(np.mean(logp)),
         "completion_tokens": float(np.mean(lengths)),
+        **({"kl_beta": config.kl_beta} if config.kl_target else {}),
         "ungradable": float(sum(s.verdict.outcome is Outcome.ungradable for s in scored)),
         "skipped_groups": float(sum(not teaches(group, config) for group in learned.groups)),
         "replaced_groups": float(batch.replaced),

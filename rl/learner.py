@@ -65,14 +65,10 @@ class Learner:
 
     def begin(self, config: RLConfig) -> None:
         """Forget all moments; the reference is the policy as it is now."""
-        kept = config.reference
-        self._policy.begin_phase(
-            keep_reference=kept.kind != "none" and not self._models.reference,
-            every=kept.every if kept.kind == "version" else 0,
-            decay=kept.decay if kept.kind == "average" else None,
-        )
+        has_own = config.reference.kind != "none" and not self._models.reference
+        self._policy.begin_phase(config.reference if has_own else None)
         if self._models.critic:
-            self._models.critic.begin_phase(keep_reference=False)
+            self._models.critic.begin_phase()
 
     def learn(self, step: int, groups: Groups, config: RLConfig) -> Learned:
         """All updates of a step; none where no sample teaches anything."""

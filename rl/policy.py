@@ -17,6 +17,7 @@ from lockstep.distributed.checkpoint.spec import Source
 from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.pipeline import Stage
 from lockstep.distributed.result import StepResult
 from lockstep.distributed.trace import Trace
 from lockstep.model.config import Head, ModelConfig, Numerics, describe
@@ -26,7 +27,8 @@ from lockstep.model.loss import Objective
 from lockstep.model.pretrain import Pretraining
 from lockstep.model.recipes import OptimizerConfig, PretrainConfig, TrainerConfig, row_rules
 from lockstep.model.train import DTYPES, Trainer, build, score, transformer_of
-from lockstep.rl.reference import Reference
+from lockstep.rl.recipes import ReferenceConfig
+from lockstep.rl.reference import Reference, Saved
 from lockstep.rl.scoring import scores_of
 from lockstep.rl.sync import Held, Shard, messages_of, signed
 from lockstep.rl.worker import Worker
@@ -76,31 +78,30 @@ class PolicyWorker(Worker):
         self.reference: Reference | None = None
         self.log.info("ready with %s", self.layout)
 
-    def begin_phase(self, *, keep_reference: bool, every: int = 0, decay: float | None = None) -> None:
-        """Forget the optimizer's moments; with `keep_reference`, remember the weights as they are now.
-
-        Args:
-            every, decay: see `Reference`.
-        """
+    def begin_phase(self, reference: ReferenceConfig | None = None) -> None:
+        """Forget the optimizer's moments; with a reference, remember the weights as they are now."""
         self.trainer.engine.forget()
         self.reference = None
-        moves = every > 0 or decay is not None
-        if keep_reference and not moves and self.trainer.is_base():
-            self.reference = Reference(self.trainer.base)
-        elif keep_reference:
+        if reference and not reference.moves and self.trainer.is_base():
+            self.reference = Reference(self.trainer.base, reference)
+        elif reference:
             with self.trainer.engine.whole_weights():
-                self._keep(Held(self.trainer.transformer), every, decay)
+                held = Held(self.trainer.transformer)
+                self.reference = Reference(self._copy(held), reference)
 
-    def resume_phase(self, reference: Path | Place | None) -> None:
-        """Remember the weights of a checkpoint, and no longer those of the phase before; moments stay."""
-        self.reference = None
-        if reference is not None:
-            self._keep(manager.Checkpoint(reference))
+    def resume_phase(self, reference: ReferenceConfig, weights: Path | Place) -> None:
+        """Go on with a reference, moments as they are.
 
-    def _keep(self, source: Source, every: int = 0, decay: float | None = None) -> None:
-        numerics = self.trainer.transformer.numerics
-        stage = build(self.model, self.groups, self.trainer.dtype, source, numerics)
-        self.reference = Reference(stage, every=every, decay=decay)
+        Args:
+            weights: the checkpoint that it is; of one that moves, the policy's, which holds it, too.
+        """
+        source = manager.Checkpoint(weights)
+        saved = Saved(source) if reference.moves else None
+        self.reference = Reference(self._copy(saved or source), reference, saved)
+
+    def _copy(self, source: Source) -> Stage:
+        """A model like the policy."""
+        return build(self.model, self.groups, self.trainer.dtype, source, self.trainer.transformer.numerics)
 
     def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
         """One gradient step from this data rank's rows, compared with the reference where one is kept."""
@@ -208,11 +209,13 @@ class PolicyWorker(Worker):
         saver.save(step, self.trainer.chunks(state=False), said, self.tokenizer_files, wait=True)
 
     def save(self, step: int, manifest: dict[str, Any], state: bool, best: bool) -> None:
-        """Begin to write this rank's part of a checkpoint, with the optimizer's state or without."""
+        """Begin to write this rank's part of a checkpoint, with or without the state of optimizer and reference."""
         trainer = self.trainer
         said = describe(self.model, self.layout) | {"updates": trainer.engine.updates} | manifest
-        wait = not self.saver.config.asynchronous
-        self.saver.save(step, trainer.chunks(state=state), said, self.tokenizer_files, wait=wait, best=best)
+        wait, chunks = not self.saver.config.asynchronous, trainer.chunks(state=state)
+        if state and self.reference and self.reference.moves:
+            chunks += self.reference.chunks()
+        self.saver.save(step, chunks, said, self.tokenizer_files, wait=wait, best=best)
 
     def saved(self) -> None:
         """Return when this rank's part of the last checkpoint is on disk."""

@@ -5,8 +5,9 @@ A policy is compared with what it was when the phase began. So its log-probabili
 once, before the first update, and travel with the comparisons; no second model is held.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,19 @@ class Comparison:
     ranked: RankedTokens
     reference_logp: tuple[Floats, ...] | None = None
     """None for a reward model, which has no reference."""
+
+    def row(self) -> dict[str, Any]:
+        """Of a table."""
+        return asdict(self.ranked) | {"reference_logp": self.reference_logp}
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Comparison":
+        """What became a row."""
+        logp = row["reference_logp"]
+        return cls(
+            RankedTokens(row["index"], tuple(row["prompt"]), tuple(map(tuple, row["completions"]))),
+            None if logp is None else tuple(np.array(each, np.float32) for each in logp),
+        )
 
 
 class TooFewComparisons(ValueError):

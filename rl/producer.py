@@ -159,7 +159,10 @@ class Producer:
         self._rest()
 
     def drop(self) -> None:
-        """Forget all that was asked for."""
+        """Forget all that was asked for, and what workers have computed.
+
+        What they find in their caches changes the last bits of fast numerics, and a run that goes on has empty ones.
+        """
         self._rest()
         self._tell("drop")
         self._rest()

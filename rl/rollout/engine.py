@@ -169,6 +169,10 @@ class RolloutEngine:
         else:
             self._scheduler.restart()
 
+    def forget(self) -> None:
+        """Let no request find what earlier ones have computed."""
+        self._scheduler.forget()
+
     def release(self) -> None:
         """Give the memory of keys and values back; requests that run are computed again when they go on."""
         self._scheduler.restart()

@@ -84,8 +84,9 @@ class RolloutWorker(Worker):
         return []
 
     def drop(self) -> None:
-        """Forget all orders."""
+        """Forget all orders, and the keys and values of what was written."""
         self.writer.drop()
+        self.engine.forget()
 
     def release(self) -> None:
         """Give memory back to those who share this process's device; see `RolloutEngine.release`."""

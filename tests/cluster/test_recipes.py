@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.cluster.cast import busy
 from lockstep.cluster.config import Recipe, RecipeError, load_recipe, parse
-from lockstep.cluster.phases import busy
 from tests.cluster.commands import Train, metrics, overrides
 
 ROOT = Path(__file__).parents[2]

@@ -82,7 +82,7 @@ def learn(actors: Actors, models: Models, config: PreferenceConfig) -> list[dict
         seed=0,
         models=models,
     )
-    return [record.metrics for record in controller.prefer(config)]
+    return [record.metrics for record in controller.prefer(config, controller.compare(config))]
 
 
 def a_recipe(source: Path, method: str) -> PreferenceConfig:
