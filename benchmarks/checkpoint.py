@@ -46,7 +46,7 @@ from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
 from lockstep.model.recipes import OptimizerConfig, row_rules
 from lockstep.model.train import Trainer, build
-from lockstep.rl.actors import ENVIRONMENT
+from lockstep.rl.calls import ENVIRONMENT
 
 BYTES = 14
 """Of a parameter: bf16, and three times fp32."""

@@ -28,7 +28,8 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.model.loss import TokenLoss
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather, threads_for
+from lockstep.rl.actors import Model, Rollouts, Verifiers, threads_for
+from lockstep.rl.calls import gather
 from lockstep.rl.producer import Producer
 from lockstep.rl.rollout.limits import RolloutLimits
 from lockstep.rl.rollout.sampling import SamplingConfig
@@ -80,7 +81,7 @@ class _System:
 
     def __init__(self, checkpoint: Path, data: int) -> None:
         self.optimizer = OptimizerConfig(learning_rate=2e-5)
-        self.policy = Policy(Layout(data=data), threads=threads_for(data), trainer=TrainerConfig())
+        self.policy = Model(Layout(data=data), threads=threads_for(data), trainer=TrainerConfig())
         rollouts = Rollouts(RolloutLimits(workers=1, length=256), threads=threads_for(1))
         self.producer = Producer(self.policy, rollouts, Verifiers(VerifierConfig()))
         gather(self.policy.start(checkpoint, "bfloat16", self.optimizer, 1.0) + rollouts.start(checkpoint, "bfloat16"))

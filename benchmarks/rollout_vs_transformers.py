@@ -22,7 +22,7 @@ import torch
 
 from lockstep.cluster.convert import to_huggingface, to_lockstep
 from lockstep.cluster.sources import QUICKSTART_MODEL
-from lockstep.rl.actors import ENVIRONMENT
+from lockstep.rl.calls import ENVIRONMENT
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.sequence import Request

@@ -1,8 +1,9 @@
-"""Weights from the policy to a rollout worker on the same host, beside what its memory can copy.
+"""Weights from the policy to rollout workers on the same host, beside what its memory can copy.
 
 A byte of a weight is read and written twice on its way, into shared memory and out of it, and read twice more for its
 digest, where it leaves and where it has come: six passes over memory, of which a plain copy takes two. So a third of
-the speed of a copy would be all that memory allows to one thread on each side.
+the speed of a copy would be all that memory allows to one thread on each side. A broadcast, which is for other hosts,
+goes through the loopback of the network here.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import math
 import statistics
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +23,29 @@ from lockstep.cluster.sources import QUICKSTART_MODEL
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import Policy, Rollouts, gather, threads_for
-from lockstep.rl.rollout.limits import RolloutLimits
+from lockstep.rl.actors import Model, Rollouts, threads_for
+from lockstep.rl.calls import gather
+from lockstep.rl.rollout.limits import RolloutLimits, Transport
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=QUICKSTART_MODEL, help="a folder, a GGUF file, or a name on the Hub")
     parser.add_argument("--bucket-mib", type=float, nargs="+", default=[16.0, 64.0, 256.0])
+    parser.add_argument("--transport", nargs="+", choices=["memory", "broadcast"], default=["memory", "broadcast"])
     parser.add_argument("--workers", type=int, default=1, help="rollout workers that receive")
     parser.add_argument("--times", type=int, default=5, help="syncs that count, after one that does not")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ray_cluster(None):
         checkpoint = to_lockstep(args.model, Path(folder))
-        policy = Policy(Layout(), threads=threads_for(1), trainer=TrainerConfig())
+        policy = Model(Layout(), threads=threads_for(1), trainer=TrainerConfig())
         gather(policy.start(checkpoint, "bfloat16", OptimizerConfig(), 1.0))
-        for mebibytes in args.bucket_mib:
-            measure(policy, checkpoint, mebibytes, args.workers, args.times)
+        for transport, mebibytes in product(args.transport, args.bucket_mib):
+            measure(policy, checkpoint, transport, mebibytes, args.workers, args.times)
 
 
-def measure(policy: Policy, checkpoint: Path, bucket_mib: float, workers: int, times: int) -> None:
-    limits = RolloutLimits(workers=workers, length=128, sequences=4, bucket_mib=bucket_mib)
+def measure(policy: Model, checkpoint: Path, transport: Transport, bucket_mib: float, workers: int, times: int) -> None:
+    limits = RolloutLimits(workers=workers, length=128, sequences=4, bucket_mib=bucket_mib, transport=transport)
     rollouts = Rollouts(limits, threads=threads_for(workers))
     gather(rollouts.start(checkpoint, "bfloat16"))
     size = sum(entry_bytes(entry) for entry in Checkpoint(checkpoint).tensors.values())
@@ -54,7 +58,7 @@ def measure(policy: Policy, checkpoint: Path, bucket_mib: float, workers: int, t
         rollouts.end(number)
     median, copy = statistics.median(seconds[1:]), copied(size)
     print(
-        f"{size / 1e6:.0f} MB in messages of {bucket_mib:g} MiB to {workers} worker(s): {median:.3f} s "
+        f"{transport}: {size / 1e6:.0f} MB in messages of {bucket_mib:g} MiB to {workers} worker(s): {median:.3f} s "
         f"({', '.join(f'{s:.3f}' for s in seconds[1:])}), {size / median / 1e9:.2f} GB/s; "
         f"a copy takes {copy:.3f} s, {size / copy / 1e9:.2f} GB/s: {copy / median:.1%} of that"
     )

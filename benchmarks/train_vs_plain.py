@@ -36,7 +36,7 @@ from lockstep.model.names import RandomWeights
 from lockstep.model.pretrain import Pretraining
 from lockstep.model.recipes import PretrainConfig, row_rules
 from lockstep.model.train import DTYPES, Trainer, build
-from lockstep.rl.actors import ENVIRONMENT
+from lockstep.rl.calls import ENVIRONMENT
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pretrain-10m.toml"
 DOCUMENT = 8192

@@ -26,7 +26,7 @@ from lockstep.model.flops import peak_flops, training_flops
 from lockstep.model.loss import nll
 from lockstep.model.recipes import OptimizerConfig
 from lockstep.model.train import Trainer, build
-from lockstep.rl.actors import ENVIRONMENT
+from lockstep.rl.calls import ENVIRONMENT
 
 SEQUENCES, LENGTH, RATE = 4, 512, 1e-5
 

@@ -60,7 +60,7 @@ def train(
     from lockstep.cluster.config import load_recipe
     from lockstep.cluster.pretraining import Diverged
     from lockstep.cluster.report import summary_table
-    from lockstep.rl.actors import WorkerFailed
+    from lockstep.rl.calls import WorkerFailed
 
     resolved = load_recipe(recipe, overrides or [])
     try:

@@ -15,7 +15,8 @@ from lockstep.data.problems import Split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint, step_name
 from lockstep.distributed.checkpoint.place import Place
-from lockstep.rl.actors import Call, Environments, Model, Policy, Rollouts, Verifiers, gather, threads_for
+from lockstep.rl.actors import Environments, Model, Rollouts, Verifiers, threads_for
+from lockstep.rl.calls import Call, gather
 from lockstep.rl.learner import Models
 
 
@@ -26,7 +27,7 @@ class Crew:
     recipe: Recipe
     first: Place
     """The weights that the run began with."""
-    policy: Policy
+    policy: Model
     rollouts: Rollouts
     verifiers: Verifiers
     models: Models
@@ -94,7 +95,7 @@ def start(
 ) -> Crew:
     """All actors, with the first weights or those of a checkpoint; a reference apart loads when RL begins."""
     writing, learning = busy(recipe)
-    policy = Policy(recipe.layout, threads=threads_for(learning), trainer=recipe.trainer, places=placement.of("policy"))
+    policy = Model(recipe.layout, threads=threads_for(learning), trainer=recipe.trainer, places=placement.of("policy"))
     rollouts = Rollouts(recipe.rollout, threads=threads_for(writing), places=placement.of("rollout"))
     verifiers = Verifiers(recipe.verifier, recipe.task.grader, placement.of("verifier"))
     others = {name: _model(name, config, recipe, placement) for name, config in models(recipe).items()}

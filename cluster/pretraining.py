@@ -20,7 +20,8 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.result import StepResult
 from lockstep.model.flops import training_flops
 from lockstep.model.recipes import PretrainConfig
-from lockstep.rl.actors import Places, Policy, gather, threads_for
+from lockstep.rl.actors import Model, threads_for
+from lockstep.rl.calls import Places, gather
 
 
 class Diverged(RuntimeError):
@@ -62,7 +63,7 @@ def run_pretraining(
     checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
     threads = threads_for(recipe.layout.processes)
-    policy = Policy(recipe.layout, threads=threads, trainer=recipe.trainer, places=places)
+    policy = Model(recipe.layout, threads=threads, trainer=recipe.trainer, places=places)
     gather(policy.start(checkpoint, recipe.model.dtype, config.optimizer, 1.0, recipe.model.numerics))
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")
@@ -100,7 +101,7 @@ class _Loop:
         self,
         recipe: Recipe,
         config: PretrainConfig,
-        policy: Policy,
+        policy: Model,
         run: RunFolder,
         progress: Progress,
         cost: float,

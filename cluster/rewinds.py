@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from lockstep.data.schedule import Rewind, SampleSchedule
 from lockstep.model.spikes import SpikeConfig, is_spike
-from lockstep.rl.actors import Policy
+from lockstep.rl.actors import Model
 
 
 class Rewinds:
     """Keeps snapshots in the trainer's ranks and goes back to them; without a configuration it sees no spikes."""
 
     def __init__(
-        self, config: SpikeConfig | None, samples: SampleSchedule, policy: Policy, losses: Sequence[float] = ()
+        self, config: SpikeConfig | None, samples: SampleSchedule, policy: Model, losses: Sequence[float] = ()
     ) -> None:
         """
         Args:

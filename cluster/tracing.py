@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lockstep.cluster.display import Progress
 from lockstep.distributed.trace import FIRST, LAST
-from lockstep.rl.actors import Policy
+from lockstep.rl.actors import Model
 
 
 @contextmanager
-def traced(policy: Policy, folder: Path | None, progress: Progress) -> Iterator[None]:
+def traced(policy: Model, folder: Path | None, progress: Progress) -> Iterator[None]:
     """Trace the first steps that are taken within this block.
 
     Args:

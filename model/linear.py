@@ -101,6 +101,10 @@ class Packable:
         assert self.adapters is None, "rollouts see weights with the adapters in them"
         self._packed = packed(self.weight, self._numerics)
 
+    def unpack(self) -> None:
+        """Forget the packed copy."""
+        self._packed = None
+
     @property
     def _is_own(self) -> bool:
         """Whether products are ours and not megatron-core's."""

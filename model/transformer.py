@@ -90,6 +90,13 @@ class Transformer(nn.Module):
         if self.groups.is_last_stage and self.model.head == "vocabulary":
             self._packed_head = packed(self.head_weight, self.numerics)
 
+    def unpack(self) -> None:
+        """Forget what `pack` made."""
+        for module in self.modules():
+            if isinstance(module, ColumnLinear | RowLinear):
+                module.unpack()
+        self._packed_head = None
+
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Let torch.compile fuse what a block does around attention, for rows of any length."""
         for block in self.blocks.values():

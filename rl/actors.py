@@ -1,15 +1,10 @@
 """Actors, each with one job: policy workers learn, rollout workers write, verifier workers judge.
 
-This is where Ray is. An actor loads the class that works in it, and what that imports, in its own process only; a group
-of actors is what the controller sees. `gather` waits for all and fails with the first that fails, so that a dead worker
-never leaves the others waiting unnoticed.
+A group of actors is what the controller sees.
 """
 
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Sequence
 from inspect import isawaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +16,8 @@ from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import Head, Numerics
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig, row_rules
+from lockstep.rl.calls import GRACE_S, Actor, Call, Member, Places, WorkerDied, gather, start
+from lockstep.rl.delivery import Delivery
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.types import Rollout
 from lockstep.rl.verifiers.recipes import VerifierConfig
@@ -31,112 +28,33 @@ if TYPE_CHECKING:  # torch, which a verifier has no use for
     from lockstep.rl.rollout.limits import RolloutLimits
     from lockstep.rl.verifiers.judge import GraderName
 
-ENVIRONMENT = {
-    # torch gives large tensors back to the kernel after each operation and faults them in again; a heap that is kept
-    # halves the time of everything that is bound by memory.
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_ARENA_MAX": "1",
-    "KINETO_LOG_LEVEL": "99",  # the profiler would print when it starts and stops
-    "PYTHONWARNINGS": "ignore",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-"""What worker processes are started with."""
-
-GRACE_S = 3.0
-"""After the first failure, how long others may take to be heard."""
-
-
 PASSES = 32
 """Forward passes of a rollout worker between two looks at what it has been asked for meanwhile."""
 
 
-class WorkerFailed(RuntimeError):
-    """A worker raised or died; the message begins with which."""
-
-
-class WorkerDied(WorkerFailed):
-    """A worker's process ended."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """An actor and its name in logs and errors."""
-
-    name: str
-    handle: Any
-
-    def call(self, method: str, *args: Any, **named: Any) -> "Call":
-        """A call of a method of its worker, to be gathered."""
-        return self, self.handle.call.remote(method, *args, **named)
-
-    def end(self) -> None:
-        """End its process, if that has not happened."""
-        ray.kill(self.handle)
-
-
-Call = tuple[Member, Any]
-"""Who was asked, and where the answer will be."""
-
-
-Places = Sequence[Mapping[str, Any]]
-"""Ray's options of each process of a role; with none, processes run anywhere and reserve nothing."""
-
-
-def _start(
-    kind: Any, role: str, ranks: Iterable[int], threads: int, *args: Any, places: Places = (), together: int = 1
-) -> list[Member]:
-    """Actors with this many threads each, which work on so many calls at the same time."""
-    environment = {"env_vars": ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}}
-    started = []
-    for rank in ranks:
-        options = {"runtime_env": environment, "max_concurrency": together, **(places[rank] if places else {})}
-        started.append(Member(f"{role} {rank}", kind.options(**options).remote(rank, *args)))
-    return started
-
-
-class _Actor:
-    """A process for a worker."""
-
-    work: str
-    """Module and class of the worker."""
-
-    def __init__(self, rank: int, *args: Any) -> None:
-        module, name = self.work.split(":")
-        self._worker = getattr(import_module(module), name)(rank, *args)
-
-    def call(self, method: str, *args: Any, **named: Any) -> Any:
-        """What a method of the worker returns."""
-        return getattr(self._worker, method)(*args, **named)
-
-    def address(self) -> str:
-        """Of this node."""
-        return str(ray.util.get_node_ip_address())
-
-
 @ray.remote(max_restarts=0, num_cpus=0)
-class PolicyWorker(_Actor):
+class PolicyWorker(Actor):
     """One rank of the trainer's world."""
 
     work = "lockstep.rl.policy:PolicyWorker"
 
 
 @ray.remote(max_restarts=0, num_cpus=0)
-class RolloutWorker(_Actor):
+class RolloutWorker(Actor):
     """One tensor rank of a model that writes completions."""
 
     work = "lockstep.rl.rollout.worker:RolloutWorker"
 
 
 @ray.remote(max_restarts=0, num_cpus=0)
-class VerifierWorker(_Actor):
+class VerifierWorker(Actor):
     """A judge of completions, with processes of its own."""
 
     work = "lockstep.rl.verifiers.worker:VerifierWorker"
 
 
 @ray.remote(max_restarts=0, num_cpus=0)
-class EnvironmentWorker(_Actor):
+class EnvironmentWorker(Actor):
     """Episodes of many rollouts; it takes calls while others wait."""
 
     work = "lockstep.rl.environments.worker:EnvironmentWorker"
@@ -147,54 +65,6 @@ class EnvironmentWorker(_Actor):
         return await found if isawaitable(found) else found
 
 
-def gather(calls: Sequence[Call]) -> list[Any]:
-    """Results of calls in order, failing as soon as one of them fails.
-
-    Raises:
-        WorkerFailed: names the worker and carries its own error; `WorkerDied` where its process ended.
-    """
-    wait_for(calls)
-    return [ray.get(call) for _, call in calls]
-
-
-def any_of(calls: Sequence[Call], seconds: float | None = None) -> list[Call]:
-    """Those that have ended, well or not; waits for the first, or so many seconds."""
-    by_place = {call[1]: call for call in calls}
-    ended = ray.wait(list(by_place), num_returns=1, timeout=seconds, fetch_local=False)[0]
-    return [by_place[place] for place in ended]
-
-
-def failed(call: Call) -> bool:
-    """Whether a call that has ended did not end well."""
-    return _error(call[1]) is not None
-
-
-def wait_for(calls: Sequence[Call]) -> None:
-    """As `gather`, but leaves the results where they are."""
-    names = {call: member.name for member, call in calls}
-    waiting = list(names)
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, fetch_local=False)
-        if all(_error(call) is None for call in done):
-            continue
-        # The peers of a worker that died fail, too, and may do so first: the death is the cause.
-        more = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S, fetch_local=False)[0] if waiting else []
-        errors = {call: error for call in [*done, *more] if (error := _error(call)) is not None}
-        cause = min(errors, key=lambda call: isinstance(errors[call], ray.exceptions.RayTaskError))
-        words = re.sub("\x1b\\[[0-9;]*m", "", str(errors[cause]))  # Ray colours them wherever they go
-        if isinstance(errors[cause], ray.exceptions.RayTaskError):
-            raise WorkerFailed(f"{names[cause]}: {words}") from errors[cause]
-        raise WorkerDied(f"{names[cause]} died: {words}") from errors[cause]
-
-
-def _error(call: Any) -> Exception | None:
-    try:
-        ray.get(call)
-    except ray.exceptions.RayError as error:
-        return error
-    return None
-
-
 class Model:
     """A model's world: the policy, or a critic, which learn, or a reward model or a teacher, which score."""
 
@@ -203,7 +73,7 @@ class Model:
     ) -> None:
         self.layout, self._config = layout, trainer
         ranks = range(layout.processes)
-        self.workers = _start(PolicyWorker, role, ranks, threads, role, layout, trainer, places=places)
+        self.workers = start(PolicyWorker, role, ranks, threads, role, layout, trainer, places=places)
 
     def start(
         self,
@@ -248,28 +118,6 @@ class Model:
         return [rows[self.layout.data_rank(rank)] for rank in range(len(self.workers))]
 
 
-class Policy(Model):
-    """The world of the model that writes."""
-
-    def weights(self, bucket_mib: float) -> Iterator[list[Any]]:
-        """References to the weights, a message of each rank at a time; what was asked for before may then be freed.
-
-        The next message is made while the last one is being taken.
-        """
-        count = max(self.call("open_weights", int(bucket_mib * 2**20)))
-        coming = self._message(0)
-        for number in range(count):
-            calls = coming
-            wait_for(calls)
-            coming = self._message(number + 1)
-            yield [call for _, call in calls]
-        wait_for(coming)
-        self.call("close_weights")
-
-    def _message(self, number: int) -> list[Call]:
-        return [w.call("weights", number) for w in self.workers]
-
-
 class Rollouts:
     """Teams of rollout workers: the tensor ranks of one model each, which make the same calls."""
 
@@ -277,23 +125,24 @@ class Rollouts:
         self._limits, self._threads, self._places = limits, threads, places
         self.teams = [self._team(number) for number in range(limits.workers)]
         self.version = 0
+        self._delivery = Delivery(limits.bucket_mib, limits.transport)
 
     def start(self, checkpoint: Path | Place, dtype: str, numerics: Numerics = "fast") -> list[Call]:
         """Calls that load the checkpoint, to be gathered."""
         self._given = checkpoint, dtype, self._limits, numerics
         return [call for team in self.teams for call in self._loading(team)]
 
-    def resume(self, policy: Policy, version: int) -> None:
+    def resume(self, policy: Model, version: int) -> None:
         """Go on after so many versions, with the weights that the policy has."""
         self.version = version
         self._fill(policy, list(range(len(self.teams))))
 
-    def receive(self, policy: Policy) -> list[int]:
+    def receive(self, policy: Model) -> list[int]:
         """Give every team the next version of the weights; returns those that died meanwhile."""
         self.version += 1
         return self._fill(policy, list(range(len(self.teams))))
 
-    def replace(self, number: int, policy: Policy) -> None:
+    def replace(self, number: int, policy: Model) -> None:
         """A new team in the place of one that died, with the weights that the others have.
 
         Raises:
@@ -313,34 +162,17 @@ class Rollouts:
     def _team(self, number: int) -> list[Member]:
         size = self._limits.tensor
         ranks = range(number * size, (number + 1) * size)
-        return _start(RolloutWorker, "rollout", ranks, self._threads, places=self._places)
+        return start(RolloutWorker, "rollout", ranks, self._threads, places=self._places)
 
     def _loading(self, team: list[Member]) -> list[Call]:
         address = gather([(team[0], team[0].handle.address.remote())])[0]
         port = gather([team[0].call("host", address)])[0]
         return [member.call("start", rank, address, port, *self._given) for rank, member in enumerate(team)]
 
-    def _fill(self, policy: Policy, numbers: list[int]) -> list[int]:
-        """Give teams the weights of the policy, message by message; returns those that died meanwhile."""
-        alive = self._told(numbers, "begin_update", self.version)
-        for message in policy.weights(self._limits.bucket_mib):
-            alive = self._told(alive, "take", *message)
-        alive = self._told(alive, "end_update")
+    def _fill(self, policy: Model, numbers: list[int]) -> list[int]:
+        """Give teams the weights of the policy; returns those that died meanwhile."""
+        alive = self._delivery.give(policy.workers, {n: self.teams[n] for n in numbers}, self.version)
         return [number for number in numbers if number not in alive]
-
-    def _told(self, numbers: list[int], method: str, *args: Any) -> list[int]:
-        """Have teams do something; returns those that are still alive then."""
-        calls = {number: [w.call(method, *args) for w in self.teams[number]] for number in numbers}
-        return [number for number in numbers if _lives(calls[number])]
-
-
-def _lives(calls: Sequence[Call]) -> bool:
-    """Whether who was called is alive when all calls have ended."""
-    try:
-        gather(calls)
-    except WorkerDied:
-        return False
-    return True
 
 
 class Verifiers:
@@ -374,7 +206,7 @@ class Verifiers:
     def _worker(self, number: int) -> Member:
         # One answer that takes until its deadline holds up one call, and the others go to the pool's other processes.
         given, at_once = (self._config, self._grader), self._config.processes + 1
-        return _start(VerifierWorker, "verifier", [number], 1, *given, places=self._places, together=at_once)[0]
+        return start(VerifierWorker, "verifier", [number], 1, *given, places=self._places, together=at_once)[0]
 
 
 class Environments:
@@ -420,7 +252,7 @@ class Environments:
         gather([self.worker.call("close")])
 
     def _start(self) -> Member:
-        return _start(EnvironmentWorker, "environment", [0], 1, *self._given, together=self.TOGETHER)[0]
+        return start(EnvironmentWorker, "environment", [0], 1, *self._given, together=self.TOGETHER)[0]
 
 
 def threads_for(processes: int) -> int:

@@ -13,8 +13,9 @@ from lockstep.data.problems import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.result import StepResult
 from lockstep.model.loss import nll
-from lockstep.rl.actors import Environments, Model, Policy, Rollouts, Verifiers, gather
+from lockstep.rl.actors import Environments, Model, Rollouts, Verifiers
 from lockstep.rl.batching import teaches, weighted, with_advantages
+from lockstep.rl.calls import gather
 from lockstep.rl.environments.opening import told
 from lockstep.rl.environments.transcript import own_logp
 from lockstep.rl.learner import Learned, Learner, Models
@@ -60,7 +61,7 @@ class Controller:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Model,
         rollouts: Rollouts,
         verifiers: Verifiers,
         *,
@@ -200,6 +201,8 @@ class Controller:
             clock.lap("train")
             if learned.metrics:
                 self._producer.renew(finish=config.flow.in_waves)
+            elif config.flow.release:
+                self._producer.resume(self.version)
             elif not config.flow.staleness:
                 self._producer.drop()
             if config.flow.release:

@@ -9,8 +9,9 @@ import numpy as np
 from lockstep.data.batch import Floats, Sample
 from lockstep.distributed.result import StepResult
 from lockstep.model.recipes import OptimizerConfig
-from lockstep.rl.actors import Call, Model, Policy
+from lockstep.rl.actors import Model
 from lockstep.rl.batching import samples_of, updates_of
+from lockstep.rl.calls import Call
 from lockstep.rl.recipes import RLConfig
 from lockstep.rl.scoring import columns, of_answers, of_tokens
 from lockstep.rl.types import Estimates, Scored
@@ -48,7 +49,7 @@ class Learner:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Model,
         models: Models,
         gather: Callable[[Sequence[Call]], list[Any]],
         seed: int,

@@ -11,18 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lockstep.rl.actors import (
-    PASSES,
-    Call,
-    Environments,
-    Policy,
-    Rollouts,
-    Verifiers,
-    WorkerDied,
-    any_of,
-    failed,
-    gather,
-)
+from lockstep.rl.actors import PASSES, Environments, Model, Rollouts, Verifiers
+from lockstep.rl.calls import Call, WorkerDied, any_of, failed, gather
 from lockstep.rl.environments.transcript import answered
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.sequence import Order
@@ -69,7 +59,7 @@ class Producer:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Model,
         rollouts: Rollouts,
         verifiers: Verifiers,
         clock: Callable[[], float] = time.monotonic,
@@ -126,7 +116,7 @@ class Producer:
         """Results of a learner's calls, in order; writing and judging go on meanwhile.
 
         Raises:
-            WorkerFailed: see `actors.gather`.
+            WorkerFailed: see `calls.gather`.
         """
         waiting = list(calls)
         while waiting:
@@ -153,7 +143,7 @@ class Producer:
         self._rollouts.resume(self._policy, version)
 
     def release(self) -> None:
-        """Have the workers give memory back, until they write again."""
+        """Have the workers give memory back, that of the weights included, which `renew` or `resume` bring again."""
         self._rest()
         self._tell("release")
         self._rest()

@@ -33,6 +33,16 @@ class Shard:
     digest: str
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the piece."""
+        return tuple(stop - start for start, stop in self.box)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.bits.dtype.itemsize
+
+    @property
     def array(self) -> NDArray[Any]:
         """The piece in its own dtype, without a copy."""
         return self.bits.view(bfloat16) if self.is_bfloat16 else self.bits

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
@@ -104,6 +104,7 @@ class RolloutEngine:
         self._sequences: dict[str | int, Running] = {}
         self.weight_version = 0
         self._receiver: Receiver | None = None
+        self._given_back: dict[nn.Parameter, torch.Size] = {}
         self._coming, self._on_update = 0, on_update
         self._may_decode = decoder.serves(transformer)
         self._decoder: decoder.Decoder | None = None
@@ -141,6 +142,9 @@ class RolloutEngine:
         """
         if not self.ready_for_update():
             raise RuntimeError("requests are to end under the old weights first: step until ready_for_update")
+        for parameter, shape in self._given_back.items():
+            parameter.data = parameter.data.new_empty(shape)
+        self._given_back = {}
         self._receiver, self._coming = Receiver(self.transformer), version
 
     def take(self, shards: Sequence[Shard]) -> None:
@@ -173,10 +177,19 @@ class RolloutEngine:
         """Let no request find what earlier ones have computed."""
         self._scheduler.forget()
 
-    def release(self) -> None:
-        """Give the memory of keys and values back; requests that run are computed again when they go on."""
+    def release(self, *, weights: bool = False) -> None:
+        """Give the memory of keys and values back; requests that run are computed again when they go on.
+
+        Args:
+            weights: give that of the weights back, too, which an update has to bring again before anything goes on.
+        """
         self._scheduler.restart()
         self._cache = self._decoder = None
+        if weights and not self._given_back:
+            self._given_back = {parameter: parameter.shape for parameter in self.transformer.parameters()}
+            self.transformer.unpack()
+            for parameter in self._given_back:
+                parameter.data = parameter.data.new_empty(0)
 
     @property
     def has_work(self) -> bool:
@@ -236,10 +249,12 @@ class RolloutEngine:
         Where it fails, nothing is lost: what was running is computed again.
 
         Raises:
-            RuntimeError: while an update of the weights is not complete.
+            RuntimeError: while an update of the weights is not complete, or they have been given back.
         """
         if self._receiver is not None:
             raise RuntimeError(f"weights of version {self._coming} have come in part only: end the update first")
+        if self._given_back:
+            raise RuntimeError("the weights have been given back: update them first")
         try:
             exact = self.transformer.numerics == "exact"
             with torch.inference_mode(), nullcontext() if exact else kernels.fused():

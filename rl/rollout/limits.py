@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Transport = Literal["auto", "memory", "broadcast"]
+
 OnUpdate = Literal["finish", "pause", "restart"]
 """What new weights mean to requests that run: they end under the old ones first, or go on with the keys and values that
 the old ones made, or these are computed again under the new ones. Every token carries the version that drew it."""
@@ -22,3 +24,6 @@ class RolloutLimits(BaseModel):
     budget: int = Field(2048, ge=1, description="tokens of one forward pass, of prompts and completions together")
     on_update: OnUpdate = Field("restart", description="what completions that are being written do at new weights")
     bucket_mib: float = Field(64.0, gt=0, description="weights travel in messages of at most this size")
+    transport: Transport = Field(
+        "auto", description="how: in shared memory, by broadcasts between hosts, or as where processes run asks for"
+    )

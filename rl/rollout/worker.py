@@ -1,5 +1,6 @@
 """The rollout workers' processes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lockstep.distributed.checkpoint.place import Place
@@ -7,6 +8,7 @@ from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import Numerics
+from lockstep.rl.broadcast import Broadcast, Broadcasts
 from lockstep.rl.rollout.engine import load_rollout_engine
 from lockstep.rl.rollout.limits import RolloutLimits
 from lockstep.rl.rollout.sequence import Order
@@ -50,6 +52,7 @@ class RolloutWorker(Worker):
             numerics=numerics,
         )[0]
         self.writer, self._speaks = Writer(self.engine), rank == 0
+        self.broadcasts = Broadcasts(self.log)
         self.log.info("ready for %d sequences", limits.sequences)
 
     def begin_update(self, version: int) -> None:
@@ -60,6 +63,19 @@ class RolloutWorker(Worker):
         """Fill what this rank holds of some shards."""
         for part in shards:
             self.engine.take(part)
+
+    def open_broadcasts(self, rank: int, size: int, meetings: Sequence[tuple[str, int]]) -> bool:
+        """See `Broadcasts.open`."""
+        return self.broadcasts.open(rank, size, meetings)
+
+    def broadcast_weights(self) -> bool:
+        """Fill what this rank holds of what the policy's ranks send; whether all has come."""
+        return self.broadcasts.use(self._receive)
+
+    def _receive(self, links: Sequence[Broadcast]) -> None:
+        for link in links:
+            for shards in link.receive():
+                self.engine.take(shards)
 
     def end_update(self) -> None:
         """See `RolloutEngine.end_update`."""
@@ -89,6 +105,6 @@ class RolloutWorker(Worker):
         self.engine.forget()
 
     def release(self) -> None:
-        """Give memory back to those who share this process's device; see `RolloutEngine.release`."""
-        self.engine.release()
+        """Give memory back to those who share this process's device, that of the weights included."""
+        self.engine.release(weights=True)
         give_back(self.engine.device)

@@ -41,6 +41,23 @@ class Head:
             return False
 
 
+@contextmanager
+def joined(head: Head, cpus: int) -> Iterator[None]:
+    """One more node in a head's cluster, on this machine, as another host would join it."""
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--address={head.cluster}"]
+    command += ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--disable-usage-stats"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with (head.folder / "node.log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=head.folder, stdout=log, stderr=log, env=environment)
+    try:
+        yield
+    finally:
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            if one.is_running():
+                one.kill()
+        process.wait()
+
+
 def free_port() -> int:
     """A port that nobody listens to."""
     with socket.socket() as probe:

@@ -10,7 +10,8 @@ import ray
 
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import Policy, WorkerFailed, gather
+from lockstep.rl.actors import Model
+from lockstep.rl.calls import WorkerFailed, gather
 from tests.cluster.commands import Command, overrides, summary, write_recipe
 
 
@@ -74,7 +75,7 @@ def test_an_interrupted_run_leaves_a_record_and_no_process(learning: Command, tm
 def test_an_error_inside_a_worker_is_shown_in_its_own_words(tmp_path: Path) -> None:
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=1)
     try:
-        policy = Policy(Layout(), threads=1, trainer=TrainerConfig(row_tokens=64))
+        policy = Model(Layout(), threads=1, trainer=TrainerConfig(row_tokens=64))
         with pytest.raises(WorkerFailed, match=r"(?s)policy 0: .*BadCheckpoint.*nothing holds no checkpoint") as caught:
             gather(policy.start(tmp_path / "nothing", "float32", OptimizerConfig(), 1.0))
         assert "\x1b" not in str(caught.value)

@@ -9,7 +9,8 @@ import pytest
 from lockstep.cluster.convert import write_checkpoint
 from lockstep.cluster.sources import open_source
 from lockstep.model.names import RandomWeights
-from tests.cluster.commands import Train, metrics, refused, write_recipe
+from tests.cluster.commands import Command, Train, metrics, overrides, refused, write_recipe
+from tests.cluster.heads import free_port, joined, started
 
 pytestmark = pytest.mark.exhaustive
 
@@ -131,3 +132,29 @@ def test_preferences_and_text_are_not_in_one_recipe(tmp_path: Path, tiny_folder:
     recipe = write_recipe(tmp_path, tiny_folder)
     said = refused("train", str(recipe), "--set", "preference.method=reward_model", "--set", "pretrain.steps=1")
     assert "with [supervised], [preference] and [rl]" in said
+
+
+def test_rollout_workers_of_another_node_get_weights_by_broadcasts(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = (
+        "supervised.steps=4",
+        "rl.steps=3",
+        "roles.policy.cpus=2",
+        'roles.rollout={place="apart",cpus=2}',
+        "rollout.workers=2",
+        "rl.optimizer.learning_rate=1e-3",
+    )
+    figures = []
+    for name, transport in (("auto", "auto"), ("memory", "memory")):
+        folder = tmp_path / name
+        folder.mkdir()
+        recipe = write_recipe(folder, tiny_folder)
+        given = overrides(*settings, f"rollout.transport={transport}")
+        with started(free_port()) as head, joined(head, cpus=4):
+            command = Command(folder / "log", "train", str(recipe), *given, RAY_ADDRESS=head.cluster)
+            try:
+                assert command.wait() == 0, command.output
+            finally:
+                command.kill()
+        assert ("weights go to 2 processes by broadcasts" in command.output) == (transport == "auto")
+        figures.append([(line["loss"], line["reward"]) for line in metrics(folder / "tiny", "rl")])
+    assert figures[0] == figures[1]

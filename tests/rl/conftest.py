@@ -9,14 +9,14 @@ import pytest
 
 if TYPE_CHECKING:
     from lockstep.data.tokenizer import Tokenizer
-    from lockstep.rl.actors import Policy, Rollouts, Verifiers
+    from lockstep.rl.actors import Model, Rollouts, Verifiers
 
 
 @dataclass(frozen=True)
 class Actors:
     """One rank of a policy, two rollout workers, a verifier, and what the model reads."""
 
-    policy: "Policy"
+    policy: "Model"
     rollouts: "Rollouts"
     verifiers: "Verifiers"
     tokenizer: "Tokenizer"
@@ -33,14 +33,15 @@ def actors(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     from lockstep.distributed.checkpoint.manager import Checkpoint
     from lockstep.distributed.layout import Layout
     from lockstep.model.recipes import OptimizerConfig, TrainerConfig
-    from lockstep.rl.actors import Policy, Rollouts, Verifiers, gather
+    from lockstep.rl.actors import Model, Rollouts, Verifiers
+    from lockstep.rl.calls import gather
     from lockstep.rl.rollout.limits import RolloutLimits
     from lockstep.rl.verifiers.recipes import VerifierConfig
 
     checkpoint = to_lockstep(str(tiny_folder), tmp_path_factory.mktemp("actors"))
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=1)
     try:
-        policy = Policy(Layout(), threads=1, trainer=TrainerConfig(row_tokens=256))
+        policy = Model(Layout(), threads=1, trainer=TrainerConfig(row_tokens=256))
         rollouts = Rollouts(RolloutLimits(workers=2, sequences=4, length=64, bucket_mib=0.01), threads=1)
         verifiers = Verifiers(VerifierConfig())
         calls = rollouts.start(checkpoint, "float32")

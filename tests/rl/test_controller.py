@@ -9,8 +9,9 @@ import pytest
 from lockstep.data.problems import Problem, Split, TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import Member, Model, gather
+from lockstep.rl.actors import Model
 from lockstep.rl.batching import teaches
+from lockstep.rl.calls import Member, gather
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.flow import FlowConfig
 from lockstep.rl.learner import Models
@@ -147,6 +148,14 @@ def test_workers_that_die_are_replaced_and_nothing_is_lost(mode: str, controller
     assert records[-1].metrics["replaced_workers"] - records[0].metrics["replaced_workers"] == 2
     for record in records:
         assert max(learned_with(record) - s.rollout.weight_version for s in record.scored) <= FLOWS[mode].staleness
+
+
+def test_weights_that_were_given_back_come_again_when_nothing_was_learned(actors: Actors) -> None:
+    made = controller_of(actors, Models(), reward=RewardConfig(correctness=0.0))
+    records = list(made.reinforce(config(FlowConfig(release=True), steps=3)))
+    check_samples(records)
+    assert not any("grad_norm" in record.metrics for record in records)
+    assert made.evaluate(4), "and a phase ends with weights"
 
 
 def test_a_critic_learns_beside_the_policy_in_several_updates_a_step(controller: Controller, actors: Actors) -> None:

@@ -20,8 +20,9 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import Numerics
 from lockstep.model.kv_cache import kinds
-from lockstep.rl.actors import Environments, gather
+from lockstep.rl.actors import Environments
 from lockstep.rl.batching import samples_of
+from lockstep.rl.calls import gather
 from lockstep.rl.controller import Controller
 from lockstep.rl.environments.calculator import NoArithmetic, calculate
 from lockstep.rl.environments.chat_tools import ChatForm

@@ -12,7 +12,8 @@ from lockstep.data.preferences import RankedTokens
 from lockstep.data.problems import Problem, Split, TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import Model, gather
+from lockstep.rl.actors import Model
+from lockstep.rl.calls import gather
 from lockstep.rl.controller import Controller
 from lockstep.rl.learner import Models
 from lockstep.rl.preferences import Comparison, TooFewComparisons, apart, by_verdict, samples_to_compare

@@ -248,3 +248,25 @@ def test_released_memory_is_given_back_and_what_was_running_goes_on(groups: Grou
             held = 64 * 240 * 8192
             assert before - psutil.Process().memory_info().rss > 0.9 * held
     assert found == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_were_given_back_come_again_with_an_update(
+    dtype: torch.dtype, groups: Groups, tokenizer: Tokenizer
+) -> None:
+    sizes = {"layers": 2, "width": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "intermediate": 2048}
+    model = ModelConfig(**sizes, vocabulary=8000, context=64, tied=True)
+    policy, worker = (transformer_of(build(model, groups, dtype, RandomWeights(model, seed=i))) for i in (0, 1))
+    engine, fresh = (RolloutEngine(each, decode=tokenizer.decode, sequences=4) for each in (worker, policy))
+    prompt, sampling = [Prompt(0, "", (3, 5, 9), "")], SamplingConfig(max_new_tokens=8)
+    before = psutil.Process().memory_info().rss
+    engine.release(weights=True)
+    give_back(engine.device)
+    size = model.parameters * dtype.itemsize
+    assert before - psutil.Process().memory_info().rss > 0.9 * size
+    with pytest.raises(RuntimeError, match="given back: update them first"):
+        list(engine.generate(prompt, sampling, samples=2, seed=0))
+    engine.release(weights=True)
+    engine.receive(1, shards_of(policy))
+    found, wanted = (list(each.generate(prompt, sampling, samples=2, seed=0)) for each in (engine, fresh))
+    assert [(r.tokens, r.logp) for r in found] == [(r.tokens, r.logp) for r in wanted]
