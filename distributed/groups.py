@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from lockstep.distributed.layout import Layout, LayoutError
+from lockstep.distributed.libraries import parallel_state
 
 
 @dataclass(frozen=True)

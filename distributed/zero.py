@@ -7,7 +7,6 @@ axis, so losses are multiplied by its size and gradients become sums over the gl
 
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,25 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
-import deepspeed.moe.layer
-from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero import utils as zero_utils
-from deepspeed.runtime.zero.muon import original_muon
-from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import logger as deepspeed_logger
-
 from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, fill
 from lockstep.distributed.checkpoint.spec import STATES, Piece, Source, concurrently, state_name
 from lockstep.distributed.groups import Groups, before_leaving
+from lockstep.distributed.libraries import (
+    deepspeed,
+    deepspeed_groups,
+    deepspeed_logger,
+    original_muon,
+    parameter_offload,
+    zero_utils,
+)
 from lockstep.distributed.shares import Sharded, Share, share_of, shares_of_all, shares_of_each
-
-# DeepSpeed would compile its shared-memory collectives at start-up, and fail where there is no C++ compiler.
-deepspeed.ops.__compatible_ops__ = {}
-
 
 _linear = torch.nn.functional.linear
 """ZeRO-3 puts one of its own in its place, for all."""
@@ -106,20 +98,21 @@ _STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentu
 """Kinds of state, and what optimizers call them."""
 
 _half_precision = original_muon.ns_compute_dtype
+_newton_schulz = original_muon.zeropower_via_gram_newtonschulz
+_newton_schulz = getattr(_newton_schulz, "_torchdynamo_orig_callable", _newton_schulz)  # where others came before us
 
 
-@torch.compiler.set_stance("force_eager")
 def newton_schulz(matrices_NAB: Tensor, exact: bool) -> Tensor:
     """Nearly orthogonal matrices with the singular vectors of the given ones: five quintic iterations on Gram matrices.
 
-    Singular values come out between 0.7 and 1.2 (Jordan et al. 2024). Eager, because kernels compiled for one shape
-    differ from those for any shape, and compiling asks for a C++ compiler.
+    Singular values come out between 0.7 and 1.2 (Jordan et al. 2024). Not compiled: kernels for one shape differ
+    from those for any shape, and compiling asks for a C++ compiler.
 
     Args:
         exact: compute in fp32, so that layouts agree; otherwise in the half precision that DeepSpeed chooses.
     """
     original_muon.ns_compute_dtype = (lambda _: torch.float32) if exact else _half_precision
-    return original_muon.zeropower_via_gram_newtonschulz(matrices_NAB, steps=5).to(matrices_NAB.dtype)
+    return _newton_schulz(matrices_NAB, steps=5).to(matrices_NAB.dtype)
 
 
 @contextmanager

@@ -83,7 +83,6 @@ class DocumentAttention:
         self._rows = _Gather(_joined([b.row_tokens for b in self._batches]), own_rows[order], nothing, device)
         self._keys = _Gather(_joined([b.key_tokens for b in self._batches]), own_keys[order], shared, device)
 
-    @torch.compiler.disable  # loops over documents, which differ in every row
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """See `Attend`."""
         rows = [len(b.row_tokens) for b in self._batches]
@@ -96,6 +95,15 @@ class DocumentAttention:
         )
         padded = [(batch.attend_exactly if self._exact else batch.attend)(q, k, v, scoring) for batch, q, k, v in parts]
         return self._rows.collected(padded[0] if len(padded) == 1 else torch.cat(padded)).view_as(q_THE)
+
+
+def stay_uncompiled() -> None:
+    """Have `torch.compile` leave attention as it is: its loops go over documents, which differ in every row.
+
+    A decorator of torch's would say it at once, and load the compiler in every process.
+    """
+    if not hasattr(DocumentAttention.__call__, "_torchdynamo_disable"):
+        DocumentAttention.__call__ = torch.compiler.disable(DocumentAttention.__call__)  # type: ignore[method-assign]
 
 
 class _Gather:

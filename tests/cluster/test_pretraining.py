@@ -93,6 +93,7 @@ def test_the_trained_weights_are_a_checkpoint_and_the_run_has_a_report(run: Path
     assert "There is no RL step" not in page
 
 
+@pytest.mark.exhaustive
 def test_a_run_whose_gradients_are_no_numbers_ends_and_keeps_the_weights_before(tmp_path: Path, train: Train) -> None:
     settings = ("pretrain.steps=8", "pretrain.optimizer.learning_rate=1e30", "pretrain.give_up_after=2")
     code, output = train(tmp_path / "log", RECIPE, f"run={tmp_path}/run", *settings)

@@ -115,6 +115,7 @@ def test_losses_and_weights_are_those_of_a_run_that_never_saw_them(run: Path, wo
         assert same_weights
 
 
+@pytest.mark.exhaustive
 def test_a_spike_too_many_ends_the_run_with_good_weights_and_the_batch(
     tmp_path: Path, store: Path, train: Train
 ) -> None:

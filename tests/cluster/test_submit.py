@@ -55,6 +55,7 @@ def test_a_job_runs_on_the_head_with_the_code_that_was_sent(
     assert head.answers(), "the job took the head down"
 
 
+@pytest.mark.exhaustive
 def test_a_job_that_fails_fails_the_command(head: Head, tmp_path: Path, tiny_folder: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_folder)
     code, output = submit(tmp_path / "log", str(recipe), *overrides("layout.tensor=3"), address=head.address)
@@ -74,6 +75,7 @@ def test_no_head_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
     assert output.count("\n") == 1
 
 
+@pytest.mark.exhaustive
 def test_a_head_whose_agent_found_its_port_taken_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, started(taken.getsockname()[1]) as head:
         recipe = str(write_recipe(tmp_path, tiny_folder))

@@ -1,8 +1,6 @@
 """Broadcasts of weights: whole for all who receive them, or an end that nobody waits for."""
 
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,15 +16,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lockstep.distributed.checkpoint.spec import digest
 from lockstep.distributed.groups import host_meeting
-from lockstep.rl.actors import PASSES, Rollouts
 from lockstep.rl.broadcast import Broadcast, BroadcastFailed, Broadcasts
-from lockstep.rl.calls import Member, gather
-from lockstep.rl.rollout.limits import RolloutLimits
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.rollout.sequence import Order
 from lockstep.rl.sync import Shard
-from lockstep.rl.types import Prompt, Rollout
-from tests.rl.conftest import Actors
 
 LONG_S = 60.0
 
@@ -115,47 +106,3 @@ def test_whoever_leaves_ends_it_for_all(leaves: int) -> None:
 def test_a_group_that_is_not_complete_is_not_waited_for_long() -> None:
     with pytest.raises(BroadcastFailed):
         Broadcast(HashStore(), 0, 2, patience_s=1.0)
-
-
-@pytest.fixture(scope="module")
-def teams(actors: Actors) -> Iterator[Rollouts]:
-    """Two teams that get weights by broadcasts."""
-    limits = RolloutLimits(workers=2, sequences=4, length=64, bucket_mib=0.05, transport="broadcast")
-    rollouts = Rollouts(limits, threads=1)
-    gather(rollouts.start(actors.checkpoint, "float32"))
-    yield rollouts
-    for number in range(2):
-        rollouts.end(number)
-
-
-def written(team: list[Member]) -> Rollout:
-    """What a team writes, greedily."""
-    tokens = (1, 5, 3, 8)
-    prompt = Prompt(index=0, text="", tokens=tokens, answer="")
-    orders = [Order(0, prompt, SamplingConfig(temperature=0, max_new_tokens=8), 0)]
-    while True:
-        found: list[Rollout] = gather([member.call("work", orders, PASSES) for member in team])[0]
-        if found:
-            return found[0]
-        orders = []
-
-
-def test_teams_get_weights_by_broadcasts_and_go_on_without_one_that_died(teams: Rollouts, actors: Actors) -> None:
-    first, second = teams.teams
-    assert teams.receive(actors.policy) == []
-    assert written(first) == written(second)
-    assert written(first).weight_version == 1
-    os.kill(gather([first[0].call("pid")])[0], signal.SIGKILL)
-    assert teams.receive(actors.policy) == [0]
-    assert written(second).weight_version == 2
-    teams.replace(0, actors.policy)
-    assert written(teams.teams[0]) == written(second)
-    assert teams.receive(actors.policy) == []
-    assert [written(team).weight_version for team in teams.teams] == [3, 3]
-
-
-def test_broadcasts_bring_what_shared_memory_does(teams: Rollouts, actors: Actors) -> None:
-    for rollouts in (teams, actors.rollouts):
-        assert rollouts.receive(actors.policy) == []
-    one, other = written(teams.teams[1]), written(actors.rollouts.teams[0])
-    assert (one.tokens, one.logp) == (other.tokens, other.logp)

@@ -9,15 +9,17 @@ import pytest
 from lockstep.data.problems import Problem, Split, TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import Model
+from lockstep.rl.actors import PASSES, Model, Rollouts
 from lockstep.rl.batching import teaches
 from lockstep.rl.calls import Member, gather
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.flow import FlowConfig
 from lockstep.rl.learner import Models
 from lockstep.rl.recipes import ReferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.rollout.limits import RolloutLimits
 from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.types import Scored
+from lockstep.rl.rollout.sequence import Order
+from lockstep.rl.types import Prompt, Rollout, Scored
 from lockstep.rl.verifiers.rewards import FormatTerm, RewardConfig
 from tests.rl.conftest import Actors
 
@@ -198,3 +200,47 @@ def test_evaluation_is_greedy_and_in_order(controller: Controller) -> None:
     first, second = controller.evaluate(4), controller.evaluate(4)
     assert [s.rollout.prompt.index for s in first] == [0, 1, 2, 3]
     assert [s.rollout.text for s in first] == [s.rollout.text for s in second]
+
+
+@pytest.fixture(scope="module")
+def teams(actors: Actors) -> Iterator[Rollouts]:
+    """Two teams that get weights by broadcasts."""
+    limits = RolloutLimits(workers=2, sequences=4, length=64, bucket_mib=0.05, transport="broadcast")
+    rollouts = Rollouts(limits, threads=1)
+    gather(rollouts.start(actors.checkpoint, "float32"))
+    yield rollouts
+    for number in range(2):
+        rollouts.end(number)
+
+
+def written(team: list[Member]) -> Rollout:
+    """What a team writes, greedily."""
+    tokens = (1, 5, 3, 8)
+    prompt = Prompt(index=0, text="", tokens=tokens, answer="")
+    orders = [Order(0, prompt, SamplingConfig(temperature=0, max_new_tokens=8), 0)]
+    while True:
+        found: list[Rollout] = gather([member.call("work", orders, PASSES) for member in team])[0]
+        if found:
+            return found[0]
+        orders = []
+
+
+def test_teams_get_weights_by_broadcasts_and_go_on_without_one_that_died(teams: Rollouts, actors: Actors) -> None:
+    first, second = teams.teams
+    assert teams.receive(actors.policy) == []
+    assert written(first) == written(second)
+    assert written(first).weight_version == 1
+    kill(first[0])
+    assert teams.receive(actors.policy) == [0]
+    assert written(second).weight_version == 2
+    teams.replace(0, actors.policy)
+    assert written(teams.teams[0]) == written(second)
+    assert teams.receive(actors.policy) == []
+    assert [written(team).weight_version for team in teams.teams] == [3, 3]
+
+
+def test_broadcasts_bring_what_shared_memory_does(teams: Rollouts, actors: Actors) -> None:
+    for rollouts in (teams, actors.rollouts):
+        assert rollouts.receive(actors.policy) == []
+    one, other = written(teams.teams[1]), written(actors.rollouts.teams[0])
+    assert (one.tokens, one.logp) == (other.tokens, other.logp)

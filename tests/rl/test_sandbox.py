@@ -49,9 +49,10 @@ def test_what_a_pool_says_stands_was_asked_for() -> None:
 def test_a_keeper_that_dies_costs_one_item_and_is_replaced() -> None:
     with CodePool(1, SandboxLimits(seconds=3), requires=NOTHING) as pool:
         assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.correct
-        for child in psutil.Process().children():
-            if "verifiers.inside" in " ".join(child.cmdline()):
-                os.kill(child.pid, signal.SIGKILL)
+        [keeper] = [each for each in psutil.Process().children() if "verifiers.inside" in " ".join(each.cmdline())]
+        below = keeper.children(recursive=True)
+        os.kill(keeper.pid, signal.SIGKILL)
+        assert not psutil.wait_procs(below, timeout=10)[1]  # one that is still dying may answer, and rightly
         first, *rest = pool.grade([(RIGHT, TESTS)] * 3)
         assert (first.outcome, first.reason) == (Outcome.ungradable, "the sandbox failed (exit code -9)")
         assert [verdict.outcome for verdict in rest] == [Outcome.correct] * 2

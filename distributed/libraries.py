@@ -1,0 +1,44 @@
+"""megatron-core and DeepSpeed, loaded without torch's compiler and for the device that the host has.
+
+Both compile functions as they are imported, of which those that are used here are used as they are; loading the
+compiler is a third of what a process takes to start. Modules of this room take them from here.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+
+def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    """In the place of `torch.compile`, called or as a decorator with options."""
+    return function or _as_it_is
+
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+with patch.object(torch, "compile", _as_it_is):
+    import deepspeed
+    import deepspeed.moe.layer
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero import utils as zero_utils
+    from deepspeed.runtime.zero.muon import original_muon
+    from deepspeed.utils import groups as deepspeed_groups
+    from deepspeed.utils import logger as deepspeed_logger
+    from megatron.core import parallel_state
+
+# DeepSpeed would compile its shared-memory collectives at start-up, and fail where there is no C++ compiler.
+deepspeed.ops.__compatible_ops__ = {}
+
+__all__ = [
+    "deepspeed",
+    "deepspeed_groups",
+    "deepspeed_logger",
+    "original_muon",
+    "parallel_state",
+    "parameter_offload",
+    "zero_utils",
+]
