@@ -7,26 +7,25 @@ the pool's own threads only, as `VerifierPool`'s children are.
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict
-from queue import SimpleQueue
-from types import TracebackType
-from typing import Self
 
 from lockstep.data.code_tests import CodeTests
 from lockstep.rl.verifiers.examiner import Observation
 from lockstep.rl.verifiers.extract import code_of
+from lockstep.rl.verifiers.processes import ProcessPool
 from lockstep.rl.verifiers.protection import USUAL, Protection, SandboxError, SandboxLimits
 from lockstep.rl.verifiers.sandbox import Sandbox
 from lockstep.rl.verifiers.verdict import Verdict
 
 
-class CodePool:
+class CodePool(ProcessPool[Sandbox]):
     """`workers` sandboxes that judge (completion, tests), each of them within `limits`.
 
     requires: walls without which the pool refuses to start. uses: walls that it tries to build, for machines on which
     one of them misbehaves. Threads may share a pool. Close it, or use it as a context manager.
     """
+
+    failure = SandboxError
 
     def __init__(
         self,
@@ -38,9 +37,7 @@ class CodePool:
         if workers < 1:
             raise ValueError(f"a pool needs workers >= 1, not {workers}")
         self._limits, self._uses = limits or SandboxLimits(), uses or Protection()
-        self._closed = False
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="code-pool")
-        self._idle: SimpleQueue[Sandbox] = SimpleQueue()
+        super().__init__(workers, "code-pool")
         try:
             started = [self._threads.submit(self._new) for _ in range(workers)]
             self.protection, refused = [one.result() for one in started].pop()
@@ -54,39 +51,14 @@ class CodePool:
 
         Raises SandboxError if sandboxes cannot start, or if the pool is closed before the last verdict.
         """
-        if self._closed:
-            raise SandboxError("this pool is closed: make a new one")
-        try:
-            return list(self._threads.map(self._grade_one, items))
-        except CancelledError as error:
-            raise SandboxError("the pool was closed while it was grading") from error
+        return self._each(self._grade_one, items, "it was grading")
 
     def run(self, code: str, stdin: str = "") -> Observation:
         """What a program prints: at most `keeper.SHOWN` characters of it.
 
         Raises SandboxError if a sandbox fails, or if the pool is closed.
         """
-        if self._closed:
-            raise SandboxError("this pool is closed: make a new one")
-        try:
-            return self._threads.submit(self._run_one, code, stdin).result()
-        except CancelledError as error:
-            raise SandboxError("the pool was closed while a program ran") from error
-
-    def close(self) -> None:
-        """Drops what is queued, lets items in work end or meet their deadline, kills every sandbox. May be repeated."""
-        self._closed = True
-        self._threads.shutdown(cancel_futures=True)
-        while not self._idle.empty():
-            self._idle.get().kill()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        return self._each(self._run_one, [(code, stdin)], "a program ran")[0]
 
     def _new(self) -> tuple[Protection, str]:
         sandbox = Sandbox(self._limits, self._uses)
@@ -102,7 +74,6 @@ class CodePool:
             )
 
     def _grade_one(self, item: tuple[str, CodeTests]) -> Verdict:
-        """There are as many threads as sandboxes, so an idle one is always at hand."""
         completion, tests = item
         code = code_of(completion)
         program = {"prefix": tests.prefix, "completion": code, "entry_point": tests.entry_point}
@@ -113,7 +84,8 @@ class CodePool:
             self._idle.put(sandbox)
         return Verdict(verdict.outcome, verdict.reason, code)
 
-    def _run_one(self, code: str, stdin: str) -> Observation:
+    def _run_one(self, program: tuple[str, str]) -> Observation:
+        code, stdin = program
         sandbox = self._ready()
         try:
             return sandbox.run(_packed({"prefix": "", "completion": code, "entry_point": ""}), stdin)

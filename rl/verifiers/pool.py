@@ -15,14 +15,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
-from queue import SimpleQueue
-from types import TracebackType
-from typing import Any, NoReturn, Self, cast
+from typing import Any, NoReturn, cast
 
 from lockstep.rl.verifiers.math import EXAMPLES, grade
+from lockstep.rl.verifiers.processes import ProcessPool
 from lockstep.rl.verifiers.verdict import Outcome, Verdict
 
 Grader = Callable[[str, str], Verdict]
@@ -38,7 +36,7 @@ class VerifierPoolError(RuntimeError):
     """The pool cannot grade at all: its children do not start, or it is closed."""
 
 
-class VerifierPool:
+class VerifierPool(ProcessPool["_Child"]):
     """`workers` child processes that grade (response, answer) pairs, each pair within `deadline` seconds of wall time.
 
     The grader is pickled by name, so it must live in an importable module: a lambda raises at once, a function of
@@ -47,6 +45,8 @@ class VerifierPool:
     MemoryError. Threads may share a pool. Close it, or use it as a context manager.
     """
 
+    failure = VerifierPoolError
+
     def __init__(
         self, workers: int, deadline: float, grader: Grader = grade, examples: Sequence[tuple[str, str]] = EXAMPLES
     ) -> None:
@@ -54,9 +54,7 @@ class VerifierPool:
             raise ValueError(f"a pool needs workers >= 1 and deadline > 0 s, not {workers} workers and {deadline} s")
         self._deadline = deadline
         self._grader = pickle.dumps((grader, tuple(examples)))
-        self._closed = False
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verifier-pool")
-        self._idle: SimpleQueue[_Child] = SimpleQueue()
+        super().__init__(workers, "verifier-pool")
         for started in [self._threads.submit(_Child, self._grader) for _ in range(workers)]:
             self._idle.put(started.result())
 
@@ -65,30 +63,9 @@ class VerifierPool:
 
         Raises VerifierPoolError if children cannot start, or if the pool is closed before the last verdict.
         """
-        if self._closed:
-            raise VerifierPoolError("this pool is closed: make a new one")
-        try:
-            return list(self._threads.map(self._grade_one, pairs))
-        except CancelledError as error:
-            raise VerifierPoolError("the pool was closed while it was grading") from error
-
-    def close(self) -> None:
-        """Drops what is queued, lets items in work end or meet their deadline, kills every child. May be repeated."""
-        self._closed = True
-        self._threads.shutdown(cancel_futures=True)
-        while not self._idle.empty():
-            self._idle.get().kill()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        return self._each(self._grade_one, pairs, "it was grading")
 
     def _grade_one(self, pair: tuple[str, str]) -> Verdict:
-        """There are as many threads as children, so an idle child is always at hand."""
         child = self._ready_child()
         try:
             return child.grade(pair, self._deadline)
