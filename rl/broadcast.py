@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lockstep.distributed.groups import meeting_at
 from lockstep.rl.sync import Shard
@@ -26,8 +26,6 @@ PATIENCE_S = 60.0
 
 ALIGNED = 64
 """Bytes, at multiples of which the bits of a shard begin in a message."""
-
-NAME = "weights"
 
 
 class BroadcastFailed(RuntimeError):
@@ -46,9 +44,7 @@ class Broadcast:
             BroadcastFailed: when not all have come in time.
         """
         try:
-            self._group: Any = dist.ProcessGroupGloo(
-                PrefixStore(NAME, meeting), rank, size, timedelta(seconds=patience_s)
-            )
+            self._group: Any = dist.ProcessGroupGloo(meeting, rank, size, timedelta(seconds=patience_s))
         except RuntimeError as error:
             raise BroadcastFailed(str(error)) from error
 

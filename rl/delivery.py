@@ -74,7 +74,7 @@ class Delivery:
         if wanted == self._linked:
             return True
         addresses = gather([(owner, owner.handle.address.remote()) for owner in owners])
-        ports = gather([o.call("host_broadcast", address) for o, address in zip(owners, addresses, strict=True)])
+        ports = gather([o.call("host", address, "broadcast") for o, address in zip(owners, addresses, strict=True)])
         meetings, size = list(zip(addresses, ports, strict=True)), 1 + len(members)
         calls = [o.call("open_broadcasts", 0, size, [own]) for o, own in zip(owners, meetings, strict=True)]
         calls += [m.call("open_broadcasts", rank, size, meetings) for rank, m in enumerate(members, 1)]

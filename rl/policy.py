@@ -1,7 +1,6 @@
 """Processes of a model that learns or scores, the policy first of all: each is one rank of the model's world, and does
 what the controller asks of all ranks."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
 from lockstep.distributed.checkpoint.spec import Source
 from lockstep.distributed.device import give_back
-from lockstep.distributed.groups import host_meeting, join, meeting_at
+from lockstep.distributed.groups import join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage
 from lockstep.distributed.result import StepResult
@@ -28,15 +27,14 @@ from lockstep.model.loss import Objective
 from lockstep.model.pretrain import Pretraining
 from lockstep.model.recipes import OptimizerConfig, PretrainConfig, TrainerConfig, row_rules
 from lockstep.model.train import DTYPES, Trainer, build, score, transformer_of
-from lockstep.rl.broadcast import Broadcasts
+from lockstep.rl.rank import Rank
 from lockstep.rl.recipes import ReferenceConfig
 from lockstep.rl.reference import Reference, Saved
 from lockstep.rl.scoring import scores_of
 from lockstep.rl.sync import Held, Shard, messages_of, signed
-from lockstep.rl.worker import Worker
 
 
-class PolicyWorker(Worker):
+class PolicyWorker(Rank):
     """One rank of the trainer's world."""
 
     def __init__(self, rank: int, role: str, layout: Layout, config: TrainerConfig) -> None:
@@ -44,12 +42,6 @@ class PolicyWorker(Worker):
         super().__init__(rank)
         self.layout, self.config = layout, config
         self.trace: Trace | None = None
-        self.broadcasts = Broadcasts(self.log)
-
-    def host(self, address: str) -> int:
-        """Host the ranks' meeting at this node's address; returns its port."""
-        self._meeting = host_meeting(address)
-        return self._meeting.port
 
     def start(
         self,
@@ -190,15 +182,6 @@ class PolicyWorker(Worker):
     def weights(self, number: int) -> list[Shard]:
         """One of these messages; empty behind the last."""
         return signed(self._messages[number]) if number < len(self._messages) else []
-
-    def host_broadcast(self, address: str) -> int:
-        """Host the meeting of this rank and all rollout workers at this node's address; returns its port."""
-        self._broadcast_meeting = host_meeting(address)
-        return self._broadcast_meeting.port
-
-    def open_broadcasts(self, rank: int, size: int, meetings: Sequence[tuple[str, int]]) -> bool:
-        """See `Broadcasts.open`."""
-        return self.broadcasts.open(rank, size, meetings)
 
     def broadcast_weights(self) -> bool:
         """Send all messages to the rollout workers; whether they have come."""

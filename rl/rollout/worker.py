@@ -5,28 +5,23 @@ from pathlib import Path
 
 from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.device import give_back
-from lockstep.distributed.groups import host_meeting, join, meeting_at
+from lockstep.distributed.groups import join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import Numerics
-from lockstep.rl.broadcast import Broadcast, Broadcasts
+from lockstep.rl.broadcast import Broadcast
+from lockstep.rl.rank import Rank
 from lockstep.rl.rollout.engine import load_rollout_engine
 from lockstep.rl.rollout.limits import RolloutLimits
 from lockstep.rl.rollout.sequence import Order
 from lockstep.rl.rollout.writer import Writer
 from lockstep.rl.sync import Shard
 from lockstep.rl.types import Rollout
-from lockstep.rl.worker import Worker
 
 
-class RolloutWorker(Worker):
+class RolloutWorker(Rank):
     """One tensor rank of a model with a KV cache that writes completions; all ranks of a model make the same calls."""
 
     role = "rollout"
-
-    def host(self, address: str) -> int:
-        """Host the tensor ranks' meeting at this node's address; returns its port."""
-        self._meeting = host_meeting(address)
-        return self._meeting.port
 
     def start(
         self,
@@ -52,7 +47,6 @@ class RolloutWorker(Worker):
             numerics=numerics,
         )[0]
         self.writer, self._speaks = Writer(self.engine), rank == 0
-        self.broadcasts = Broadcasts(self.log)
         self.log.info("ready for %d sequences", limits.sequences)
 
     def begin_update(self, version: int) -> None:
@@ -63,10 +57,6 @@ class RolloutWorker(Worker):
         """Fill what this rank holds of some shards."""
         for part in shards:
             self.engine.take(part)
-
-    def open_broadcasts(self, rank: int, size: int, meetings: Sequence[tuple[str, int]]) -> bool:
-        """See `Broadcasts.open`."""
-        return self.broadcasts.open(rank, size, meetings)
 
     def broadcast_weights(self) -> bool:
         """Fill what this rank holds of what the policy's ranks send; whether all has come."""
