@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lockstep.model.config import Numerics
-from lockstep.model.exact_attention import attend_in_tiles, with_gradient
+from lockstep.model.exact_attention import attend_exactly, with_gradient
 from lockstep.model.full_attention import PLAIN, Scoring, Span, attend_in_full
 
 LONGEST_IN_FULL = 1024
@@ -240,9 +240,7 @@ class _SegmentBatch:
         def value(*tensors: Tensor) -> Tensor:
             q, k, v = (t.unflatten(0, (len(self.segments), -1)) for t in tensors)
             return (
-                attend_in_tiles(q, k.transpose(1, 2), v.transpose(1, 2), self._first_N, scoring)
-                .flatten(0, 1)
-                .flatten(1)
+                attend_exactly(q, k.transpose(1, 2), v.transpose(1, 2), self._first_N, scoring).flatten(0, 1).flatten(1)
             )
 
         return with_gradient(value, partial(self.attend, scoring=scoring), (q_PHE, k_PGE, v_PGE))

@@ -2,13 +2,15 @@
 
 Keys are summed over in blocks of 64 positions, one block after the other. What a row does not see adds exact zeros,
 so that neither padding nor a later token changes it, and the largest score, which all others are compared with, has no
-order. Trainer and rollouts call the same function.
+order. Trainer and rollouts take the same of three ways: the kernel that rollouts read a cache with, on a GPU kernels of
+fixed tiles, and where there is no C compiler products of torch's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,7 @@ from lockstep.model import exact_triton
 from lockstep.model.exact_product import NotExact, delicate, one_thread
 from lockstep.model.full_attention import PLAIN, Scoring
 from lockstep.model.functions import soft_capped
+from lockstep.model.in_place import BLOCK, InPlace, Rows, pair_of, serves
 
 KEYS = 64
 """Positions that are summed over at once."""
@@ -25,7 +28,7 @@ POSITIONS_AT_ONCE = 128
 """Queries of a sequence whose scores are computed together, up to the last key that any of them sees."""
 
 
-def attend_in_tiles(
+def attend_exactly(
     q_NLHE: Tensor,
     k_NGSE: Tensor,
     v_NGSE: Tensor,
@@ -41,10 +44,41 @@ def attend_in_tiles(
     Args:
         k_NGSE: keys at the positions keys_from, keys_from + 1, …; what no row sees may be any finite number.
         keys_from: multiples of 64, one for all sequences or [N]: at most the first position that a row sees.
+
+    Raises:
+        NotExact: where products have to do, and those of this machine will not.
     """
     if q_NLHE.is_cuda:
         k, v = k_NGSE.transpose(1, 2), v_NGSE.transpose(1, 2)
         return exact_triton.attend_in_tiles(q_NLHE, k, v, first_N - keys_from, scoring)
+    way = _in_place if serves(q_NLHE.dtype, q_NLHE.device, q_NLHE.shape[3]) else _by_products
+    return way(q_NLHE, k_NGSE, v_NGSE, first_N, scoring, torch.as_tensor(keys_from))
+
+
+def _in_place(
+    q_NLHE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, first_N: Tensor, scoring: Scoring, keys_from: Tensor
+) -> Tensor:
+    """Keys and values are put into blocks, as those of a cache; each sequence has blocks of its own."""
+    n, length, _, width = q_NLHE.shape
+    groups, keys = k_NGSE.shape[1:3]
+    each = -(-keys // BLOCK)
+    sequences, columns, begin = np.arange(n)[:, None], np.arange(keys), keys_from.numpy().reshape(-1, 1)
+    places = sequences * each + columns // BLOCK, np.broadcast_to(columns % BLOCK, (n, keys))
+    skipped = begin // BLOCK
+    tables = sequences * each + (np.arange(each + skipped.max()) - skipped).clip(0, each - 1)
+    lasts = np.minimum(first_N.numpy()[:, None] + np.arange(length), begin + keys - 1)
+    rows = Rows(np.arange(n * length), np.repeat(np.arange(n), length), lasts.flatten(), tables)
+    attend = InPlace((places[0].flatten(), places[1].flatten()), rows, scoring.window, groups=groups, width=width)
+    pair = pair_of(q_NLHE.dtype, width)
+    held = k_NGSE.new_zeros(n * each, groups, width // pair, BLOCK, pair)
+    values = v_NGSE.new_zeros(n * each, groups, BLOCK // pair, width, pair)
+    k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k_NGSE, v_NGSE))
+    return attend(held, values, q_NLHE.flatten(0, 1), k, v, scoring).unflatten(0, (n, length))
+
+
+def _by_products(
+    q_NLHE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, first_N: Tensor, scoring: Scoring, keys_from: Tensor
+) -> Tensor:
     n, length, heads, width = q_NLHE.shape
     kv_heads, repeats = k_NGSE.shape[1], heads // k_NGSE.shape[1]
     k, v = _in_blocks(k_NGSE), _in_blocks(v_NGSE)

@@ -1,18 +1,36 @@
-"""Attention of rollouts in exact numerics: to keys and values in the blocks of a cache, by the trainer's function."""
+"""Attention of rollouts in exact numerics: to keys and values in the blocks of a cache, as the trainer attends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.model.exact_attention import KEYS, attend_in_tiles
+from lockstep.model.attention import Attend
+from lockstep.model.config import ModelConfig
+from lockstep.model.exact_attention import KEYS, attend_exactly
 from lockstep.model.full_attention import PLAIN, Scoring
-from lockstep.model.kv_cache import KVCache, Span
+from lockstep.model.in_place import serves
+from lockstep.model.kv_cache import KVCache, PagedAttention, Span
+
+
+def exact_cache(model: ModelConfig, *, dtype: torch.dtype, device: torch.device, **sizes: Any) -> KVCache:
+    """A cache as the trainer's attention takes it: see `KVCache` for the arguments."""
+    of_blocks = ExactKVCache if serves(dtype, device, model.head_dim) else GatheredKVCache
+    return of_blocks(model, dtype=dtype, device=device, **sizes)
 
 
 class ExactKVCache(KVCache):
+    """A cache whose blocks are read in place, token by token."""
+
+    def attention(self, spans: Sequence[Span]) -> Attend:
+        """See `KVCache`."""
+        return PagedAttention(self, spans, numerics="exact")
+
+
+class GatheredKVCache(KVCache):
     """A cache whose blocks hold keys and values as rows [tokens, head width], which is how they are gathered."""
 
     def _shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -28,13 +46,13 @@ class ExactKVCache(KVCache):
         keys, values = (x[layer].flatten(0, 1)[lines_NGP].flatten(2, 3) for x in (self.keys, self.values))
         return keys, values
 
-    def attention(self, spans: Sequence[Span]) -> "ExactPagedAttention":
-        return ExactPagedAttention(self, spans)
+    def attention(self, spans: Sequence[Span]) -> "GatheredAttention":
+        return GatheredAttention(self, spans)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Spans of as many tokens each, as `attend_in_tiles` takes them."""
+    """Spans of as many tokens each, as `attend_exactly` takes them."""
 
     rows_NL: Tensor
     """Places in the pass."""
@@ -44,13 +62,13 @@ class _Batch:
     keys_from_N: Tensor
 
 
-class ExactPagedAttention:
+class GatheredAttention:
     """`Attend` for spans of sequences, head to tail: keys and values are kept first, then each token sees its own.
 
     Single tokens of sequences of similar lengths are attended to together, and every longer span by itself.
     """
 
-    def __init__(self, cache: ExactKVCache, spans: Sequence[Span]) -> None:
+    def __init__(self, cache: GatheredKVCache, spans: Sequence[Span]) -> None:
         """
         Args:
             cache: the tokens of its blocks divide 64.
@@ -78,7 +96,7 @@ class ExactPagedAttention:
         for batch in self._batches[kind]:
             k, v = self._cache.gathered(layer, batch.tables_NP)
             q = q_THE[batch.rows_NL]
-            mixed[batch.rows_NL] = attend_in_tiles(q, k, v, batch.first_N, scoring, batch.keys_from_N)
+            mixed[batch.rows_NL] = attend_exactly(q, k, v, batch.first_N, scoring, batch.keys_from_N)
         return mixed
 
 
@@ -92,7 +110,7 @@ def _alike(places: Sequence[tuple[int, Span]]) -> list[list[tuple[int, Span]]]:
     return batches
 
 
-def _batch(cache: ExactKVCache, kind: int, spans: Sequence[tuple[int, Span]], device: torch.device) -> _Batch:
+def _batch(cache: GatheredKVCache, kind: int, spans: Sequence[tuple[int, Span]], device: torch.device) -> _Batch:
     window, block = cache.windows[kind], cache.block
     seen = [0 if window is None else max(0, s.start - window + 1) for _, s in spans]
     begins = [position // KEYS * (KEYS // block) for position in seen]

@@ -112,7 +112,8 @@ struct attention {
                                                         BLOCK and width exchanged */
     const int32_t *blocks, *offsets;                 /* of each token to keep its place */
     const int32_t *tokens;                           /* of each row its token, from the first of q */
-    const int32_t *tables, *firsts, *lasts;          /* [rows, table_width]; the positions that a row sees */
+    const int32_t *sequences, *firsts, *lasts;       /* of each row its table, and the positions that it sees */
+    const int32_t *tables;                           /* [sequences, table_width] */
     const int32_t *part_rows, *part_starts;          /* of each part its row, and the first position */
     const int32_t *row_parts;                        /* the first part of each row, and one more at the end */
     float *partial;                                  /* [parts, heads, width + 2] */
@@ -228,7 +229,7 @@ struct view {
 static struct view seen(const struct attention *job, int64_t part)
 {
     int64_t row = job->part_rows[part], start = job->part_starts[part], end = start + PART - 1;
-    struct view view = { job->firsts[row], job->lasts[row], job->tables + row * job->table_width };
+    struct view view = { job->firsts[row], job->lasts[row], job->tables + job->sequences[row] * job->table_width };
     if (view.first < start) view.first = start;
     if (view.last > end) view.last = end;
     return view;

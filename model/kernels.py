@@ -64,7 +64,8 @@ class AttentionJob(ctypes.Structure):
     _fields_ = _fields(
         "written kept taken done joined writes rows parts heads groups width table_width q_stride k_stride v_stride "
         "tiled",
-        "q k v keys values blocks offsets tokens tables firsts lasts part_rows part_starts row_parts partial out",
+        "q k v keys values blocks offsets tokens sequences firsts lasts tables part_rows part_starts row_parts partial "
+        "out",
         "scale cap",
     )
 

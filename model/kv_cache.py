@@ -7,9 +7,9 @@ has a pool and a table of its own. In a block the keys of a head stand as [head 
 Numbers of 16 bits stand in pairs of rows, [rows / 2, columns, 2], as instructions that add up products of pairs want.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from lockstep.model import kernels
 from lockstep.model.attention import Attend, DocumentAttention
-from lockstep.model.config import ModelConfig
+from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.full_attention import PLAIN, Scoring, attend_in_full
+from lockstep.model.in_place import InPlace, Rows, pair_of, serves
 
 SHORT = 16
 """Spans of up to so many tokens attend token by token."""
-
-PART = 512
-"""Tokens of a sequence that one thread attends to at a time; as in `kernels.c`, whose blocks have 16 tokens."""
 
 
 class KVCache:
@@ -48,7 +46,7 @@ class KVCache:
             block: tokens of a block.
         """
         self.block, self.windows = block, kinds(model)
-        self.pair = 2 if dtype.itemsize == 2 and not model.head_dim % 2 else 1
+        self.pair = pair_of(dtype, model.head_dim)
         of_layer = [self.windows.index(model.window_of(layer)) for layer in range(model.layers)]
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
@@ -111,16 +109,6 @@ class Span:
     count: int
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A token that attends alone."""
-
-    token: int
-    """Its place in the pass."""
-    tables: Sequence[Sequence[int]]
-    position: int
-
-
 class PagedAttention:
     """`Attend` for spans of sequences, head to tail: keys and values are kept first, then each token sees its own.
 
@@ -128,24 +116,28 @@ class PagedAttention:
     Tokens of short spans attend one by one, in place where there is a kernel; long spans attend by products.
     """
 
-    def __init__(self, cache: KVCache, spans: Sequence[Span], *, in_place: bool = True) -> None:
+    def __init__(
+        self, cache: KVCache, spans: Sequence[Span], *, in_place: bool = True, numerics: Numerics = "fast"
+    ) -> None:
         """
         Args:
             in_place: use the kernel that reads blocks in place, where there is one.
+            numerics: in exact ones, which take that kernel, all tokens attend one by one.
         """
         self._cache = cache
         held = cache.values[0]
-        in_place = in_place and kernels.usable(held.dtype, held.device) and not held.shape[-2] % 2
-        shortest = SHORT if in_place else 1
+        in_place = in_place and serves(held.dtype, held.device, held.shape[-2])
+        assert in_place or numerics == "fast"
+        longest = max(s.count for s in spans) if numerics == "exact" else SHORT if in_place else 1
         placed = list(zip(np.cumsum([0, *(s.count for s in spans)]).tolist(), spans, strict=False))
-        rows = [_Row(i + n, s.tables, s.start + n) for i, s in placed if s.count <= shortest for n in range(s.count)]
-        self._long = [(i, s) for i, s in placed if s.count > shortest]
+        short = [(i, s) for i, s in placed if s.count <= longest]
+        self._long = [(i, s) for i, s in placed if s.count > longest]
         self._fresh = [(i, s) for i, s in self._long if s.start == 0]
         self._continued = [(i, s) for i, s in self._long if s.start > 0]
         self._documents = DocumentAttention([(s.count,) for _, s in self._fresh], held.device) if self._fresh else None
         self._fresh_rows = _row_numbers(self._fresh, held.device)
-        by_row = _InPlace if in_place else _Gathered
-        self._by_row = [by_row(cache, kind, spans, rows) for kind in range(len(cache.windows))]
+        by_row = partial(_InPlace, tiled=numerics == "fast") if in_place else _Gathered
+        self._by_row = [by_row(cache, kind, spans, short) for kind in range(len(cache.windows))]
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
         """See `Attend`."""
@@ -163,7 +155,9 @@ class PagedAttention:
 
     def jobs(self, heads: int) -> list[kernels.AttentionJob]:
         """Of single tokens, attended to in place: what the attention of each kind of layer has in common."""
-        return [each.job(heads) for each in self._by_row if isinstance(each, _InPlace)]
+        of_kinds = [each.jobs(heads) for each in self._by_row if isinstance(each, _InPlace)]
+        assert all(len(jobs) == 1 for jobs in of_kinds)
+        return [job for (job,) in of_kinds]
 
     def _attended(self, layer: int, kind: int, q_LHE: Tensor, span: Span, scoring: Scoring) -> Tensor:
         """One span of tokens that also see what is before them."""
@@ -183,88 +177,47 @@ class PagedAttention:
 
 
 class _InPlace:
-    """Keeps keys and values and attends for single tokens, by a kernel that reads blocks where they lie.
+    """Keeps keys and values and attends for the tokens of short spans, where blocks lie."""
 
-    A sequence is attended to in parts of a fixed length, which are then put together in order: what comes out for a
-    token does not depend on the batch.
-    """
-
-    def __init__(self, cache: KVCache, kind: int, spans: Sequence[Span], rows: Sequence[_Row]) -> None:
+    def __init__(
+        self, cache: KVCache, kind: int, spans: Sequence[Span], short: Sequence[tuple[int, Span]], *, tiled: bool
+    ) -> None:
         self._cache = cache
-        window = cache.windows[kind]
-        _, groups, _, width, _ = cache.values[cache.kind_of.index(kind)].shape
-        self._dtype = cache.values[0].dtype
-        places, offsets = _places(cache.block, [s.tables[kind] for s in spans], spans)
-        lasts = np.array([r.position for r in rows], np.int32)
-        firsts = np.zeros_like(lasts) if window is None else np.maximum(lasts - (window - 1), 0)
-        counts = lasts // PART - firsts // PART + 1
-        of_part = np.repeat(np.arange(len(rows)), counts)
-        starts = np.cumsum(counts) - counts
-        part_starts = (firsts[of_part] // PART + np.arange(len(of_part)) - starts[of_part]) * PART
-        arrays: dict[str, Any] = {
-            "blocks": places,
-            "offsets": offsets,
-            "tokens": [r.token for r in rows],
-            "tables": _padded([r.tables[kind][: r.position // cache.block + 1] for r in rows]),
-            "firsts": firsts,
-            "lasts": lasts,
-            "part_rows": of_part,
-            "part_starts": part_starts,
-            "row_parts": np.append(starts, len(of_part)),
-        }
-        self._arrays = {name: np.ascontiguousarray(array, np.int32) for name, array in arrays.items()}
-        self._job = kernels.AttentionJob(
-            writes=len(places),
-            rows=len(rows),
-            parts=len(of_part),
-            groups=groups,
-            width=width,
-            table_width=self._arrays["tables"].shape[-1],
-            tiled=kernels.tiled(self._dtype, torch.device("cpu")),
-            **{name: array.ctypes.data for name, array in self._arrays.items()},
+        dtype, (_, groups, _, width, _) = cache.values[0].dtype, cache.values[cache.kind_of.index(kind)].shape
+        rows = Rows(
+            _numbers((i, s.count) for i, s in short),
+            np.repeat(np.arange(len(short)), [s.count for _, s in short]),
+            _numbers((s.start, s.count) for _, s in short),
+            _padded([s.tables[kind][: (s.start + s.count - 1) // cache.block + 1] for _, s in short]),
         )
-        self._size = int((lasts - firsts + 1).sum()) * groups * width
-        self._partial: np.ndarray | None = None
-
-    def job(self, heads: int) -> kernels.AttentionJob:
-        """What the attention of all layers has in common."""
-        if self._partial is None:
-            self._partial = np.empty((self._job.parts, heads, self._job.width + 2), np.float32)
-            self._job.partial, self._job.heads = self._partial.ctypes.data, heads
-        return self._job
+        places = _places(cache.block, [s.tables[kind] for s in spans], spans)
+        tiled = tiled and kernels.tiled(dtype, torch.device("cpu"))
+        self._attend = InPlace(places, rows, cache.windows[kind], groups=groups, width=width, tiled=tiled)
+        self.jobs = self._attend.jobs
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring) -> Tensor:
         """Mixed values [T, H, E]; undefined for tokens that are not among the rows."""
-        q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THE, k_TGE, v_TGE))
-        mixed, job = q.new_empty(q.shape), self.job(q.shape[1])
-        job.written = job.kept = job.taken = job.done = job.joined = 0
-        job.q, job.k, job.v, job.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), mixed.data_ptr()
-        job.q_stride, job.k_stride, job.v_stride = q.stride(0), k.stride(0), v.stride(0)
-        job.keys, job.values = self._cache.keys[layer].data_ptr(), self._cache.values[layer].data_ptr()
-        job.scale = q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale
-        job.cap = scoring.cap or 0.0
-        kernels.run("attention", job, self._dtype, size=self._size)
-        return mixed
+        return self._attend(self._cache.keys[layer], self._cache.values[layer], q_THE, k_TGE, v_TGE, scoring)
 
 
 class _Gathered:
-    """Keeps keys and values and attends for single tokens, whose sequences are gathered and padded to the longest."""
+    """Keeps keys and values and attends for spans of one token, whose sequences are gathered, padded to the longest."""
 
-    def __init__(self, cache: KVCache, kind: int, spans: Sequence[Span], rows: Sequence[_Row]) -> None:
+    def __init__(self, cache: KVCache, kind: int, spans: Sequence[Span], short: Sequence[tuple[int, Span]]) -> None:
         self._cache, window = cache, cache.windows[kind]
         device = cache.values[0].device
         places = _places(cache.block, [s.tables[kind] for s in spans], spans)
         self._blocks, self._offsets = (torch.from_numpy(x).to(device) for x in places)
-        self._rows = torch.tensor([r.token for r in rows], dtype=torch.long, device=device)
-        if not rows:
+        self._rows = _row_numbers(short, device)
+        if not short:
             return
-        firsts = [_first(r.position, window, cache.block) for r in rows]
+        firsts = [_first(s.start, window, cache.block) for _, s in short]
         tables = _padded(
-            [r.tables[kind][first : r.position // cache.block + 1] for r, first in zip(rows, firsts, strict=True)]
+            [s.tables[kind][first : s.start // cache.block + 1] for (_, s), first in zip(short, firsts, strict=True)]
         )
         self._tables = torch.from_numpy(tables.astype(np.int64)).to(device)
         columns = torch.tensor(firsts)[:, None] * cache.block + torch.arange(tables.shape[1] * cache.block)
-        self._bias = _bias(columns, torch.tensor([r.position for r in rows])[:, None], window).to(device)
+        self._bias = _bias(columns, torch.tensor([s.start for _, s in short])[:, None], window).to(device)
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring) -> Tensor:
         """Mixed values [T, H, E]; undefined for tokens that are not among the rows."""
@@ -317,7 +270,12 @@ def _places(block: int, tables: Sequence[Sequence[int]], spans: Sequence[Span]) 
 
 
 def _row_numbers(spans: Sequence[tuple[int, Span]], device: torch.device) -> Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.long), *(torch.arange(i, i + s.count) for i, s in spans)]).to(device)
+    return torch.from_numpy(_numbers((i, s.count) for i, s in spans)).to(device)
+
+
+def _numbers(ranges: Iterable[tuple[int, int]]) -> np.ndarray:
+    """Of ranges, given by their first number and how many there are, head to tail."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(start, start + count) for start, count in ranges)])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from lockstep.distributed.groups import Groups, alone
 from lockstep.model import decoder, kernels
 from lockstep.model.adapters import merged
 from lockstep.model.config import ModelConfig, Numerics, UnknownModel
-from lockstep.model.exact_cache import ExactKVCache
+from lockstep.model.exact_cache import exact_cache
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.logprobs import local_logits, reduced
 from lockstep.model.train import DTYPES, build, transformer_of
@@ -96,7 +96,7 @@ class RolloutEngine:
             length=self.length,
             budget=budget,
         )
-        of_blocks = ExactKVCache if transformer.numerics == "exact" else KVCache
+        of_blocks = exact_cache if transformer.numerics == "exact" else KVCache
         self._new_cache = partial(of_blocks, model, blocks=counts, dtype=parameter.dtype, device=self.device, **shape)
         self._cache: KVCache | None = None
         pools = [BlockPool(count) for count in counts]

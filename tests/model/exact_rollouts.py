@@ -10,7 +10,7 @@ from lockstep.data.batch import Sample, rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
 from lockstep.model.columns import Columns
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics
-from lockstep.model.exact_attention import attend_in_tiles
+from lockstep.model.exact_attention import attend_exactly
 from lockstep.model.full_attention import PLAIN, Scoring
 from lockstep.model.logprobs import local_logits, reduced
 from lockstep.model.names import RandomWeights
@@ -146,7 +146,7 @@ class Chunks:
         more = int(self._draw.integers(0, 90))
         k, v = (padded([cache[layer] for cache in caches], more) for caches in zip(*self._caches(), strict=True))
         first = torch.tensor([run.cached for run in self._runs])
-        mixed = attend_in_tiles(q, k.transpose(1, 2), v.transpose(1, 2), first, scoring)
+        mixed = attend_exactly(q, k.transpose(1, 2), v.transpose(1, 2), first, scoring)
         return torch.cat([m[:n] for m, n in zip(mixed, self._lengths, strict=True)])
 
     def _caches(self) -> list[tuple[dict[int, Tensor], dict[int, Tensor]]]:

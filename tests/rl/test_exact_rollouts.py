@@ -10,6 +10,7 @@ from lockstep.cluster.cli import app
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
+from lockstep.model import kernels
 from lockstep.model.kv_cache import kinds
 from lockstep.rl.mismatch import compare, reported, rescored
 from lockstep.rl.rollout.engine import RolloutEngine
@@ -43,6 +44,14 @@ def differing_bits(groups: Groups, names: list[str], dtype: str, blocks: int) ->
 )
 def test_no_bit_differs(names: list[str], dtype: str, groups: Groups) -> None:
     for bits, preemptions, shared in differing_bits(groups, names, dtype, 14):
+        assert bits == 0
+        assert preemptions > 0
+        assert shared > 100
+
+
+def test_no_bit_differs_where_there_is_no_compiler(groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "usable", lambda *_: False)
+    for bits, preemptions, shared in differing_bits(groups, ["gemma"], "float32", 14):
         assert bits == 0
         assert preemptions > 0
         assert shared > 100
