@@ -1,8 +1,8 @@
 """A pass over one token of each of some sequences as one list of jobs, for models of Llama's kind on a CPU.
 
 A pass of a small model is over in milliseconds, and calling its hundreds of operations from Python takes a large part
-of them. Here the list of jobs is made once: norms, products in the processor's tiles, rotations and attention in place,
-all of `kernels.c`, one behind the other in the threads that torch works with. What changes from pass to pass is the
+of them. Here the list of jobs is made once: norms, products, rotations and attention in place, all of `kernels.c`, one
+behind the other in the threads that torch works with. What changes from pass to pass is the
 tokens, their positions and the tables of their sequences.
 """
 
@@ -26,14 +26,15 @@ def serves(transformer: Transformer) -> bool:
     """Whether there is a decoder for a model.
 
     It takes norms by the root mean square before each layer, gated units of silu, rotary positions of one kind and
-    widths that fill tiles; bf16, fast numerics, one rank, and a processor with tiles.
+    widths that fill lines; bf16, fast numerics and one rank, where there is a compiler.
     """
     model, layout = transformer.model, transformer.groups.layout
     widths = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim, model.intermediate
     return (
         transformer.numerics == "fast"
         and layout.processes == 1
-        and kernels.tiled(transformer.head_weight.dtype, transformer.head_weight.device)
+        and transformer.head_weight.dtype == torch.bfloat16
+        and kernels.usable(transformer.head_weight.dtype, transformer.head_weight.device)
         and (model.norm, model.norm_at, model.activation) == ("rms", "before", "silu")
         and (model.head, model.gated) == ("vocabulary", True)
         and (model.moe, model.lora, model.qk_norm, model.logit_cap) == (None, None, None, None)
@@ -157,7 +158,12 @@ class Decoder:
     ) -> None:
         self._kept.append(weight)
         job = kernels.ProductJob(
-            inputs=x.shape[1], outputs=out.shape[1], x=x.data_ptr(), weight=weight.data_ptr(), out=out.data_ptr()
+            inputs=x.shape[1],
+            outputs=out.shape[1],
+            tiled=kernels.tiled(weight.dtype, weight.device),
+            x=x.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
         )
         job.bias, job.add = (None if t is None else t.data_ptr() for t in (bias, add))
         self._jobs.add("product", job)

@@ -15,7 +15,7 @@
 #include <unistd.h>
 #endif
 
-enum { LANES = 16, BLOCK = 16, TILE = 64, PART = 512, PAIR = 4 / sizeof(NUMBER) };
+enum { LANES = 16, BLOCK = 16, TILE = 64, PART = 512, LINE = 32, SIDE = 16, PAIR = 4 / sizeof(NUMBER) };
 
 typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t words __attribute__((vector_size(64)));
@@ -270,8 +270,6 @@ typedef struct {
     uint16_t bytes[16];
     uint8_t rows[16];
 } __attribute__((packed)) tiles;
-
-enum { LINE = 32, SIDE = 16 };
 
 static int fits_tiles(const struct attention *job)
 {
@@ -586,15 +584,66 @@ void log_sums(struct log_sums *job)
     }
 }
 
-#ifdef __AMX_BF16__
 /* x · weightᵀ, plus a bias, plus what is to be added; rounded after each. The weight lies as tiles want it, for 16
    outputs and 32 inputs at a time: [outputs / 16, inputs / 32, inputs / 2 of a tile, outputs of a tile, 2]. */
 struct product {
     int64_t taken, rows, inputs, outputs;            /* multiples of 32 */
+    int64_t tiled;                                   /* whether tiles may be used */
     const NUMBER *x, *weight, *bias, *add;           /* [rows, inputs]; [outputs]; [rows, outputs] */
     NUMBER *out;                                     /* [rows, outputs]; may be what is added */
 };
 
+/* 16 outputs of a row. */
+static void finish(const struct product *job, lanes sums, int64_t row, int64_t first)
+{
+    int64_t at = row * job->outputs + first;
+    NUMBER rounded[LANES];
+    store(rounded, sums);
+    if (job->bias) store(rounded, load(rounded) + load(job->bias + first));
+    if (job->add) store(rounded, load(rounded) + load(job->add + at));
+    memcpy(job->out + at, rounded, sizeof rounded);
+}
+
+/* sums + weights · x for a pair of inputs, beside each other in `weights` and at x. */
+static inline lanes with_pair(lanes sums, const NUMBER *weights, const NUMBER *x)
+{
+    uint32_t pair;
+    memcpy(&pair, x, sizeof pair);
+#ifdef __AVX512BF16__
+    return (lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(pair));
+#else
+    words w = (words)*(const lanes *)weights, both = pair - (words){};
+    return sums + (lanes)(w << 16) * (lanes)(both << 16) + (lanes)(w & 0xffff0000) * (lanes)(both & 0xffff0000);
+#endif
+}
+
+/* n rows of 32 outputs: weights are read once for all of them. */
+static inline __attribute__((always_inline)) void multiply_rows(int n, const struct product *job, int64_t first, int64_t row)
+{
+    int64_t inputs = job->inputs;
+    const NUMBER *x = job->x + row * inputs, *v = job->weight + first * inputs, *w = v + SIDE * inputs;
+    lanes left[n], right[n];
+    for (int r = 0; r < n; r++) left[r] = right[r] = (lanes){};
+    for (int64_t i = 0; i < inputs; i += 2)
+        for (int r = 0; r < n; r++) {
+            left[r] = with_pair(left[r], v + i * SIDE, x + r * inputs + i);
+            right[r] = with_pair(right[r], w + i * SIDE, x + r * inputs + i);
+        }
+    for (int r = 0; r < n; r++) {
+        finish(job, left[r], row + r, first);
+        finish(job, right[r], row + r, first + SIDE);
+    }
+}
+
+static void multiply(const struct product *job, int64_t first)
+{
+    int64_t row = 0;
+    for (; row + 8 <= job->rows; row += 8) multiply_rows(8, job, first, row);
+    for (; row + 4 <= job->rows; row += 4) multiply_rows(4, job, first, row);
+    for (; row < job->rows; row++) multiply_rows(1, job, first, row);
+}
+
+#ifdef __AMX_BF16__
 /* Sums in tiles 0 to 3, two of rows by two of outputs; the rows' inputs in 4 and 5, the outputs' weights in 6 and 7. */
 static void shape(int upper, int lower)
 {
@@ -606,20 +655,9 @@ static void shape(int upper, int lower)
     _tile_loadconfig(&all);
 }
 
-static void finish(struct product *job, const float *sums, int64_t rows, int64_t row, int64_t first)
-{
-    for (int64_t r = 0; r < rows; r++) {
-        int64_t at = (row + r) * job->outputs + first;
-        NUMBER rounded[LANES];
-        store(rounded, get(sums + r * SIDE));
-        if (job->bias) store(rounded, load(rounded) + load(job->bias + first));
-        if (job->add) store(rounded, load(rounded) + load(job->add + at));
-        memcpy(job->out + at, rounded, sizeof rounded);
-    }
-}
-
 /* Up to 32 rows of 32 outputs, whose weights are read while those at `ahead`, which come next, are fetched. */
-static void multiply(struct product *job, int64_t first, int64_t row, int64_t count, const NUMBER *ahead)
+static void
+multiply_in_tiles(const struct product *job, int64_t first, int64_t row, int64_t count, const NUMBER *ahead)
 {
     int64_t inputs = job->inputs, upper = count < SIDE ? count : SIDE, lower = count - upper;
     const NUMBER *x = job->x + row * inputs, *y = x + SIDE * inputs;
@@ -651,10 +689,11 @@ static void multiply(struct product *job, int64_t first, int64_t row, int64_t co
     _tile_stored(2, sums[2], 64);
     _tile_stored(3, sums[3], 64);
     for (int t = 0; t < 4; t++)
-        finish(job, sums[t], t < 2 ? upper : lower, t < 2 ? row : row + SIDE, first + t % 2 * SIDE);
+        for (int64_t r = 0; r < (t < 2 ? upper : lower); r++)
+            finish(job, get(sums[t] + r * SIDE), row + t / 2 * SIDE + r, first + t % 2 * SIDE);
 }
 
-void product(struct product *job)
+static void product_in_tiles(struct product *job)
 {
     int64_t task = next(&job->taken), after, count = job->outputs / LINE;
     for (; task < count; task = after) {
@@ -662,7 +701,7 @@ void product(struct product *job)
         for (int64_t row = 0; row < job->rows; row += LINE) {
             int64_t left = job->rows - row, last = left <= LINE, coming = last && after < count ? after : task;
             const NUMBER *ahead = job->weight + coming * LINE * job->inputs;
-            multiply(job, task * LINE, row, last ? left : LINE, ahead);
+            multiply_in_tiles(job, task * LINE, row, last ? left : LINE, ahead);
         }
     }
     _tile_release();
@@ -674,7 +713,16 @@ int may_use_tiles(void)
     enum { ASK = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM of arch_prctl(2), XFEATURE_XTILEDATA */
     return !syscall(SYS_arch_prctl, ASK, TILES);
 }
+#else
+static void product_in_tiles(struct product *job) {}
 #endif
+
+void product(struct product *job)
+{
+    int64_t task;
+    if (job->tiled) product_in_tiles(job);
+    else while ((task = next(&job->taken)) < job->outputs / LINE) multiply(job, task * LINE);
+}
 
 /* Jobs that follow one another: threads that are given the same list share each job, and wait for each other behind it. */
 struct step {

@@ -99,7 +99,7 @@ class TurnJob(ctypes.Structure):
 class ProductJob(ctypes.Structure):
     """`struct product`."""
 
-    _fields_ = _fields("taken rows inputs outputs", "x weight bias add out")
+    _fields_ = _fields("taken rows inputs outputs tiled", "x weight bias add out")
 
 
 class _ListJob(ctypes.Structure):

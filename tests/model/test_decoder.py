@@ -23,16 +23,21 @@ from lockstep.rl.types import Prompt
 
 BLOCK = 16
 LLAMA = ModelConfig(layers=3, width=96, heads=6, kv_heads=2, head_dim=32, intermediate=160, vocabulary=301, context=200)
-tiled = pytest.mark.skipif(
-    not kernels.tiled(torch.bfloat16, torch.device("cpu")), reason="the processor has no tiles for products in bf16"
-)
+TILED = sorted({False, kernels.tiled(torch.bfloat16, torch.device("cpu"))})
+"""Vectors, and where the processor has them its tiles."""
+
+
+@pytest.fixture(params=TILED, ids=lambda tiled: "tiles" if tiled else "vectors")
+def multiplied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what products are computed."""
+    monkeypatch.setattr(kernels, "tiled", lambda *_: request.param)
 
 
 def transformer(groups: Groups, model: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Transformer:
     return transformer_of(build(model, groups, dtype, RandomWeights(model, 0, deviation=0.08))).eval()
 
 
-@tiled
+@pytest.mark.usefixtures("multiplied")
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 33, ROWS])
 @pytest.mark.parametrize(
     "model",
@@ -85,7 +90,6 @@ def filled(caches: list[KVCache], model: ModelConfig, tables: list[list[int]]) -
             cache.write(layer, places, offsets, k.to(dtype), v.to(dtype))
 
 
-@tiled
 def test_models_of_other_kinds_are_left_to_the_modules(groups: Groups) -> None:
     """So are other dtypes."""
     others = ({"norm": "layer"}, {"norm_at": "around"}, {"qk_norm": "head"}, {"logit_cap": 9.0}, {"width": 48})
@@ -94,9 +98,9 @@ def test_models_of_other_kinds_are_left_to_the_modules(groups: Groups) -> None:
     assert not serves(transformer(groups, LLAMA, torch.float32))
 
 
-@tiled
+@pytest.mark.parametrize("tiled", TILED)
 @given(st.integers(1, 70), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 1 << 30))
-def test_a_product_in_tiles(rows: int, lines: int, outs: int, has_bias: bool, adds: bool, seed: int) -> None:
+def test_a_product(tiled: bool, rows: int, lines: int, outs: int, has_bias: bool, adds: bool, seed: int) -> None:
     torch.manual_seed(seed)
     inputs, outputs = 32 * lines, 32 * outs - seed % 32
     weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
@@ -108,6 +112,7 @@ def test_a_product_in_tiles(rows: int, lines: int, outs: int, has_bias: bool, ad
         rows=rows,
         inputs=inputs,
         outputs=width,
+        tiled=tiled,
         x=x.data_ptr(),
         weight=packed.data_ptr(),
         out=out.data_ptr(),
@@ -135,7 +140,7 @@ def test_log_sums(dtype: torch.dtype, size: int) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@tiled
+@pytest.mark.usefixtures("multiplied")
 @pytest.mark.parametrize("prompts", [1, 9])
 def test_an_engine_decodes_with_it_and_with_new_weights(groups: Groups, prompts: int) -> None:
     """Its log-probabilities are the trainer's up to rounding, before and after an update of the weights."""
