@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.data.tokenizer import Tokenizer
@@ -22,12 +21,11 @@ from lockstep.model.adapters import merged
 from lockstep.model.config import ModelConfig, Numerics, UnknownModel
 from lockstep.model.exact_cache import exact_cache
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
-from lockstep.model.logprobs import local_logits, reduced
 from lockstep.model.train import DTYPES, build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.blocks import BLOCK, BlockPool, pool_sizes
+from lockstep.rl.rollout.drawing import Drawing
 from lockstep.rl.rollout.limits import OnUpdate
-from lockstep.rl.rollout.sampler import Row, draw, likeliest, uniforms
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler
 from lockstep.rl.rollout.sequence import Order, Request, Token
@@ -85,6 +83,7 @@ class RolloutEngine:
         """
         model, parameter = transformer.model, next(transformer.parameters())
         self.transformer, self.decode = transformer, decode
+        self._drawing = Drawing(transformer)
         self.device = parameter.device
         self.length = min(length, model.context)
         shape = {"kv_heads": model.kv_heads // transformer.groups.layout.tensor, "block": BLOCK}
@@ -330,7 +329,7 @@ class RolloutEngine:
         if not drawing:
             return []
         rows, places = torch.tensor([place for _, place in drawing]).unique(return_inverse=True)
-        logits = self._logits(hidden[rows.to(self.device)])
+        logits = self._drawing.logits(hidden[rows.to(self.device)])
         return self._extended([sequence for sequence, _ in drawing], logits[places.to(self.device)])
 
     def _hidden(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
@@ -349,79 +348,18 @@ class RolloutEngine:
         positions = torch.tensor([c.start for c in chunks])
         return self._decoder(tokens, positions, PagedAttention(cache, _spans(chunks)))
 
-    def _logits(self, hidden_BD: Tensor) -> Tensor:
-        """Of this tensor rank's part of the vocabulary [B, V/tensor]."""
-        model, weight = self.transformer.model, self.transformer.inference_head
-        numerics = self.transformer.numerics
-        return local_logits(hidden_BD, weight, self._first_row, model.vocabulary, model.logit_cap, numerics)
-
-    @property
-    def _first_row(self) -> int:
-        """Of the vocabulary on this rank."""
-        return self.transformer.groups.tensor_rank * len(self.transformer.head_weight)
-
     def _extended(self, sequences: list[Running], local_BV: Tensor) -> list[Token]:
         """Draw a token for each sequence, which ends there or goes on."""
-        whole_BV = self._whole(local_BV)
-        requests = [s.request for s in sequences]
-        places = [s.request.begun + len(s.tokens) for s in sequences]
-        numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], places)
-        rows = [self._row(s, number) for s, number in zip(sequences, numbers.tolist(), strict=True)]
-        drawn = draw(whole_BV, rows)
-        tokens_B = self._agreed(drawn.tokens)
-        logp, log_sums = self._policy(local_BV, tokens_B, [row.policy_temperature for row in rows])
-        sampling_logp = torch.where(drawn.sampling_logp.isnan(), logp, drawn.sampling_logp)
-        columns = zip(sequences, rows, tokens_B.tolist(), logp.tolist(), sampling_logp.tolist(), strict=True)
         found = []
-        for i, (sequence, row, token, p, q) in enumerate(columns):
-            sequence.tokens.append(token)
-            reason = self._reason(sequence)
-            top = likeliest(whole_BV[i], log_sums[i], row) if row.sampling.logprobs else ()
-            found.append(Token(sequence.request.key, token, p, q, self.weight_version, reason, top, drawn.supports[i]))
+        for sequence, drawn in zip(sequences, self._drawing(sequences, local_BV), strict=True):
+            sequence.tokens.append(drawn.token)
+            reason, key, how = self._reason(sequence), sequence.request.key, (drawn.top, drawn.support)
+            found.append(Token(key, drawn.token, drawn.logp, drawn.sampling_logp, self.weight_version, reason, *how))
             if reason:
-                del self._sequences[sequence.request.key]
+                del self._sequences[key]
                 self._scheduler.finish(sequence)
         self._generated_tokens += len(found)
         return found
-
-    def _row(self, sequence: Running, number: float) -> Row:
-        request = sequence.request
-        early = len(sequence.tokens) < request.sampling.min_new_tokens
-        forbidden = self._ends(request.sampling) if early and not request.sampling.exact_lengths else ()
-        begun = request.tokens[len(request.tokens) - request.begun :]
-        completion = [*begun, *sequence.tokens] if begun else sequence.tokens
-        return Row(request.sampling, number, request.tokens, completion, forbidden)
-
-    def _ends(self, sampling: SamplingConfig) -> tuple[int, ...]:
-        """Tokens that end a completion."""
-        return (*self.transformer.model.eos_tokens, *sampling.stop_tokens)
-
-    def _whole(self, local_BV: Tensor) -> Tensor:
-        """Logits of the whole vocabulary, on all tensor ranks."""
-        group = self.transformer.groups.tensor
-        if group.size() > 1:
-            parts = [torch.empty_like(local_BV) for _ in range(group.size())]
-            dist.all_gather(parts, local_BV.contiguous(), group=group)
-            local_BV = torch.cat(parts, dim=1)
-        return local_BV[:, : self.transformer.model.vocabulary]
-
-    def _agreed(self, tokens_B: Tensor) -> Tensor:
-        """The first tensor rank's draws: others' processors might round in other ways."""
-        group = self.transformer.groups.tensor
-        if group.size() > 1:
-            dist.broadcast(tokens_B, dist.get_global_rank(group, 0), group=group)
-        return tokens_B
-
-    def _policy(self, local_BV: Tensor, tokens_B: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of tokens under the policy and the log-sum-exp below them, [B] each, as in training."""
-        group, local_tokens = self.transformer.groups.tensor, tokens_B - self._first_row
-        logp, log_sums = (torch.empty(len(tokens_B), device=self.device) for _ in range(2))
-        for temperature in dict.fromkeys(temperatures):
-            rows = [i for i, t in enumerate(temperatures) if t == temperature]
-            part = local_BV if len(rows) == len(local_BV) else local_BV[rows]
-            log_sum, at_target = reduced(part, local_tokens[rows], temperature, group, self.transformer.numerics)
-            logp[rows], log_sums[rows] = at_target - log_sum, log_sum
-        return logp, log_sums
 
     def _reason(self, sequence: Running) -> str | None:
         """Why a sequence ends with its last token, if it does."""
@@ -430,7 +368,7 @@ class RolloutEngine:
             wanted = sampling.exact_lengths[sequence.request.sample % len(sampling.exact_lengths)]
             return "length" if written >= wanted else None
         stopped = sequence.stops is not None and sequence.stops.found(sequence.tokens)
-        if written >= sampling.min_new_tokens and (stopped or sequence.tokens[-1] in self._ends(sampling)):
+        if written >= sampling.min_new_tokens and (stopped or sequence.tokens[-1] in self._drawing.ends(sampling)):
             return "stop"
         return "length" if written >= sampling.max_new_tokens else None
 
