@@ -19,7 +19,7 @@ from lockstep.model import exact
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.full_attention import Scoring
-from lockstep.model.functions import gated, rms_norm, rotary, row_mean, swiglu
+from lockstep.model.functions import gated, rms_norm, rotary, swiglu
 from lockstep.model.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
 from lockstep.model.moe import MoE, Sequences
 from lockstep.model.rope import Rope
@@ -55,17 +55,16 @@ class Norm(nn.Module):
             parts: ranks that each norm tokens, or heads, of their own.
         """
         super().__init__()
-        self._mean = row_mean if numerics == "fast" else exact.row_mean
-        self.kind, self.eps, self._parts = model.norm, model.norm_eps, parts
+        self.kind, self.eps, self._parts, self._numerics = model.norm, model.norm_eps, parts, numerics
         self.weight = nn.Parameter(torch.ones(width, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(width, dtype=dtype)) if self.kind == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = summed_over(self.weight, self._parts)
         if self.kind == "rms":
-            return rms_norm(x, weight, self.eps, self._mean)
+            return rms_norm(x, weight, self.eps, self._numerics)
         if self.kind == "rms_offset":  # 1 + weight has no place for a small weight in bf16
-            return rms_norm(x.float(), 1 + weight.float(), self.eps, self._mean).to(x.dtype)
+            return rms_norm(x.float(), 1 + weight.float(), self.eps, self._numerics).to(x.dtype)
         assert self.bias is not None
         return F.layer_norm(x, weight.shape, weight, summed_over(self.bias, self._parts), self.eps)
 
@@ -139,7 +138,7 @@ class Attention(nn.Module):
         self.qkv = ColumnLinear(model.width, queries + 2 * keys, config, bias="qkv" in model.biases, numerics=numerics)
         self.qk_norm = QK_NORMS[model.qk_norm](model, groups, config.params_dtype, numerics)
         self.out = RowLinear(queries, model.width, config, bias="out" in model.biases, numerics=numerics)
-        self.rope = model.rope_of(layer)
+        self.rope, self._numerics = model.rope_of(layer), numerics
         scale = None if model.query_scalar is None else model.query_scalar**-0.5
         self.scoring = Scoring(scale, model.attention_cap, model.window_of(layer))
 
@@ -148,7 +147,7 @@ class Attention(nn.Module):
         qk, v = heads_THE.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         qk = self.qk_norm(qk)
         if self.rope is not None:
-            qk = rotary(qk, tables[self.rope])
+            qk = rotary(qk, tables[self.rope], self._numerics)
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         return self.out(attend(layer, q, k, v, self.scoring).flatten(1)[:, None])
 
@@ -158,11 +157,13 @@ class GatedMLP(nn.Module):
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, numerics: Numerics) -> None:
         super().__init__()
-        bias, chosen = "mlp" in model.biases, activation(model.activation, numerics)
+        bias = "mlp" in model.biases
         self.gate_up = ColumnLinear(model.width, 2 * model.intermediate, config, bias=bias, numerics=numerics)
         self.down = RowLinear(model.intermediate, model.width, config, bias=bias, numerics=numerics)
         self._activation: Callable[[Tensor], Tensor] = (
-            partial(swiglu, silu=chosen) if model.activation == "silu" else partial(gated, activation=chosen)
+            partial(swiglu, numerics=numerics)
+            if model.activation == "silu"
+            else partial(gated, activation=activation(model.activation, numerics))
         )
 
     def forward(self, x_T1D: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ def serves(transformer: Transformer) -> bool:
     """Whether there is a decoder for a model.
 
     It takes norms by the root mean square before each layer, gated units of silu, rotary positions of one kind and
-    widths that fill lines; bf16, fast numerics and one rank, where there is a compiler.
+    widths that fill lines; bf16 and one rank, where there is a compiler. Its bits are those of the modules in exact
+    numerics.
     """
     model, layout = transformer.model, transformer.groups.layout
     widths = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim, model.intermediate
     return (
-        transformer.numerics == "fast"
-        and layout.processes == 1
+        layout.processes == 1
         and transformer.head_weight.dtype == torch.bfloat16
         and kernels.usable(transformer.head_weight.dtype, transformer.head_weight.device)
         and (model.norm, model.norm_at, model.activation) == ("rms", "before", "silu")
@@ -161,6 +161,7 @@ class Decoder:
             inputs=x.shape[1],
             outputs=out.shape[1],
             tiled=kernels.tiled(weight.dtype, weight.device),
+            packed=True,
             x=x.data_ptr(),
             weight=weight.data_ptr(),
             out=out.data_ptr(),

@@ -1,10 +1,11 @@
 """Products in which the bits of a row depend on that row and the weight alone.
 
-A library picks its kernel, and with it the order in which a row is summed, by the number of rows and of threads. So all
-products here have one of a few fixed numbers of rows, the last padded, and one thread.
+On a CPU a kernel of our own adds up every row in the same order (`kernels.product`). Where there is no compiler for it,
+torch multiplies: its libraries pick their kernel, and with it the order in which a row is summed, by the number of rows
+and of threads. So these products have one of a few fixed numbers of rows, the last padded, and one thread.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.model import exact_triton
+from lockstep.model import exact_triton, kernels
 from lockstep.model.exact import row_sum
 
 TILE = 32
@@ -27,9 +28,6 @@ TRIED = 1 << 15
 
 SMALL = 4096
 """Elements of a weight whose products are added up here where no kernel of the library will do."""
-
-Multiply = Callable[[Tensor], Tensor]
-"""[R, inputs] → [R, outputs]."""
 
 
 class NotExact(RuntimeError):
@@ -45,11 +43,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        rows, outputs = x.reshape(-1, x.shape[-1]), weight.shape[0]
         if x.is_cuda:
-            return exact_triton.product(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
-        if not tile_sizes(weight.shape[1], weight.shape[0], weight.dtype):
-            return _summed(x, weight)
-        return in_tiles(x, weight.shape[0], lambda rows: F.linear(rows, weight))
+            out = exact_triton.product(rows, weight)
+        elif kernels.usable(weight.dtype, weight.device):
+            out = kernels.product(rows, weight, outputs)
+        elif tile_sizes(weight.shape[1], outputs, weight.dtype):
+            out = _in_tiles(rows.contiguous(), weight)
+        else:
+            out = _summed(rows, weight)
+        return out.view(*x.shape[:-1], outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,29 +62,18 @@ class _Product(torch.autograd.Function):
         return d_x.view(x.shape), gradient.t() @ x.reshape(-1, weight.shape[1])
 
 
-def in_tiles(x: Tensor, outputs: int, multiply: Multiply) -> Tensor:
-    """multiply(x) [..., outputs], some rows at a time, on a CPU.
-
-    Args:
-        multiply: by a weight [outputs, inputs] of the dtype of x, packed or not.
-    """
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+def _in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ, some rows at a time."""
+    sizes, parts, start = tile_sizes(weight.shape[1], weight.shape[0], weight.dtype), [], 0
     with one_thread():
-        out = _in_tiles(rows, outputs, multiply)
-    return out.view(*x.shape[:-1], outputs)
-
-
-def _in_tiles(rows: Tensor, outputs: int, multiply: Multiply) -> Tensor:
-    sizes = tile_sizes(rows.shape[1], outputs, rows.dtype)
-    parts, start = [], 0
-    while start < len(rows):
-        left = len(rows) - start
-        size = next((size for size in sizes if left > size // 3), TILE)
-        tile = rows[start : start + size]
-        full = tile if len(tile) == size else F.pad(tile, (0, 0, 0, size - len(tile)))
-        parts.append(multiply(full)[: len(tile)])
-        start += size
-    return parts[0] if len(parts) == 1 else torch.cat([rows.new_empty(0, outputs), *parts])
+        while start < len(rows):
+            left = len(rows) - start
+            size = next((size for size in sizes if left > size // 3), TILE)
+            tile = rows[start : start + size]
+            full = tile if len(tile) == size else F.pad(tile, (0, 0, 0, size - len(tile)))
+            parts.append(F.linear(full, weight)[: len(tile)])
+            start += size
+    return parts[0] if len(parts) == 1 else torch.cat([rows.new_empty(0, weight.shape[0]), *parts])
 
 
 @contextmanager

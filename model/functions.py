@@ -11,13 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.model import kernels
+from lockstep.model import exact, kernels
+from lockstep.model.config import Numerics
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor]) -> Tensor:
-        wide = x.float()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, numerics: Numerics) -> Tensor:
+        ctx.eps = eps
+        if kernels.serves(x, numerics):
+            ctx.save_for_backward(x, weight, None)
+            return kernels.rms_norm(x, weight, eps)
+        wide, mean = x.float(), _row_mean if numerics == "fast" else exact.row_mean
         scale = torch.rsqrt(mean(wide.square()) + eps)
         ctx.save_for_backward(x, weight, scale)
         return (wide.mul_(scale) if wide is not x else wide * scale).to(x.dtype) * weight
@@ -26,6 +31,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, weight, scale = ctx.saved_tensors
+        scale = torch.rsqrt(_row_mean(x.float().square()) + ctx.eps) if scale is None else scale
         normed = x.float() * scale
         dy = gradient.float()
         d_weight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
@@ -34,24 +40,23 @@ class _RMSNorm(torch.autograd.Function):
         return normed.mul_(mean).sub_(dy).mul_(-scale).to(x.dtype), d_weight, None, None
 
 
-def row_mean(x: Tensor) -> Tensor:
-    """Mean over the last dim, which stays as one of 1."""
+def _row_mean(x: Tensor) -> Tensor:
     return x.mean(-1, keepdim=True)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, mean: Callable[[Tensor], Tensor] = row_mean) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, numerics: Numerics = "fast") -> Tensor:
     """x / rms(x) · weight over the last dim, reduced in fp32 (Zhang & Sennrich 2019, eq. 4)."""
-    if kernels.serves(x):
-        return kernels.rms_norm(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps, mean)
+    return _RMSNorm.apply(x, weight, eps, numerics)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, silu: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, numerics: Numerics) -> Tensor:
         ctx.save_for_backward(gate_up)
+        if kernels.serves(gate_up, numerics):
+            return kernels.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate).mul_(up)
+        return (F.silu(gate) if numerics == "fast" else exact.silu(gate)).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -65,11 +70,9 @@ class _SwiGLU(torch.autograd.Function):
         return out, None
 
 
-def swiglu(gate_up: Tensor, silu: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+def swiglu(gate_up: Tensor, numerics: Numerics = "fast") -> Tensor:
     """silu(gate) · up, where gate and up are the halves of the last dim (Shazeer 2020, "GLU variants")."""
-    if kernels.serves(gate_up):
-        return kernels.swiglu(gate_up)
-    return _SwiGLU.apply(gate_up, silu)
+    return _SwiGLU.apply(gate_up, numerics)
 
 
 def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -85,14 +88,14 @@ def soft_capped(scores: Tensor, cap: float | None) -> Tensor:
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, numerics: Numerics) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return kernels.rotary(x, (cos, sin)) if kernels.serves(x, numerics) else _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(gradients[0], cos, -sin), None, None
+        return _rotated(gradients[0], cos, -sin), None, None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -103,8 +106,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotary(x: Tensor, table: tuple[Tensor, Tensor], numerics: Numerics = "fast") -> Tensor:
     """Heads [T, H, head_dim] turned by their positions: the first half of a head pairs with the second."""
-    if kernels.serves(x):
-        return kernels.rotary(x, table)
-    return _Rotary.apply(x, *table)
+    return _Rotary.apply(x, *table, numerics)

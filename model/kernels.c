@@ -6,6 +6,7 @@
 #include <math.h>
 #include <sched.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -584,63 +585,97 @@ void log_sums(struct log_sums *job)
     }
 }
 
-/* x · weightᵀ, plus a bias, plus what is to be added; rounded after each. The weight lies as tiles want it, for 16
-   outputs and 32 inputs at a time: [outputs / 16, inputs / 32, inputs / 2 of a tile, outputs of a tile, 2]. */
+/* x · weightᵀ, plus a bias, plus what is to be added; rounded after each. A weight that is packed lies as tiles want it,
+   for 16 outputs and 32 inputs at a time, with outputs of zeros up to a multiple of 32: [outputs / 16, inputs / PAIR,
+   16 outputs, PAIR]. Each row is summed up in the same order, whatever rows and threads there are. */
 struct product {
-    int64_t taken, rows, inputs, outputs;            /* multiples of 32 */
-    int64_t tiled;                                   /* whether tiles may be used */
+    int64_t taken, rows, inputs, outputs;            /* inputs are a multiple of 32 */
+    int64_t tiled, packed;                           /* whether tiles may be used; whether the weight is packed */
     const NUMBER *x, *weight, *bias, *add;           /* [rows, inputs]; [outputs]; [rows, outputs] */
     NUMBER *out;                                     /* [rows, outputs]; may be what is added */
 };
 
-/* 16 outputs of a row. */
+/* 16 outputs of a row, or as many as there are. */
 static void finish(const struct product *job, lanes sums, int64_t row, int64_t first)
 {
-    int64_t at = row * job->outputs + first;
+    int64_t at = row * job->outputs + first, count = job->outputs - first;
     NUMBER rounded[LANES];
     store(rounded, sums);
-    if (job->bias) store(rounded, load(rounded) + load(job->bias + first));
-    if (job->add) store(rounded, load(rounded) + load(job->add + at));
-    memcpy(job->out + at, rounded, sizeof rounded);
+    if (count >= LANES) {
+        if (job->bias) store(rounded, load(rounded) + load(job->bias + first));
+        if (job->add) store(rounded, load(rounded) + load(job->add + at));
+        memcpy(job->out + at, rounded, sizeof rounded);
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        if (job->bias) rounded[i] = narrow(wide(rounded[i]) + wide(job->bias[first + i]));
+        if (job->add) rounded[i] = narrow(wide(rounded[i]) + wide(job->add[at + i]));
+        job->out[at + i] = rounded[i];
+    }
 }
 
-/* sums + weights · x for a pair of inputs, beside each other in `weights` and at x. */
-static inline lanes with_pair(lanes sums, const NUMBER *weights, const NUMBER *x)
+typedef uint32_t word __attribute__((may_alias));
+
+/* The packed weights of 32 outputs, put together in a room where they do not lie so. */
+static const NUMBER *line_of(const struct product *job, int64_t first, NUMBER *room)
 {
-    uint32_t pair;
-    memcpy(&pair, x, sizeof pair);
+    int64_t inputs = job->inputs, size = inputs / PAIR;
+    if (job->packed) return job->weight + first * inputs;
+    for (int64_t o = 0; o < LINE; o++) {
+        const word *from = (const word *)(job->weight + (first + o) * inputs);
+        word *to = (word *)room + o / SIDE * SIDE * size + o % SIDE;
+        for (int64_t p = 0; p < size; p++) to[p * SIDE] = first + o < job->outputs ? from[p] : 0;
+    }
+    return room;
+}
+
+/* sums + weights · x for two inputs, whose weights follow one another. */
+static inline lanes with_two(lanes sums, const NUMBER *weights, const NUMBER *x)
+{
+    if (is_float) return sums + load(weights) * wide(x[0]) + load(weights + LANES) * wide(x[1]);
+    uint32_t pair = *(const word *)x;
 #ifdef __AVX512BF16__
     return (lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(pair));
 #else
-    words w = (words)*(const lanes *)weights, both = pair - (words){};
-    return sums + (lanes)(w << 16) * (lanes)(both << 16) + (lanes)(w & 0xffff0000) * (lanes)(both & 0xffff0000);
+    words w = (words)*(const lanes *)weights, twice = pair - (words){};
+    return sums + (lanes)(w << 16) * (lanes)(twice << 16) + (lanes)(w & 0xffff0000) * (lanes)(twice & 0xffff0000);
 #endif
 }
 
-/* n rows of 32 outputs: weights are read once for all of them. */
-static inline __attribute__((always_inline)) void multiply_rows(int n, const struct product *job, int64_t first, int64_t row)
+enum { DEPTH = 256 };
+
+/* n rows of 32 outputs, whose weights are read once for all of them; so many inputs at a time, whose sums are added up:
+   rounding errors grow with the length of a chain. */
+static inline __attribute__((always_inline)) void
+multiply_rows(int n, const struct product *job, const NUMBER *line, int64_t first, int64_t row)
 {
     int64_t inputs = job->inputs;
-    const NUMBER *x = job->x + row * inputs, *v = job->weight + first * inputs, *w = v + SIDE * inputs;
+    const NUMBER *x = job->x + row * inputs, *other = line + SIDE * inputs;
     lanes left[n], right[n];
     for (int r = 0; r < n; r++) left[r] = right[r] = (lanes){};
-    for (int64_t i = 0; i < inputs; i += 2)
-        for (int r = 0; r < n; r++) {
-            left[r] = with_pair(left[r], v + i * SIDE, x + r * inputs + i);
-            right[r] = with_pair(right[r], w + i * SIDE, x + r * inputs + i);
-        }
+    for (int64_t begin = 0; begin < inputs; begin += DEPTH) {
+        int64_t end = begin + DEPTH < inputs ? begin + DEPTH : inputs;
+        lanes l[n], m[n];
+        for (int r = 0; r < n; r++) l[r] = m[r] = (lanes){};
+        for (int64_t i = begin; i < end; i += 2)
+            for (int r = 0; r < n; r++) {
+                l[r] = with_two(l[r], line + i * SIDE, x + r * inputs + i);
+                m[r] = with_two(m[r], other + i * SIDE, x + r * inputs + i);
+            }
+        for (int r = 0; r < n; r++) left[r] += l[r], right[r] += m[r];
+    }
     for (int r = 0; r < n; r++) {
         finish(job, left[r], row + r, first);
         finish(job, right[r], row + r, first + SIDE);
     }
 }
 
-static void multiply(const struct product *job, int64_t first)
+static void multiply(const struct product *job, const NUMBER *line, int64_t first)
 {
     int64_t row = 0;
-    for (; row + 8 <= job->rows; row += 8) multiply_rows(8, job, first, row);
-    for (; row + 4 <= job->rows; row += 4) multiply_rows(4, job, first, row);
-    for (; row < job->rows; row++) multiply_rows(1, job, first, row);
+    for (; row + 8 <= job->rows; row += 8) multiply_rows(8, job, line, first, row);
+    for (; row + 4 <= job->rows; row += 4) multiply_rows(4, job, line, first, row);
+    for (; row < job->rows; row++) multiply_rows(1, job, line, first, row);
 }
 
 #ifdef __AMX_BF16__
@@ -656,12 +691,11 @@ static void shape(int upper, int lower)
 }
 
 /* Up to 32 rows of 32 outputs, whose weights are read while those at `ahead`, which come next, are fetched. */
-static void
-multiply_in_tiles(const struct product *job, int64_t first, int64_t row, int64_t count, const NUMBER *ahead)
+static void multiply_in_tiles(
+    const struct product *job, const NUMBER *v, int64_t first, int64_t row, int64_t count, const NUMBER *ahead)
 {
     int64_t inputs = job->inputs, upper = count < SIDE ? count : SIDE, lower = count - upper;
-    const NUMBER *x = job->x + row * inputs, *y = x + SIDE * inputs;
-    const NUMBER *v = job->weight + first * inputs, *w = v + SIDE * inputs;
+    const NUMBER *x = job->x + row * inputs, *y = x + SIDE * inputs, *w = v + SIDE * inputs;
     float sums[4][SIDE * SIDE] __attribute__((aligned(64)));
     shape(upper, lower);
     _tile_zero(0);
@@ -693,15 +727,16 @@ multiply_in_tiles(const struct product *job, int64_t first, int64_t row, int64_t
             finish(job, get(sums[t] + r * SIDE), row + t / 2 * SIDE + r, first + t % 2 * SIDE);
 }
 
-static void product_in_tiles(struct product *job)
+static void product_in_tiles(struct product *job, NUMBER *room)
 {
-    int64_t task = next(&job->taken), after, count = job->outputs / LINE;
+    int64_t task = next(&job->taken), after, count = (job->outputs + LINE - 1) / LINE;
     for (; task < count; task = after) {
+        const NUMBER *line = line_of(job, task * LINE, room);
         after = next(&job->taken);
         for (int64_t row = 0; row < job->rows; row += LINE) {
             int64_t left = job->rows - row, last = left <= LINE, coming = last && after < count ? after : task;
-            const NUMBER *ahead = job->weight + coming * LINE * job->inputs;
-            multiply_in_tiles(job, task * LINE, row, last ? left : LINE, ahead);
+            const NUMBER *ahead = job->packed ? job->weight + coming * LINE * job->inputs : line;
+            multiply_in_tiles(job, line, task * LINE, row, last ? left : LINE, ahead);
         }
     }
     _tile_release();
@@ -714,14 +749,16 @@ int may_use_tiles(void)
     return !syscall(SYS_arch_prctl, ASK, TILES);
 }
 #else
-static void product_in_tiles(struct product *job) {}
+static void product_in_tiles(struct product *job, NUMBER *room) {}
 #endif
 
 void product(struct product *job)
 {
+    NUMBER *room = job->packed ? NULL : aligned_alloc(64, LINE * job->inputs * sizeof(NUMBER));
     int64_t task;
-    if (job->tiled) product_in_tiles(job);
-    else while ((task = next(&job->taken)) < job->outputs / LINE) multiply(job, task * LINE);
+    if (job->tiled) product_in_tiles(job, room);
+    else while ((task = next(&job->taken) * LINE) < job->outputs) multiply(job, line_of(job, task, room), task);
+    free(room);
 }
 
 /* Jobs that follow one another: threads that are given the same list share each job, and wait for each other behind it. */

@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lockstep.model.config import Numerics
 
 NUMBERS = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
@@ -32,9 +35,9 @@ _fused: ContextVar[bool] = ContextVar("fused", default=False)
 
 @contextmanager
 def fused() -> Iterator[None]:
-    """Within this block, without gradients, norms, gated units and rotations on a CPU are done by these loops.
+    """Within this block fast numerics, too, leave norms, gated units and rotations on a CPU to these loops.
 
-    They round where torch's operations do, but add up in another order: not for exact numerics.
+    They round where torch's operations do, and add up in an order of their own.
     """
     token = _fused.set(True)
     try:
@@ -43,9 +46,9 @@ def fused() -> Iterator[None]:
         _fused.reset(token)
 
 
-def serves(x: Tensor) -> bool:
-    """Whether an operation on x is to be done here."""
-    return _fused.get() and not torch.is_grad_enabled() and usable(x.dtype, x.device)
+def serves(x: Tensor, numerics: Numerics) -> bool:
+    """Whether an operation on x is to be done here: in exact numerics wherever it can be."""
+    return (numerics == "exact" or _fused.get()) and usable(x.dtype, x.device)
 
 
 def usable(dtype: torch.dtype, device: torch.device) -> bool:
@@ -99,7 +102,7 @@ class TurnJob(ctypes.Structure):
 class ProductJob(ctypes.Structure):
     """`struct product`."""
 
-    _fields_ = _fields("taken rows inputs outputs tiled", "x weight bias add out")
+    _fields_ = _fields("taken rows inputs outputs tiled packed", "x weight bias add out")
 
 
 class _ListJob(ctypes.Structure):
@@ -181,11 +184,34 @@ def tiled(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def in_tiles(weight: Tensor) -> Tensor:
-    """A weight [outputs, inputs] as `struct product` wants it, with outputs that are 0 up to a multiple of `LINE`."""
-    outputs, inputs = weight.shape
-    whole = weight.detach().new_zeros(-(-outputs // LINE) * LINE, inputs)
-    whole[:outputs] = weight.detach()
-    return whole.view(-1, SIDE, inputs // LINE, SIDE, 2).permute(0, 2, 3, 1, 4).contiguous()
+    """A weight [outputs, inputs] packed as `struct product` wants it, with zeros up to multiples of `LINE`."""
+    pair = 2 if weight.dtype.itemsize == 2 else 1
+    whole = F.pad(weight.detach(), (0, -weight.shape[1] % LINE, 0, -weight.shape[0] % LINE))
+    return whole.view(-1, SIDE, whole.shape[1] // pair, pair).transpose(1, 2).contiguous()
+
+
+def product(x_RI: Tensor, weight: Tensor, outputs: int) -> Tensor:
+    """x · weightᵀ [R, outputs], of which a row's bits depend on that row and the weight.
+
+    Args:
+        weight: [outputs, inputs], or what `in_tiles` makes of it.
+    """
+    packed = weight.dim() == 4
+    if short := -x_RI.shape[1] % LINE:
+        x_RI, weight = F.pad(x_RI, (0, short)), weight if packed else F.pad(weight, (0, short))
+    x, weight, out = x_RI.contiguous(), weight.contiguous(), x_RI.new_empty(len(x_RI), outputs)
+    job = ProductJob(
+        rows=len(x),
+        inputs=x.shape[1],
+        outputs=outputs,
+        tiled=tiled(x.dtype, x.device),
+        packed=packed,
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        out=out.data_ptr(),
+    )
+    run("product", job, x.dtype, size=len(x) * x.shape[1] * outputs)
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,6 +1,5 @@
 """megatron-core's parallel linear layers, whose weights may be reordered once for inference on a CPU."""
 
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -17,55 +16,52 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lockstep.distributed.groups import Groups
+from lockstep.model import kernels
 from lockstep.model.config import Numerics
 from lockstep.model.exact import summed, summed_and_split
-from lockstep.model.exact_product import LARGER, delicate, in_tiles, one_thread, product, tile_sizes, trial_weights
+from lockstep.model.exact_product import product
 
 
 class PackedWeight:
-    """A copy of a weight in the blocked layout that oneDNN's kernels read; products of few rows take half the time."""
+    """A copy of a weight on a CPU in the layout that products read; those of few rows take half the time.
 
-    def __init__(self, weight: Tensor) -> None:
+    Fast numerics take oneDNN's, exact ones that of `kernels.product`. Later changes of the weight are not seen.
+    """
+
+    def __init__(self, weight: Tensor, numerics: Numerics) -> None:
         """
         Args:
-            weight: [outputs, inputs] on a CPU; later changes to it are not seen.
+            weight: [outputs, inputs].
         """
-        self._blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.outputs = weight.shape[0]
+        self._numerics, self._outputs = numerics, weight.shape[0]
+        own = numerics == "exact"
+        self._held = kernels.in_tiles(weight) if own else torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x · weightᵀ."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._blocks, None, "none", [], "")
+        if self._numerics == "exact":
+            return kernels.product(x.flatten(0, -2), self._held, self._outputs).view(*x.shape[:-1], -1)
+        return torch.ops.mkldnn._linear_pointwise(x, self._held, None, "none", [], "")
 
 
 def packed(weight: Tensor, numerics: Numerics = "fast") -> PackedWeight | None:
-    """The weight packed, where this machine and this torch can: in bf16 only, since fp32 is there to be precise.
+    """The weight packed, where this machine and this torch can; in fast numerics in bf16 only.
 
-    The blocked kernels add up fp32 products in one chain, which doubles their rounding error over a deep model. In
-    exact numerics a weight is packed only where a trial gave the bits of products that are not.
+    oneDNN's blocked kernels add up fp32 products in one chain, which doubles their rounding error over a deep model.
     """
-    usable = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    usable = usable and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    usable = usable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return PackedWeight(weight) if usable and (numerics == "fast" or _packs_exactly(*weight.shape)) else None
-
-
-@cache
-def _packs_exactly(outputs: int, inputs: int) -> bool:
-    rows = delicate(LARGER[0], inputs, torch.bfloat16, 0)
-    sizes = tile_sizes(inputs, outputs, torch.bfloat16)
-    with torch.inference_mode(), one_thread():
-        for weight in trial_weights(outputs, inputs, torch.bfloat16):
-            blocks, expected = PackedWeight(weight), product(rows, weight)
-            if not all(torch.equal(torch.cat([blocks(part) for part in rows.split(n)]), expected) for n in sizes):
-                return False
-    return bool(sizes)
+    if numerics == "exact":
+        usable = kernels.usable(weight.dtype, weight.device)
+    else:
+        usable = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        usable = usable and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        usable = usable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return PackedWeight(weight, numerics) if usable else None
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:
     """x · weightᵀ, packed or not; packed is without a gradient."""
     if isinstance(weight, PackedWeight):
-        return weight(x) if numerics == "fast" else in_tiles(x, weight.outputs, weight)
+        return weight(x)
     return F.linear(x, weight) if numerics == "fast" else product(x, weight)
 
 

@@ -123,7 +123,7 @@ def reduced(
     inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
     picked = chunk.gather(1, local_targets.clamp(0, chunk.shape[1] - 1)[:, None])[:, 0].float() / temperature
     at_target = torch.where(inside, picked, torch.zeros_like(picked))
-    if kernels.serves(chunk):
+    if kernels.serves(chunk, numerics):
         log_sum = kernels.log_sums(chunk, temperature)
     else:
         over_row = partial(torch.logsumexp, dim=1) if numerics == "fast" else log_sum_exp

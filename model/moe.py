@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -56,7 +55,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.moe, self.groups, self._numerics = moe, groups, numerics
-        self._activation = partial(swiglu, silu=F.silu if numerics == "fast" else exact.silu)
+        self._activation = partial(swiglu, numerics=numerics)
         local, inner = moe.experts // groups.layout.expert, moe.intermediate // groups.layout.tensor
 
         def empty(*shape: int) -> nn.Parameter:
@@ -165,7 +164,6 @@ class SharedExpert(nn.Module):
     ) -> None:
         super().__init__()
         self._numerics = numerics
-        self._silu: Activation = F.silu if numerics == "fast" else exact.silu
         self._sigmoid: Activation = torch.sigmoid if numerics == "fast" else exact.sigmoid
         self.gate_up = ColumnLinear(width, 2 * moe.shared_intermediate, config, numerics=numerics)
         self.down = RowLinear(moe.shared_intermediate, width, config, numerics=numerics)
@@ -173,7 +171,7 @@ class SharedExpert(nn.Module):
         self._parts = sequence_group(groups)
 
     def forward(self, x_T1D: Tensor) -> Tensor:
-        out = self.down(swiglu(self.gate_up(x_T1D), self._silu))
+        out = self.down(swiglu(self.gate_up(x_T1D), self._numerics))
         if self.gate is None:
             return out
         return self._sigmoid(linear(x_T1D, summed_over(self.gate, self._parts), self._numerics)) * out

@@ -3,7 +3,6 @@
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -255,8 +254,7 @@ class RolloutEngine:
         if self._given_back:
             raise RuntimeError("the weights have been given back: update them first")
         try:
-            exact = self.transformer.numerics == "exact"
-            with torch.inference_mode(), nullcontext() if exact else kernels.fused():
+            with torch.inference_mode(), kernels.fused():
                 return self._stepped(self._scheduler.plan())
         except BaseException:
             self._scheduler.restart()
@@ -346,7 +344,9 @@ class RolloutEngine:
         self._decoder = self._decoder or decoder.Decoder(self.transformer, cache)
         tokens = torch.tensor([c.sequence.part(c.start, c.start + 1)[0] for c in chunks])
         positions = torch.tensor([c.start for c in chunks])
-        return self._decoder(tokens, positions, PagedAttention(cache, _spans(chunks)))
+        attend = cache.attention(_spans(chunks))
+        assert isinstance(attend, PagedAttention)
+        return self._decoder(tokens, positions, attend)
 
     def _extended(self, sequences: list[Running], local_BV: Tensor) -> list[Token]:
         """Draw a token for each sequence, which ends there or goes on."""

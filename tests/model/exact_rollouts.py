@@ -1,13 +1,18 @@
 """Both sides of exact numerics for tests: the trainer's packed rows, and passes over a cache in every odd way."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from lockstep.data.batch import Sample, rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
+from lockstep.model import kernels
 from lockstep.model.columns import Columns
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics
 from lockstep.model.exact_attention import attend_exactly
@@ -18,6 +23,15 @@ from lockstep.model.recipes import OptimizerConfig, Recompute, row_rules
 from lockstep.model.rope import Rope
 from lockstep.model.train import DTYPES, Trainer, build, transformer_of
 from lockstep.model.transformer import Transformer
+
+WAYS = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "without a compiler"])
+
+
+def by_way(compiled: bool) -> AbstractContextManager[Any]:
+    """With the loops of `kernels.c`, which there have to be, or as where there is no compiler for them."""
+    assert kernels.usable(torch.float32, torch.device("cpu"))
+    return nullcontext() if compiled else patch.object(kernels, "usable", return_value=False)
+
 
 ODD = dict(width=44, heads=4, kv_heads=2, head_dim=12, intermediate=76, vocabulary=301, context=512, layers=2)
 MODELS: dict[str, ModelConfig] = {

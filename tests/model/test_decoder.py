@@ -1,5 +1,7 @@
 """Passes over single tokens as one list of jobs against the modules that train, and the loops below it."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -113,6 +115,7 @@ def test_a_product(tiled: bool, rows: int, lines: int, outs: int, has_bias: bool
         inputs=inputs,
         outputs=width,
         tiled=tiled,
+        packed=True,
         x=x.data_ptr(),
         weight=packed.data_ptr(),
         out=out.data_ptr(),
@@ -161,3 +164,19 @@ def test_an_engine_decodes_with_it_and_with_new_weights(groups: Groups, prompts:
         assert same.mean < 0.02
         assert different.mean > 0.1
         assert isinstance(engine._decoder, Decoder)
+
+
+@pytest.mark.usefixtures("multiplied")
+@pytest.mark.parametrize("change", [{}, {"tied": False, "biases": ("qkv", "out", "mlp")}, {"window": 20}], ids=str)
+def test_in_exact_numerics_its_bits_are_the_trainers(groups: Groups, change: dict[str, Any]) -> None:
+    model = LLAMA.model_copy(update=change)
+    stage = build(model, groups, torch.bfloat16, RandomWeights(model, 0, deviation=0.08), "exact")
+    engine = RolloutEngine(transformer_of(stage), decode=lambda tokens: "", length=150)
+    asked = [Prompt(i, "", tuple(range(3, 9 + 30 * i)), "") for i in range(4)]
+    torch.set_num_threads(2)
+    rollouts = list(engine.generate(asked, SamplingConfig(temperature=0.8, max_new_tokens=30), samples=3, seed=0))
+    torch.set_num_threads(1)
+    assert isinstance(engine._decoder, Decoder)
+    found = compare(reported(rollouts), rescored(stage, groups, rollouts, 0.8))
+    assert found.tokens == 360
+    assert found.differing_bits == 0

@@ -15,9 +15,9 @@ from lockstep.distributed.layout import Layout, LayoutError
 from lockstep.distributed.worlds import Worlds
 from lockstep.model import exact
 from lockstep.model.config import check_numerics
-from lockstep.model.exact_product import LARGER, TILE, delicate, in_tiles, product, tile_sizes
+from lockstep.model.exact_product import LARGER, TILE, delicate, product, tile_sizes
 from lockstep.model.linear import packed
-from tests.model.exact_rollouts import MODELS, differing, learned, rolled, samples_of, transformer
+from tests.model.exact_rollouts import MODELS, WAYS, by_way, differing, learned, rolled, samples_of, transformer
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -114,6 +114,7 @@ def test_a_ring_is_refused() -> None:
 widths = st.sampled_from([1, 2, 7, 33, 64, 130, 301, 512, 577, 1030])
 
 
+@WAYS
 @DTYPES
 @settings(max_examples=25)
 @given(
@@ -127,25 +128,28 @@ widths = st.sampled_from([1, 2, 7, 33, 64, 130, 301, 512, 577, 1030])
 @example(inputs=31, outputs=9, cuts=[40, 3, 700], threads=2)
 @example(inputs=64, outputs=1, cuts=[11], threads=1)
 def test_a_product_of_a_row_has_the_same_bits_in_any_company(
-    dtype: torch.dtype, inputs: int, outputs: int, cuts: list[int], threads: int
+    compiled: bool, dtype: torch.dtype, inputs: int, outputs: int, cuts: list[int], threads: int
 ) -> None:
     x, weight = delicate(sum(cuts), inputs, dtype, 0), delicate(outputs, inputs, dtype, 1)
-    whole = product(x, weight)
-    torch.set_num_threads(threads)
-    parts = torch.cat([product(part, weight) for part in x.split(cuts)])
-    blocks = packed(weight, "exact")
-    torch.set_num_threads(1)
-    assert torch.equal(whole.view(torch.uint8), parts.view(torch.uint8))
-    if blocks is not None:
-        assert torch.equal(in_tiles(x, outputs, blocks), whole)
+    with by_way(compiled):
+        whole, blocks = product(x, weight), packed(weight, "exact")
+        torch.set_num_threads(threads)
+        parts = torch.cat([product(part, weight) for part in x.split(cuts)])
+        found = [parts] if blocks is None else [parts, blocks(x), torch.cat([blocks(part) for part in x.split(cuts)])]
+        torch.set_num_threads(1)
+    assert len(found) == (3 if compiled else 1)
+    for each in found:
+        assert torch.equal(whole.view(torch.uint8), each.view(torch.uint8))
 
 
+@WAYS
 @DTYPES
-def test_a_product_is_a_product(dtype: torch.dtype) -> None:
+def test_a_product_is_a_product(compiled: bool, dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(0)
     x, weight, slope = (torch.randn(s, generator=draw).to(dtype) for s in ((5, 1, 48), (31, 48), (5, 1, 31)))
     inputs = [x.requires_grad_(), weight.requires_grad_()]
-    ours, theirs = product(*inputs), F.linear(*(t.double() for t in inputs))
+    with by_way(compiled):
+        ours, theirs = product(*inputs), F.linear(*(t.double() for t in inputs))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     found, expected = torch.autograd.grad(ours, inputs, slope), torch.autograd.grad(theirs, inputs, slope.double())
     for a, b in zip((ours, *found), (theirs, *expected), strict=True):

@@ -1,29 +1,18 @@
 """Attention in tiles: right, and the same bits for a row whatever stands beside it, in front of it or behind it."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-from unittest.mock import patch
-
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lockstep.model import kernels
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.exact_attention import KEYS, attend_exactly
 from lockstep.model.full_attention import PLAIN, Scoring
+from tests.model.exact_rollouts import WAYS, by_way
 from tests.model.test_attention import CPU, Documents, dense, inputs, some_documents, some_scorings
 
-WAYS = pytest.mark.parametrize("in_place", [True, False], ids=["in place", "by products"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-
-
-def by_way(in_place: bool) -> AbstractContextManager[Any]:
-    """With the kernel of rollouts, which there has to be, or as where there is no compiler."""
-    assert kernels.usable(torch.float32, CPU)
-    return nullcontext() if in_place else patch.object(kernels, "usable", return_value=False)
 
 
 def sequence(length: int, heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
@@ -51,10 +40,10 @@ def attended(qkv: list[Tensor], scoring: Scoring) -> Tensor:
     data=st.data(),
 )
 def test_rows_have_the_same_bits_alone_in_chunks_and_in_batches(
-    in_place: bool, dtype: torch.dtype, length: int, shape: tuple[int, int, int], scoring: Scoring, data: st.DataObject
+    compiled: bool, dtype: torch.dtype, length: int, shape: tuple[int, int, int], scoring: Scoring, data: st.DataObject
 ) -> None:
     q, k, v = sequence(length, *shape, dtype)
-    with by_way(in_place):
+    with by_way(compiled):
         whole = attended([q, k, v], scoring)
     start = data.draw(st.integers(0, length - 1))
     stop = data.draw(st.integers(start + 1, length))
@@ -66,7 +55,7 @@ def test_rows_have_the_same_bits_alone_in_chunks_and_in_batches(
     ]
     batch[0][-1, : stop - start], batch[1][-1, :stop], batch[2][-1, :stop] = q[start:stop], k[:stop], v[:stop]
     torch.set_num_threads(data.draw(st.integers(1, 3)))
-    with by_way(in_place):
+    with by_way(compiled):
         found = attend_exactly(batch[0], *by_head(*batch[1:]), first, scoring)[-1, : stop - start]
     torch.set_num_threads(1)
     assert torch.equal(found, whole[start:stop])
@@ -74,12 +63,12 @@ def test_rows_have_the_same_bits_alone_in_chunks_and_in_batches(
 
 @WAYS
 @pytest.mark.parametrize("window", [1, 64, 65, 100])
-def test_keys_before_a_window_may_be_left_out(in_place: bool, window: int) -> None:
+def test_keys_before_a_window_may_be_left_out(compiled: bool, window: int) -> None:
     q, k, v = sequence(500, 6, 2, 16, torch.float32)
     positions = [150, 299]
     begin = torch.tensor([max(0, p - window + 1) // KEYS * KEYS for p in positions])
     parts = [torch.stack([x[b : b + 192] for b in begin]) for x in (k, v)]
-    with by_way(in_place):
+    with by_way(compiled):
         whole = attended([q, k, v], Scoring(window=window))
         found = attend_exactly(
             q[positions][:, None], *by_head(*parts), torch.tensor(positions), Scoring(window=window), begin
@@ -94,10 +83,10 @@ def test_keys_before_a_window_may_be_left_out(in_place: bool, window: int) -> No
 @example(documents=[[17, 16, 15, 17], [16, 1, 33], [100]], scoring=PLAIN)
 @example(documents=[[40, 130, 2], [70]], scoring=Scoring(window=33, cap=1.5))
 def test_documents_equal_a_dense_mask_and_have_the_fast_gradient(
-    in_place: bool, dtype: torch.dtype, documents: Documents, scoring: Scoring
+    compiled: bool, dtype: torch.dtype, documents: Documents, scoring: Scoring
 ) -> None:
     given_inputs = inputs(documents, dtype)
-    with by_way(in_place):
+    with by_way(compiled):
         ours = DocumentAttention(documents, CPU, "exact")(0, *given_inputs, scoring)
     fast = DocumentAttention(documents, CPU)(0, *given_inputs, scoring)
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
