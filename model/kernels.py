@@ -200,6 +200,9 @@ def product(x_RI: Tensor, weight: Tensor, outputs: int) -> Tensor:
     if short := -x_RI.shape[1] % LINE:
         x_RI, weight = F.pad(x_RI, (0, short)), weight if packed else F.pad(weight, (0, short))
     x, weight, out = x_RI.contiguous(), weight.contiguous(), x_RI.new_empty(len(x_RI), outputs)
+    of_weight = (-(-outputs // LINE) * LINE if packed else outputs) * x.shape[1]
+    if (x.dtype, of_weight) != (weight.dtype, weight.numel()):
+        raise ValueError(f"x {list(x.shape)} in {x.dtype} does not fit a weight {list(weight.shape)} in {weight.dtype}")
     job = ProductJob(
         rows=len(x),
         inputs=x.shape[1],

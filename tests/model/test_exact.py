@@ -13,7 +13,7 @@ from torch import Tensor
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, LayoutError
 from lockstep.distributed.worlds import Worlds
-from lockstep.model import exact
+from lockstep.model import exact, kernels
 from lockstep.model.config import check_numerics
 from lockstep.model.exact_product import LARGER, TILE, delicate, product, tile_sizes
 from lockstep.model.linear import packed
@@ -155,6 +155,15 @@ def test_a_product_is_a_product(compiled: bool, dtype: torch.dtype) -> None:
     for a, b in zip((ours, *found), (theirs, *expected), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance * 4)
     assert product(x[:0], weight).shape == (0, 1, 31)
+
+
+def test_a_weight_that_does_not_fit_is_refused() -> None:
+    """The kernel would read beyond it."""
+    x, weight = torch.randn(3, 64), torch.randn(40, 64)
+    for other in (weight.bfloat16(), weight[:, :32], weight[:39], kernels.in_tiles(weight[:, :32])):
+        with pytest.raises(ValueError, match="does not fit a weight"):
+            kernels.product(x, other, 40)
+    assert kernels.product(x, weight, 40).shape == (3, 40)
 
 
 def test_larger_tiles_are_those_that_agree() -> None:
