@@ -71,7 +71,7 @@ class Decoder:
             self._add_attention(block, layer, cache)
             self._add_mlp(block)
         self._add_norm(transformer.norm)
-        weight = kernels.in_tiles(head)
+        weight = transformer.head_tiles
         self._logits = self._room(weight.shape[0] * kernels.SIDE)
         self._add_product(self._normed, weight, self._logits)
 
@@ -151,7 +151,7 @@ class Decoder:
         self._jobs.add("norm", job)
 
     def _add_linear(self, x: Tensor, layer: ColumnLinear | RowLinear, out: Tensor, add: Tensor | None = None) -> None:
-        self._add_product(x, kernels.in_tiles(layer.weight), out, layer.bias, add)
+        self._add_product(x, layer.tiles, out, layer.bias, add)
 
     def _add_product(
         self, x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, add: Tensor | None = None

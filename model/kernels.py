@@ -1,7 +1,8 @@
 """The loops of `kernels.c`, compiled once for the processor at hand.
 
 Decoding on a CPU is bound by memory and by the cost of many small operations. These loops read keys and values where
-they lie and do a norm, a gated unit or a rotation in one pass. Where there is no C compiler, torch's operations serve.
+they lie and do a norm, a gated unit or a rotation in one pass. And what they make of a token does not depend on what
+stands beside it, which exact numerics want of training, too. Where there is no C compiler, torch's operations serve.
 """
 
 import ctypes

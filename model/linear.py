@@ -33,15 +33,19 @@ class PackedWeight:
         Args:
             weight: [outputs, inputs].
         """
-        self._numerics, self._outputs = numerics, weight.shape[0]
-        own = numerics == "exact"
-        self._held = kernels.in_tiles(weight) if own else torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self._outputs, self.tiles = weight.shape[0], kernels.in_tiles(weight) if numerics == "exact" else None
+        self._blocks = None if self.tiles is not None else torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x · weightᵀ."""
-        if self._numerics == "exact":
-            return kernels.product(x.flatten(0, -2), self._held, self._outputs).view(*x.shape[:-1], -1)
-        return torch.ops.mkldnn._linear_pointwise(x, self._held, None, "none", [], "")
+        if self.tiles is not None:
+            return kernels.product(x.flatten(0, -2), self.tiles, self._outputs).view(*x.shape[:-1], -1)
+        return torch.ops.mkldnn._linear_pointwise(x, self._blocks, None, "none", [], "")
+
+
+def tiles_of(weight: Tensor, packed: PackedWeight | None) -> Tensor:
+    """The weight as `kernels.in_tiles` packs it, which it may be already."""
+    return kernels.in_tiles(weight) if packed is None or packed.tiles is None else packed.tiles
 
 
 def packed(weight: Tensor, numerics: Numerics = "fast") -> PackedWeight | None:
@@ -55,7 +59,7 @@ def packed(weight: Tensor, numerics: Numerics = "fast") -> PackedWeight | None:
         usable = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         usable = usable and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         usable = usable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return PackedWeight(weight, numerics) if usable else None
+    return PackedWeight(weight.detach(), numerics) if usable else None
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:
@@ -100,6 +104,11 @@ class Packable:
     def unpack(self) -> None:
         """Forget the packed copy."""
         self._packed = None
+
+    @property
+    def tiles(self) -> Tensor:
+        """See `tiles_of`."""
+        return tiles_of(self.weight, self._packed)
 
     @property
     def _is_own(self) -> bool:

@@ -20,7 +20,16 @@ from lockstep.model.attention import Attend, Recomputed, recomputed, stay_uncomp
 from lockstep.model.block import Block, Norm
 from lockstep.model.config import ModelConfig, Numerics, check_layout, check_numerics
 from lockstep.model.heads import ValueHead
-from lockstep.model.linear import ColumnLinear, PackedWeight, RowLinear, mark, not_drawn, packed, sequence_group
+from lockstep.model.linear import (
+    ColumnLinear,
+    PackedWeight,
+    RowLinear,
+    mark,
+    not_drawn,
+    packed,
+    sequence_group,
+    tiles_of,
+)
 from lockstep.model.lora import add_adapters, without_adapters
 from lockstep.model.moe import Sequences
 from lockstep.model.names import padded_vocabulary
@@ -184,3 +193,8 @@ class Transformer(nn.Module):
     def inference_head(self) -> Tensor | PackedWeight:
         """`head_weight`, packed if it has been."""
         return self.head_weight if self._packed_head is None else self._packed_head
+
+    @property
+    def head_tiles(self) -> Tensor:
+        """`head_weight` as a decoder wants it; see `tiles_of`."""
+        return tiles_of(self.head_weight, self._packed_head)
