@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=512)
     parser.add_argument("--longest-prompt", type=int, default=700)
     parser.add_argument("--longest-completion", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0, help="another one draws other sequences")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="each draws other sequences, one after another"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = to_lockstep(QUICKSTART_MODEL, Path(folder)) if args.model == "smollm2" else None
@@ -85,16 +87,11 @@ def main() -> None:
             return
         lengths = args.sequences, args.longest_prompt, args.longest_completion
         with Worlds(timeout_s=36_000.0) as worlds:
-            given = args.model, checkpoint, args.dtype, args.numerics, lengths, args.seed
-            found = worlds.run(Layout(tensor=args.tensor), check, *given)[0]
-    said = {
-        "model": args.model,
-        "tensor": args.tensor,
-        "dtype": args.dtype,
-        "numerics": args.numerics,
-        "seed": args.seed,
-    }
-    print(json.dumps(said | found))
+            for seed in args.seed:
+                given = args.model, checkpoint, args.dtype, args.numerics, lengths, seed
+                found = worlds.run(Layout(tensor=args.tensor), check, *given)[0]
+                names = ("model", "tensor", "dtype", "numerics")
+                print(json.dumps({name: getattr(args, name) for name in names} | {"seed": seed} | found), flush=True)
 
 
 def opened(name: str, checkpoint: Path | None) -> tuple[ModelConfig, Source]:
