@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from lockstep.data.code_tests import CodeTests
+from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code import CodePool
-from lockstep.rl.verifiers.verdict import Outcome
 
 HUMANEVAL = Path(__file__).parents[2] / "shared" / "datasets" / "humaneval" / "HumanEval.jsonl.gz"
 FORKING = """

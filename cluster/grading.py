@@ -14,10 +14,10 @@ from threading import Thread
 from typing import Any, Literal, Protocol
 
 from lockstep.data.code_tests import Case, CodeTests
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers import gym, math
 from lockstep.rl.verifiers.extraction import RULES, candidates
 from lockstep.rl.verifiers.pool import VerifierPool, VerifierPoolError
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
 
 Task = Literal["math", "code", "gym"]
 _AHEAD = 16

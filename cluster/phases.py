@@ -24,7 +24,7 @@ from lockstep.rl.environments.transcript import turns
 from lockstep.rl.preferences import Comparison
 from lockstep.rl.recipes import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.types import Scored
-from lockstep.rl.verifiers.verdict import Outcome
+from lockstep.rl.verdict import Outcome
 
 
 def run_phases(

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lockstep.model.config import Numerics
 from lockstep.model.exact_attention import attend_exactly, with_gradient
-from lockstep.model.full_attention import PLAIN, Scoring, Span, attend_in_full
+from lockstep.model.full_attention import Span, attend_in_full
+from lockstep.model.scoring import PLAIN, Scoring
 
 LONGEST_IN_FULL = 1024
 """Documents up to this length are attended to by plain products, longer ones by torch's flash kernel, in tokens."""

@@ -18,11 +18,11 @@ from lockstep.distributed.groups import Groups
 from lockstep.model import exact
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig, Numerics
-from lockstep.model.full_attention import Scoring
 from lockstep.model.functions import gated, rms_norm, rotary, swiglu
 from lockstep.model.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
 from lockstep.model.moe import MoE, Sequences
 from lockstep.model.rope import Rope
+from lockstep.model.scoring import Scoring
 
 Tables = Mapping[Rope, tuple[Tensor, Tensor]]
 """Cosines and sines of the tokens' positions, for each kind of rotary positions that a model has."""

@@ -11,7 +11,7 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import splits_heads
 from lockstep.model.attention import Attend, DocumentAttention
 from lockstep.model.config import Numerics
-from lockstep.model.full_attention import PLAIN, Scoring
+from lockstep.model.scoring import PLAIN, Scoring
 
 
 def attention(

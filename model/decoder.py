@@ -2,8 +2,8 @@
 
 A pass of a small model is over in milliseconds, and calling its hundreds of operations from Python takes a large part
 of them. Here the list of jobs is made once: norms, products, rotations and attention in place, all of `kernels.c`, one
-behind the other in the threads that torch works with. What changes from pass to pass is the
-tokens, their positions and the tables of their sequences.
+behind the other in the threads that torch works with. What changes from pass to pass is the tokens, their positions and
+the tables of their sequences.
 """
 
 import ctypes
@@ -157,14 +157,4 @@ class Decoder:
         self, x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, add: Tensor | None = None
     ) -> None:
         self._kept.append(weight)
-        job = kernels.ProductJob(
-            inputs=x.shape[1],
-            outputs=out.shape[1],
-            tiled=kernels.tiled(weight.dtype, weight.device),
-            packed=True,
-            x=x.data_ptr(),
-            weight=weight.data_ptr(),
-            out=out.data_ptr(),
-        )
-        job.bias, job.add = (None if t is None else t.data_ptr() for t in (bias, add))
-        self._jobs.add("product", job)
+        self._jobs.add("product", kernels.product_job(x, weight, out, bias, add))

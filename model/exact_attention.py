@@ -17,9 +17,8 @@ from torch import Tensor
 
 from lockstep.model import exact_triton
 from lockstep.model.exact_product import NotExact, delicate, one_thread
-from lockstep.model.full_attention import PLAIN, Scoring
-from lockstep.model.functions import soft_capped
-from lockstep.model.in_place import BLOCK, InPlace, Rows, pair_of, serves
+from lockstep.model.in_place import BLOCK, InPlace, Rows, block_shapes, serves
+from lockstep.model.scoring import PLAIN, Scoring, soft_capped
 
 KEYS = 64
 """Positions that are summed over at once."""
@@ -69,9 +68,7 @@ def _in_place(
     lasts = np.minimum(first_N.numpy()[:, None] + np.arange(length), begin + keys - 1)
     rows = Rows(np.arange(n * length), np.repeat(np.arange(n), length), lasts.flatten(), tables)
     attend = InPlace((places[0].flatten(), places[1].flatten()), rows, scoring.window, groups=groups, width=width)
-    pair = pair_of(q_NLHE.dtype, width)
-    held = k_NGSE.new_zeros(n * each, groups, width // pair, BLOCK, pair)
-    values = v_NGSE.new_zeros(n * each, groups, BLOCK // pair, width, pair)
+    held, values = (q_NLHE.new_zeros(n * each, groups, *shape) for shape in block_shapes(q_NLHE.dtype, width))
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k_NGSE, v_NGSE))
     return attend(held, values, q_NLHE.flatten(0, 1), k, v, scoring).unflatten(0, (n, length))
 

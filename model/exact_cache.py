@@ -11,9 +11,9 @@ from torch import Tensor
 from lockstep.model.attention import Attend
 from lockstep.model.config import ModelConfig
 from lockstep.model.exact_attention import KEYS, attend_exactly
-from lockstep.model.full_attention import PLAIN, Scoring
-from lockstep.model.in_place import serves
+from lockstep.model.in_place import BLOCK, serves
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span
+from lockstep.model.scoring import PLAIN, Scoring
 
 
 def exact_cache(model: ModelConfig, *, dtype: torch.dtype, device: torch.device, **sizes: Any) -> KVCache:
@@ -33,8 +33,8 @@ class ExactKVCache(KVCache):
 class GatheredKVCache(KVCache):
     """A cache whose blocks hold keys and values as rows [tokens, head width], which is how they are gathered."""
 
-    def _shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (self.block, width), (self.block, width)
+    def _shapes(self, dtype: torch.dtype, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (BLOCK, width), (BLOCK, width)
 
     def write(self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> None:
         self.keys[layer][blocks_T, :, offsets_T] = k_TGE
@@ -69,11 +69,6 @@ class GatheredAttention:
     """
 
     def __init__(self, cache: GatheredKVCache, spans: Sequence[Span]) -> None:
-        """
-        Args:
-            cache: the tokens of its blocks divide 64.
-        """
-        assert KEYS % cache.block == 0
         self._cache, device = cache, cache.values[0].device
         starts = np.cumsum([0, *(s.count for s in spans)]).tolist()
         places = list(zip(starts, spans, strict=False))
@@ -81,11 +76,11 @@ class GatheredAttention:
         kinds = range(len(cache.windows))
         self._batches = [[_batch(cache, kind, each, device) for each in alike] for kind in kinds]
         positions = [np.arange(s.start, s.start + s.count) for s in spans]
-        self._offsets = torch.from_numpy(np.concatenate(positions) % cache.block).to(device)
+        self._offsets = torch.from_numpy(np.concatenate(positions) % BLOCK).to(device)
         self._blocks = []
         for kind in kinds:
             pairs = zip(spans, positions, strict=True)
-            blocks = [np.asarray(span.tables[kind])[position // cache.block] for span, position in pairs]
+            blocks = [np.asarray(span.tables[kind])[position // BLOCK] for span, position in pairs]
             self._blocks.append(torch.from_numpy(np.concatenate(blocks)).to(device))
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
@@ -111,14 +106,14 @@ def _alike(places: Sequence[tuple[int, Span]]) -> list[list[tuple[int, Span]]]:
 
 
 def _batch(cache: GatheredKVCache, kind: int, spans: Sequence[tuple[int, Span]], device: torch.device) -> _Batch:
-    window, block = cache.windows[kind], cache.block
+    window = cache.windows[kind]
     seen = [0 if window is None else max(0, s.start - window + 1) for _, s in spans]
-    begins = [position // KEYS * (KEYS // block) for position in seen]
-    stops = [-(-(s.start + s.count) // block) for _, s in spans]
+    begins = [position // KEYS * (KEYS // BLOCK) for position in seen]
+    stops = [-(-(s.start + s.count) // BLOCK) for _, s in spans]
     most = max(b - a for a, b in zip(begins, stops, strict=True))
-    tables = np.zeros((len(spans), most + -most % (KEYS // block)), np.int64)
+    tables = np.zeros((len(spans), most + -most % (KEYS // BLOCK)), np.int64)
     for place, (_, span), begin, stop in zip(tables, spans, begins, stops, strict=True):
         place[: stop - begin] = np.maximum(span.tables[kind][begin:stop], 0)  # a block behind the window is given back
     rows = torch.tensor([i for i, _ in spans])[:, None] + torch.arange(spans[0][1].count)
-    first, keys_from = torch.tensor([s.start for _, s in spans]), torch.tensor(begins) * block
+    first, keys_from = torch.tensor([s.start for _, s in spans]), torch.tensor(begins) * BLOCK
     return _Batch(*(x.to(device) for x in (rows, torch.from_numpy(tables), first, keys_from)))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.model.full_attention import PLAIN, Scoring
+from lockstep.model.scoring import PLAIN, Scoring
 
 try:
     import triton

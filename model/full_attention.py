@@ -6,28 +6,12 @@ fp32; probabilities are kept for the backward pass in the dtype of the model.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lockstep.model.functions import soft_capped
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How a layer scores what its tokens see."""
-
-    scale: float | None = None
-    """What q·k is multiplied by; None for 1/√E."""
-    cap: float | None = None
-    """Scores s become cap · tanh(s / cap)."""
-    window: int | None = None
-    """Tokens that a token sees, itself included: position p sees p − window + 1 … p of its document. None for all."""
-
-
-PLAIN = Scoring()
+from lockstep.model.scoring import PLAIN, Scoring, soft_capped
 
 Span = tuple[slice, slice]
 """Rows, and the columns that any of them sees."""

@@ -81,11 +81,6 @@ def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     return activation(gate) * up
 
 
-def soft_capped(scores: Tensor, cap: float | None) -> Tensor:
-    """cap · tanh(scores / cap) (Gemma 2's report, section 2); the scores themselves without a cap."""
-    return scores if cap is None else scores.div(cap).tanh().mul(cap)
-
-
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, numerics: Numerics) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lockstep.model import kernels
-from lockstep.model.full_attention import Scoring
+from lockstep.model.scoring import Scoring
 
 BLOCK = 16
 """Tokens of a block, as in `kernels.c`."""
@@ -32,6 +32,17 @@ def serves(dtype: torch.dtype, device: torch.device, width: int) -> bool:
 def pair_of(dtype: torch.dtype, width: int) -> int:
     """Numbers of a key's width that stand beside each other, and of a value's tokens: two of 16 bits."""
     return 2 if dtype.itemsize == 2 and width % 2 == 0 else 1
+
+
+def first_seen(position: int, window: int | None) -> int:
+    """The first block that a token at a position sees through a window, or without one."""
+    return 0 if window is None else max(0, position - window + 1) // BLOCK
+
+
+def block_shapes(dtype: torch.dtype, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a head's keys and of its values in a block."""
+    pair = pair_of(dtype, width)
+    return (width // pair, BLOCK, pair), (BLOCK // pair, width, pair)
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,7 @@ class InPlace:
         """Mixed values [T, H, E]; undefined for tokens that are not among the rows.
 
         Args:
-            keys: blocks [blocks, G, E / pair, BLOCK, pair].
-            values: blocks [blocks, G, BLOCK / pair, E, pair].
+            keys: [blocks, G, …] of `block_shapes`; values alike.
             k_KGE: what is kept in `places`, before anything attends.
         """
         q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THE, k_KGE, v_KGE))

@@ -178,6 +178,7 @@ class JobList:
         run("list", everything, self._dtype, size=ALONE)
 
 
+@cache
 def tiled(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the processor has tiles for products of a dtype: AMX, in bf16."""
     library = _library(dtype) if device.type == "cpu" and dtype == torch.bfloat16 else None
@@ -204,18 +205,31 @@ def product(x_RI: Tensor, weight: Tensor, outputs: int) -> Tensor:
     of_weight = (-(-outputs // LINE) * LINE if packed else outputs) * x.shape[1]
     if (x.dtype, of_weight) != (weight.dtype, weight.numel()):
         raise ValueError(f"x {list(x.shape)} in {x.dtype} does not fit a weight {list(weight.shape)} in {weight.dtype}")
-    job = ProductJob(
-        rows=len(x),
-        inputs=x.shape[1],
-        outputs=outputs,
-        tiled=tiled(x.dtype, x.device),
-        packed=packed,
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        out=out.data_ptr(),
-    )
-    run("product", job, x.dtype, size=len(x) * x.shape[1] * outputs)
+    run("product", product_job(x, weight, out), x.dtype, size=len(x) * x.shape[1] * outputs)
     return out
+
+
+def product_job(
+    x_RI: Tensor, weight: Tensor, out_RO: Tensor, bias_O: Tensor | None = None, add_RO: Tensor | None = None
+) -> ProductJob:
+    """out = x · weightᵀ + bias + add, of tensors that lie without gaps; the job does not keep them.
+
+    Args:
+        x_RI: of inputs that are a multiple of `LINE`.
+        weight: [outputs, inputs], or what `in_tiles` makes of it.
+    """
+    job = ProductJob(
+        rows=len(x_RI),
+        inputs=x_RI.shape[1],
+        outputs=out_RO.shape[1],
+        tiled=tiled(x_RI.dtype, x_RI.device),
+        packed=weight.dim() == 4,
+        x=x_RI.data_ptr(),
+        weight=weight.data_ptr(),
+        out=out_RO.data_ptr(),
+    )
+    job.bias, job.add = (None if t is None else t.data_ptr() for t in (bias_O, add_RO))
+    return job
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 from lockstep.model import kernels
 from lockstep.model.attention import Attend, DocumentAttention
 from lockstep.model.config import ModelConfig, Numerics
-from lockstep.model.full_attention import PLAIN, Scoring, attend_in_full
-from lockstep.model.in_place import InPlace, Rows, pair_of, serves
+from lockstep.model.full_attention import attend_in_full
+from lockstep.model.in_place import BLOCK, InPlace, Rows, block_shapes, first_seen, serves
+from lockstep.model.scoring import PLAIN, Scoring
 
 SHORT = 16
 """Spans of up to so many tokens attend token by token."""
@@ -35,7 +36,6 @@ class KVCache:
         *,
         kv_heads: int,
         blocks: Sequence[int],
-        block: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -43,29 +43,26 @@ class KVCache:
         Args:
             kv_heads: of this tensor rank.
             blocks: of each kind of layer; see `kinds`.
-            block: tokens of a block.
         """
-        self.block, self.windows = block, kinds(model)
-        self.pair = pair_of(dtype, model.head_dim)
+        self.windows = kinds(model)
+        shapes = self._shapes(dtype, model.head_dim)
         of_layer = [self.windows.index(model.window_of(layer)) for layer in range(model.layers)]
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         for kind, count in enumerate(blocks):
             layers = [layer for layer, k in enumerate(of_layer) if k == kind]
-            keys, values = (
-                _zeros((len(layers), count, kv_heads, *shape), dtype, device) for shape in self._shapes(model.head_dim)
-            )
+            keys, values = (_zeros((len(layers), count, kv_heads, *shape), dtype, device) for shape in shapes)
             self.keys |= dict(zip(layers, keys, strict=True))
             self.values |= dict(zip(layers, values, strict=True))
         self.kind_of = of_layer
 
-    def _shapes(self, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _shapes(self, dtype: torch.dtype, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of the keys and of the values of a head in a block."""
-        return (width // self.pair, self.block, self.pair), (self.block // self.pair, width, self.pair)
+        return block_shapes(dtype, width)
 
     def write(self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> None:
         """Keep keys and values of tokens at places of blocks."""
-        pair = self.pair
+        pair = self.keys[layer].shape[-1]
         self.keys[layer][blocks_T, :, :, offsets_T] = k_TGE.unflatten(-1, (-1, pair))
         self.values[layer][blocks_T, :, offsets_T // pair, :, offsets_T % pair] = v_TGE
 
@@ -92,10 +89,10 @@ def kinds(model: ModelConfig) -> list[int | None]:
     return sorted({model.window_of(layer) for layer in range(model.layers)}, key=lambda w: w or 0)
 
 
-def block_bytes(model: ModelConfig, *, kv_heads: int, block: int, dtype: torch.dtype) -> list[int]:
+def block_bytes(model: ModelConfig, *, kv_heads: int, dtype: torch.dtype) -> list[int]:
     """Bytes of a block of each kind of layer."""
     windows = [model.window_of(layer) for layer in range(model.layers)]
-    one = 2 * kv_heads * model.head_dim * block * dtype.itemsize
+    one = 2 * kv_heads * model.head_dim * BLOCK * dtype.itemsize
     return [one * windows.count(window) for window in kinds(model)]
 
 
@@ -161,10 +158,10 @@ class PagedAttention:
 
     def _attended(self, layer: int, kind: int, q_LHE: Tensor, span: Span, scoring: Scoring) -> Tensor:
         """One span of tokens that also see what is before them."""
-        first = _first(span.start, scoring.window, self._cache.block)
-        stop = -(-(span.start + span.count) // self._cache.block)
+        first = first_seen(span.start, scoring.window)
+        stop = -(-(span.start + span.count) // BLOCK)
         k, v = self._cache.gathered(layer, torch.tensor([span.tables[kind][first:stop]], device=q_LHE.device))
-        columns = torch.arange(first * self._cache.block, stop * self._cache.block, device=q_LHE.device)
+        columns = torch.arange(first * BLOCK, stop * BLOCK, device=q_LHE.device)
         rows = torch.arange(span.start, span.start + span.count, device=q_LHE.device)[:, None]
         bias = _bias(columns, rows, scoring.window)
         q = q_LHE.transpose(0, 1)[None]
@@ -188,9 +185,9 @@ class _InPlace:
             _numbers((i, s.count) for i, s in short),
             np.repeat(np.arange(len(short)), [s.count for _, s in short]),
             _numbers((s.start, s.count) for _, s in short),
-            _padded([s.tables[kind][: (s.start + s.count - 1) // cache.block + 1] for _, s in short]),
+            _padded([s.tables[kind][: (s.start + s.count - 1) // BLOCK + 1] for _, s in short]),
         )
-        places = _places(cache.block, [s.tables[kind] for s in spans], spans)
+        places = _places([s.tables[kind] for s in spans], spans)
         tiled = tiled and kernels.tiled(dtype, torch.device("cpu"))
         self._attend = InPlace(places, rows, cache.windows[kind], groups=groups, width=width, tiled=tiled)
         self.jobs = self._attend.jobs
@@ -206,17 +203,17 @@ class _Gathered:
     def __init__(self, cache: KVCache, kind: int, spans: Sequence[Span], short: Sequence[tuple[int, Span]]) -> None:
         self._cache, window = cache, cache.windows[kind]
         device = cache.values[0].device
-        places = _places(cache.block, [s.tables[kind] for s in spans], spans)
+        places = _places([s.tables[kind] for s in spans], spans)
         self._blocks, self._offsets = (torch.from_numpy(x).to(device) for x in places)
         self._rows = _row_numbers(short, device)
         if not short:
             return
-        firsts = [_first(s.start, window, cache.block) for _, s in short]
+        firsts = [first_seen(s.start, window) for _, s in short]
         tables = _padded(
-            [s.tables[kind][first : s.start // cache.block + 1] for (_, s), first in zip(short, firsts, strict=True)]
+            [s.tables[kind][first : s.start // BLOCK + 1] for (_, s), first in zip(short, firsts, strict=True)]
         )
         self._tables = torch.from_numpy(tables.astype(np.int64)).to(device)
-        columns = torch.tensor(firsts)[:, None] * cache.block + torch.arange(tables.shape[1] * cache.block)
+        columns = torch.tensor(firsts)[:, None] * BLOCK + torch.arange(tables.shape[1] * BLOCK)
         self._bias = _bias(columns, torch.tensor([s.start for _, s in short])[:, None], window).to(device)
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring) -> Tensor:
@@ -237,11 +234,6 @@ class _Gathered:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scoring.scale).flatten(1, 2)
 
 
-def _first(position: int, window: int | None, block: int) -> int:
-    """The first block that a token at a position sees."""
-    return 0 if window is None else max(0, position - window + 1) // block
-
-
 def _bias(columns: Tensor, rows: Tensor, window: int | None) -> Tensor:
     """0 where a row's position sees a column's, −∞ elsewhere."""
     hidden = columns > rows
@@ -258,14 +250,14 @@ def _padded(tables: Sequence[Sequence[int]]) -> np.ndarray:
     return found
 
 
-def _places(block: int, tables: Sequence[Sequence[int]], spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+def _places(tables: Sequence[Sequence[int]], spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
     """The block, and the place in it, of each token [T]."""
     blocks, offsets = [], []
     for table, span in zip(tables, spans, strict=True):
         positions = np.arange(span.start, span.start + span.count)
-        first = span.start // block
-        blocks.append(np.asarray(table[first:])[positions // block - first])
-        offsets.append(positions % block)
+        first = span.start // BLOCK
+        blocks.append(np.asarray(table[first:])[positions // BLOCK - first])
+        offsets.append(positions % BLOCK)
     return np.concatenate(blocks), np.concatenate(offsets)
 
 

@@ -1,5 +1,6 @@
 """megatron-core's parallel linear layers, whose weights may be reordered once for inference on a CPU."""
 
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -56,10 +57,15 @@ def packed(weight: Tensor, numerics: Numerics = "fast") -> PackedWeight | None:
     if numerics == "exact":
         usable = kernels.usable(weight.dtype, weight.device)
     else:
-        usable = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        usable = usable and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        usable = usable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        usable = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _reorders()
     return PackedWeight(weight.detach(), numerics) if usable else None
+
+
+@cache
+def _reorders() -> bool:
+    """Whether this torch hands out oneDNN's packed products, and the processor has those of bf16."""
+    named = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return named and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:

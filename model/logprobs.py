@@ -15,8 +15,8 @@ from lockstep.model import kernels
 from lockstep.model.config import Numerics
 from lockstep.model.exact import gathered, in_order, log_sum_exp
 from lockstep.model.exact_product import LARGER
-from lockstep.model.functions import soft_capped
 from lockstep.model.linear import PackedWeight, linear
+from lockstep.model.scoring import soft_capped
 
 CHUNKS: dict[Numerics, int] = {"fast": 256, "exact": LARGER[0]}
 """Tokens whose logits come out of one product, or out of one pass over tiles."""

@@ -35,8 +35,8 @@ from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.scoring import columns, of_completions
 from lockstep.rl.stream import Batch, Stream
 from lockstep.rl.types import Prompt, Scored
+from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.rewards import CORRECTNESS, RewardConfig, means, rewarded
-from lockstep.rl.verifiers.verdict import Outcome
 
 NO_MODELS = Models()
 Placed = TypeVar("Placed")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lockstep.rl.verifiers.verdict import Outcome
+from lockstep.rl.verdict import Outcome
 
 Z = 1.959964
 """Standard deviations of a normal distribution within which 95% of it lie."""

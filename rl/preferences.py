@@ -17,7 +17,7 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.batching import preference_samples
 from lockstep.rl.recipes import PreferenceConfig
 from lockstep.rl.types import Scored
-from lockstep.rl.verifiers.verdict import Outcome
+from lockstep.rl.verdict import Outcome
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lockstep.rl.environments.transcript import answered
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.sequence import Order
 from lockstep.rl.types import Prompt, Rollout, Scored
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
+from lockstep.rl.verdict import Outcome, Verdict
 
 if TYPE_CHECKING:
     from lockstep.rl.environments.worker import Answer

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from lockstep.data.batch import Floats
 from lockstep.data.code_tests import CodeTests
-from lockstep.rl.verifiers.verdict import Verdict
+from lockstep.rl.verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from lockstep.rl.environments.chat_tools import calls_of
 from lockstep.rl.environments.protocol import Message, Reply, Turn
 from lockstep.rl.types import Prompt
-from lockstep.rl.verifiers.verdict import of_credit
+from lockstep.rl.verdict import of_credit
 
 
 def is_foreign(made: object) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lockstep.rl.types import Prompt
-from lockstep.rl.verifiers.verdict import Verdict
+from lockstep.rl.verdict import Verdict
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lockstep.rl.environments.opening import opened
 from lockstep.rl.environments.protocol import Environment, Message, Turn
 from lockstep.rl.environments.transcript import last_turn, turns
 from lockstep.rl.types import Rollout
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.worker import Worker
 
 _Result = TypeVar("_Result")

@@ -11,8 +11,7 @@ from operator import mul
 
 import numpy as np
 
-BLOCK = 16
-"""Tokens of a block."""
+from lockstep.model.in_place import BLOCK
 
 ROOT = b""
 """What stands before the first block of a text."""
@@ -21,11 +20,6 @@ ROOT = b""
 def chained(before: bytes, tokens: tuple[int, ...]) -> bytes:
     """The name of a block's content: its tokens and, through the name of the block before, all before them."""
     return blake2b(before + np.asarray(tokens, np.int64).tobytes(), digest_size=16).digest()
-
-
-def first_seen(position: int, window: int | None) -> int:
-    """The first block that a token at a position sees through a window, or without one."""
-    return 0 if window is None else max(0, position - window + 1) // BLOCK
 
 
 def blocks_alone(tokens: int, window: int | None) -> int:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lockstep.model.exact import gathered
 from lockstep.model.logprobs import local_logits, reduced
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.sampler import Row, draw, likeliest, uniforms
@@ -75,9 +76,7 @@ class Drawing:
     def _whole(self, local_BV: Tensor) -> Tensor:
         """Logits of the whole vocabulary, on all tensor ranks."""
         if self._group.size() > 1:
-            parts = [torch.empty_like(local_BV) for _ in range(self._group.size())]
-            dist.all_gather(parts, local_BV.contiguous(), group=self._group)
-            local_BV = torch.cat(parts, dim=1)
+            local_BV = torch.cat(gathered(local_BV, self._group), dim=1)
         return local_BV[:, : self._transformer.model.vocabulary]
 
     def _agreed(self, tokens_B: Tensor) -> Tensor:

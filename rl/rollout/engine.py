@@ -19,10 +19,11 @@ from lockstep.model import decoder, kernels
 from lockstep.model.adapters import merged
 from lockstep.model.config import ModelConfig, Numerics, UnknownModel
 from lockstep.model.exact_cache import exact_cache
+from lockstep.model.in_place import BLOCK
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.train import DTYPES, build, transformer_of
 from lockstep.model.transformer import Transformer
-from lockstep.rl.rollout.blocks import BLOCK, BlockPool, pool_sizes
+from lockstep.rl.rollout.blocks import BlockPool, pool_sizes
 from lockstep.rl.rollout.drawing import Drawing
 from lockstep.rl.rollout.limits import OnUpdate
 from lockstep.rl.rollout.sampling import SamplingConfig
@@ -85,17 +86,17 @@ class RolloutEngine:
         self._drawing = Drawing(transformer)
         self.device = parameter.device
         self.length = min(length, model.context)
-        shape = {"kv_heads": model.kv_heads // transformer.groups.layout.tensor, "block": BLOCK}
+        kv_heads, dtype = model.kv_heads // transformer.groups.layout.tensor, parameter.dtype
         counts = blocks or pool_sizes(
             kinds(model),
-            block_bytes(model, dtype=parameter.dtype, **shape),
+            block_bytes(model, kv_heads=kv_heads, dtype=dtype),
             memory=int(cache_gib * 2**30),
             sequences=sequences,
             length=self.length,
             budget=budget,
         )
         of_blocks = exact_cache if transformer.numerics == "exact" else KVCache
-        self._new_cache = partial(of_blocks, model, blocks=counts, dtype=parameter.dtype, device=self.device, **shape)
+        self._new_cache = partial(of_blocks, model, kv_heads=kv_heads, blocks=counts, dtype=dtype, device=self.device)
         self._cache: KVCache | None = None
         pools = [BlockPool(count) for count in counts]
         self._scheduler = Scheduler(kinds(model), pools, sequences=sequences, budget=budget)

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
-from lockstep.rl.rollout.blocks import BLOCK, ROOT, BlockPool, blocks_alone, chained, first_seen
+from lockstep.model.in_place import BLOCK, first_seen
+from lockstep.rl.rollout.blocks import ROOT, BlockPool, blocks_alone, chained
 from lockstep.rl.rollout.sequence import Sequence
 
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from lockstep.data.code_tests import CodeTests
+from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.examiner import Observation
 from lockstep.rl.verifiers.extract import code_of
 from lockstep.rl.verifiers.processes import ProcessPool
 from lockstep.rl.verifiers.protection import USUAL, Protection, SandboxError, SandboxLimits
 from lockstep.rl.verifiers.sandbox import Sandbox
-from lockstep.rl.verifiers.verdict import Verdict
 
 
 class CodePool(ProcessPool[Sandbox]):

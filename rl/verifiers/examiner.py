@@ -24,8 +24,8 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
 from lockstep.data.code_tests import Case, CodeTests
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.values import Channel, ClosedError, MalformedError, decode, encode
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
 
 Start = Callable[[list[int]], Callable[[], str]]
 """Starts a run of the program with these descriptors (input, output, errors, and a channel for functions); the result

@@ -17,8 +17,8 @@ import reasoning_gym
 import sympy
 from reasoning_gym.factory import DATASETS
 
+from lockstep.rl.verdict import Outcome, Verdict, of_credit
 from lockstep.rl.verifiers.extraction import tagged_or_boxed
-from lockstep.rl.verifiers.verdict import Outcome, Verdict, of_credit
 
 _FORMULA = re.compile(r"[\w\s+\-*/^().,=]*")
 _NAMES = re.compile(r"[^\W\d]\w*")

@@ -4,16 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from threading import Lock
-from types import TracebackType
 from typing import Literal, Self
 
 from lockstep.data.code_tests import CodeTests
 from lockstep.rl.types import Prompt
+from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers import gym, math
 from lockstep.rl.verifiers.code import CodePool
 from lockstep.rl.verifiers.pool import Grader, VerifierPool
 from lockstep.rl.verifiers.recipes import VerifierConfig
-from lockstep.rl.verifiers.verdict import Verdict
 
 Note = Callable[[str], object]
 GraderName = Literal["answer", "gym"]
@@ -85,7 +84,5 @@ class Judge:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

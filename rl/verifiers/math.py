@@ -15,12 +15,12 @@ from typing import Any
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Expr, Float, I, Pow, Symbol, factorial, nan, oo, postorder_traversal, zoo
 
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.extraction import boxed_list, final_answer
 from lockstep.rl.verifiers.numbers import FUNCTIONS, Number, rounds_to, same_number
 from lockstep.rl.verifiers.reading import ARITHMETIC, EQUALS, Reading, answer_side, option_of, read
 from lockstep.rl.verifiers.spelling import as_words
 from lockstep.rl.verifiers.units import agree
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
 
 EXAMPLES = ((r"\boxed{x^2-1}", "(x-1)(x+1)"), (r"\boxed{\sin^2 x+\cos^2 x}", "1"), (r"\boxed{(1, 2]}", "[1, 2]"))
 """What a process grades once to load the parts of sympy that most formulas need: a second, then milliseconds."""

@@ -19,9 +19,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, NoReturn, cast
 
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.math import EXAMPLES, grade
 from lockstep.rl.verifiers.processes import ProcessPool
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
 
 Grader = Callable[[str, str], Verdict]
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from queue import SimpleQueue
-from types import TracebackType
 from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 
@@ -45,9 +44,7 @@ class ProcessPool(Generic[Process]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _each(self, work: Callable[[Item], Result], items: Iterable[Item], doing: str) -> list[Result]:

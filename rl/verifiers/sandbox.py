@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lockstep
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.examiner import Observation
 from lockstep.rl.verifiers.keeper import DEADLINE
 from lockstep.rl.verifiers.protection import Protection, SandboxError, SandboxLimits
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
 
 _START_LIMIT = 60.0
 _PATIENCE = 20.0

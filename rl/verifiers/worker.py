@@ -1,9 +1,9 @@
 """The verifier workers' processes."""
 
 from lockstep.rl.types import Prompt
+from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.judge import GraderName, Judge
 from lockstep.rl.verifiers.recipes import VerifierConfig
-from lockstep.rl.verifiers.verdict import Verdict
 from lockstep.rl.worker import Worker
 
 

@@ -10,7 +10,7 @@ from lockstep.distributed.layout import Layout
 from lockstep.distributed.worlds import Worlds
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.context import HeadsAttention, RingAttention, attention
-from lockstep.model.full_attention import Scoring
+from lockstep.model.scoring import Scoring
 from tests.parameters import every
 
 DOCUMENTS = ((7, 5, 6), (20,), (3, 9), (14, 0, 0))

@@ -16,11 +16,11 @@ from lockstep.model import kernels
 from lockstep.model.columns import Columns
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics
 from lockstep.model.exact_attention import attend_exactly
-from lockstep.model.full_attention import PLAIN, Scoring
 from lockstep.model.logprobs import local_logits, reduced
 from lockstep.model.names import RandomWeights
 from lockstep.model.recipes import OptimizerConfig, Recompute, row_rules
 from lockstep.model.rope import Rope
+from lockstep.model.scoring import PLAIN, Scoring
 from lockstep.model.train import DTYPES, Trainer, build, transformer_of
 from lockstep.model.transformer import Transformer
 

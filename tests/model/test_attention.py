@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lockstep.model import attention
 from lockstep.model.attention import DocumentAttention
-from lockstep.model.full_attention import PLAIN, Scoring
+from lockstep.model.scoring import PLAIN, Scoring
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH = 6, 2, 4

@@ -12,6 +12,7 @@ from lockstep.distributed.groups import Groups
 from lockstep.model import kernels
 from lockstep.model.config import ModelConfig
 from lockstep.model.decoder import ROWS, Decoder, serves
+from lockstep.model.in_place import BLOCK
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span
 from lockstep.model.logprobs import local_logits
 from lockstep.model.names import RandomWeights
@@ -23,7 +24,6 @@ from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.sync import shards_of
 from lockstep.rl.types import Prompt
 
-BLOCK = 16
 LLAMA = ModelConfig(layers=3, width=96, heads=6, kv_heads=2, head_dim=32, intermediate=160, vocabulary=301, context=200)
 TILED = sorted({False, kernels.tiled(torch.bfloat16, torch.device("cpu"))})
 """Vectors, and where the processor has them its tiles."""
@@ -76,9 +76,7 @@ def test_a_pass_equals_that_of_the_modules(groups: Groups, model: ModelConfig, c
 
 def cache_of(model: ModelConfig, dtype: torch.dtype, blocks: int) -> KVCache:
     kinds = 1 if model.window is None else 2
-    return KVCache(
-        model, kv_heads=model.kv_heads, blocks=[blocks] * kinds, block=BLOCK, dtype=dtype, device=torch.device("cpu")
-    )
+    return KVCache(model, kv_heads=model.kv_heads, blocks=[blocks] * kinds, dtype=dtype, device=torch.device("cpu"))
 
 
 def filled(caches: list[KVCache], model: ModelConfig, tables: list[list[int]]) -> None:
@@ -110,18 +108,8 @@ def test_a_product(tiled: bool, rows: int, lines: int, outs: int, has_bias: bool
     width = packed.shape[0] * kernels.SIDE
     bias, add = torch.randn(width).bfloat16(), torch.randn(rows, width).bfloat16()
     out = torch.empty(rows, width, dtype=torch.bfloat16)
-    job = kernels.ProductJob(
-        rows=rows,
-        inputs=inputs,
-        outputs=width,
-        tiled=tiled,
-        packed=True,
-        x=x.data_ptr(),
-        weight=packed.data_ptr(),
-        out=out.data_ptr(),
-        bias=bias.data_ptr() if has_bias else None,
-        add=add.data_ptr() if adds else None,
-    )
+    job = kernels.product_job(x, packed, out, bias if has_bias else None, add if adds else None)
+    job.tiled = tiled
     kernels.run("product", job, torch.bfloat16, size=1 << 20)
     expected = x.double() @ weight.double().T
     for used, more in ((has_bias, bias), (adds, add)):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.exact_attention import KEYS, attend_exactly
-from lockstep.model.full_attention import PLAIN, Scoring
+from lockstep.model.scoring import PLAIN, Scoring
 from tests.model.exact_rollouts import WAYS, by_way
 from tests.model.test_attention import CPU, Documents, dense, inputs, some_documents, some_scorings
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lockstep.model import exact_triton
-from lockstep.model.full_attention import Scoring
+from lockstep.model.scoring import Scoring
 from tests.model.test_attention import dense
 
 ON_GPU = torch.cuda.is_available()

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.model.functions import gated, rms_norm, rotary, soft_capped, swiglu
+from lockstep.model.functions import gated, rms_norm, rotary, swiglu
 from lockstep.model.rope import Rope
+from lockstep.model.scoring import soft_capped
 
 LOOSE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 3e-2)}
 DTYPES = pytest.mark.parametrize("dtype", LOOSE, ids=str)

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from lockstep.model import functions, kernels
 from lockstep.model.config import ModelConfig
-from lockstep.model.full_attention import Scoring
+from lockstep.model.in_place import BLOCK
 from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes
+from lockstep.model.scoring import Scoring
 
-BLOCK = 16
 HISTORIES = ((0, 40), (37, 1), (600, 1), (1100, 3), (5, 30), (0, 1), (63, 1), (64, 17))
 """Of each sequence the tokens that are cached already, and those of this pass."""
 
@@ -64,7 +64,7 @@ def test_a_mixed_pass_equals_attention_head_to_tail(
     of = model(heads, kv_heads, width, window)
     layer = 1
     kinds = 1 if window is None else 2
-    cache = KVCache(of, kv_heads=kv_heads, blocks=[200] * kinds, block=BLOCK, dtype=dtype, device=torch.device("cpu"))
+    cache = KVCache(of, kv_heads=kv_heads, blocks=[200] * kinds, dtype=dtype, device=torch.device("cpu"))
     sizes = [a + b for a, b in HISTORIES]
     lent = iter(torch.randperm(200).tolist())
     tables = [[next(lent) for _ in range(-(-size // BLOCK))] for size in sizes]
@@ -88,14 +88,14 @@ def test_a_mixed_pass_equals_attention_head_to_tail(
 
 def test_blocks_of_all_layers_are_copied_and_counted() -> None:
     of = model(4, 2, 8, 20)
-    cache = KVCache(of, kv_heads=2, blocks=[3, 5], block=BLOCK, dtype=torch.float32, device=torch.device("cpu"))
+    cache = KVCache(of, kv_heads=2, blocks=[3, 5], dtype=torch.float32, device=torch.device("cpu"))
     cache.values[0][1] = 1.0
     cache.values[1][1] = 2.0
     cache.copy(1, 1, 4)
     assert not cache.values[0][2].any()
     assert (cache.values[1][4] == 2).all()
     bytes_of = [sum(x[layer][0].nbytes for x in (cache.keys, cache.values)) for layer in (0, 1)]
-    assert block_bytes(of, kv_heads=2, block=BLOCK, dtype=torch.float32) == bytes_of
+    assert block_bytes(of, kv_heads=2, dtype=torch.float32) == bytes_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

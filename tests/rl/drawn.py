@@ -10,7 +10,7 @@ from lockstep.data.batch import Floats, RowRules, Sample, rows_for_ranks
 from lockstep.model.columns import columns_of
 from lockstep.model.loss import Objective
 from lockstep.rl.types import Estimates, Prompt, Rollout, Scored
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
+from lockstep.rl.verdict import Outcome, Verdict
 
 LIMIT = 9
 """Tokens that a completion may have."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from lockstep.rl.environments.protocol import Message, Reply, Turn
 from lockstep.rl.types import Prompt
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
+from lockstep.rl.verdict import Outcome, Verdict
 
 
 class Asking:

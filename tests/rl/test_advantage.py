@@ -12,7 +12,7 @@ from lockstep.rl.advantage import best, centred, generalised, leave_one_out, ove
 from lockstep.rl.batching import teaches, with_advantages
 from lockstep.rl.recipes import RLConfig
 from lockstep.rl.types import Prompt, Rollout, Scored
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
+from lockstep.rl.verdict import Outcome, Verdict
 
 METHODS = {True: RLConfig(), False: RLConfig(method="dr_grpo")}
 """By whether they scale by the deviation."""

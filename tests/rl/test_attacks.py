@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code import CodePool
 from lockstep.rl.verifiers.protection import NOTHING, Protection, SandboxLimits
-from lockstep.rl.verifiers.verdict import Outcome
 from tests.rl.attacks import ATTACKS, DOUBLE, ENDINGS, FORGERIES, NETWORK, SIGNALS, SUM, Attack
 
 LIMITS = SandboxLimits(seconds=0.7, folder_bytes=1 << 22, output_bytes=1 << 20, memory_bytes=1 << 29)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from lockstep.data.code_tests import Case, CodeTests
+from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code import CodePool
 from lockstep.rl.verifiers.examiner import same_output
 from lockstep.rl.verifiers.extract import code_of
 from lockstep.rl.verifiers.program import assembled
 from lockstep.rl.verifiers.protection import NOTHING
-from lockstep.rl.verifiers.verdict import Outcome
 
 HUMANEVAL = Path(__file__).parents[3] / "shared" / "datasets" / "humaneval" / "HumanEval.jsonl.gz"
 

@@ -40,10 +40,10 @@ from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.sequence import Order
 from lockstep.rl.rollout.writer import Writer
 from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.code import CodePool
 from lockstep.rl.verifiers.gym import entry_text
 from lockstep.rl.verifiers.protection import NOTHING, SandboxLimits
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
 from tests.model.exact_rollouts import transformer as random_transformer
 from tests.rl.conftest import Actors
 

@@ -9,9 +9,9 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
+from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.gym import entry_text, grade
 from lockstep.rl.verifiers.pool import VerifierPool
-from lockstep.rl.verifiers.verdict import Outcome
 
 SLOW = {"arc_agi", "composite"}
 

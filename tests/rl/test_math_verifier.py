@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lockstep.rl.verdict import Outcome, Verdict, of_credit
 from lockstep.rl.verifiers.extraction import candidates, final_answer
 from lockstep.rl.verifiers.math import grade
-from lockstep.rl.verifiers.verdict import Outcome, Verdict, of_credit
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -5,8 +5,8 @@ from itertools import cycle, islice
 
 import pytest
 
+from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.pool import VerifierPool
-from lockstep.rl.verifiers.verdict import Outcome
 
 HANGING = [
     r"\boxed{(x+y+z+w)^{200}}",

@@ -20,7 +20,7 @@ from lockstep.rl.preferences import Comparison, TooFewComparisons, apart, by_ver
 from lockstep.rl.recipes import PreferenceConfig
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt, Rollout, Scored
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
+from lockstep.rl.verdict import Outcome, Verdict
 from tests.rl.conftest import Actors
 
 

@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.verdict import Outcome, Verdict, of_credit
 from lockstep.rl.verifiers.rewards import RewardConfig, means, reward_of, rewarded, share_of_script
-from lockstep.rl.verifiers.verdict import Outcome, Verdict, of_credit
 
 PROMPT = Prompt(0, "1 + 1?", (1, 2), "2")
 ALL = RewardConfig.model_validate(

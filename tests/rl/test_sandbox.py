@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.data.code_tests import CodeTests
+from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code import CodePool
 from lockstep.rl.verifiers.protection import NOTHING, Protection, SandboxError, SandboxLimits
 from lockstep.rl.verifiers.seccomp import filter_program
 from lockstep.rl.verifiers.values import MalformedError, decode, encode
-from lockstep.rl.verifiers.verdict import Outcome
 
 TESTS = CodeTests("assert f(1) == 1", "f")
 RIGHT = "def f(x): return x"

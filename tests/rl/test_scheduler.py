@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.rl.rollout.blocks import BLOCK, BlockPool, blocks_alone, chained, pool_sizes
+from lockstep.model.in_place import BLOCK
+from lockstep.rl.rollout.blocks import BlockPool, blocks_alone, chained, pool_sizes
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler
 from lockstep.rl.rollout.sequence import Request, Sequence

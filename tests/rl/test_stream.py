@@ -9,7 +9,7 @@ from lockstep.rl.flow import FlowConfig
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.stream import Stream
 from lockstep.rl.types import Prompt, Rollout, Scored
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
+from lockstep.rl.verdict import Outcome, Verdict
 
 
 class Slowest:

@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.pool import Grader, VerifierPool, VerifierPoolError
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.timeout(120)]
 
 HOSTILE = '''
 import atexit, ctypes, os, signal, subprocess, sys, time
-from lockstep.rl.verifiers.verdict import Outcome, Verdict
+from lockstep.rl.verdict import Outcome, Verdict
 
 def obey(response: str, answer: str) -> Verdict:
     """Does what the response says, and grades it correct if that ends."""
