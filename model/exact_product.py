@@ -26,8 +26,8 @@ LARGER: tuple[int, ...] = (1024, 512, 256, 128, 64)
 TRIED = 1 << 15
 """Numbers that a trial compares, at least."""
 
-SMALL = 4096
-"""Elements of a weight whose products are added up here where no kernel of the library will do."""
+NARROW = 16
+"""Outputs of a weight, at most, that are added up here, one by one, where no kernel of the library will do."""
 
 
 class NotExact(RuntimeError):
@@ -94,11 +94,11 @@ def one_thread() -> Iterator[None]:
 def tile_sizes(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Numbers of rows, the largest first, that give a row the same bits with weights of this shape on this CPU.
 
-    None where the bits even depend on a row's place among `TILE`, as those of MKL's kernels for small matrices do on
-    some processors, and the weight is `SMALL` enough to be added up one product after the other.
+    None where the bits even depend on a row's place among `TILE`, as those of MKL's kernels for two to nine outputs do
+    on some processors, and the weight is `NARROW` enough to be added up one product after the other.
 
     Raises:
-        NotExact: where it is larger.
+        NotExact: where it is wider.
     """
     x, sizes = delicate(LARGER[0], inputs, dtype, 0), LARGER
     for weight in trial_weights(outputs, inputs, dtype):
@@ -106,7 +106,7 @@ def tile_sizes(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...]
             expected = _by(TILE, x, weight)
             moved = torch.cat([F.linear(tile.roll(5, 0), weight).roll(-5, 0) for tile in x.split(TILE)])
             if not torch.equal(moved, expected):
-                if inputs * outputs <= SMALL:
+                if outputs <= NARROW:
                     return ()
                 raise NotExact(
                     f"products with a weight [{outputs}, {inputs}] in {dtype} give a row other bits at another place: "
@@ -117,8 +117,9 @@ def tile_sizes(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...]
 
 
 def _summed(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ by a sum over each row's products, in fp32."""
-    return row_sum(x[..., None, :].float() * weight.float()).to(x.dtype)
+    """x · weightᵀ by a sum over each row's products, in fp32, one output at a time."""
+    x, outputs = x.float(), weight.float()
+    return torch.stack([row_sum(x * output) for output in outputs], dim=-1).to(weight.dtype)
 
 
 def _by(size: int, x: Tensor, weight: Tensor) -> Tensor:

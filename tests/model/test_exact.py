@@ -127,6 +127,8 @@ widths = st.sampled_from([1, 2, 7, 33, 64, 130, 301, 512, 577, 1030])
 @example(inputs=7, outputs=7, cuts=[1], threads=1)
 @example(inputs=31, outputs=9, cuts=[40, 3, 700], threads=2)
 @example(inputs=64, outputs=1, cuts=[11], threads=1)
+@example(inputs=1030, outputs=7, cuts=[1], threads=1)
+@example(inputs=8190, outputs=9, cuts=[1, 40], threads=2)
 def test_a_product_of_a_row_has_the_same_bits_in_any_company(
     compiled: bool, dtype: torch.dtype, inputs: int, outputs: int, cuts: list[int], threads: int
 ) -> None:
