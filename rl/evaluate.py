@@ -65,17 +65,16 @@ def accuracy(tallies: Sequence[Tally]) -> Estimate:
 def pass_at_k(graded: int, correct: int, k: int) -> float:
     """The probability that one of k completions is correct: 1 − C(n−c, k)/C(n, k), without bias.
 
-    Chen et al. 2021 (arXiv:2107.03374), equation 1, as the product of 1 − k/i over i = n−c+1 … n, in which nothing
-    overflows.
+    Chen et al. 2021 (arXiv:2107.03374), equation 1, in whole numbers until the last division, so that problems of the
+    same chance have the same value.
 
     Args:
         graded: n, completions of the problem, at least k.
         correct: c, those of them that are correct.
     """
     assert 0 <= correct <= graded >= k > 0
-    if graded - correct < k:
-        return 1.0
-    return 1.0 - math.prod(1.0 - k / i for i in range(graded - correct + 1, graded + 1))
+    draws = math.comb(graded, k)
+    return (draws - math.comb(graded - correct, k)) / draws
 
 
 def mean_pass_at_k(tallies: Sequence[Tally], k: int, seed: int = 0) -> Estimate:

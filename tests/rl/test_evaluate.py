@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lockstep.rl.evaluate import Tally, accuracy, mean_pass_at_k, pass_at_k, tally, wilson
@@ -63,6 +63,7 @@ def test_the_ungradable_are_left_out_and_never_wrong() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30))
+@example([(1, 1), (3, 3), (1, 1)])
 def test_an_interval_holds_its_estimate_and_has_a_width(counts: list[tuple[int, int]]) -> None:
     tallies = [Tally(c, i) for c, i in counts]
     found = mean_pass_at_k(tallies, 1)
