@@ -221,29 +221,47 @@ static void weigh(float *line, int64_t from, int64_t to, float *sums, int64_t wi
         for (int64_t e = 0; e < width; e++) sums[e] *= kept;
 }
 
-/* What a part of a sequence sees: positions first to last, in the blocks of a table. */
+/* What a part of a sequence sees of a key-value head: positions first to last, in the blocks of a table. */
 struct view {
-    int64_t first, last;
+    int64_t first, last, stride;                     /* from block to block of keys, or of values */
+    const NUMBER *keys, *values;
     const int32_t *table;
 };
 
-static struct view seen(const struct attention *job, int64_t part)
+static struct view seen(const struct attention *job, int64_t task)
 {
-    int64_t row = job->part_rows[part], start = job->part_starts[part], end = start + PART - 1;
-    struct view view = { job->firsts[row], job->lasts[row], job->tables + job->sequences[row] * job->table_width };
+    int64_t part = task / job->groups, row = job->part_rows[part], start = job->part_starts[part], end = start + PART - 1;
+    int64_t size = job->width * BLOCK, before = task % job->groups * size;
+    struct view view = {
+        job->firsts[row], job->lasts[row], job->groups * size, job->keys + before, job->values + before,
+        job->tables + job->sequences[row] * job->table_width,
+    };
     if (view.first < start) view.first = start;
     if (view.last > end) view.last = end;
     return view;
 }
 
-/* The weighted sum of values that the heads of one key-value head give to a part of their sequence. */
+/* Starts to bring blocks of a view's keys, or values, into the cache, of the tile at a position: the block of a number,
+   and then every so many. */
+static inline void
+fetch(const struct view *view, const NUMBER *held, int64_t width, int64_t tile, int64_t number, int64_t step)
+{
+    for (int64_t at = tile + number * BLOCK; at < tile + TILE && at <= view->last; at += step * BLOCK) {
+        if (at + BLOCK <= view->first) continue;
+        const NUMBER *block = held + view->table[at / BLOCK] * view->stride;
+        for (int64_t i = 0; i < width * BLOCK; i += 64 / sizeof(NUMBER)) __builtin_prefetch(block + i, 0, 2);
+    }
+}
+
+/* The weighted sum of values that the heads of one key-value head give to a part of their sequence. What comes next, of
+   this part or of the task that is likely to follow, is fetched meanwhile: blocks lie anywhere, so no processor foresees
+   them. */
 static void attend(struct attention *job, int64_t task)
 {
-    int64_t width = job->width, shared = job->heads / job->groups, size = width * BLOCK, stride = job->groups * size;
-    int64_t part = task / job->groups, group = task % job->groups;
-    struct view view = seen(job, part);
+    int64_t width = job->width, shared = job->heads / job->groups;
+    int64_t part = task / job->groups, group = task % job->groups, guess = __atomic_load_n(&job->taken, __ATOMIC_RELAXED);
+    struct view view = seen(job, task), next = seen(job, guess < job->parts * job->groups ? guess : task);
     const NUMBER *q = job->q + job->tokens[job->part_rows[part]] * job->q_stride + group * shared * width;
-    const NUMBER *keys = job->keys + group * size, *values = job->values + group * size;
     float own[shared * width], scores[shared][TILE];
     for (int64_t i = 0; i < shared * width; i++) own[i] = wide(q[i]) * job->scale;
     float *sums = job->partial + (part * job->heads + group * shared) * (width + 2);
@@ -253,13 +271,18 @@ static void attend(struct attention *job, int64_t task)
     }
     for (int64_t begin = view.first / TILE * TILE; begin <= view.last; begin += TILE) {
         int64_t from = view.first > begin ? view.first - begin : 0, to = view.last - begin < TILE ? view.last - begin + 1 : TILE;
-        for (int64_t b = from / BLOCK; b * BLOCK < to; b++) {
-            const NUMBER *held = keys + view.table[begin / BLOCK + b] * stride;
+        int64_t low = from / BLOCK, count = (to - 1) / BLOCK - low + 1, ends = begin + TILE > view.last;
+        const struct view *coming = ends ? &next : &view;
+        int64_t tile = ends ? next.first / TILE * TILE : begin + TILE;
+        for (int64_t b = low; b * BLOCK < to; b++) {
+            const NUMBER *held = view.keys + view.table[begin / BLOCK + b] * view.stride;
+            fetch(coming, coming->keys, width, tile, b - low, count);
             FOUR_AT_A_TIME(shared, score(n, own + r * width, width, held, (float(*)[TILE])(scores[r] + b * BLOCK)))
         }
         for (int64_t r = 0; r < shared; r++) weigh(scores[r], from, to, sums + r * (width + 2), width, job->cap);
-        for (int64_t b = from / BLOCK; b * BLOCK < to; b++) {
-            const NUMBER *held = values + view.table[begin / BLOCK + b] * stride;
+        for (int64_t b = low; b * BLOCK < to; b++) {
+            const NUMBER *held = view.values + view.table[begin / BLOCK + b] * view.stride;
+            fetch(coming, coming->values, width, tile, b - low, count);
             FOUR_AT_A_TIME(shared, mix(n, (float(*)[TILE])(scores[r] + b * BLOCK), width, held, sums + r * (width + 2)))
         }
     }
@@ -311,18 +334,17 @@ static void spread(float *line, NUMBER *out, int64_t from, int64_t to, float *to
 /* As `attend`, by products of the processor's tiles; weights are rounded to the dtype of the values. */
 static void attend_in_tiles(struct attention *job, int64_t task)
 {
-    int64_t width = job->width, shared = job->heads / job->groups, size = width * BLOCK, stride = job->groups * size;
+    int64_t width = job->width, shared = job->heads / job->groups;
     int64_t part = task / job->groups, group = task % job->groups;
-    struct view view = seen(job, part);
+    struct view view = seen(job, task);
     int64_t first = view.first / BLOCK, count = view.last / BLOCK - first + 1;
     const NUMBER *q = job->q + job->tokens[job->part_rows[part]] * job->q_stride + group * shared * width;
-    const NUMBER *keys = job->keys + group * size, *values = job->values + group * size;
     float scores[shared][PART];
     NUMBER weights[shared][PART];
     prepare(shared, 64, SIDE);
     for (int64_t b = 0; b < count; b += 2) {
-        const NUMBER *held = keys + view.table[first + b] * stride, *after = held;
-        if (b + 1 < count) after = keys + view.table[first + b + 1] * stride;
+        const NUMBER *held = view.keys + view.table[first + b] * view.stride, *after = held;
+        if (b + 1 < count) after = view.keys + view.table[first + b + 1] * view.stride;
         _tile_zero(0);
         _tile_zero(1);
         for (int64_t e = 0; e < width; e += LINE) {
@@ -347,7 +369,7 @@ static void attend_in_tiles(struct attention *job, int64_t task)
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t b = 0; b < count; b++) {
-            const NUMBER *held = values + view.table[first + b] * stride + e * PAIR;
+            const NUMBER *held = view.values + view.table[first + b] * view.stride + e * PAIR;
             int64_t row = width * PAIR * sizeof(NUMBER);
             _tile_loadd(4, weights[0] + b * BLOCK, sizeof weights[0]);
             _tile_loadd(5, held, row);
