@@ -15,8 +15,9 @@ from typing import Any, Literal, Protocol
 
 from lockstep.data.code_tests import Case, CodeTests
 from lockstep.rl.verdict import Outcome, Verdict
-from lockstep.rl.verifiers import gym, math
+from lockstep.rl.verifiers import math
 from lockstep.rl.verifiers.extraction import RULES, candidates
+from lockstep.rl.verifiers.judge import grader_of
 from lockstep.rl.verifiers.pool import VerifierPool, VerifierPoolError
 
 Task = Literal["math", "code", "gym"]
@@ -82,7 +83,7 @@ def pool_for(task: Task, workers: int, deadline: float, say: Callable[[str], Non
         case "math":
             opened = VerifierPool(workers, deadline)
         case "gym":
-            opened = VerifierPool(workers, deadline, gym.grade, examples=())
+            opened = VerifierPool(workers, deadline, grader_of("gym"), examples=())
         case "code":
             opened = _code_pool(workers, deadline, say)
     try:

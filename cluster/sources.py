@@ -14,7 +14,6 @@ from lockstep.distributed.checkpoint.spec import Source
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.formats import deepspeed, huggingface, peft
 from lockstep.model.formats.gguf import GGUFFile
-from lockstep.model.formats.megatron import MegatronFolder
 from lockstep.model.formats.peft import PeftFolder
 from lockstep.model.names import RandomWeights
 
@@ -106,6 +105,8 @@ def _is_megatron(path: Path) -> bool:
 
 
 def _open_megatron(path: Path) -> OpenModel:
+    from lockstep.model.formats.megatron import MegatronFolder  # loads torch's checkpoints, which takes a second
+
     folder = MegatronFolder(path)
     return folder, folder.config, _beside(folder.folder)
 

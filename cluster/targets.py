@@ -13,7 +13,6 @@ from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, describe
 from lockstep.model.formats.deepspeed_writer import UniversalTarget
 from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
-from lockstep.model.formats.megatron_writer import MegatronTarget
 from lockstep.model.formats.parts import Part, Target, rows_of_part, split
 from lockstep.model.formats.peft import PeftTarget
 from lockstep.model.formats.recast import Recast
@@ -97,6 +96,8 @@ class LockstepTarget:
 
 
 def _megatron(folder: Path, wanted: Wanted) -> Target:
+    from lockstep.model.formats.megatron_writer import MegatronTarget  # loads torch's checkpoints, which takes a second
+
     return MegatronTarget(folder, wanted.model, wanted.source, wanted.files, limit=wanted.part_bytes)
 
 

@@ -1,5 +1,6 @@
 """A problem: what is asked, and what decides whether an answer is right."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,3 +30,12 @@ class Problem:
     def program(self) -> str:
         """The solution of a code problem with what stands before it."""
         return (self.tests.prefix if self.tests else "") + self.solution
+
+
+def entry_text(entry: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> str:
+    """An entry of reasoning-gym as the reference that its grader takes.
+
+    Args:
+        settings: arguments of the data set that made it, for the scorers that depend on them.
+    """
+    return json.dumps({**entry, "settings": settings or {}}, default=str)

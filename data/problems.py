@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
-import reasoning_gym
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -186,6 +185,8 @@ def _stream(task: TaskConfig, seed: int) -> Iterator[Problem]:
 
 def _made(task: TaskConfig, seed: int) -> Iterator[Problem]:
     """Problems of reasoning-gym, until a small space of problems has given what it has."""
+    import reasoning_gym  # takes a second, which only who makes problems has to wait
+
     per_round = 2 * (task.train + (0 if task.held_out_from else HELD_OUT_SHARE * task.held_out))
     for batch in range(_ROUNDS):
         # reasoning-gym draws problem i from seed + i, so rounds and seeds must lie further apart than a round is long

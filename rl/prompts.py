@@ -3,10 +3,10 @@
 import re
 from collections.abc import Mapping, Sequence
 
+from lockstep.data.problem import entry_text
 from lockstep.data.problems import Problem, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.types import Prompt
-from lockstep.rl.verifiers.gym import entry_text
 
 _PLACE = re.compile(r"\{([a-z]+)\}")
 
@@ -24,7 +24,7 @@ def make_prompt(
     shown = [shot for shot in shots if shot.question != problem.question][: task.shots]
     text = _conversation(problem, task, tokenizer, shown, system) if task.chat else _plain(problem, task, shown, system)
     scored = problem.entry if task.grader == "gym" else None
-    answer = entry_text(dict(scored), task.settings) if scored else problem.answer
+    answer = entry_text(scored, task.settings) if scored else problem.answer
     tokens = tuple(tokenizer.encode(text))
     return Prompt(problem.index, text, tokens, answer, problem.tests, demonstration(problem, task))
 

@@ -18,7 +18,7 @@ class GymEnvironment:
         self._pool = pool
 
     async def reset(self, prompt: Prompt) -> None:
-        """The prompt's answer is the entry of reasoning-gym, as `verifiers.gym.entry_text` writes it."""
+        """The prompt's answer is the entry of reasoning-gym, as `data.problem.entry_text` writes it."""
         self._entry = prompt.answer
 
     async def step(self, turn: Turn) -> Reply:

@@ -11,8 +11,8 @@ from lockstep.rl.environments.gym import GymEnvironment
 from lockstep.rl.environments.protocol import Opening
 from lockstep.rl.environments.python_tool import PYTHON, python_tool
 from lockstep.rl.environments.tools import CALCULATOR, Tool, ToolEnvironment
-from lockstep.rl.verifiers import gym
 from lockstep.rl.verifiers.code import CodePool
+from lockstep.rl.verifiers.judge import grader_of
 from lockstep.rl.verifiers.pool import VerifierPool
 
 
@@ -33,7 +33,9 @@ def opened(config: EnvironmentConfig) -> Iterator[Opening]:
             tools = [_tool(name, config, stack) for name in config.tools]
             yield lambda: ToolEnvironment(tools)
         elif config.kind == "gym":
-            graders = stack.enter_context(VerifierPool(config.processes, config.deadline, gym.grade, examples=()))
+            graders = stack.enter_context(
+                VerifierPool(config.processes, config.deadline, grader_of("gym"), examples=())
+            )
             yield lambda: GymEnvironment(graders)
         else:
             yield _own(config)

@@ -52,15 +52,6 @@ class BadEntry(ValueError):
     """An entry that cannot decide anything, in one sentence."""
 
 
-def entry_text(entry: dict[str, Any], settings: dict[str, Any] | None = None) -> str:
-    """An entry of reasoning-gym as the reference that `grade` takes.
-
-    Args:
-        settings: arguments of the data set that made it, for the scorers that depend on them.
-    """
-    return json.dumps(entry | {"settings": settings or {}}, default=str)
-
-
 def grade(response: str, entry: str) -> Verdict:
     """The credit that a response earns: of its last `<answer>`, else of its last box, else of all of it.
 

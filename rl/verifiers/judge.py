@@ -1,6 +1,6 @@
 """Judges completions by what their problem has: the tests of a program, or else a reference answer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from threading import Lock
@@ -9,7 +9,7 @@ from typing import Literal, Self
 from lockstep.data.code_tests import CodeTests
 from lockstep.rl.types import Prompt
 from lockstep.rl.verdict import Verdict
-from lockstep.rl.verifiers import gym, math
+from lockstep.rl.verifiers import math
 from lockstep.rl.verifiers.code import CodePool
 from lockstep.rl.verifiers.pool import Grader, VerifierPool
 from lockstep.rl.verifiers.recipes import VerifierConfig
@@ -17,8 +17,14 @@ from lockstep.rl.verifiers.recipes import VerifierConfig
 Note = Callable[[str], object]
 GraderName = Literal["answer", "gym"]
 
-GRADERS: Mapping[GraderName, Grader] = {"answer": math.grade, "gym": gym.grade}
-"""What compares a completion with what its problem has for an answer, by the names that tasks use."""
+
+def grader_of(name: GraderName) -> Grader:
+    """What compares a completion with what its problem has for an answer, by the name that tasks use."""
+    if name == "answer":
+        return math.grade
+    from lockstep.rl.verifiers import gym  # loads reasoning-gym, which takes a second
+
+    return gym.grade
 
 
 class Judge:
@@ -33,7 +39,7 @@ class Judge:
             grader: of problems without tests.
             note: takes a sentence on what programs are kept in by, when these verifiers start.
         """
-        self._config, self._grader, self._note = config, GRADERS[grader], note
+        self._config, self._grader, self._note = config, grader_of(grader), note
         self._started, self._starting = ExitStack(), Lock()
 
     def start(self, *, programs: bool) -> None:

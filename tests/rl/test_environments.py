@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lockstep.cluster.config import RecipeError, parse
+from lockstep.data.problem import entry_text
 from lockstep.data.problems import Problem, Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.groups import Groups
@@ -42,7 +43,6 @@ from lockstep.rl.rollout.writer import Writer
 from lockstep.rl.types import Prompt, Rollout, Scored
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.code import CodePool
-from lockstep.rl.verifiers.gym import entry_text
 from lockstep.rl.verifiers.protection import NOTHING, SandboxLimits
 from tests.model.exact_rollouts import transformer as random_transformer
 from tests.rl.conftest import Actors

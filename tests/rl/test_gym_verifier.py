@@ -9,8 +9,9 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
+from lockstep.data.problem import entry_text
 from lockstep.rl.verdict import Outcome
-from lockstep.rl.verifiers.gym import entry_text, grade
+from lockstep.rl.verifiers.gym import grade
 from lockstep.rl.verifiers.pool import VerifierPool
 
 SLOW = {"arc_agi", "composite"}
