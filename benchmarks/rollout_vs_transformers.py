@@ -34,6 +34,7 @@ CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["batch", "alone", "context", "group"], action="append")
+    parser.add_argument("--rounds", type=int, default=3, help="both sides in turns; medians are printed")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -46,19 +47,31 @@ def main() -> None:
             "lockstep": to_lockstep(QUICKSTART_MODEL, Path(folder) / "ours"),
             "transformers": to_huggingface(QUICKSTART_MODEL, Path(folder) / "theirs", dtype="bfloat16"),
         }
-        ours, theirs = (child(side, models[side], wanted) for side in SIDES)
+        rounds = [[child(side, models[side], wanted) for side in SIDES] for _ in range(args.rounds)]
     for name in ("batch", "alone"):
-        if name in ours:
-            speed, other, bound = ours[name], theirs[name], ours[f"{name} bound"]
-            alone = ours[f"{name} decoding"]
-            print(f"{name}: Lockstep {speed:.0f} tokens/s, transformers {other:.0f}, {speed / other:.1f} times")
-            print(f"{name}: decoding alone {alone:.0f} tokens/s, {alone / bound:.2f} of the bound of {bound:.0f}")
-    if "group" in ours:
-        print("8 prompts, 8 samples each: {:.2f} s; 64 prompts: {:.2f} s".format(*ours["group"]))
-    if "context" in ours:
+        if name in wanted:
+            compare(name, rounds)
+    if "group" in wanted:
+        shared, separate = (statistics.median(ours["group"][i] for ours, _ in rounds) for i in range(2))
+        print(f"8 prompts, 8 samples each: {shared:.2f} s; 64 prompts: {separate:.2f} s")
+    if "context" in wanted:
         print("context | ms a token, with the cache | without")
-        for row in ours["context"]:
-            print("{:7d} | {:8.1f} | {:8.1f}".format(*row))
+        for rows in zip(*(ours["context"] for ours, _ in rounds), strict=True):
+            print("{:7.0f} | {:8.1f} | {:8.1f}".format(*map(statistics.median, zip(*rows, strict=True))))
+
+
+def compare(name: str, rounds: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Medians of rates and of each round's ratios."""
+    rates = [(ours[name], theirs[name], ours[f"{name} decoding"], ours[f"{name} bound"]) for ours, theirs in rounds]
+    speed, other, alone, bound = map(statistics.median, zip(*rates, strict=True))
+    times, share = [a / b for a, b, _, _ in rates], [a / b for _, _, a, b in rates]
+    print(f"{name}: Lockstep {speed:.0f} tokens/s, transformers {other:.0f}, {spread(times)} times")
+    print(f"{name}: decoding alone {alone:.0f} tokens/s, {spread(share)} of the bound of {bound:.0f}")
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The median of some, and the least and the largest."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def child(side: str, model: Path, wanted: Sequence[str]) -> dict[str, Any]:
