@@ -664,26 +664,38 @@ static inline lanes with_two(lanes sums, const NUMBER *weights, const NUMBER *x)
 #endif
 }
 
-enum { DEPTH = 256 };
+enum { MOST = 8, DEPTH = 256, STRIDE = 8 };
+
+/* Starts to bring the weights of 32 outputs, for some inputs, into the cache. */
+static inline void fetch_weights(const NUMBER *line, int64_t inputs)
+{
+    for (int64_t i = 0; i < STRIDE * SIDE; i += 64 / sizeof(NUMBER)) {
+        __builtin_prefetch(line + i, 0, 2);
+        __builtin_prefetch(line + SIDE * inputs + i, 0, 2);
+    }
+}
 
 /* n rows of 32 outputs, whose weights are read once for all of them; so many inputs at a time, whose sums are added up:
-   rounding errors grow with the length of a chain. */
+   rounding errors grow with the length of a chain. Weights that come next, if any, are fetched meanwhile. */
 static inline __attribute__((always_inline)) void
-multiply_rows(int n, const struct product *job, const NUMBER *line, int64_t first, int64_t row)
+multiply_rows(int n, const struct product *job, const NUMBER *line, int64_t first, int64_t row, const NUMBER *ahead)
 {
     int64_t inputs = job->inputs;
     const NUMBER *x = job->x + row * inputs, *other = line + SIDE * inputs;
-    lanes left[n], right[n];
+    lanes left[MOST], right[MOST];
     for (int r = 0; r < n; r++) left[r] = right[r] = (lanes){};
     for (int64_t begin = 0; begin < inputs; begin += DEPTH) {
         int64_t end = begin + DEPTH < inputs ? begin + DEPTH : inputs;
-        lanes l[n], m[n];
+        lanes l[MOST], m[MOST];
         for (int r = 0; r < n; r++) l[r] = m[r] = (lanes){};
-        for (int64_t i = begin; i < end; i += 2)
-            for (int r = 0; r < n; r++) {
-                l[r] = with_two(l[r], line + i * SIDE, x + r * inputs + i);
-                m[r] = with_two(m[r], other + i * SIDE, x + r * inputs + i);
-            }
+        for (int64_t i = begin; i < end; i += STRIDE) {
+            if (ahead) fetch_weights(ahead + i * SIDE, inputs);
+            for (int64_t j = i; j < i + STRIDE; j += 2)
+                for (int r = 0; r < n; r++) {
+                    l[r] = with_two(l[r], line + j * SIDE, x + r * inputs + j);
+                    m[r] = with_two(m[r], other + j * SIDE, x + r * inputs + j);
+                }
+        }
         for (int r = 0; r < n; r++) left[r] += l[r], right[r] += m[r];
     }
     for (int r = 0; r < n; r++) {
@@ -692,12 +704,12 @@ multiply_rows(int n, const struct product *job, const NUMBER *line, int64_t firs
     }
 }
 
-static void multiply(const struct product *job, const NUMBER *line, int64_t first)
+static void multiply(const struct product *job, const NUMBER *line, int64_t first, const NUMBER *ahead)
 {
-    int64_t row = 0;
-    for (; row + 8 <= job->rows; row += 8) multiply_rows(8, job, line, first, row);
-    for (; row + 4 <= job->rows; row += 4) multiply_rows(4, job, line, first, row);
-    for (; row < job->rows; row++) multiply_rows(1, job, line, first, row);
+    int64_t row = 0, rows = job->rows;
+    for (; row + 8 <= rows; row += 8) multiply_rows(8, job, line, first, row, row + 16 <= rows ? NULL : ahead);
+    for (; row + 4 <= rows; row += 4) multiply_rows(4, job, line, first, row, NULL);
+    for (; row < rows; row++) multiply_rows(1, job, line, first, row, NULL);
 }
 
 #ifdef __AMX_BF16__
@@ -749,19 +761,12 @@ static void multiply_in_tiles(
             finish(job, get(sums[t] + r * SIDE), row + t / 2 * SIDE + r, first + t % 2 * SIDE);
 }
 
-static void product_in_tiles(struct product *job, NUMBER *room)
+static void rows_in_tiles(const struct product *job, const NUMBER *line, int64_t first, const NUMBER *ahead)
 {
-    int64_t task = next(&job->taken), after, count = (job->outputs + LINE - 1) / LINE;
-    for (; task < count; task = after) {
-        const NUMBER *line = line_of(job, task * LINE, room);
-        after = next(&job->taken);
-        for (int64_t row = 0; row < job->rows; row += LINE) {
-            int64_t left = job->rows - row, last = left <= LINE, coming = last && after < count ? after : task;
-            const NUMBER *ahead = job->packed ? job->weight + coming * LINE * job->inputs : line;
-            multiply_in_tiles(job, line, task * LINE, row, last ? left : LINE, ahead);
-        }
+    for (int64_t row = 0; row < job->rows; row += LINE) {
+        int64_t left = job->rows - row;
+        multiply_in_tiles(job, line, first, row, left < LINE ? left : LINE, left <= LINE && ahead ? ahead : line);
     }
-    _tile_release();
 }
 
 /* Whether the kernel lets this process use tiles. */
@@ -771,15 +776,22 @@ int may_use_tiles(void)
     return !syscall(SYS_arch_prctl, ASK, TILES);
 }
 #else
-static void product_in_tiles(struct product *job, NUMBER *room) {}
+static void rows_in_tiles(const struct product *job, const NUMBER *line, int64_t first, const NUMBER *ahead) {}
+static void _tile_release(void) {}
 #endif
 
 void product(struct product *job)
 {
     NUMBER *room = job->packed ? NULL : aligned_alloc(64, LINE * job->inputs * sizeof(NUMBER));
-    int64_t task;
-    if (job->tiled) product_in_tiles(job, room);
-    else while ((task = next(&job->taken) * LINE) < job->outputs) multiply(job, line_of(job, task, room), task);
+    int64_t first = next(&job->taken) * LINE, after;
+    for (; first < job->outputs; first = after) {
+        const NUMBER *line = line_of(job, first, room);
+        after = next(&job->taken) * LINE;
+        int fetches = job->packed && !is_float && after < job->outputs; /* in fp32 weights come as fast as they can */
+        const NUMBER *ahead = fetches ? job->weight + after * job->inputs : NULL;
+        (job->tiled ? rows_in_tiles : multiply)(job, line, first, ahead);
+    }
+    if (job->tiled) _tile_release();
     free(room);
 }
 
