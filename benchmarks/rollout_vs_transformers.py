@@ -3,7 +3,8 @@
 What is measured: 64 completions of mixed lengths, one completion, shared prompts, and what a token costs as the context
 grows. Both sides run in a process of their own, one after the other, in bf16 with the same threads and allocator
 settings. The bound of a decoding step is what the matrix products of its shapes take, on packed weights that follow one
-another as they do in a model, and the bytes of keys and values over the memory's rate, all in the same run.
+another as they do in a model, by whichever library is faster, and the bytes of keys and values over the memory's rate,
+measured between steps.
 """
 
 import argparse
@@ -15,13 +16,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from lockstep.cluster.convert import to_huggingface, to_lockstep
 from lockstep.cluster.sources import QUICKSTART_MODEL
+from lockstep.model.config import Numerics
+from lockstep.model.linear import PackedWeight, packed
 from lockstep.rl.calls import ENVIRONMENT
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
 from lockstep.rl.rollout.sampling import SamplingConfig
@@ -144,7 +148,10 @@ def run(engine: RolloutEngine, requests: Sequence[Request]) -> None:
 
 
 def decoding(engine: RolloutEngine, count: int, context: int) -> tuple[float, float]:
-    """Tokens/s of passes that only decode, and the bound: products of these shapes, then keys and values once."""
+    """Tokens/s of passes that only decode, and the bound: products of these shapes, then keys and values once.
+
+    Passes and what bounds them are measured in turns, since others on the machine take of its memory's rate.
+    """
     for each in fresh([request(i, prompt(context, i), 40) for i in range(count)]):
         engine.add(each)
     while (
@@ -153,34 +160,41 @@ def decoding(engine: RolloutEngine, count: int, context: int) -> tuple[float, fl
         or any(s.known - s.cached > 1 for s in engine._scheduler.running)
     ):
         engine.step()
-    steps = [seconds(engine.step, 1) for _ in range(24)]
-    products = product_seconds(engine, count)
-    transformer = engine.transformer
-    held = 2 * transformer.model.layers * transformer.model.kv_heads * transformer.model.head_dim * 2
-    reading = count * (context + 12) * held / memory_rate()
+    model, weights, numbers = engine.transformer.model, weights_of(engine), torch.ones(128 << 20)
+    work = [engine.step, numbers.sum, *products(weights, count)]
+    times = [[seconds(each, 1) for each in work] for _ in range(24)]
+    step, summed, *multiplied = (statistics.median(column) for column in zip(*times, strict=True))
     while engine.has_work:
         engine.step()
-    return count / statistics.median(steps), count / (products + reading)
+    rate = numbers.nbytes / summed
+    if count == 1:
+        multiplied.append(sum(weight.nbytes for weight in weights) / rate)
+    held = 2 * model.layers * model.kv_heads * model.head_dim * 2
+    return count / step, count / (min(multiplied) + count * (context + 12) * held / rate)
 
 
-def product_seconds(engine: RolloutEngine, rows: int) -> float:
-    """Of all matrix products of a pass over so many rows; of one row, of reading the weights if that is faster."""
-    transformer = engine.transformer
+def weights_of(engine: RolloutEngine) -> list[torch.Tensor]:
+    """The matrices that a pass multiplies with."""
     layers = [
-        m for b in transformer.blocks.values() for m in (b.attention.qkv, b.attention.out, b.mlp.gate_up, b.mlp.down)
+        m
+        for b in engine.transformer.blocks.values()
+        for m in (b.attention.qkv, b.attention.out, b.mlp.gate_up, b.mlp.down)
     ]
-    products = [(m._packed, torch.randn(rows, m.weight.shape[1], dtype=torch.bfloat16)) for m in layers]
-    products.append((transformer.inference_head, torch.randn(rows, transformer.model.width, dtype=torch.bfloat16)))
-    with torch.inference_mode():
-        measured = seconds(lambda: [weight(x) for weight, x in products], 10)
-    size = sum(m.weight.nbytes for m in layers) + transformer.head_weight.nbytes
-    return min(measured, size / memory_rate()) if rows == 1 else measured
+    return [*(m.weight for m in layers), engine.transformer.head_weight]
 
 
-def memory_rate() -> float:
-    """Bytes a second that a sum over 512 MB reads."""
-    big = torch.ones(128 << 20)
-    return big.nbytes / seconds(big.sum, 5)
+def products(weights: Sequence[torch.Tensor], rows: int) -> list[Callable[[], Any]]:
+    """All matrix products of a pass over so many rows, by oneDNN and by our kernels, where the machine has them."""
+    inputs = [torch.randn(rows, weight.shape[1], dtype=weight.dtype) for weight in weights]
+
+    @torch.inference_mode()
+    def multiply(way: Sequence[PackedWeight | None]) -> None:
+        for weight, x in zip(way, inputs, strict=True):
+            assert weight
+            weight(x)
+
+    ways = [[packed(weight, numerics) for weight in weights] for numerics in get_args(Numerics)]
+    return [partial(multiply, way) for way in ways if None not in way]
 
 
 @torch.inference_mode()
