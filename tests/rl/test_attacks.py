@@ -47,7 +47,7 @@ def judge(attacks: list[Attack], uses: Protection, secret: Path, port: socket.so
     begun, before = time.time(), state(secret)
     with CodePool(WORKERS, LIMITS, requires=NOTHING, uses=uses) as pool:
         assert pool.protection == uses, "the kernel does not grant what this test is about"
-        assert {verdict.outcome for verdict in pool.grade(HONEST)} == {Outcome.correct}
+        assert [verdict for verdict in pool.grade(HONEST) if verdict.outcome is not Outcome.correct] == []
         kept = keepers(begun)
         places = dict(file=secret, port=port.getsockname()[1], parent=os.getpid())
         items = [(attack.completion(**places), attack.tests) for attack in attacks]
@@ -56,7 +56,7 @@ def judge(attacks: list[Attack], uses: Protection, secret: Path, port: socket.so
         assert time.monotonic() - started < len(attacks) * (3 * LIMITS.seconds + 1) / WORKERS + 10, "something hung"
         failed = [(a.name, v.reason) for a, v in zip(attacks, verdicts, strict=True) if v.outcome is Outcome.ungradable]
         assert keepers(begun) == kept, f"a keeper died, or a process was left behind: {failed}"
-        assert {verdict.outcome for verdict in pool.grade(HONEST)} == {Outcome.correct}
+        assert [verdict for verdict in pool.grade(HONEST) if verdict.outcome is not Outcome.correct] == []
     # The kernel kills what a killed process had started; it is gone when it has had its turn on a processor.
     assert all(gone(pid) for pid in keepers(begun))
     assert state(secret) == before
