@@ -1,11 +1,14 @@
 """megatron-core and DeepSpeed, loaded without torch's compiler and for the device that the host has.
 
 Both compile functions as they are imported, of which those that are used here are used as they are; loading the
-compiler is a third of what a process takes to start. Modules of this room take them from here.
+compiler is a third of what a process takes to start, and TensorBoard, which megatron-core's timers may write to, a
+tenth. Modules of this room take them from here.
 """
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -17,10 +20,21 @@ def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Any:
     return function or _as_it_is
 
 
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Where it has not been loaded, it looks as if it were not installed."""
+    loaded = sys.modules.setdefault(module, None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        if loaded is None:
+            del sys.modules[module]
+
+
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-with patch.object(torch, "compile", _as_it_is):
+with patch.object(torch, "compile", _as_it_is), _without("torch.utils.tensorboard"):
     import deepspeed
     import deepspeed.moe.layer
     from deepspeed.runtime.zero import parameter_offload

@@ -68,16 +68,20 @@ LAYOUTS = [
 ]
 
 
-FEW = [
-    Layout(expert=2, tensor=2, sequence=True),
-    Layout(),
-    Layout(expert=4),
-    Layout(expert=2, tensor=2),
-    Layout(expert=2, data=2, zero=2),
-    Layout(expert=2, pipeline=2),
-    Layout(expert=2, context=2),
-    Layout(data=2, zero=3),
-]
+FEW = {
+    "mixtral": [
+        Layout(),
+        Layout(expert=4),
+        Layout(expert=2, tensor=2),
+        Layout(expert=2, tensor=2, sequence=True),
+        Layout(expert=2, data=2, zero=2),
+        Layout(expert=2, pipeline=2),
+        Layout(expert=2, context=2),
+        Layout(data=2, zero=3),
+    ],
+    "qwen2": [Layout(expert=2, tensor=2), Layout(expert=2, pipeline=2), Layout(expert=2, context=2)],
+    "qwen3": [Layout(expert=2, tensor=2, sequence=True), Layout(expert=4), Layout(data=2, zero=3)],
+}
 
 
 def mixtral() -> PreTrainedModel:
@@ -162,7 +166,7 @@ def alone(worlds: Worlds, folder: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("folder", "layout"),
-    every(MODELS, LAYOUTS, part=lambda kind, layout: layout in FEW[kind == "qwen2" :]),
+    every(MODELS, LAYOUTS, part=lambda kind, layout: layout in FEW[kind]),
     ids=str,
     indirect=["folder"],
 )
