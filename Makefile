@@ -31,7 +31,7 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/grpo_vs_trl.py $(ARGS)
 
-KILLS := tests/distributed/test_interrupted_saves.py
+KILLS := tests/distributed/checkpoint/test_interrupted_saves.py
 
 chaos: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m exhaustive --timeout 3600 $(KILLS)

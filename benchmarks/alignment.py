@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from lockstep.cluster.charts import Series, line_chart
 from lockstep.cluster.config import Recipe, load_recipe
-from lockstep.data.problems import make_split
+from lockstep.data.tasks.task import make_split
 from lockstep.distributed.checkpoint.manager import Checkpoint, find, saved
 from lockstep.distributed.groups import Groups, alone, leave
 from lockstep.distributed.pipeline import Stage

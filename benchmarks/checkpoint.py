@@ -39,7 +39,7 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, describe
 from lockstep.model.held import load
 from lockstep.model.loss import nll
@@ -79,7 +79,7 @@ def main() -> None:
     size = model.parameters * BYTES
     print(f"{size / 2**30:.2f} GiB: {model.parameters / 1e6:.1f}M parameters", flush=True)
     rounds: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmark-") as name, Worlds(900) as worlds:
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="benchmark-") as name, RankPool(900) as worlds:
         for number in range(args.rounds):
             folder = Path(name) / str(number)
             folder.mkdir()
@@ -89,7 +89,7 @@ def main() -> None:
     report({key: statistics.median(r[key] for r in rounds) for key in rounds[0]}, size)
 
 
-def one_round(worlds: Worlds, model: ModelConfig, folder: Path, size: int) -> dict[str, float]:
+def one_round(worlds: RankPool, model: ModelConfig, folder: Path, size: int) -> dict[str, float]:
     """Seconds of everything, once."""
     seconds = raw(folder / "raw", size)
     seconds |= slowest(worlds.run(SAVING, saving, model, folder))

@@ -24,11 +24,11 @@ from lockstep.cluster.convert import to_lockstep
 from lockstep.cluster.sources import QUICKSTART_MODEL
 from lockstep.data.batch import RowRules, rows_for_ranks, sample
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.spec import Source
+from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.distributed.groups import Groups, alone
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import run_forward_backward
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics
 from lockstep.model.kv_cache import kinds
 from lockstep.model.loss import nll
@@ -86,7 +86,7 @@ def main() -> None:
             cost(args.model, checkpoint, args.dtype)
             return
         lengths = args.sequences, args.longest_prompt, args.longest_completion
-        with Worlds(timeout_s=36_000.0) as worlds:
+        with RankPool(timeout_s=36_000.0) as worlds:
             for seed in args.seed:
                 given = args.model, checkpoint, args.dtype, args.numerics, lengths, seed
                 found = worlds.run(Layout(tensor=args.tensor), check, *given)[0]

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from lockstep.data.code_tests import CodeTests
+from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code import CodePool
 

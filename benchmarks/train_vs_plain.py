@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lockstep.data import corpus
-from lockstep.data.loader import PretrainingConfig, PretrainingData
-from lockstep.data.packing import split
-from lockstep.data.store import Store
-from lockstep.data.text import Reading
+from lockstep.data.corpus import tokenization
+from lockstep.data.corpus.document_stream import split
+from lockstep.data.corpus.documents import Reading
+from lockstep.data.corpus.indexed_dataset import IndexedDataset
+from lockstep.data.corpus.loader import PretrainingConfig, PretrainingData
 from lockstep.data.tokenizer import Tokenizer, train_tokenizer
 from lockstep.distributed.groups import alone
 from lockstep.distributed.layout import Layout
@@ -89,10 +89,10 @@ def prepare(text: Path, folder: Path, steps: int) -> None:
     pieces = [words[i : i + DOCUMENT] for i in range(0, len(words), DOCUMENT)]
     (folder / "documents.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in pieces))
     reading = Reading("text", None)
-    files = train_tokenizer(corpus.texts([folder / "documents.jsonl"], reading, "stop", []), model.vocabulary)
-    how = corpus.tokenization(Tokenizer(files), end=None, reading=reading, on_bad="stop")
-    corpus.tokenize([folder / "documents.jsonl"], folder / "corpus", how, workers=1)
-    store = Store(folder / "corpus")
+    files = train_tokenizer(tokenization.texts([folder / "documents.jsonl"], reading, "stop", []), model.vocabulary)
+    how = tokenization.tokenization_of(Tokenizer(files), end=None, reading=reading, on_bad="stop")
+    tokenization.tokenize([folder / "documents.jsonl"], folder / "corpus", how, workers=1)
+    store = IndexedDataset(folder / "corpus")
     train, held_out = split(np.arange(store.documents), config.data.held_out, seed=SEED, source=0)
     for name, documents in {"train": train, "held_out": held_out}.items():
         np.save(folder / f"{name}.npy", np.concatenate([store.document(int(d)) for d in documents]).astype(np.int64))

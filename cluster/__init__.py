@@ -1,0 +1,1 @@
+"""The command line, recipes, jobs, placement, conversion, evaluation, serving and reports."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.cluster.records import cut_half_line, replace_file
-from lockstep.data.rows import read_rows
+from lockstep.data.row_reader import read_rows
 
 SETTINGS, COMPLETIONS, COUNTS, SUMMARY = "settings.json", "completions.jsonl", "problems.jsonl", "summary.json"
 

@@ -169,12 +169,12 @@ def convert(
     from lockstep.cluster.memory import in_words, size_of
     from lockstep.cluster.partial import check_destination
     from lockstep.cluster.targets import TARGETS
-    from lockstep.distributed.checkpoint.place import is_url, place_of
+    from lockstep.distributed.checkpoint.storage import is_url, storage_of
     from lockstep.model.formats.recast import DTYPES
 
     _check_choice("--to", to, TARGETS)
     _check_choice("--dtype", dtype, (None, *DTYPES))
-    place = place_of(destination) if is_url(destination) else Path(destination)
+    place = storage_of(destination) if is_url(destination) else Path(destination)
     check_destination(place)
     wanted = conversion.Conversion(
         source, place, to, dtype, size_of(shard_size), size_of(max_memory), workers, weights_only

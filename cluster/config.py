@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lockstep.cluster.roles import RolesConfig
 from lockstep.cluster.sources import SourceConfig
-from lockstep.data.problems import TaskConfig
-from lockstep.distributed.checkpoint.place import Folder, Place, is_url, place_of
+from lockstep.data.tasks.task import TaskConfig
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
+from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import PretrainConfig, TrainerConfig
 from lockstep.rl.environments.config import EnvironmentConfig
@@ -114,10 +114,10 @@ class Recipe(_Section):
         return Path(self.run.replace("{name}", self.name))
 
     @property
-    def saves(self) -> Place:
+    def saves(self) -> Storage:
         """Where its checkpoints go."""
         at = self.checkpoints.at
-        return place_of(at) if is_url(at) else Folder((Path(at) if at else self.folder / "checkpoints").absolute())
+        return storage_of(at) if is_url(at) else Folder((Path(at) if at else self.folder / "checkpoints").absolute())
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -13,7 +13,7 @@ from lockstep.cluster.memory import in_words
 from lockstep.cluster.sources import OpenModel, locate, recognise
 from lockstep.cluster.targets import TARGETS
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.spec import STATES, Box, Source, WeightsOnly
+from lockstep.distributed.checkpoint.tensors import STATES, Box, Source, WeightsOnly
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats import huggingface
 from lockstep.model.formats.recast import DTYPES, Recast

@@ -10,8 +10,8 @@ from lockstep.cluster.memory import in_words
 from lockstep.cluster.sources import BadSource, OpenModel, locate, recognise
 from lockstep.cluster.targets import TARGETS, Wanted
 from lockstep.distributed.checkpoint.manager import MANIFEST
-from lockstep.distributed.checkpoint.place import Place
-from lockstep.distributed.checkpoint.spec import Source, WeightsOnly
+from lockstep.distributed.checkpoint.storage import Storage
+from lockstep.distributed.checkpoint.tensors import Source, WeightsOnly
 from lockstep.model.adapters import merged
 from lockstep.model.formats.huggingface_writer import SHARD_BYTES
 from lockstep.model.formats.parts import LARGEST_PART, Part, Target
@@ -40,7 +40,7 @@ class Conversion:
     """What is converted into what, and with how much of the machine."""
 
     source: str
-    destination: Path | Place
+    destination: Path | Storage
     to: str
     dtype: str | None = None
     shard_bytes: int = SHARD_BYTES
@@ -78,7 +78,7 @@ def chosen(conversion: Conversion, opened: OpenModel) -> OpenModel:
     return (Weights(source), model, files) if conversion.weights_only else opened
 
 
-def target_of(conversion: Conversion, opened: OpenModel, folder: Path | Place) -> tuple[Target, Recast]:
+def target_of(conversion: Conversion, opened: OpenModel, folder: Path | Storage) -> tuple[Target, Recast]:
     """What is to be written into a folder, and the source as it is then read."""
     source, model, files = chosen(conversion, opened)
     form = TARGETS[conversion.to]
@@ -124,7 +124,7 @@ def begun_with(conversion: Conversion) -> dict[str, str | int | None]:
     }
 
 
-def _fingerprint(root: Path | Place) -> str:
+def _fingerprint(root: Path | Storage) -> str:
     """Of the names, sizes and times of all files of a source; in a store, of the manifest, which has digests."""
     if not isinstance(root, Path):
         return xxhash.xxh3_64_hexdigest(root.read(MANIFEST).encode())

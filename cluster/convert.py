@@ -17,10 +17,10 @@ from lockstep.cluster.partial import BadTarget, Partial, check_destination, cont
 from lockstep.cluster.sources import open_source
 from lockstep.cluster.workers import Workers, processes, this_process
 from lockstep.distributed.checkpoint.manager import step_name
-from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.reshard import chunks_of
 from lockstep.distributed.checkpoint.saver import Saver
-from lockstep.distributed.checkpoint.spec import Source, to_torch, whole
+from lockstep.distributed.checkpoint.storage import Storage
+from lockstep.distributed.checkpoint.tensors import Source, to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, describe
 from lockstep.model.formats.parts import Part, Target
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], object]
 class Done:
     """What a conversion took."""
 
-    folder: Path | Place
+    folder: Path | Storage
     size: int
     peaks: dict[str, int] = field(default_factory=dict)
     """By process: bytes above what its interpreter and imports hold."""

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lockstep.cluster.console import err, out, sentences
 
 if TYPE_CHECKING:
-    from lockstep.data.corpus import OnBad
+    from lockstep.data.corpus.tokenization import OnBad
 
 app = typer.Typer(no_args_is_help=True, help="Text to tokens, for pretraining.")
 
@@ -47,17 +47,19 @@ def tokenize(
     Example: lockstep data tokenize corpus/ tokens/corpus --tokenizer smollm2-135m-instruct --workers 8
     """
     from lockstep.cluster.sources import tokenizer_files
-    from lockstep.data import corpus
-    from lockstep.data.store import prefix
-    from lockstep.data.text import Reading
+    from lockstep.data.corpus import tokenization
+    from lockstep.data.corpus.documents import Reading
+    from lockstep.data.corpus.indexed_dataset import prefix
     from lockstep.data.tokenizer import Tokenizer
 
     paths, reading = _found(inputs), Reading(field, separator)
-    how = corpus.tokenization(Tokenizer(tokenizer_files(tokenizer)), end=end, reading=reading, on_bad=_on_bad(on_bad))
+    how = tokenization.tokenization_of(
+        Tokenizer(tokenizer_files(tokenizer)), end=end, reading=reading, on_bad=_on_bad(on_bad)
+    )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("tokenizing, chunks", total=None)
-        note = corpus.tokenize(
+        note = tokenization.tokenize(
             paths,
             output,
             how,
@@ -87,25 +89,25 @@ def tokenizer(
 
     Example: lockstep data tokenizer corpus/ tokenizer --vocabulary 8192 --special "<|im_start|>"
     """
-    from lockstep.data import corpus
-    from lockstep.data.text import Reading
+    from lockstep.data.corpus import tokenization
+    from lockstep.data.corpus.documents import Reading
     from lockstep.data.tokenizer import Tokenizer, train_tokenizer
 
     if output.exists():
         raise ValueError(f"{output} exists: give a folder that does not")
     skipped: list[str] = []
-    texts = corpus.texts(_found(inputs), Reading(field, separator), _on_bad(on_bad), skipped)
+    texts = tokenization.texts(_found(inputs), Reading(field, separator), _on_bad(on_bad), skipped)
     files = train_tokenizer(texts, vocabulary, special=special or [], end=end)
     output.mkdir(parents=True)
     for name, text in files.items():
         (output / name).write_text(text, encoding="utf-8")
-    _say_skipped(len(skipped), skipped[: corpus.EXAMPLES])
+    _say_skipped(len(skipped), skipped[: tokenization.EXAMPLES])
     out.print(f"wrote {output}: {Tokenizer(files).vocabulary} tokens, {len(skipped)} rows skipped")
 
 
 def _found(inputs: list[str]) -> list[Path]:
     """Inputs as paths; says which files of folders are left out."""
-    from lockstep.data.text import find_files
+    from lockstep.data.corpus.documents import find_files
 
     paths = [_path(each) for each in inputs]
     _, others = find_files(paths)
@@ -115,7 +117,7 @@ def _found(inputs: list[str]) -> list[Path]:
 
 
 def _path(name: str) -> Path:
-    from lockstep.data.text import SUFFIXES
+    from lockstep.data.corpus.documents import SUFFIXES
 
     path = Path(name)
     looks_like_hub = name.count("/") == 1 and not path.is_absolute() and not name.endswith((*SUFFIXES, "/"))
@@ -126,7 +128,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    from lockstep.data.text import SUFFIXES
+    from lockstep.data.corpus.documents import SUFFIXES
 
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=[f"*{s}" for s in SUFFIXES]))

@@ -11,10 +11,10 @@ from lockstep.cluster.convert import write_checkpoint
 from lockstep.cluster.placement import Placement
 from lockstep.cluster.position import Position, beside, folder, kept_beside, reference_of
 from lockstep.cluster.roles import CriticConfig, ReferenceRoleConfig
-from lockstep.data.problems import Split
+from lockstep.data.tasks.task import Split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint, step_name
-from lockstep.distributed.checkpoint.place import Place
+from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.rl.actors import Environments, Model, Rollouts, Verifiers, threads_for
 from lockstep.rl.calls import Call, gather
 from lockstep.rl.learner import Models
@@ -25,7 +25,7 @@ class Crew:
     """Everybody who works for a run."""
 
     recipe: Recipe
-    first: Place
+    first: Storage
     """The weights that the run began with."""
     policy: Model
     rollouts: Rollouts
@@ -91,7 +91,7 @@ class Crew:
 
 
 def start(
-    recipe: Recipe, first: Place, last: Checkpoint | None, at: Position, split: Split, placement: Placement
+    recipe: Recipe, first: Storage, last: Checkpoint | None, at: Position, split: Split, placement: Placement
 ) -> Crew:
     """All actors, with the first weights or those of a checkpoint; a reference apart loads when RL begins."""
     writing, learning = busy(recipe)
@@ -114,7 +114,7 @@ def start(
     return crew
 
 
-def _environments(recipe: Recipe, first: Place) -> Environments | None:
+def _environments(recipe: Recipe, first: Storage) -> Environments | None:
     """What answers the policy's turns, where the recipe has it."""
     if recipe.environment.kind == "none":
         return None
@@ -130,7 +130,7 @@ def _model(name: str, config: Beside, recipe: Recipe, placement: Placement) -> M
     return Model(layout, threads=threads, trainer=recipe.trainer, places=placement.of(name), role=name)
 
 
-def _loading(name: str, model: Model, recipe: Recipe, first: Place, saved: Place | None) -> list[Call]:
+def _loading(name: str, model: Model, recipe: Recipe, first: Storage, saved: Storage | None) -> list[Call]:
     """Calls that load a model beside the policy, to be gathered; none of a reference.
 
     Args:
@@ -143,7 +143,7 @@ def _loading(name: str, model: Model, recipe: Recipe, first: Place, saved: Place
     if isinstance(config, CriticConfig):
         return model.start(saved or first, dtype, config.optimizer, 1.0, numerics, "value")
     learns = recipe.preference.optimizer if recipe.preference and name in learned(recipe) else None
-    source: Path | Place = saved or first
+    source: Path | Storage = saved or first
     if config.source and not saved:
         source = write_checkpoint(*scorer_source(name, recipe), recipe.folder / name).resolve()
     heat = temperature(recipe) if name == "teacher" else 1.0

@@ -10,8 +10,8 @@ import xxhash
 
 from lockstep.cluster.answers import Answer, AnswerFolder
 from lockstep.cluster.inference import open_engine
-from lockstep.data.problems import Split, TaskConfig, held_out_problems, make_split
-from lockstep.distributed.checkpoint.spec import digest, to_numpy
+from lockstep.data.tasks.task import Split, TaskConfig, held_out_problems, make_split
+from lockstep.distributed.checkpoint.tensors import digest, to_numpy
 from lockstep.rl.evaluate import Estimate, Tally, accuracy, mean_pass_at_k, tally
 from lockstep.rl.prompts import make_prompt
 from lockstep.rl.rollout.engine import RolloutEngine

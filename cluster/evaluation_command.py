@@ -80,8 +80,8 @@ def _recipe(task: str, file: str | None, limit: int | None, overrides: Sequence[
     from reasoning_gym.factory import DATASETS
 
     from lockstep.cluster.config import load_recipe, parse
-    from lockstep.data.presets import PRESETS
-    from lockstep.data.rows import is_source
+    from lockstep.data.row_reader import is_source
+    from lockstep.data.tasks.presets import PRESETS
 
     given = [] if file is None else [f"task.held_out_from={file}", f"task.held_out={EVERYTHING}"]
     given += [] if limit is None else [f"task.held_out={limit}"]

@@ -13,7 +13,7 @@ from queue import Queue
 from threading import Thread
 from typing import Any, Literal, Protocol
 
-from lockstep.data.code_tests import Case, CodeTests
+from lockstep.data.tasks.code_tests import Case, CodeTests
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers import math
 from lockstep.rl.verifiers.extraction import RULES, candidates

@@ -9,12 +9,12 @@ from lockstep.cluster.convert import to_lockstep
 from lockstep.cluster.sources import open_source
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
-from lockstep.distributed.checkpoint.place import Place
+from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.groups import leave
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
 
 
-def as_lockstep(name: str, folder: Path) -> Path | Place:
+def as_lockstep(name: str, folder: Path) -> Path | Storage:
     """A checkpoint of ours: the one of this name, or what another format holds, written to a folder."""
     source, _, _ = open_source(name)
     return source.place if isinstance(source, manager.Checkpoint) else to_lockstep(name, folder)

@@ -24,8 +24,8 @@ from lockstep.cluster.records import RunFolder
 from lockstep.cluster.report import write_report
 from lockstep.cluster.roles import ScorerConfig
 from lockstep.cluster.sources import OpenModel, starting_point
-from lockstep.data.loader import PretrainingData
-from lockstep.data.problems import Split, make_split
+from lockstep.data.corpus.loader import PretrainingData
+from lockstep.data.tasks.task import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.layout import Layout

@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.table import Table
 
 from lockstep.cluster.inference import as_lockstep
-from lockstep.data.problems import TaskConfig, make_split
+from lockstep.data.tasks.task import TaskConfig, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, Numerics, check_layout
 from lockstep.rl.mismatch import Mismatch, measure
 from lockstep.rl.prompts import make_prompt
@@ -47,7 +47,7 @@ def mismatch(name: str, work: Work) -> Mismatch:
         ValueError: one sentence on what does not fit.
     """
     layout = Layout(tensor=work.tensor)
-    with tempfile.TemporaryDirectory() as folder, Worlds(TIMEOUT_S) as worlds:
+    with tempfile.TemporaryDirectory() as folder, RankPool(TIMEOUT_S) as worlds:
         checkpoint = as_lockstep(name, Path(folder))
         source = Checkpoint(checkpoint)
         check_layout(layout, ModelConfig(**source.manifest["model"]))

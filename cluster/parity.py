@@ -18,13 +18,13 @@ from rich.table import Table
 from lockstep.cluster.config import Recipe, RecipeError, parse_layout
 from lockstep.cluster.convert import write_checkpoint
 from lockstep.cluster.sources import starting_point
-from lockstep.data.loader import PretrainingConfig, PretrainingData
+from lockstep.data.corpus.loader import PretrainingConfig, PretrainingData
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.saver import Saver
-from lockstep.distributed.checkpoint.spec import Source, to_numpy, whole
+from lockstep.distributed.checkpoint.tensors import Source, to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, check_layout, describe
 from lockstep.model.held import pieces
 from lockstep.model.loss import nll
@@ -109,7 +109,7 @@ def compare(recipe: Recipe, layouts: Sequence[str], steps: int, say: Callable[[s
     source, model, _ = starting_point(recipe.model, recipe.seed)
     for layout in wanted.values():
         check_layout(layout, model)
-    with tempfile.TemporaryDirectory() as folder, Worlds(TIMEOUT_S) as worlds:
+    with tempfile.TemporaryDirectory() as folder, RankPool(TIMEOUT_S) as worlds:
         runs = Runs(worlds, job_of(recipe, source, model, steps, Path(folder)), Path(folder))
         floor = runs.difference(Layout(), reordered=True)
         bound = _bound(recipe.model.dtype, floor)
@@ -128,7 +128,7 @@ def _figures(d: Difference) -> str:
 class Runs:
     """Trains layouts, and one process as far as each is compared with it."""
 
-    def __init__(self, worlds: Worlds, job: Job, folder: Path) -> None:
+    def __init__(self, worlds: RankPool, job: Job, folder: Path) -> None:
         self._worlds, self._job, self._folder = worlds, job, folder
         self._baselines: dict[int, Course] = {}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.distributed.checkpoint import manager
-from lockstep.distributed.checkpoint.place import Place, sync
+from lockstep.distributed.checkpoint.storage import Storage, sync
 
 
 class BadTarget(ValueError):
@@ -22,18 +22,18 @@ CONTENT = "content"
 """Inside of `DST.partial`: what becomes DST."""
 
 
-def partial_folder(destination: Path | Place) -> Path:
+def partial_folder(destination: Path | Storage) -> Path:
     """`DST.partial`; in the working directory where DST is in a key-value store."""
     beside = destination if isinstance(destination, Path) else Path(destination.name)
     return beside.with_name(f"{beside.name}.partial")
 
 
-def content_of(destination: Path | Place) -> Path | Place:
+def content_of(destination: Path | Storage) -> Path | Storage:
     """Where parts are written: a store has no folders to rename, and gets them under their final names."""
     return partial_folder(destination) / CONTENT if isinstance(destination, Path) else destination
 
 
-def check_destination(destination: Path | Place) -> None:
+def check_destination(destination: Path | Storage) -> None:
     """Refuse to write over anything."""
     if destination.exists() if isinstance(destination, Path) else manager.exists(destination):
         raise BadTarget(f"{destination} exists: give a folder that does not")
@@ -42,7 +42,7 @@ def check_destination(destination: Path | Place) -> None:
 class Partial:
     """`DST.partial`, locked by this process."""
 
-    def __init__(self, destination: Path | Place, begun_with: dict[str, Any]) -> None:
+    def __init__(self, destination: Path | Storage, begun_with: dict[str, Any]) -> None:
         """
         Args:
             begun_with: what must be the same for the work of an earlier process to be of use.

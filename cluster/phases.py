@@ -15,7 +15,7 @@ from lockstep.cluster.position import Position, continued, position_of
 from lockstep.cluster.records import RunFolder
 from lockstep.cluster.sources import OpenModel
 from lockstep.cluster.tracing import traced
-from lockstep.data.problems import Split
+from lockstep.data.tasks.task import Split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint

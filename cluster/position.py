@@ -11,8 +11,8 @@ from lockstep.cluster.cast import learned, models, optimizer
 from lockstep.cluster.config import Recipe, RecipeError
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
+from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.rl.recipes import RLConfig
 
 
@@ -79,7 +79,7 @@ def newest(recipe: Recipe) -> Checkpoint:
     )
 
 
-def beside(recipe: Recipe, at: Position) -> dict[str, Place]:
+def beside(recipe: Recipe, at: Position) -> dict[str, Storage]:
     """By name, the checkpoints of the models beside the policy that had learned by then."""
     steps: dict[str, int] = {}
     if "critic" in models(recipe) and at.phase == "rl":
@@ -89,7 +89,7 @@ def beside(recipe: Recipe, at: Position) -> dict[str, Place]:
     return {name: folder(recipe, name) / manager.step_name(step) for name, step in steps.items()}
 
 
-def folder(recipe: Recipe, name: str) -> Place:
+def folder(recipe: Recipe, name: str) -> Storage:
     """Where the checkpoints of a model beside the policy are, those of the fixed reference included."""
     return recipe.saves / name
 
@@ -104,7 +104,7 @@ def before_rl(recipe: Recipe) -> int:
     return sum(phase.steps for phase in (recipe.supervised, recipe.preference) if phase)
 
 
-def reference_of(recipe: Recipe, first: Place) -> Place:
+def reference_of(recipe: Recipe, first: Storage) -> Storage:
     """The weights that RL began with."""
     before = before_rl(recipe)
     return manager.saved(folder(recipe, "reference"))[before] if before else first

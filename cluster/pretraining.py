@@ -14,10 +14,10 @@ from lockstep.cluster.records import RunFolder
 from lockstep.cluster.rewinds import Rewinds
 from lockstep.cluster.sources import OpenModel
 from lockstep.cluster.tracing import traced
-from lockstep.data.schedule import Rewind, SampleSchedule
+from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.result import StepResult
+from lockstep.distributed.step_result import StepResult
 from lockstep.model.flops import training_flops
 from lockstep.model.recipes import PretrainConfig
 from lockstep.rl.actors import Model, threads_for

@@ -11,10 +11,10 @@ from ray.exceptions import RayTaskError
 
 from lockstep.cluster.conversion import Conversion
 from lockstep.cluster.workers import Worked, work
-from lockstep.distributed.checkpoint.place import Place
+from lockstep.distributed.checkpoint.storage import Storage
 
 
-def ray_tasks(address: str, conversion: Conversion, folder: Path | Place, tasks: Sequence[int]) -> Iterator[Worked]:
+def ray_tasks(address: str, conversion: Conversion, folder: Path | Storage, tasks: Sequence[int]) -> Iterator[Worked]:
     """`Workers` of the cluster at an address: so many tasks at a time as the conversion has workers."""
     ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
     if (source := Path(conversion.source)).exists():

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lockstep.data.schedule import Rewind, SampleSchedule
+from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
 from lockstep.model.spikes import SpikeConfig, is_spike
 from lockstep.rl.actors import Model
 

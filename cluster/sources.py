@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.distributed.checkpoint import manager
-from lockstep.distributed.checkpoint.place import Folder, Place, is_url, place_of
-from lockstep.distributed.checkpoint.spec import Source
+from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
+from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.formats import deepspeed, huggingface, peft
 from lockstep.model.formats.gguf import GGUFFile
@@ -45,7 +45,7 @@ OpenModel = tuple[Source, ModelConfig, dict[str, str]]
 """A model's tensors, its shape, and the text files that stand beside it, such as its tokenizer's."""
 
 
-Location = Path | Place
+Location = Path | Storage
 """A path on a disk, or a place in a key-value store."""
 
 
@@ -139,7 +139,7 @@ def locate(name: str) -> Location:
         BadSource: says what was given and what can be given.
     """
     if is_url(name):
-        return place_of(name)
+        return storage_of(name)
     path = Path(name)
     if name.lower() == QUICKSTART_MODEL:
         return _packaged_model()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lockstep.distributed.checkpoint import manager, store
-from lockstep.distributed.checkpoint.place import Place, place_of
-from lockstep.distributed.checkpoint.spec import to_torch, whole
+from lockstep.distributed.checkpoint import arrays, manager
+from lockstep.distributed.checkpoint.storage import Storage, storage_of
+from lockstep.distributed.checkpoint.tensors import to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, describe
 from lockstep.model.formats.deepspeed_writer import UniversalTarget
@@ -50,8 +50,8 @@ class TargetFormat:
 class LockstepTarget:
     """Our own format, as a `Target`: a chunk of an array is a part."""
 
-    def __init__(self, folder: Path | Place, wanted: Wanted) -> None:
-        self._checkpoints, self._wanted = place_of(folder), wanted
+    def __init__(self, folder: Path | Storage, wanted: Wanted) -> None:
+        self._checkpoints, self._wanted = storage_of(folder), wanted
         self._place = self._checkpoints / manager.step_name(0)
         self._tensors = wanted.source.tensors
         limit = wanted.part_bytes
@@ -68,8 +68,8 @@ class LockstepTarget:
         shape, _ = self._tensors[part.tensor]
         box = ((part.start, part.stop), *whole(shape[1:]))
         array = self._wanted.source.read(part.tensor, box)
-        chunk = store.Chunk(part.tensor, shape, self._chunk(part.tensor), box, to_torch(array))
-        written = store.write(self._place / "arrays", [chunk])
+        chunk = arrays.Chunk(part.tensor, shape, self._chunk(part.tensor), box, to_torch(array))
+        written = arrays.write(self._place / "arrays", [chunk])
         return written[part.tensor]["digests"][chunk.number]
 
     def finish(self, digests: Mapping[Part, str]) -> None:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lockstep.cluster.display import Progress
-from lockstep.distributed.trace import FIRST, LAST
+from lockstep.distributed.profiler import FIRST, LAST
 from lockstep.rl.actors import Model
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lockstep.cluster.sources import OpenModel, locate, recognise
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.spec import Box, Source, digest
+from lockstep.distributed.checkpoint.tensors import Box, Source, digest
 from lockstep.model.adapters import merged
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.parts import rows_of_part

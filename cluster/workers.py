@@ -13,8 +13,8 @@ from pathlib import Path
 from lockstep.cluster.conversion import BadConversion, Conversion, target_of, tasks_of
 from lockstep.cluster.memory import Watch
 from lockstep.cluster.sources import open_source
-from lockstep.data.children import follow_parent
-from lockstep.distributed.checkpoint.place import Place
+from lockstep.data.child_process import follow_parent
+from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.model.formats.parts import Part, Target
 
 
@@ -29,7 +29,7 @@ class Worked:
     """Bytes above what its interpreter and imports hold, so far."""
 
 
-Workers = Callable[[Conversion, Path | Place, Sequence[int]], Iterator[Worked]]
+Workers = Callable[[Conversion, Path | Storage, Sequence[int]], Iterator[Worked]]
 """Does the tasks of these numbers, writing into a folder, in any order."""
 
 
@@ -38,7 +38,7 @@ def this_process() -> str:
     return f"{platform.node()} {os.getpid()}"
 
 
-def processes(conversion: Conversion, folder: Path | Place, tasks: Sequence[int]) -> Iterator[Worked]:
+def processes(conversion: Conversion, folder: Path | Storage, tasks: Sequence[int]) -> Iterator[Worked]:
     """`Workers` on this machine: as many processes as the conversion asks for, or this one alone."""
     if conversion.workers == 1 or len(tasks) < 2:
         _opened.cache_clear()
@@ -56,7 +56,7 @@ def processes(conversion: Conversion, folder: Path | Place, tasks: Sequence[int]
         pool.shutdown(cancel_futures=True)
 
 
-def work(conversion: Conversion, folder: Path | Place, task: int) -> Worked:
+def work(conversion: Conversion, folder: Path | Storage, task: int) -> Worked:
     """Do one task."""
     target, tasks, watch = _opened(conversion, folder)
     digests = [target.write(part) for part in tasks[task]]
@@ -64,7 +64,7 @@ def work(conversion: Conversion, folder: Path | Place, task: int) -> Worked:
 
 
 @lru_cache(1)
-def _opened(conversion: Conversion, folder: Path | Place) -> tuple[Target, list[list[Part]], Watch]:
+def _opened(conversion: Conversion, folder: Path | Storage) -> tuple[Target, list[list[Part]], Watch]:
     """Once in a process."""
     watch = Watch()
     target, _ = target_of(conversion, open_source(conversion.source), folder)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from lockstep.data.rows import BadRow, Row, read_rows
+from lockstep.data.row_reader import BadRow, Row, read_rows
 from lockstep.data.tokenizer import Tokenizer
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):[ ]?")

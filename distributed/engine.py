@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.distributed.checkpoint.reshard import Kept
-from lockstep.distributed.checkpoint.spec import Piece, Source
+from lockstep.distributed.checkpoint.tensors import Piece, Source
 from lockstep.distributed.device import peak_memory
 from lockstep.distributed.groups import Groups, before_leaving
+from lockstep.distributed.optimizer.parameter_marks import replicate
+from lockstep.distributed.optimizer.snapshot import Snapshot
+from lockstep.distributed.optimizer.zero import ZeroOptimizer
 from lockstep.distributed.pipeline import Forward, Loss, Stage, run_forward, run_forward_backward
-from lockstep.distributed.result import StepResult
-from lockstep.distributed.snapshot import Snapshot
-from lockstep.distributed.zero import ZeroOptimizer, replicate
+from lockstep.distributed.step_result import StepResult
 
 
 class MissingGradient(RuntimeError):

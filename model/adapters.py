@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lockstep.distributed.checkpoint.spec import Box, Source, WeightsOnly, to_numpy, to_torch
+from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, to_numpy, to_torch
 from lockstep.model.config import LoraConfig, ModelConfig
 from lockstep.model.heads import NewTensors
 from lockstep.model.names import LORA_A, LORA_B, is_adapter, logical_tensors

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.distributed.context import HeadExchange, ring_attention
+from lockstep.distributed.context_parallel import HeadExchange, ring_attention
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import splits_heads
 from lockstep.model.attention import Attend, DocumentAttention

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.distributed.exchange import all_to_all
+from lockstep.distributed.collectives import all_to_all
 from lockstep.model import exact_triton
 
 PART = 16_384

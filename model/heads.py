@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lockstep.distributed.checkpoint.spec import Box, Source
+from lockstep.distributed.checkpoint.tensors import Box, Source
 from lockstep.model import exact
 from lockstep.model.config import Head, ModelConfig, Numerics
 from lockstep.model.names import VALUE

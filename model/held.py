@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lockstep.distributed.checkpoint.spec import Piece, Source, concurrently, read_tensor
+from lockstep.distributed.checkpoint.tensors import Piece, Source, concurrently, read_tensor
 from lockstep.distributed.groups import Groups
 from lockstep.model.adapters import merge
 from lockstep.model.lora import Adapter, Adapters

@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lockstep.distributed.exchange import all_to_all
+from lockstep.distributed.collectives import all_to_all
 from lockstep.distributed.groups import Groups
-from lockstep.distributed.zero import as_expert
+from lockstep.distributed.optimizer.parameter_marks import as_expert
 from lockstep.model import exact
 from lockstep.model.config import MoEConfig, Numerics
 from lockstep.model.functions import swiglu

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, WeightsOnly, whole
+from lockstep.distributed.checkpoint.tensors import Box, Piece, WeightsOnly, whole
 from lockstep.model.config import ModelConfig, MoEConfig
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

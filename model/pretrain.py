@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from lockstep.data.batch import RowRules, TokenBatch
-from lockstep.data.loader import PretrainingData
-from lockstep.data.prefetch import Prefetch
-from lockstep.data.schedule import SampleSchedule
-from lockstep.distributed.result import StepResult
-from lockstep.distributed.snapshot import Snapshot
+from lockstep.data.corpus.loader import PretrainingData
+from lockstep.data.corpus.prefetch import Prefetch
+from lockstep.data.corpus.sample_schedule import SampleSchedule
+from lockstep.distributed.optimizer.snapshot import Snapshot
+from lockstep.distributed.step_result import StepResult
 from lockstep.model.loss import nll
 from lockstep.model.recipes import PretrainConfig
 from lockstep.model.train import Trainer

@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.data.batch import RowRules
-from lockstep.data.loader import PretrainingConfig
-from lockstep.data.schedule import SampleSchedule
-from lockstep.data.synthetic import write_random_store
+from lockstep.data.corpus.loader import PretrainingConfig
+from lockstep.data.corpus.sample_schedule import SampleSchedule
+from lockstep.data.corpus.synthetic import write_random_store
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
 from lockstep.model.spikes import SpikeConfig

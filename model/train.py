@@ -10,17 +10,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.data.batch import Ints, TokenBatch, part, sequences_of
+from lockstep.distributed.checkpoint.arrays import Chunk
 from lockstep.distributed.checkpoint.reshard import WEIGHTS, whole_chunks
-from lockstep.distributed.checkpoint.spec import Piece, Source
-from lockstep.distributed.checkpoint.store import Chunk
-from lockstep.distributed.context import held_places
+from lockstep.distributed.checkpoint.tensors import Piece, Source
+from lockstep.distributed.context_parallel import held_places
 from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine
 from lockstep.distributed.groups import Groups
-from lockstep.distributed.muon import Muon
+from lockstep.distributed.optimizer.muon import Muon
+from lockstep.distributed.optimizer.parameter_marks import experts_apart
 from lockstep.distributed.pipeline import Forward, Loss, Stage, megatron_config, run_forward
-from lockstep.distributed.result import StepResult
-from lockstep.distributed.zero import experts_apart
+from lockstep.distributed.step_result import StepResult
 from lockstep.model.attention import Attend
 from lockstep.model.columns import Columns, columns_of
 from lockstep.model.config import Head, ModelConfig, Numerics

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from lockstep.distributed.checkpoint.spec import Piece
+from lockstep.distributed.checkpoint.tensors import Piece
 from lockstep.model.config import LoraConfig, ModelConfig
 from lockstep.model.names import VALUE, is_adapter, logical_tensors
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ray
 
 from lockstep.data.batch import Sample, TokenBatch, rows_for_ranks
-from lockstep.distributed.checkpoint.place import Place
+from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import Head, Numerics
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig, row_rules
@@ -77,7 +77,7 @@ class Model:
 
     def start(
         self,
-        checkpoint: Path | Place,
+        checkpoint: Path | Storage,
         dtype: str,
         optimizer: OptimizerConfig | None,
         temperature: float,
@@ -127,7 +127,7 @@ class Rollouts:
         self.version = 0
         self._delivery = Delivery(limits.bucket_mib, limits.transport)
 
-    def start(self, checkpoint: Path | Place, dtype: str, numerics: Numerics = "fast") -> list[Call]:
+    def start(self, checkpoint: Path | Storage, dtype: str, numerics: Numerics = "fast") -> list[Call]:
         """Calls that load the checkpoint, to be gathered."""
         self._given = checkpoint, dtype, self._limits, numerics
         return [call for team in self.teams for call in self._loading(team)]

@@ -9,9 +9,9 @@ from typing import TypeVar
 import numpy as np
 
 from lockstep.data.batch import Sample, documents, sample
-from lockstep.data.problems import Split, TaskConfig
+from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.result import StepResult
+from lockstep.distributed.step_result import StepResult
 from lockstep.model.loss import nll
 from lockstep.rl.actors import Environments, Model, Rollouts, Verifiers
 from lockstep.rl.batching import teaches, weighted, with_advantages

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lockstep.data.batch import Floats, Sample
-from lockstep.distributed.result import StepResult
+from lockstep.distributed.step_result import StepResult
 from lockstep.model.recipes import OptimizerConfig
 from lockstep.rl.actors import Model
 from lockstep.rl.batching import samples_of, updates_of

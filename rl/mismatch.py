@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lockstep.data.batch import Floats, documents, pack
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.place import Place
+from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Stage
 from lockstep.model.adapters import merged
@@ -84,7 +84,7 @@ def reported(rollouts: Iterable[Rollout]) -> Floats:
 
 def measure(
     groups: Groups,
-    checkpoint: Path | Place,
+    checkpoint: Path | Storage,
     dtype: str,
     numerics: Numerics,
     prompts: Sequence[Prompt],

@@ -7,19 +7,19 @@ from typing import Any, Literal
 import torch
 
 from lockstep.data.batch import Floats, Ints, TokenBatch
-from lockstep.data.loader import PretrainingConfig, PretrainingData
-from lockstep.data.schedule import SampleSchedule
+from lockstep.data.corpus.loader import PretrainingConfig, PretrainingData
+from lockstep.data.corpus.sample_schedule import SampleSchedule
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
-from lockstep.distributed.checkpoint.place import Place
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
-from lockstep.distributed.checkpoint.spec import Source
+from lockstep.distributed.checkpoint.storage import Storage
+from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage
-from lockstep.distributed.result import StepResult
-from lockstep.distributed.trace import Trace
+from lockstep.distributed.profiler import Trace
+from lockstep.distributed.step_result import StepResult
 from lockstep.model.config import Head, ModelConfig, Numerics, describe
 from lockstep.model.flops import peak_flops
 from lockstep.model.formats.recast import Recast
@@ -47,7 +47,7 @@ class PolicyWorker(Rank):
         self,
         address: str,
         port: int,
-        checkpoint: Path | Place,
+        checkpoint: Path | Storage,
         dtype: str,
         optimizer: OptimizerConfig | None,
         temperature: float,
@@ -84,7 +84,7 @@ class PolicyWorker(Rank):
                 held = Held(self.trainer.transformer)
                 self.reference = Reference(self._copy(held), reference)
 
-    def resume_phase(self, reference: ReferenceConfig, weights: Path | Place) -> None:
+    def resume_phase(self, reference: ReferenceConfig, weights: Path | Storage) -> None:
         """Go on with a reference, moments as they are.
 
         Args:
@@ -128,7 +128,7 @@ class PolicyWorker(Rank):
         first = self.groups.tensor_rank == self.groups.context_rank == 0
         return scores_of(rows, scores if first else [])
 
-    def restore(self, checkpoint: Path | Place) -> None:
+    def restore(self, checkpoint: Path | Storage) -> None:
         """Take over the optimizer's state of the checkpoint that this rank started from."""
         self.trainer.restore(manager.Checkpoint(checkpoint))
 
@@ -193,16 +193,16 @@ class PolicyWorker(Rank):
         self._messages = []
         self._whole.__exit__(None, None, None)
 
-    def open_checkpoints(self, folder: Path | Place, config: CheckpointConfig) -> None:
+    def open_checkpoints(self, folder: Path | Storage, config: CheckpointConfig) -> None:
         """Be ready to save into a folder."""
         self.saver = self._saver(folder, config)
         self.trainer.engine.before_changes = self.saver.copied
 
-    def _saver(self, folder: Path | Place, config: CheckpointConfig) -> Saver:
+    def _saver(self, folder: Path | Storage, config: CheckpointConfig) -> Saver:
         barrier = torch.distributed.barrier
         return Saver(folder, config, rank=self.rank, ranks=self.layout.processes, barrier=barrier)
 
-    def save_reference(self, step: int, folder: Path | Place) -> None:
+    def save_reference(self, step: int, folder: Path | Storage) -> None:
         """Write this rank's part of the weights, for runs that go on with them as their reference."""
         saver = self._saver(folder, CheckpointConfig(keep_last=1))
         said = describe(self.model, self.layout)

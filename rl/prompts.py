@@ -3,8 +3,8 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from lockstep.data.problem import entry_text
-from lockstep.data.problems import Problem, TaskConfig
+from lockstep.data.tasks.problem import Problem, entry_text
+from lockstep.data.tasks.task import TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.types import Prompt
 

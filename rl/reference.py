@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lockstep.distributed.checkpoint.arrays import Chunk
 from lockstep.distributed.checkpoint.reshard import Kept, whole_chunks
-from lockstep.distributed.checkpoint.spec import Box, Source, WeightsOnly, read_tensor, state_name
-from lockstep.distributed.checkpoint.store import Chunk
+from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, read_tensor, state_name
+from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.pipeline import Stage
-from lockstep.distributed.zero import is_expert
 from lockstep.model.held import held_pieces, pieces
 from lockstep.model.train import transformer_of
 from lockstep.model.transformer import Transformer

@@ -12,7 +12,7 @@ from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, WeightsOnly, digest, overlap, to_numpy, to_torch, within
+from lockstep.distributed.checkpoint.tensors import Box, Piece, WeightsOnly, digest, overlap, to_numpy, to_torch, within
 from lockstep.model.held import Served, pieces, served
 from lockstep.model.names import EMBEDDING, HEAD
 from lockstep.model.transformer import Transformer

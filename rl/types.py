@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from lockstep.data.batch import Floats
-from lockstep.data.code_tests import CodeTests
+from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.verdict import Verdict
 
 

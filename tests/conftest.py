@@ -11,7 +11,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from lockstep.data.tokenizer import Tokenizer
     from lockstep.distributed.groups import Groups
-    from lockstep.distributed.worlds import Worlds
+    from lockstep.distributed.rank_pool import RankPool
     from lockstep.model.transformer import Transformer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,11 +27,11 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def worlds() -> "Iterator[Worlds]":
+def worlds() -> "Iterator[RankPool]":
     """Real gloo worlds of any layout."""
-    from lockstep.distributed.worlds import Worlds
+    from lockstep.distributed.rank_pool import RankPool
 
-    with Worlds() as worlds:
+    with RankPool() as worlds:
         yield worlds
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box, WeightsOnly
+from lockstep.distributed.checkpoint.tensors import Box, WeightsOnly
 from lockstep.rl.sync import Shard
 
 

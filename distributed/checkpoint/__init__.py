@@ -1,0 +1,1 @@
+"""Sharded checkpoints: logical tensors as zarr arrays in a folder or an object store."""

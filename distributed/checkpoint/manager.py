@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lockstep.distributed.checkpoint.place import Place, place_of
-from lockstep.distributed.checkpoint.spec import STATES
-from lockstep.distributed.checkpoint.store import ArrayFolder, Entry
+from lockstep.distributed.checkpoint.arrays import ArrayFolder, Entry
+from lockstep.distributed.checkpoint.storage import Storage, storage_of
+from lockstep.distributed.checkpoint.tensors import STATES
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -26,13 +26,13 @@ def step_name(step: int) -> str:
     return f"{STEP}{step:06d}"
 
 
-def find(where: str | Path | Place) -> Place:
+def find(where: str | Path | Storage) -> Storage:
     """The checkpoint that a path or URL means: itself, or the newest of a run or of a checkpoints folder.
 
     Raises:
         BadCheckpoint: when there is none.
     """
-    given = place_of(where)
+    given = storage_of(where)
     for place in (given, given / "checkpoints"):
         if place.has(MANIFEST):
             return place
@@ -42,18 +42,18 @@ def find(where: str | Path | Place) -> Place:
     raise BadCheckpoint(f"{given} holds no checkpoint: give a folder with a {MANIFEST}, or a run that saved one")
 
 
-def exists(place: Place) -> bool:
+def exists(place: Storage) -> bool:
     """Whether a place is a checkpoint, or holds some."""
     return place.has(MANIFEST) or bool(saved(place))
 
 
-def saved(checkpoints: Place) -> dict[int, Place]:
+def saved(checkpoints: Storage) -> dict[int, Storage]:
     """The whole checkpoints of a folder, by step."""
     names = (_NAME.fullmatch(name) for name in checkpoints.holding(MANIFEST))
     return {int(match[1]): checkpoints / match[0] for match in names if match}
 
 
-def drop_after(checkpoints: Place, step: int) -> None:
+def drop_after(checkpoints: Storage, step: int) -> None:
     """Remove the checkpoints of later steps, which a run has taken back; `latest` is the newest that is left."""
     steps = saved(checkpoints)
     left = [s for s in steps if s <= step]
@@ -71,7 +71,7 @@ def drop_after(checkpoints: Place, step: int) -> None:
 class Checkpoint:
     """A `Source` over a saved checkpoint, with what its manifest says."""
 
-    def __init__(self, where: str | Path | Place) -> None:
+    def __init__(self, where: str | Path | Storage) -> None:
         """
         Raises:
             BadCheckpoint: when the path or URL holds none, or one of a newer format.

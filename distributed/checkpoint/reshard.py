@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.distributed.checkpoint.spec import Box, Piece, Source, read_tensor, state_name, to_torch, whole
-from lockstep.distributed.checkpoint.store import Chunk, chunk_shape
-from lockstep.distributed.exchange import all_to_all
+from lockstep.distributed.checkpoint.arrays import Chunk, chunk_shape
+from lockstep.distributed.checkpoint.tensors import Box, Piece, Source, read_tensor, state_name, to_torch, whole
+from lockstep.distributed.collectives import all_to_all
 
 WEIGHTS = "weights"
 """The kind of values that is no optimizer's state."""

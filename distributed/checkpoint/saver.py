@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from lockstep.distributed.checkpoint.arrays import Chunk, Entry, merged, write
 from lockstep.distributed.checkpoint.manager import FORMAT, MANIFEST, STEP, saved, step_name
-from lockstep.distributed.checkpoint.place import Place, place_of
-from lockstep.distributed.checkpoint.store import Chunk, Entry, merged, write
+from lockstep.distributed.checkpoint.storage import Storage, storage_of
 
 POLL_S, LONGEST_POLL_S = 0.02, 1.0
 """How long rank 0 waits before it looks again whether others have written; longer each time."""
@@ -50,7 +50,7 @@ class Saver:
 
     def __init__(
         self,
-        checkpoints: str | Path | Place,
+        checkpoints: str | Path | Storage,
         config: CheckpointConfig | None = None,
         *,
         rank: int = 0,
@@ -62,7 +62,7 @@ class Saver:
             checkpoints: a folder that all ranks see, or the URL of a key-value store.
             barrier: returns when every rank has called it.
         """
-        self._checkpoints, self.config = place_of(checkpoints), config or CheckpointConfig()
+        self._checkpoints, self.config = storage_of(checkpoints), config or CheckpointConfig()
         self._rank, self._ranks, self._barrier = rank, ranks, barrier
         self._thread = ThreadPoolExecutor(1, "save")
         self._copying: Future[list[Chunk]] | None = None
@@ -79,7 +79,7 @@ class Saver:
         *,
         wait: bool = True,
         best: bool = False,
-    ) -> Place:
+    ) -> Storage:
         """Save one checkpoint; all ranks call this together. A save before it is waited for.
 
         Args:
@@ -173,7 +173,7 @@ class Saver:
                 (draft / "parts").write(FAILED, f"rank {self._rank}: {error}")
             raise SaveFailed(f"{self._checkpoints / name} was not saved: {error}") from error
 
-    def _parts(self, parts: Place) -> list[dict[str, Entry]]:
+    def _parts(self, parts: Storage) -> list[dict[str, Entry]]:
         """What all ranks wrote, as soon as they say it."""
         said: list[dict[str, Entry]] = []
         pause = POLL_S

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import STATES, Box, overlap, state_name, to_numpy, within
+from lockstep.distributed.checkpoint.tensors import STATES, Box, overlap, state_name, to_numpy, within
 from lockstep.model.config import ModelConfig
 from lockstep.model.families import from_huggingface
 from lockstep.model.formats.deepspeed_places import Place, places_of

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lockstep.distributed.checkpoint.spec import Box, whole
+from lockstep.distributed.checkpoint.tensors import Box, whole
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.deepspeed_tensors import BadDeepSpeedFolder, Held
 from lockstep.model.formats.huggingface import STORED, Stored

@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from lockstep.distributed.checkpoint.spec import Box
+from lockstep.distributed.checkpoint.tensors import Box
 
 
 class BadDeepSpeedFolder(ValueError):

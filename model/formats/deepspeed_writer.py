@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box, digest, overlap, state_name, whole, within
+from lockstep.distributed.checkpoint.tensors import Box, digest, overlap, state_name, whole, within
 from lockstep.model.config import ModelConfig
 from lockstep.model.families import to_huggingface
 from lockstep.model.formats.deepspeed_places import Place, huggingface_places

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box
+from lockstep.distributed.checkpoint.tensors import Box
 
 _BLOCK = 8 << 20
 """Bytes that are read at once where only some columns of the rows are wanted."""

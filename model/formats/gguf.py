@@ -12,7 +12,7 @@ import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, dequantize, get_tensor_name_map
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box, WeightsOnly
+from lockstep.distributed.checkpoint.tensors import Box, WeightsOnly
 from lockstep.model.config import UnknownModel
 from lockstep.model.families import from_huggingface
 from lockstep.model.formats.extents import BadFile, left_out, read_bytes

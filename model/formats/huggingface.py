@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from lockstep.distributed.checkpoint.spec import Box, WeightsOnly
+from lockstep.distributed.checkpoint.tensors import Box, WeightsOnly
 from lockstep.model.config import ModelConfig
 from lockstep.model.families import from_huggingface
 from lockstep.model.formats.extents import Extent, left_out

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Source, digest
+from lockstep.distributed.checkpoint.tensors import Source, digest
 from lockstep.model.config import ModelConfig
 from lockstep.model.families import to_huggingface
 from lockstep.model.formats.extents import write_bytes

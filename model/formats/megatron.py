@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box, state_name, to_numpy
+from lockstep.distributed.checkpoint.tensors import Box, state_name, to_numpy
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface
 from lockstep.model.formats.megatron_names import (

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from lockstep.distributed.checkpoint.spec import Source, digest, state_name
+from lockstep.distributed.checkpoint.tensors import Source, digest, state_name
 from lockstep.model.config import ModelConfig
 from lockstep.model.families import to_huggingface
 from lockstep.model.formats.megatron import ADAM

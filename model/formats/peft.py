@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box, Source, WeightsOnly, digest
+from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, digest
 from lockstep.model.config import LoraConfig, ModelConfig, Projection, UnknownModel, refuse
 from lockstep.model.formats.extents import write_bytes
 from lockstep.model.formats.huggingface import STORED, BadFolder

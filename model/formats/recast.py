@@ -8,7 +8,7 @@ import torch
 from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.spec import Box, Source, state_name, to_numpy, to_torch
+from lockstep.distributed.checkpoint.tensors import Box, Source, state_name, to_numpy, to_torch
 from lockstep.model.config import ModelConfig
 from lockstep.model.names import logical_tensors
 

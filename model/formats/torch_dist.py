@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lockstep.distributed.checkpoint.spec import Box, overlap, to_numpy, to_torch, within
+from lockstep.distributed.checkpoint.tensors import Box, overlap, to_numpy, to_torch, within
 from lockstep.model.formats.extents import write_bytes
 from lockstep.model.formats.restricted import load_pickle, load_torch
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lockstep.distributed.checkpoint.spec import to_numpy
+from lockstep.distributed.checkpoint.tensors import to_numpy
 from lockstep.model.formats.extents import BadFile, Extent
 
 

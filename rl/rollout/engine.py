@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.place import Place
+from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.groups import Groups, alone
 from lockstep.model import decoder, kernels
 from lockstep.model.adapters import merged
@@ -384,7 +384,7 @@ def _spans(chunks: Sequence[Chunk]) -> list[Span]:
 
 
 def load_rollout_engine(
-    checkpoint: Path | Place,
+    checkpoint: Path | Storage,
     *,
     dtype: str,
     length: int = 1 << 20,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.distributed.checkpoint.place import Place
+from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import join, meeting_at
 from lockstep.distributed.layout import Layout
@@ -28,7 +28,7 @@ class RolloutWorker(Rank):
         rank: int,
         address: str,
         port: int,
-        checkpoint: Path | Place,
+        checkpoint: Path | Storage,
         dtype: str,
         limits: RolloutLimits,
         numerics: Numerics = "fast",

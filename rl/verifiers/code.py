@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from lockstep.data.code_tests import CodeTests
+from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.examiner import Observation
 from lockstep.rl.verifiers.extract import code_of

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, NoReturn
 
-from lockstep.data.code_tests import Case, CodeTests
+from lockstep.data.tasks.code_tests import Case, CodeTests
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.values import Channel, ClosedError, MalformedError, decode, encode
 

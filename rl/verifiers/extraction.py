@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lockstep.data.boxes import boxes, last_box
+from lockstep.data.tasks.boxed import boxes, last_box
 from lockstep.rl.verifiers.numbers import NUMBER, is_prose, number_of
 from lockstep.rl.verifiers.reading import EQUALS, is_words, option_of
 from lockstep.rl.verifiers.spelling import clean

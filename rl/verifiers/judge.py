@@ -6,7 +6,7 @@ from functools import cached_property
 from threading import Lock
 from typing import Literal, Self
 
-from lockstep.data.code_tests import CodeTests
+from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.types import Prompt
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers import math

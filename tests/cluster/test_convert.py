@@ -35,8 +35,8 @@ from lockstep.cluster.sources import open_source
 from lockstep.cluster.targets import LockstepTarget, Wanted
 from lockstep.cluster.verify import verify
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.place import place_of
-from lockstep.distributed.checkpoint.spec import Box, state_name, whole
+from lockstep.distributed.checkpoint.storage import storage_of
+from lockstep.distributed.checkpoint.tensors import Box, state_name, whole
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.extents import BadFile
 from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
@@ -304,7 +304,7 @@ def test_a_key_value_store_is_written_to_and_read_from(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     url = f"file://{tmp_path}/bucket/mine/"
-    conversion = Conversion(str(large_folder), place_of(url), "lockstep", max_memory=LEAST)
+    conversion = Conversion(str(large_folder), storage_of(url), "lockstep", max_memory=LEAST)
 
     def stop(done: int, total: int) -> None:
         if done > total // 2:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import Result
 
 from lockstep.cluster.sources import tokenizer_files
-from lockstep.data.store import Store
+from lockstep.data.corpus.indexed_dataset import IndexedDataset
 from lockstep.data.tokenizer import Tokenizer
 from tests.cluster import commands
 
@@ -53,7 +53,7 @@ def test_from_text_to_a_tokenizer_to_a_store(tmp_path: Path, text: Path) -> None
     command = "tokenize", text, tmp_path / "out" / "s", "--tokenizer", tmp_path / "tok", "--separator", ""
     made = lockstep(*command, "--workers", 2)
     assert made.exit_code == 0, made.output
-    store, tokenizer = Store(tmp_path / "out" / "s"), Tokenizer(tokenizer_files(str(tmp_path / "tok")))
+    store, tokenizer = IndexedDataset(tmp_path / "out" / "s"), Tokenizer(tokenizer_files(str(tmp_path / "tok")))
     found = [tokenizer.decode(store.document(i)[:-1].tolist()) for i in range(store.documents)]
     assert found == [*(f"row {i}" for i in range(20)), "one\n", "two\n", "three", "four"]
     assert made.stdout == (f"{tmp_path}/out/s: {store.tokens} tokens in 24 documents from 24 rows, 0 skipped\n")
@@ -64,7 +64,7 @@ def test_a_model_s_tokenizer_and_several_inputs(tmp_path: Path, text: Path, tiny
     inputs = text / "c.parquet", text / "a.jsonl"
     made = lockstep("tokenize", *inputs, tmp_path / "s", "--tokenizer", tiny_folder, "--end", "<|endoftext|>")
     assert made.exit_code == 0, made.output
-    store = Store(tmp_path / "s")
+    store = IndexedDataset(tmp_path / "s")
     assert store.documents == 22
     assert int(store.document(0)[-1]) == 0
     assert store.note

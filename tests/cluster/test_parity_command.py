@@ -10,9 +10,9 @@ import pytest
 from lockstep.cluster.config import RecipeError, load_recipe, parse_layout
 from lockstep.cluster.parity import FP32_BOUND, Course, Difference, Parity, Runs, difference, job_of, table
 from lockstep.cluster.sources import starting_point
-from lockstep.distributed.checkpoint.spec import Box, Source, WeightsOnly
+from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from tests.cluster.commands import Command, refused
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"
@@ -90,7 +90,7 @@ class Twins(WeightsOnly):
         return part
 
 
-def test_experts_that_tie_end_the_comparison(worlds: Worlds, tmp_path: Path) -> None:
+def test_experts_that_tie_end_the_comparison(worlds: RankPool, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE, [EXPERTS])
     source, model, _ = starting_point(recipe.model, recipe.seed)
     job = job_of(recipe, Twins(source), model, 2, tmp_path)

@@ -12,10 +12,10 @@ import pytest
 from lockstep.cluster.config import RecipeError, load_recipe, parse, to_toml
 from lockstep.cluster.curves import MEMORY_UNIT
 from lockstep.cluster.jobs import check
-from lockstep.data.store import Store
-from lockstep.data.synthetic import write_random_store
+from lockstep.data.corpus.indexed_dataset import IndexedDataset
+from lockstep.data.corpus.synthetic import write_random_store
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.spec import whole
+from lockstep.distributed.checkpoint.tensors import whole
 from lockstep.model.names import logical_tensors
 from lockstep.model.trainable import NothingLearns
 from tests.cluster.commands import Command, Train, metrics, summary
@@ -170,7 +170,7 @@ def test_learned_positions_survive_a_recipe_and_its_resolved_form() -> None:
 
 
 def test_random_documents_end_in_token_0_and_mostly_follow_a_rule(tmp_path: Path) -> None:
-    store = Store(write_random_store(tmp_path / "store", vocabulary=64, tokens=20_000, seed=3))
+    store = IndexedDataset(write_random_store(tmp_path / "store", vocabulary=64, tokens=20_000, seed=3))
     assert store.tokens >= 20_000
     following: dict[int, list[int]] = {}
     for index in range(store.documents):

@@ -10,8 +10,8 @@ from lockstep.cluster.config import RecipeError, load_recipe
 from lockstep.cluster.jobs import last_checkpoint
 from lockstep.cluster.sources import starting_point
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.place import place_of
-from lockstep.distributed.checkpoint.spec import whole
+from lockstep.distributed.checkpoint.storage import storage_of
+from lockstep.distributed.checkpoint.tensors import whole
 from lockstep.model.names import is_adapter
 from tests.cluster.commands import Command, Train, metrics, overrides, summary, until
 from tests.cluster.heads import Head
@@ -78,7 +78,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path, t
     one, other = ({m["step"]: (m["loss"], m["grad_norm"]) for m in metrics(r, "pretrain")} for r in (straight, run))
     assert one == other
     assert summary(run)["status"] == "finished"
-    assert place_of(store_of(tmp_path)).pointed("best") == (straight / "checkpoints" / "best").resolve().name
+    assert storage_of(store_of(tmp_path)).pointed("best") == (straight / "checkpoints" / "best").resolve().name
 
 
 @pytest.mark.parametrize(

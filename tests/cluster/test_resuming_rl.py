@@ -13,7 +13,7 @@ from lockstep.cluster.config import RecipeError, load_recipe
 from lockstep.cluster.jobs import last_checkpoint
 from lockstep.cluster.sources import starting_point
 from lockstep.distributed.checkpoint.manager import Checkpoint, step_name
-from lockstep.distributed.checkpoint.spec import whole
+from lockstep.distributed.checkpoint.tensors import whole
 from tests.cluster.commands import Command, Train, metrics, overrides, summary, until, write_recipe
 from tests.cluster.heads import Head
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from lockstep.cluster.config import load_recipe
-from lockstep.data.loader import PretrainingData
-from lockstep.data.store import Note
-from lockstep.data.store_writer import StoreWriter
+from lockstep.data.corpus.indexed_dataset import Note
+from lockstep.data.corpus.indexed_dataset_writer import IndexedDatasetWriter
+from lockstep.data.corpus.loader import PretrainingData
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.place import place_of
+from lockstep.distributed.checkpoint.storage import storage_of
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
 from lockstep.model.held import pieces
 from lockstep.model.loss import nll
@@ -33,7 +33,7 @@ def write_store(path: Path) -> Path:
     draw = np.random.default_rng(0)
     documents = [draw.choice(8, size=64) for _ in range(300)]
     documents[100] = 50 + draw.choice(200, size=STRANGE)
-    writer = StoreWriter(path, vocabulary=251)
+    writer = IndexedDatasetWriter(path, vocabulary=251)
     writer.add(np.concatenate(documents), np.array([len(d) for d in documents]))
     writer.finish(Note("d", 251, 0, "m", writer.documents, writer.tokens))
     return path
@@ -73,7 +73,7 @@ def test_the_strange_samples_are_left_out_and_the_run_ends_as_if_they_did_not_ex
 
 
 def test_checkpoints_that_were_taken_back_are_saved_again(run: Path) -> None:
-    assert sorted(manager.saved(place_of(run / "checkpoints"))) == [*range(6, STEPS, 6), STEPS]
+    assert sorted(manager.saved(storage_of(run / "checkpoints"))) == [*range(6, STEPS, 6), STEPS]
 
 
 def test_every_rewind_is_on_the_screen_and_in_the_metrics(run: Path) -> None:
@@ -108,7 +108,7 @@ def without_the_strange_samples(groups: Groups, run: Path, store: Path) -> tuple
     return losses, all(np.array_equal(ours, theirs) for ours, theirs in held)
 
 
-def test_losses_and_weights_are_those_of_a_run_that_never_saw_them(run: Path, worlds: Worlds, store: Path) -> None:
+def test_losses_and_weights_are_those_of_a_run_that_never_saw_them(run: Path, worlds: RankPool, store: Path) -> None:
     standing = {int(m["step"]): m["loss"] for m in metrics(run, "pretrain")}
     for losses, same_weights in worlds.run(Layout(data=2), without_the_strange_samples, run, store):
         assert losses == [standing[step] for step in range(1, STEPS + 1)]

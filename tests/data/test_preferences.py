@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.data.preferences import Preference, Turn, from_verdicts, read, tokenized
-from lockstep.data.rows import BadRow
+from lockstep.data.row_reader import BadRow
 from lockstep.data.tokenizer import Tokenizer, train_tokenizer
 from tests.conftest import TEMPLATE
 

@@ -10,8 +10,8 @@ import torch
 from lockstep.distributed.device import peak_memory
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
-from tests.distributed.test_worlds import step_of_a_tiny_model
+from lockstep.distributed.rank_pool import RankPool
+from tests.distributed.test_rank_pool import step_of_a_tiny_model
 
 CPU = torch.device("cpu")
 REPORT = "import torch; from lockstep.distributed.device import peak_memory; print(peak_memory(torch.device('cpu')))"
@@ -36,7 +36,7 @@ def memory_with_a_full_last_rank(groups: Groups) -> tuple[float, float]:
     return peak_memory(CPU) / 1e9, reported
 
 
-def test_a_step_reports_the_fullest_rank(worlds: Worlds) -> None:
+def test_a_step_reports_the_fullest_rank(worlds: RankPool) -> None:
     own, reported = zip(*worlds.run(Layout(pipeline=2), memory_with_a_full_last_rank), strict=True)
     assert reported[0] == reported[1]
     assert abs(reported[0] - own[1]) < 0.01

@@ -23,7 +23,7 @@ from lockstep.cluster.convert import to_huggingface
 from lockstep.data.batch import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, LayoutError, check_divides
-from lockstep.distributed.worlds import WorldFailed, Worlds
+from lockstep.distributed.rank_pool import RankPool, WorldFailed
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface
 from lockstep.model.formats.huggingface import HuggingFaceFolder
@@ -120,7 +120,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2), Layout(expert=2)], ids=str)
-def test_logits_equal_those_of_transformers(layout: Layout, folder: Path, worlds: Worlds) -> None:
+def test_logits_equal_those_of_transformers(layout: Layout, folder: Path, worlds: RankPool) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = [model(t[None]).logits[0].numpy() for t in tokens_of(LENGTHS, model.config.vocab_size)]
@@ -160,7 +160,7 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def alone(worlds: Worlds, folder: Path) -> Any:
+def alone(worlds: RankPool, folder: Path) -> Any:
     return worlds.run(Layout(), train, folder, 4, 64)[0]
 
 
@@ -170,7 +170,7 @@ def alone(worlds: Worlds, folder: Path) -> Any:
     ids=str,
     indirect=["folder"],
 )
-def test_a_layout_trains_to_the_same_numbers(layout: Layout, alone: Any, worlds: Worlds, folder: Path) -> None:
+def test_a_layout_trains_to_the_same_numbers(layout: Layout, alone: Any, worlds: RankPool, folder: Path) -> None:
     results = worlds.run(layout, train, folder, 4, 64)
     history, held = alone
     for rank, (other, _) in enumerate(results):
@@ -182,7 +182,9 @@ def test_a_layout_trains_to_the_same_numbers(layout: Layout, alone: Any, worlds:
 
 
 @pytest.mark.parametrize("row_tokens", [1, 1000])
-def test_the_size_of_a_micro_batch_changes_no_number(row_tokens: int, alone: Any, worlds: Worlds, folder: Path) -> None:
+def test_the_size_of_a_micro_batch_changes_no_number(
+    row_tokens: int, alone: Any, worlds: RankPool, folder: Path
+) -> None:
     history, _ = worlds.run(Layout(), train, folder, 4, row_tokens)[0]
     np.testing.assert_allclose(history, alone[0], rtol=2e-6)
 
@@ -190,14 +192,14 @@ def test_the_size_of_a_micro_batch_changes_no_number(row_tokens: int, alone: Any
 @pytest.mark.parametrize(
     ("folder", "zero"), [("mixtral", 0), ("mixtral", 1), ("mixtral", 2)], ids=str, indirect=["folder"]
 )
-def test_bfloat16_has_the_same_norms_but_for_rounding(zero: int, alone: Any, worlds: Worlds, folder: Path) -> None:
+def test_bfloat16_has_the_same_norms_but_for_rounding(zero: int, alone: Any, worlds: RankPool, folder: Path) -> None:
     history, _ = worlds.run(Layout(expert=2, data=2, zero=zero), train, folder, 1, 64, torch.bfloat16)[0]
     np.testing.assert_allclose(history, alone[0][:1], rtol=0.02)
 
 
 @pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_the_first_step_in_bfloat16_is_the_same_without_zero(kind: Any, worlds: Worlds, folder: Path) -> None:
+def test_the_first_step_in_bfloat16_is_the_same_without_zero(kind: Any, worlds: RankPool, folder: Path) -> None:
     arguments = (train, folder, 1, 64, torch.bfloat16, OptimizerConfig(kind=kind, learning_rate=0.05, weight_decay=0.5))
     (_, plain), (_, split) = (worlds.run(Layout(zero=zero), *arguments)[0] for zero in (0, 1))
     for (name, _, a), (_, _, b) in zip(plain, split, strict=True):
@@ -235,7 +237,7 @@ def received(groups: Groups, folder: Path, shards: list[Shard]) -> None:
 
 
 @pytest.mark.parametrize("folder", ["qwen2"], indirect=True)
-def test_rollout_workers_receive_experts_from_all_ranks(folder: Path, worlds: Worlds) -> None:
+def test_rollout_workers_receive_experts_from_all_ranks(folder: Path, worlds: RankPool) -> None:
     shards = [shard for rank in worlds.run(Layout(expert=2, tensor=2), sent, folder) for shard in rank]
     worlds.run(Layout(), received, folder, shards)
     missing = [shard for shard in shards if ".experts.3.up_proj" not in shard.name]

@@ -13,7 +13,7 @@ from lockstep.distributed.engine import Engine, MissingGradient
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage, megatron_config
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.held import pieces
 from lockstep.model.loss import nll
@@ -53,7 +53,7 @@ def model(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def expected(model: ModelConfig, worlds: Worlds) -> dict[str, np.ndarray[Any, Any]]:
+def expected(model: ModelConfig, worlds: RankPool) -> dict[str, np.ndarray[Any, Any]]:
     return worlds.run(Layout(zero=0), gradients, model, 64)[0]
 
 
@@ -70,7 +70,7 @@ def expected(model: ModelConfig, worlds: Worlds) -> dict[str, np.ndarray[Any, An
     ids=str,
 )
 def test_gradients_are_those_of_any_other_cut(
-    layout: Layout, row_tokens: int, model: ModelConfig, expected: dict[str, np.ndarray[Any, Any]], worlds: Worlds
+    layout: Layout, row_tokens: int, model: ModelConfig, expected: dict[str, np.ndarray[Any, Any]], worlds: RankPool
 ) -> None:
     for found in worlds.run(layout, gradients, model, row_tokens):
         assert found.keys() == expected.keys()

@@ -10,7 +10,7 @@ import torch
 from lockstep.data.batch import Sample, rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.held import pieces
 from lockstep.model.loss import nll
@@ -82,7 +82,7 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def alone(worlds: Worlds, tiny_folder: Path) -> Any:
+def alone(worlds: RankPool, tiny_folder: Path) -> Any:
     return worlds.run(Layout(), train, tiny_folder, 4, 64)[0]
 
 
@@ -100,7 +100,7 @@ def assembled(parts: list[Any], shapes: dict[str, Any]) -> dict[str, np.ndarray]
     every(LAYOUTS, part=lambda layout: layout.processes < 4 or (layout.data == 1 and layout.pipeline < 4)),
     ids=str,
 )
-def test_a_layout_trains_to_the_same_numbers(layout: Layout, alone: Any, worlds: Worlds, tiny_folder: Path) -> None:
+def test_a_layout_trains_to_the_same_numbers(layout: Layout, alone: Any, worlds: RankPool, tiny_folder: Path) -> None:
     results = worlds.run(layout, train, tiny_folder, 4, 64)
     history, held = alone
     for rank, (other, _) in enumerate(results):
@@ -119,7 +119,7 @@ def scored(groups: Groups, folder: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize("layout", [Layout(context=2), Layout(tensor=2, sequence=True), Layout(pipeline=2)], ids=str)
-def test_a_row_has_the_same_scores_in_any_layout(layout: Layout, worlds: Worlds, tiny_folder: Path) -> None:
+def test_a_row_has_the_same_scores_in_any_layout(layout: Layout, worlds: RankPool, tiny_folder: Path) -> None:
     alone = worlds.run(Layout(), scored, tiny_folder)[0]
     for rank, found in enumerate(worlds.run(layout, scored, tiny_folder)):
         if found or rank >= layout.processes // layout.pipeline:  # the last stage has the scores
@@ -129,7 +129,7 @@ def test_a_row_has_the_same_scores_in_any_layout(layout: Layout, worlds: Worlds,
 
 @pytest.mark.parametrize("row_tokens", [1, 40, 1000])
 def test_the_size_of_a_micro_batch_changes_no_number(
-    row_tokens: int, alone: Any, worlds: Worlds, tiny_folder: Path
+    row_tokens: int, alone: Any, worlds: RankPool, tiny_folder: Path
 ) -> None:
     history, _ = worlds.run(Layout(), train, tiny_folder, 4, row_tokens)[0]
     np.testing.assert_allclose(history, alone[0], rtol=2e-6)
@@ -138,13 +138,13 @@ def test_the_size_of_a_micro_batch_changes_no_number(
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2, sequence=True), Layout(data=2, zero=3)], ids=str)
 def test_computing_activations_again_changes_no_number(
-    recompute: str, layout: Layout, alone: Any, worlds: Worlds, tiny_folder: Path
+    recompute: str, layout: Layout, alone: Any, worlds: RankPool, tiny_folder: Path
 ) -> None:
     history, _ = worlds.run(layout, train, tiny_folder, 4, 64, recompute)[0]
     np.testing.assert_allclose(history, alone[0], rtol=0 if layout == Layout() else 2e-5)
 
 
-def test_blocks_that_torch_compile_traces_compute_the_same(alone: Any, worlds: Worlds, tiny_folder: Path) -> None:
+def test_blocks_that_torch_compile_traces_compute_the_same(alone: Any, worlds: RankPool, tiny_folder: Path) -> None:
     """Its kernels need an accelerator; what it makes of our code does not."""
     history, _ = worlds.run(Layout(), train, tiny_folder, 4, 64, "none", ADAMW, True)[0]
     np.testing.assert_allclose(history, alone[0], rtol=2e-5)

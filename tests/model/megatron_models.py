@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lockstep.distributed.checkpoint.spec import Source, to_torch, whole
+from lockstep.distributed.checkpoint.tensors import Source, to_torch, whole
 from lockstep.distributed.device import megatron_device
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import ModelConfig

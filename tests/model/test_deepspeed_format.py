@@ -31,11 +31,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lockstep.data.batch import rows_for_ranks, sample
-from lockstep.distributed.checkpoint.spec import Box, Source, WeightsOnly, state_name, to_numpy, whole
+from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, state_name, to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
-from lockstep.distributed.zero import _Grid
+from lockstep.distributed.optimizer.zero import _Grid
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.formats.deepspeed import DeepSpeedFolder
 from lockstep.model.formats.deepspeed_tensors import BadDeepSpeedFolder, Laid, load
@@ -215,7 +215,7 @@ class Saved:
     """Of each data rank, in the steps after."""
 
 
-def save(run: Run, worlds: Worlds, folder: Path) -> Saved:
+def save(run: Run, worlds: RankPool, folder: Path) -> Saved:
     ranks = worlds.run(Layout(data=run.data), trained, run, folder / "saved")
     found, _ = ranks[0]
     expected = {kind: as_source(tensors, run, folder / f"expected{kind}") for kind, tensors in found.items()}
@@ -224,7 +224,7 @@ def save(run: Run, worlds: Worlds, folder: Path) -> Saved:
 
 
 @pytest.fixture(scope="module")
-def saved(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Saved]:
+def saved(worlds: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Run], Saved]:
     """Makes each run once."""
     return functools.cache(lambda run: save(run, worlds, tmp_path_factory.mktemp("run")))
 
@@ -340,7 +340,7 @@ def continued(groups: Groups, run: Run, folder: Path) -> list[float]:
     ids=str,
 )
 def test_deepspeed_continues_what_we_wrote(
-    before: Run, after: Run, saved: Callable[[Run], Saved], worlds: Worlds, tmp_path: Path
+    before: Run, after: Run, saved: Callable[[Run], Saved], worlds: RankPool, tmp_path: Path
 ) -> None:
     source = DeepSpeedFolder(saved(before).folder)
     write_universal(tmp_path / "ours", source.config, Recast(source, source.config, None), {})
@@ -425,7 +425,7 @@ def parts_of(trainer: Trainer, engine: Any, optimizer: str) -> Iterator[Part]:
 
 @pytest.mark.parametrize(("name", "layout", "optimizer"), LAYOUTS, ids=str)
 def test_a_transformer_of_ours_is_read_from_any_layout(
-    name: str, layout: Layout, optimizer: str, worlds: Worlds, tmp_path: Path
+    name: str, layout: Layout, optimizer: str, worlds: RankPool, tmp_path: Path
 ) -> None:
     ranks = worlds.run(layout, trained_by_us, name, optimizer, tmp_path / "saved")
     source, shapes = DeepSpeedFolder(tmp_path / "saved", OURS[name]), logical_tensors(OURS[name])
@@ -444,7 +444,7 @@ def test_a_transformer_of_ours_is_read_from_any_layout(
 
 @pytest.mark.parametrize(("name", "layout", "optimizer"), LAYOUTS[1:3], ids=str)
 def test_our_trainer_goes_on_from_deepspeed_s_files(
-    name: str, layout: Layout, optimizer: str, worlds: Worlds, tmp_path: Path
+    name: str, layout: Layout, optimizer: str, worlds: RankPool, tmp_path: Path
 ) -> None:
     expected = [losses for _, losses in worlds.run(layout, trained_by_us, name, optimizer, tmp_path)]
     assert worlds.run(layout, resumed_by_us, name, optimizer, tmp_path) == expected

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, LayoutError
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model import exact, kernels
 from lockstep.model.config import check_numerics
 from lockstep.model.exact_product import LARGER, TILE, delicate, product, tile_sizes
@@ -53,7 +53,7 @@ def all_compared(groups: Groups, dtype: str) -> list[tuple[int, int, float]]:
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.exhaustive), "bfloat16"])
-def test_so_they_have_at_two_tensor_ranks(dtype: str, worlds: Worlds) -> None:
+def test_so_they_have_at_two_tensor_ranks(dtype: str, worlds: RankPool) -> None:
     for rank in worlds.run(Layout(tensor=2), all_compared, dtype):
         for bits, tokens, _ in rank:
             assert tokens > 5
@@ -81,7 +81,7 @@ def trained(groups: Groups, names: list[str], dtype: str) -> dict[str, np.ndarra
     ids=str,
 )
 def test_layouts_of_one_tensor_degree_have_the_same_bits(
-    layout: Layout, like: Layout, names: list[str], worlds: Worlds, groups: Groups
+    layout: Layout, like: Layout, names: list[str], worlds: RankPool, groups: Groups
 ) -> None:
     alone = like.processes == 1
     expected = trained(groups, names, "bfloat16") if alone else worlds.run(like, trained, names, "bfloat16")[0]

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lockstep.data.batch import rows_for_ranks, sample
-from lockstep.distributed.checkpoint.spec import Box, Source, to_torch, whole
+from lockstep.distributed.checkpoint.tensors import Box, Source, to_torch, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.families import from_huggingface, to_huggingface
@@ -249,7 +249,7 @@ def test_one_process_equals_transformers(alone: Transformer, expected: Tensor, s
     check_gradients(gradients_of(alone, text(LENGTH)), slopes)
 
 
-def test_two_tensor_ranks_equal_transformers(folder: Path, expected: Tensor, slopes: Source, worlds: Worlds) -> None:
+def test_two_tensor_ranks_equal_transformers(folder: Path, expected: Tensor, slopes: Source, worlds: RankPool) -> None:
     ranks = worlds.run(Layout(tensor=2), split, folder, text(LENGTH))
     source = HuggingFaceFolder(folder)
     shapes = logical_tensors(source.config)
@@ -264,7 +264,7 @@ def test_two_tensor_ranks_equal_transformers(folder: Path, expected: Tensor, slo
 
 
 @pytest.mark.parametrize("folder", every(CASES, part=UNLIKE.__contains__), indirect=True)
-def test_tensor_ranks_and_pipeline_stages_train_to_the_numbers_of_one_process(folder: Path, worlds: Worlds) -> None:
+def test_tensor_ranks_and_pipeline_stages_train_to_the_numbers_of_one_process(folder: Path, worlds: RankPool) -> None:
     (alone,) = worlds.run(Layout(), trained, folder)
     assert alone[1][0] < alone[0][0]
     for layout in (Layout(tensor=2), Layout(pipeline=2)):

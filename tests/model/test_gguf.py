@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as Quantization
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from lockstep.distributed.checkpoint.spec import whole
+from lockstep.distributed.checkpoint.tensors import whole
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.formats.extents import BadFile
 from lockstep.model.formats.gguf import ARCHITECTURES, GGUFFile

@@ -16,7 +16,7 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.columns import Columns
 from lockstep.model.config import ModelConfig, Numerics, UnknownModel, describe
 from lockstep.model.families import FAMILIES, Family, from_huggingface, to_huggingface
@@ -147,7 +147,7 @@ def learn_values(groups: Groups, folder: Path, numerics: Numerics = "fast") -> O
 
 
 @pytest.fixture(scope="module")
-def alone(worlds: Worlds, tiny_folder: Path) -> Outcome:
+def alone(worlds: RankPool, tiny_folder: Path) -> Outcome:
     return worlds.run(Layout(), learn_values, tiny_folder)[0]
 
 
@@ -163,7 +163,7 @@ def alone(worlds: Worlds, tiny_folder: Path) -> Outcome:
     ],
     ids=str,
 )
-def test_a_layout_learns_the_same_values(layout: Layout, alone: Outcome, worlds: Worlds, tiny_folder: Path) -> None:
+def test_a_layout_learns_the_same_values(layout: Layout, alone: Outcome, worlds: RankPool, tiny_folder: Path) -> None:
     assert alone[0][0][0] > alone[0][2][0]
     for history, _ in worlds.run(layout, learn_values, tiny_folder):
         np.testing.assert_allclose(history, alone[0], rtol=2e-5)
@@ -205,7 +205,7 @@ def save_and_load(groups: Groups, folder: Path, to: Path) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-def test_a_critic_is_saved_with_its_head(worlds: Worlds, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_critic_is_saved_with_its_head(worlds: RankPool, tiny_folder: Path, tmp_path: Path) -> None:
     worlds.run(Layout(pipeline=2), save_and_load, tiny_folder, tmp_path)
     saved = Checkpoint(tmp_path)
     assert saved.tensors.keys() >= {VALUE, f"exp_avg/{VALUE}"}

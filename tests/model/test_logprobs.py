@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.logprobs import CHUNKS, local_logits, token_logprobs, token_scores
 from lockstep.model.names import padded_vocabulary
 
@@ -72,7 +72,7 @@ def test_bfloat16_stays_near(temperature: float, groups: Groups) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "vocabulary", "temperature"), [(*size, t) for size in SIZES for t in (1.0, 0.5)])
-def test_two_tensor_ranks_equal_one(tokens: int, vocabulary: int, temperature: float, worlds: Worlds) -> None:
+def test_two_tensor_ranks_equal_one(tokens: int, vocabulary: int, temperature: float, worlds: RankPool) -> None:
     ranks = worlds.run(Layout(tensor=2), on_rank, tokens, vocabulary, temperature, torch.float32)
     first, second = ([torch.from_numpy(a) for a in rank] for rank in ranks)
     assert torch.equal(first[0], second[0])
@@ -93,7 +93,7 @@ def z_gradients(groups: Groups) -> list[Any]:
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2)], ids=str)
-def test_the_log_sum_has_a_gradient_of_its_own(layout: Layout, worlds: Worlds) -> None:
+def test_the_log_sum_has_a_gradient_of_its_own(layout: Layout, worlds: RankPool) -> None:
     found = worlds.run(layout, z_gradients)
     hidden, whole, targets, slope = (t.double() if t.is_floating_point() else t for t in problem(9, 32))
     scaled = hidden.requires_grad_() @ whole.requires_grad_().t() / 0.7
@@ -185,7 +185,7 @@ def naive_entropies(temperature: float, cap: float | None) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (0.5, None), (0.7, 3.0)])
-def test_entropy_is_that_of_the_whole_vocabulary(temperature: float, cap: float | None, worlds: Worlds) -> None:
+def test_entropy_is_that_of_the_whole_vocabulary(temperature: float, cap: float | None, worlds: RankPool) -> None:
     expected = naive_entropies(temperature, cap)
     for layout in (Layout(), Layout(tensor=2)):
         ranks = worlds.run(layout, entropies, temperature, cap, torch.float32)

@@ -13,7 +13,7 @@ from lockstep.distributed.checkpoint.reshard import WEIGHTS
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import WorldFailed, Worlds
+from lockstep.distributed.rank_pool import RankPool, WorldFailed
 from lockstep.model.adapters import merged, with_adapters
 from lockstep.model.columns import Columns
 from lockstep.model.config import LoraConfig, ModelConfig, MoEConfig, Numerics, describe
@@ -115,7 +115,7 @@ MORE = [*SOME, Layout(pipeline=2, virtual=2)]
 
 
 @pytest.fixture(scope="module")
-def alone(worlds: Worlds, tiny_folder: Path) -> dict[str, Any]:
+def alone(worlds: RankPool, tiny_folder: Path) -> dict[str, Any]:
     return {
         name: worlds.run(Layout(), learn, None if name == "biases" else tiny_folder, split)[0]
         for name, split in SPLITS.items()
@@ -128,7 +128,7 @@ def alone(worlds: Worlds, tiny_folder: Path) -> dict[str, Any]:
     ids=str,
 )
 def test_a_layout_learns_the_same(
-    name: str, layout: Layout, alone: dict[str, Any], worlds: Worlds, tiny_folder: Path
+    name: str, layout: Layout, alone: dict[str, Any], worlds: RankPool, tiny_folder: Path
 ) -> None:
     history, held = alone[name]
     assert history[2][0] < history[0][0]
@@ -175,7 +175,7 @@ def free_reference(groups: Groups, folder: Path, numerics: Numerics) -> tuple[li
     ids=str,
 )
 def test_without_its_adapters_a_model_is_its_base_to_the_bit(
-    layout: Layout, numerics: str, worlds: Worlds, tiny_folder: Path
+    layout: Layout, numerics: str, worlds: RankPool, tiny_folder: Path
 ) -> None:
     for expected, new, beneath in worlds.run(layout, free_reference, tiny_folder, numerics):
         assert expected
@@ -210,7 +210,7 @@ def sent_and_scored(groups: Groups, folder: Path, dtype: str, numerics: Numerics
     ids=str,
 )
 def test_rollouts_are_sent_weights_with_the_adapters_in_them(
-    layout: Layout, dtype: str, numerics: Numerics, worlds: Worlds, tiny_folder: Path
+    layout: Layout, dtype: str, numerics: Numerics, worlds: RankPool, tiny_folder: Path
 ) -> None:
     results = worlds.run(layout, sent_and_scored, tiny_folder, dtype, numerics)
     model = HuggingFaceFolder(tiny_folder).config
@@ -243,7 +243,7 @@ def exact_steps(groups: Groups, folder: Path) -> list[tuple[float, float]]:
     ids=str,
 )
 def test_merged_weights_have_the_gradients_of_thin_products(
-    layout: Layout, alone: dict[str, Any], worlds: Worlds, tiny_folder: Path
+    layout: Layout, alone: dict[str, Any], worlds: RankPool, tiny_folder: Path
 ) -> None:
     for found in worlds.run(layout, exact_steps, tiny_folder):
         np.testing.assert_allclose(found, alone["adapters"][0], rtol=2e-4)
@@ -268,7 +268,9 @@ def go_on(groups: Groups, saved: Path) -> list[tuple[float, float]]:
     return steps(trainer, 2)
 
 
-def test_adapters_go_on_from_a_checkpoint_of_another_layout(worlds: Worlds, tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapters_go_on_from_a_checkpoint_of_another_layout(
+    worlds: RankPool, tiny_folder: Path, tmp_path: Path
+) -> None:
     whole = worlds.run(Layout(tensor=2), save_after, tiny_folder, tmp_path)[0]
     np.testing.assert_allclose(worlds.run(Layout(pipeline=2), go_on, tmp_path)[0], whole[2:], rtol=2e-5)
     states = {name for name in Checkpoint(tmp_path).tensors if "/" in name}
@@ -323,7 +325,7 @@ def test_a_declaration_that_chooses_nothing_is_refused(groups: Groups, tiny_fold
     assert "q_proj.weight and model.layers.0.self_attn.v_proj.weight lie in one" in refused("*.q_proj.weight")
 
 
-def test_parts_that_learn_nothing_on_a_stage_are_refused(worlds: Worlds, tiny_folder: Path) -> None:
+def test_parts_that_learn_nothing_on_a_stage_are_refused(worlds: RankPool, tiny_folder: Path) -> None:
     first = TrainableConfig(tensors=("model.layers.0.*",))
     with pytest.raises(WorldFailed, match="choose tensors of all pipeline stages"):
         worlds.run(Layout(pipeline=2), learn, tiny_folder, first)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from megatron.core.transformer.enums import AttnBackend
 from ml_dtypes import bfloat16
 
-from lockstep.distributed.checkpoint.spec import Box, Source, digest, state_name, to_numpy, whole
+from lockstep.distributed.checkpoint.tensors import Box, Source, digest, state_name, to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel
 from lockstep.model.formats import torch_dist
@@ -141,7 +141,7 @@ def saved_by_megatron(groups: Groups, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Path]:
+def saved(worlds: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Path]:
     folders = {layout: tmp_path_factory.mktemp("megatron") for layout in (*LAYOUTS, EXPERT)}
     for layout, folder in folders.items():
         worlds.run(layout, saved_by_megatron, folder)
@@ -193,7 +193,7 @@ def differing_in_megatron(groups: Groups, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, EXPERT], ids=str)
-def test_megatron_loads_what_we_wrote(layout: Layout, ours: Path, worlds: Worlds) -> None:
+def test_megatron_loads_what_we_wrote(layout: Layout, ours: Path, worlds: RankPool) -> None:
     assert worlds.run(layout, differing_in_megatron, ours) == [[]] * layout.processes
 
 
@@ -213,7 +213,7 @@ def largest_difference(groups: Groups, folder: Path) -> dict[str, float]:
     return found
 
 
-def test_our_logits_equal_those_of_megatron(ours: Path, worlds: Worlds) -> None:
+def test_our_logits_equal_those_of_megatron(ours: Path, worlds: RankPool) -> None:
     (found,) = worlds.run(Layout(), largest_difference, ours)
     assert max(found.values()) < 1e-4, found
 
@@ -228,7 +228,7 @@ RESAVED = [
 
 @pytest.mark.parametrize(("name", "layout", "sharding"), RESAVED, ids=str)
 def test_adam_goes_through_megatron_and_back(
-    name: str, layout: Layout, sharding: str | None, ours: Path, tmp_path: Path, worlds: Worlds
+    name: str, layout: Layout, sharding: str | None, ours: Path, tmp_path: Path, worlds: RankPool
 ) -> None:
     model, dtype = MODELS[name], dtype_of(name)
     for groups in worlds.run(layout, resaved, model, dtype, ours / name, tmp_path / "back", sharding):
@@ -245,7 +245,7 @@ def test_adam_goes_through_megatron_and_back(
         assert digest(back.read(state, box)) == digest(expected.read(state, box)), state
 
 
-def test_buckets_without_names_are_refused_and_weights_are_not(ours: Path, tmp_path: Path, worlds: Worlds) -> None:
+def test_buckets_without_names_are_refused_and_weights_are_not(ours: Path, tmp_path: Path, worlds: RankPool) -> None:
     model = MODELS["untied"]
     worlds.run(Layout(tensor=2), resaved, model, torch.float32, ours / "untied", tmp_path / "back", "dp_reshardable")
     found = MegatronFolder(tmp_path / "back", model)

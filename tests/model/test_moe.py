@@ -15,9 +15,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from lockstep.distributed.device import megatron_device
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.pipeline import megatron_config
-from lockstep.distributed.worlds import Worlds
-from lockstep.distributed.zero import is_expert
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import MoEConfig
 from lockstep.model.moe import MoE, Sequences
 from tests.parameters import every
@@ -175,7 +175,7 @@ def split(groups: Groups, outputs: list[Tensor], x_gradients: list[Tensor], grad
     ),
     ids=str,
 )
-def test_outputs_and_gradients_equal_those_of_transformers(layout: Layout, kind: str, worlds: Worlds) -> None:
+def test_outputs_and_gradients_equal_those_of_transformers(layout: Layout, kind: str, worlds: RankPool) -> None:
     block = reference(kind)
     outputs, x_gradients = [], []
     for replica in range(layout.replicas * layout.context):
@@ -267,7 +267,7 @@ def router_gradients(groups: Groups, weights: dict[str, Tensor], rows: list[list
     ids=str,
 )
 def test_losses_of_the_router_depend_on_documents_alone(
-    layout: Layout, packing: list[list[int]], worlds: Worlds
+    layout: Layout, packing: list[list[int]], worlds: RankPool
 ) -> None:
     weights = {name: p.detach() for name, p in reference("mixtral").named_parameters()}
     weights["gate.weight"][0, 0] += 100

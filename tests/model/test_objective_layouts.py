@@ -10,7 +10,7 @@ import torch
 from lockstep.data.batch import Sample, rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.kl import KL
 from lockstep.model.loss import Objective, TokenLoss
@@ -67,7 +67,7 @@ def stepped(groups: Groups, folder: Path, names: list[str], row_tokens: int) -> 
 
 
 @pytest.fixture(scope="module")
-def alone(worlds: Worlds, tiny_folder: Path) -> list[Any]:
+def alone(worlds: RankPool, tiny_folder: Path) -> list[Any]:
     return worlds.run(Layout(), stepped, tiny_folder, [*OBJECTIVES], 64)[0]
 
 
@@ -79,13 +79,13 @@ def check(found: list[Any], expected: list[Any], tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("layout", [Layout(data=2), Layout(context=2), Layout(pipeline=2), Layout(tensor=2)], ids=str)
-def test_a_layout_changes_no_number(layout: Layout, alone: Any, worlds: Worlds, tiny_folder: Path) -> None:
+def test_a_layout_changes_no_number(layout: Layout, alone: Any, worlds: RankPool, tiny_folder: Path) -> None:
     for found in worlds.run(layout, stepped, tiny_folder, [*OBJECTIVES], 64):
         check(found, alone, 5e-5)
 
 
 @pytest.mark.parametrize("row_tokens", [1, 1000])
-def test_the_size_of_a_row_changes_no_number(row_tokens: int, alone: Any, worlds: Worlds, tiny_folder: Path) -> None:
+def test_the_size_of_a_row_changes_no_number(row_tokens: int, alone: Any, worlds: RankPool, tiny_folder: Path) -> None:
     check(worlds.run(Layout(), stepped, tiny_folder, [*OBJECTIVES], row_tokens)[0], alone, 1e-5)
 
 

@@ -13,11 +13,11 @@ from lockstep.data.batch import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.reshard import Kept, fill, whole_chunks
 from lockstep.distributed.checkpoint.saver import Saver
-from lockstep.distributed.checkpoint.spec import Piece, WeightsOnly, state_name, to_numpy, whole
+from lockstep.distributed.checkpoint.tensors import Piece, WeightsOnly, state_name, to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
-from lockstep.distributed.zero import MissingState
+from lockstep.distributed.optimizer.zero import MissingState
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig, describe
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loss import nll
@@ -117,7 +117,7 @@ def check_equal(a: Checkpoint, b: Checkpoint, kinds: set[str]) -> None:
 def check(
     layouts: list[Layout],
     hops: tuple[int, ...],
-    worlds: Worlds,
+    worlds: RankPool,
     folder: Path,
     name: str,
     dtype: str,
@@ -144,7 +144,7 @@ def check(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "layouts"), [("dense", DENSE), ("experts", EXPERTS)])
 def test_any_layout_goes_on_from_every_other(
-    name: str, layouts: list[Layout], dtype: str, worlds: Worlds, tmp_path: Path
+    name: str, layouts: list[Layout], dtype: str, worlds: RankPool, tmp_path: Path
 ) -> None:
     check(layouts, tuple(range(len(layouts))), worlds, tmp_path, name, dtype, ADAMW)
 
@@ -157,18 +157,18 @@ def test_any_layout_goes_on_from_every_other(
     ],
 )
 def test_a_layout_goes_on_from_itself_and_another(
-    name: str, layouts: list[Layout], dtype: str, worlds: Worlds, tmp_path: Path
+    name: str, layouts: list[Layout], dtype: str, worlds: RankPool, tmp_path: Path
 ) -> None:
     check(layouts, (0, 1), worlds, tmp_path, name, dtype, ADAMW)
 
 
-def test_muon_goes_on_from_another_layout(worlds: Worlds, tmp_path: Path) -> None:
+def test_muon_goes_on_from_another_layout(worlds: RankPool, tmp_path: Path) -> None:
     check(
         [Layout(tensor=2, sequence=True), Layout(data=2, zero=2)], (0, 1), worlds, tmp_path, "experts", "float32", MUON
     )
 
 
-def test_an_fp32_run_goes_on_from_the_masters_of_a_bf16_run(worlds: Worlds, tmp_path: Path) -> None:
+def test_an_fp32_run_goes_on_from_the_masters_of_a_bf16_run(worlds: RankPool, tmp_path: Path) -> None:
     worlds.run(Layout(), straight, tmp_path / "a", "dense", "bfloat16", ADAMW)
     worlds.run(Layout(data=2), in_fp32, tmp_path / "a", tmp_path / "b")
     before, after = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b")
@@ -196,7 +196,7 @@ def without_state(groups: Groups, folder: Path) -> str:
     return str(caught.value)
 
 
-def test_a_checkpoint_without_state_is_no_fresh_start_without_a_word(worlds: Worlds, tmp_path: Path) -> None:
+def test_a_checkpoint_without_state_is_no_fresh_start_without_a_word(worlds: RankPool, tmp_path: Path) -> None:
     worlds.run(Layout(), without_state, tmp_path)
 
 
@@ -247,7 +247,7 @@ def cut_anywhere(groups: Groups, seed: int) -> tuple[dict[str, Any], list[Any]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_chunks_are_whole_wherever_parameters_are_cut(ranks: int, worlds: Worlds) -> None:
+def test_chunks_are_whole_wherever_parameters_are_cut(ranks: int, worlds: RankPool) -> None:
     for found in zip(*worlds.run(Layout(data=ranks), cut_many_times, 25), strict=True):
         assert not [wrong for _, wrong in found if wrong]
         names = [name for chunks, _ in found for name in chunks]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lockstep.data.loader import PretrainingConfig, PretrainingData
-from lockstep.data.schedule import Rewind
-from lockstep.data.synthetic import write_random_store
+from lockstep.data.corpus.loader import PretrainingConfig, PretrainingData
+from lockstep.data.corpus.sample_schedule import Rewind
+from lockstep.data.corpus.synthetic import write_random_store
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
 from lockstep.model.held import pieces
 from lockstep.model.loss import nll
@@ -133,13 +133,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=str,
 )
 def test_after_a_rewind_no_bit_remembers_the_steps_that_were_taken_back(
-    layout: Layout, dtype: str, worlds: Worlds, store: Path
+    layout: Layout, dtype: str, worlds: RankPool, store: Path
 ) -> None:
     check(worlds, layout, store, dtype, CONFIG.optimizer)
 
 
 @pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, zero=0), Layout(data=2, zero=2)], ids=str)
-def test_muon_goes_back_as_well(layout: Layout, worlds: Worlds, store: Path) -> None:
+def test_muon_goes_back_as_well(layout: Layout, worlds: RankPool, store: Path) -> None:
     check(worlds, layout, store, "float32", MUON)
 
 
@@ -179,17 +179,17 @@ def with_and_without_a_spoilt_step(groups: Groups, *args: Any) -> tuple[list[Any
     ids=str,
 )
 def test_a_gradient_that_is_no_number_leaves_weights_and_moments_alone(
-    layout: Layout, dtype: str, worlds: Worlds, store: Path
+    layout: Layout, dtype: str, worlds: RankPool, store: Path
 ) -> None:
     check_spoilt(worlds, layout, store, dtype, CONFIG.optimizer)
 
 
 @pytest.mark.parametrize("layout", [Layout(tensor=2, zero=0), Layout(data=2, zero=1)], ids=str)
-def test_so_does_muon(layout: Layout, worlds: Worlds, store: Path) -> None:
+def test_so_does_muon(layout: Layout, worlds: RankPool, store: Path) -> None:
     check_spoilt(worlds, layout, store, "float32", MUON)
 
 
-def check_spoilt(worlds: Worlds, layout: Layout, *args: Any) -> None:
+def check_spoilt(worlds: RankPool, layout: Layout, *args: Any) -> None:
     results = worlds.run(layout, with_and_without_a_spoilt_step, *args)
     for (after, without), norms in results:
         assert not np.isfinite(norms).any()
@@ -197,7 +197,7 @@ def check_spoilt(worlds: Worlds, layout: Layout, *args: Any) -> None:
             np.testing.assert_array_equal(ours, theirs)
 
 
-def check(worlds: Worlds, layout: Layout, *args: Any) -> None:
+def check(worlds: RankPool, layout: Layout, *args: Any) -> None:
     expected = worlds.run(layout, without_those_steps, *args)
     for (history, held, wild), (losses, unspoilt) in zip(
         worlds.run(layout, with_rewinds, *args), expected, strict=True

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lockstep.data.batch import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loss import nll
 from lockstep.model.names import RandomWeights
@@ -62,7 +62,7 @@ def watched(groups: Groups, recompute: Recompute) -> Routing:
     ],
     ids=str,
 )
-def test_every_layout_sees_the_same_choices(layout: Layout, recompute: Recompute, worlds: Worlds) -> None:
+def test_every_layout_sees_the_same_choices(layout: Layout, recompute: Recompute, worlds: RankPool) -> None:
     (one,) = worlds.run(Layout(), watched, "none")
     found = worlds.run(layout, watched, recompute)
     assert {layer for rank in found for layer in rank} == one.keys() == {0, 1}
@@ -89,7 +89,7 @@ def test_tokens_that_each_rank_repeats_are_no_other_choice(ranks: list[list[int]
     assert tie({0: whole}, [{0: choices(*rank)} for rank in ranks for _ in range(times)]) is None
 
 
-def test_a_router_that_chooses_all_experts_has_no_close_call(worlds: Worlds) -> None:
+def test_a_router_that_chooses_all_experts_has_no_close_call(worlds: RankPool) -> None:
     assert worlds.run(Layout(), all_chosen, 4) == [(4, float("inf"))]
 
 
@@ -101,7 +101,7 @@ def all_chosen(groups: Groups, experts: int) -> tuple[int, float]:
     return chosen.shape[1], margin.min().item()
 
 
-def test_choices_of_probabilities_that_are_given(worlds: Worlds) -> None:
+def test_choices_of_probabilities_that_are_given(worlds: RankPool) -> None:
     assert worlds.run(Layout(), choices_of_unit_vectors) == [[[0, 1], [3, 2]]]
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lockstep.data.batch import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.loss import nll
 from lockstep.model.recipes import OptimizerConfig, row_rules
@@ -90,12 +90,12 @@ def check(results: list[Any], expected: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     "layout", every(LAYOUTS, part=lambda layout: layout.zero != 2 or layout.processes == 4), ids=str
 )
-def test_statistics_are_those_of_the_whole_model(layout: Layout, worlds: Worlds, tiny_folder: Path) -> None:
+def test_statistics_are_those_of_the_whole_model(layout: Layout, worlds: RankPool, tiny_folder: Path) -> None:
     check(worlds.run(layout, measured, tiny_folder, 0.0), naive(tiny_folder))
 
 
 @pytest.mark.parametrize("layout", EXPERT_LAYOUTS, ids=str)
-def test_experts_count_once(layout: Layout, worlds: Worlds, tmp_path: Path) -> None:
+def test_experts_count_once(layout: Layout, worlds: RankPool, tmp_path: Path) -> None:
     torch.manual_seed(2)
     test_expert_parity.qwen3().save_pretrained(tmp_path)
     expected = naive(tmp_path)
@@ -104,7 +104,7 @@ def test_experts_count_once(layout: Layout, worlds: Worlds, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(data=2, zero=3)], ids=str)
-def test_sizes_are_those_after_the_step(layout: Layout, worlds: Worlds, tiny_folder: Path) -> None:
+def test_sizes_are_those_after_the_step(layout: Layout, worlds: RankPool, tiny_folder: Path) -> None:
     before = naive(tiny_folder)["weight_rms/layers.0"]
     alone = worlds.run(Layout(), measured, tiny_folder, 0.01)[0][0]["weight_rms/layers.0"]
     assert abs(alone / before - 1) > 1e-4

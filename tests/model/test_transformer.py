@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.formats.huggingface import HuggingFaceFolder
 from lockstep.model.logprobs import local_logits
@@ -85,7 +85,7 @@ LENGTHS = [17, 1, 60, 5]
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_logits_equal_those_of_transformers(
-    tensor: int, folder: Path, reference: LlamaForCausalLM, worlds: Worlds
+    tensor: int, folder: Path, reference: LlamaForCausalLM, worlds: RankPool
 ) -> None:
     ranks = worlds.run(Layout(tensor=tensor), packed_and_alone, folder, LENGTHS)
     texts = tokens_of(LENGTHS, reference.config.vocab_size)

@@ -7,7 +7,7 @@ None may be judged correct, hang, leave a process behind, or change anything out
 
 from dataclasses import dataclass
 
-from lockstep.data.code_tests import Case, CodeTests
+from lockstep.data.tasks.code_tests import Case, CodeTests
 
 DOUBLE = CodeTests(
     program="""

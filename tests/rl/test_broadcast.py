@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from lockstep.distributed.checkpoint.spec import digest
+from lockstep.distributed.checkpoint.tensors import digest
 from lockstep.distributed.groups import host_meeting
 from lockstep.rl.broadcast import Broadcast, BroadcastFailed, Broadcasts
 from lockstep.rl.sync import Shard

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.data.code_tests import Case, CodeTests
+from lockstep.data.tasks.code_tests import Case, CodeTests
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code import CodePool
 from lockstep.rl.verifiers.examiner import same_output

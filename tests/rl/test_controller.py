@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep.data.problems import Problem, Split, TaskConfig
+from lockstep.data.tasks.task import Problem, Split, TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import PASSES, Model, Rollouts

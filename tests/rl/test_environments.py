@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lockstep.cluster.config import RecipeError, parse
-from lockstep.data.problem import entry_text
-from lockstep.data.problems import Problem, Split, TaskConfig
+from lockstep.data.tasks.problem import entry_text
+from lockstep.data.tasks.task import Problem, Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import Numerics

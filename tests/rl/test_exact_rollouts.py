@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from lockstep.cluster.cli import app
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model import kernels
 from lockstep.model.kv_cache import kinds
 from lockstep.rl.mismatch import compare, reported, rescored
@@ -57,7 +57,7 @@ def test_no_bit_differs_where_there_is_no_compiler(groups: Groups, monkeypatch: 
         assert shared > 100
 
 
-def test_no_bit_differs_at_two_tensor_ranks(worlds: Worlds) -> None:
+def test_no_bit_differs_at_two_tensor_ranks(worlds: RankPool) -> None:
     for rank in worlds.run(Layout(tensor=2), differing_bits, ["experts"], "bfloat16", 40):
         assert [bits for bits, _, _ in rank] == [0]
 

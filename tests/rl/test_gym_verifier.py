@@ -9,7 +9,7 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from lockstep.data.problem import entry_text
+from lockstep.data.tasks.problem import entry_text
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.gym import grade
 from lockstep.rl.verifiers.pool import VerifierPool

@@ -2,8 +2,8 @@
 
 import reasoning_gym
 
-from lockstep.data.code_tests import Case, CodeTests
-from lockstep.data.problem import entry_text
+from lockstep.data.tasks.code_tests import Case, CodeTests
+from lockstep.data.tasks.problem import entry_text
 from lockstep.rl.types import Prompt
 from lockstep.rl.verifiers.judge import Judge
 from lockstep.rl.verifiers.recipes import VerifierConfig

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.data.preferences import RankedTokens
-from lockstep.data.problems import Problem, Split, TaskConfig
+from lockstep.data.tasks.task import Problem, Split, TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.recipes import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Model

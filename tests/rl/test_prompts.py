@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.data.code_tests import CodeTests
-from lockstep.data.presets import PRESETS
-from lockstep.data.problems import Problem, TaskConfig, draw_shots, make_split
+from lockstep.data.tasks.code_tests import CodeTests
+from lockstep.data.tasks.presets import PRESETS
+from lockstep.data.tasks.task import Problem, TaskConfig, draw_shots, make_split
 from lockstep.data.tokenizer import Tokenizer, train_tokenizer
 from lockstep.rl.prompts import demonstration, make_prompt
 from lockstep.rl.verifiers import gym

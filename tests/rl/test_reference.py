@@ -11,7 +11,7 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
 from lockstep.model.names import RandomWeights
 from lockstep.model.train import build, transformer_of
@@ -87,7 +87,7 @@ def followed(groups: Groups, folder: Path, kind: str) -> list[np.ndarray]:
 @pytest.mark.parametrize("kind", ["version", "average"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(data=2)], ids=str)
 def test_a_reference_that_moves_goes_on_from_a_checkpoint(
-    layout: Layout, kind: str, worlds: Worlds, tmp_path: Path
+    layout: Layout, kind: str, worlds: RankPool, tmp_path: Path
 ) -> None:
     for before, after, again_before, again_after in worlds.run(layout, followed, tmp_path, kind):
         assert np.array_equal(before, again_before)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
 from lockstep.model.names import RandomWeights
 from lockstep.model.train import build, transformer_of
@@ -247,7 +247,7 @@ def rank_answers(groups: Groups, kind: str) -> dict[str | int, list[tuple[int, f
     return {key: [(t.token, t.logp) for t in tokens] for key, tokens in answers(engine, workload(11, 20)).items()}
 
 
-def test_tensor_ranks_say_what_one_process_says(worlds: Worlds) -> None:
+def test_tensor_ranks_say_what_one_process_says(worlds: RankPool) -> None:
     for kind in ("all", "both"):
         (expected,) = worlds.run(Layout(), rank_answers, kind)
         first, second = worlds.run(Layout(tensor=2), rank_answers, kind)

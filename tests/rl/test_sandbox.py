@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.data.code_tests import CodeTests
+from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code import CodePool
 from lockstep.rl.verifiers.protection import NOTHING, Protection, SandboxError, SandboxLimits

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lockstep.data.batch import Floats, Ints, RowRules, rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.attention import DocumentAttention
 from lockstep.model.config import ModelConfig
 from lockstep.model.heads import ValueHead
@@ -59,7 +59,7 @@ def scored(groups: Groups, head: str, answers: bool) -> tuple[Ints, Floats]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("head", "answers"), [("vocabulary", False), ("value", False), ("value", True)])
 def test_scores_equal_plain_forward_passes(
-    layout: Layout, head: str, answers: bool, worlds: Worlds, groups: Groups
+    layout: Layout, head: str, answers: bool, worlds: RankPool, groups: Groups
 ) -> None:
     lengths = [1 if answers else len(r.tokens) for r in ROLLOUTS]
     found = columns(worlds.run(layout, scored, head, answers), lengths)

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.distributed.checkpoint.spec import Box, digest
+from lockstep.distributed.checkpoint.tensors import Box, digest
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.worlds import Worlds
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
 from lockstep.model.names import RandomWeights, logical_tensors
 from lockstep.model.train import build, transformer_of
@@ -59,7 +59,7 @@ def bits(of: Transformer) -> dict[str, str]:
     ids=str,
 )
 def test_a_whole_model_receives_what_any_layout_sends(
-    layout: Layout, tied: bool, dtype: torch.dtype, worlds: Worlds, groups: Groups
+    layout: Layout, tied: bool, dtype: torch.dtype, worlds: RankPool, groups: Groups
 ) -> None:
     shards = [shard for part in worlds.run(layout, sent, tied, dtype) for shard in part]
     policy, worker = (transformer(groups, tied, dtype, seed) for seed in (1, 2))
@@ -84,7 +84,7 @@ def test_every_missing_shard_is_noticed(shards: list[Shard], groups: Groups) -> 
             receive(worker, shards[:i] + shards[i + 1 :])
 
 
-def test_a_missing_part_of_a_tensor_is_noticed(worlds: Worlds, groups: Groups) -> None:
+def test_a_missing_part_of_a_tensor_is_noticed(worlds: RankPool, groups: Groups) -> None:
     halves = [s for part in worlds.run(Layout(tensor=2), sent, True, torch.float32) for s in part]
     halves.remove(next(s for s in reversed(halves) if s.name.endswith("o_proj.weight")))
     with pytest.raises(WeightsDiffer, match="96 of 192 elements"):

@@ -1,0 +1,233 @@
+"""Rows of data sets as people keep them: JSON, JSON lines and Parquet, in files here or in a data set on the Hub.
+
+A row knows where it stands, so that what is wrong with one of its fields can be said with file, line and field.
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lockstep.data.json_text import Bad, parsed_json
+
+SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+HUB = "hf://datasets/"
+"""What the name of files on the Hub begins with: `hf://datasets/openai/gsm8k/main/test-*.parquet`."""
+
+
+class BadRow(ValueError):
+    """A row that cannot be used, in one sentence with its file, line and field; or a file without rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The fields of one row."""
+
+    place: str
+    """File and line, or file and row."""
+    values: Mapping[str, Any]
+
+    def has(self, *names: str) -> bool:
+        """Whether all these fields are there, and not empty."""
+        return all(self.values.get(name) not in (None, "") for name in names)
+
+    def text(self, name: str) -> str:
+        """A field that must be text; a number is taken as it is written.
+
+        Raises:
+            BadRow: when it is not there, or something else.
+        """
+        value = self._needed(name)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise self.bad(name, f"must be text, and is {_kind(value)}")
+        return str(value)
+
+    def texts(self, name: str) -> list[str]:
+        """A field that must be a list of texts.
+
+        Raises:
+            BadRow: when it is not there, or something else.
+        """
+        values = self.items(name)
+        if not all(isinstance(value, str) for value in values):
+            raise self.bad(name, "must be a list of texts")
+        return values
+
+    def items(self, name: str) -> list[Any]:
+        """A field that must be a list.
+
+        Raises:
+            BadRow: when it is not there, or something else.
+        """
+        value = self._needed(name)
+        if not isinstance(value, list):
+            raise self.bad(name, f"must be a list, and is {_kind(value)}")
+        return value
+
+    def part(self, name: str) -> "Row":
+        """A field that must be an object, or JSON of one, as a row of its own.
+
+        Raises:
+            BadRow: when it is not there, or something else.
+        """
+        return Row(f"{self.place}, {name}", self.checked(name, self.json(name), dict))
+
+    def json(self, name: str) -> Any:
+        """What a field says, which may be text of JSON, or the value itself.
+
+        Raises:
+            BadRow: when it is not there, or is text and no JSON.
+        """
+        value = self._needed(name)
+        parsed = parsed_json(value) if isinstance(value, str) else value
+        if isinstance(parsed, Bad):
+            raise self.bad(name, f"must be JSON: {parsed.reason}")
+        return parsed
+
+    def checked(self, name: str, value: Any, kind: type) -> Any:
+        """The value where it is of this kind.
+
+        Raises:
+            BadRow: where it is not.
+        """
+        if not isinstance(value, kind):
+            raise self.bad(name, f"must hold {_NAMES[kind]}, and holds {_kind(value)}")
+        return value
+
+    def bad(self, name: str, reason: str) -> BadRow:
+        """What is wrong with a field."""
+        return BadRow(f"{self.place}: the field {name!r} {reason}")
+
+    def _needed(self, name: str) -> Any:
+        if self.values.get(name) is None:
+            there = ", ".join(map(repr, self.values)) or "none"
+            raise self.bad(
+                name, f"is missing; the row has the fields {there}" if name not in self.values else "is null"
+            )
+        return self.values[name]
+
+
+_NAMES: Mapping[type, str] = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _kind(value: object) -> str:
+    return _NAMES.get(type(value), "a number")
+
+
+def is_source(name: str) -> bool:
+    """Whether a name means files: by its ending, as a folder that is here, or as files on the Hub."""
+    return name.startswith(HUB) or name.endswith(SUFFIXES) or Path(name).is_dir()
+
+
+def read_rows(name: str) -> Iterator[Row]:
+    """Rows of a file, of the files of a folder in alphabetical order, or of files on the Hub, in order.
+
+    Args:
+        name: a path, or `hf://datasets/owner/name/files`, where files may have the wildcards of a shell.
+
+    Raises:
+        BadRow: says what cannot be read, with the file, and with the line or row.
+    """
+    for path in _files(name):
+        if path.suffix == ".parquet":
+            yield from _parquet(path)
+        elif path.suffix == ".json":
+            yield from _json(path)
+        else:
+            yield from _lines(path)
+
+
+def _files(name: str) -> list[Path]:
+    if name.startswith(HUB):
+        return _from_hub(name)
+    path = Path(name)
+    if path.is_dir():
+        found = [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
+        if not found:
+            raise BadRow(f"{path} holds no {', '.join(SUFFIXES)} files")
+        return found
+    if not path.is_file():
+        raise BadRow(f"{name!r}: there is no such file")
+    if not path.name.endswith(SUFFIXES):
+        raise BadRow(f"{path} cannot be read: give {', '.join(SUFFIXES)} files, a folder of them, or {HUB}…")
+    return [path]
+
+
+def _from_hub(name: str) -> list[Path]:
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    repository, _, pattern = rest.partition("/")
+    if not pattern:
+        raise BadRow(f"{name!r} must name files of a data set, as {HUB}openai/gsm8k/main/test-*.parquet does")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        folder = Path(snapshot_download(f"{owner}/{repository}", repo_type="dataset", allow_patterns=[pattern]))
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
+        raise BadRow(
+            f"{name!r} did not come from the Hugging Face Hub ({type(error).__name__}): correct the name, or download "
+            "the files where there is a network and give their path"
+        ) from error
+    found = [p for p in sorted(folder.glob(pattern)) if p.name.endswith(SUFFIXES)]
+    if not found:
+        raise BadRow(f"{name!r}: the data set {owner}/{repository} has no {', '.join(SUFFIXES)} files of this name")
+    return found
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opened(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield _row(f"{path}:{number}", line.removesuffix(b"\n"))
+    except (EOFError, OSError, zlib.error) as error:
+        raise BadRow(f"{path} cannot be read on after line {number}: {error}") from error
+
+
+def _row(place: str, raw: bytes) -> Row:
+    try:
+        value = parsed_json(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        value = Bad(f"not valid UTF-8 ({error.reason} at byte {error.start})")
+    if isinstance(value, Bad):
+        raise BadRow(f"{place}: {value.reason}")
+    return _object(place, value)
+
+
+def _object(place: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise BadRow(f"{place}: a JSON object is needed, and this is {_kind(value)}")
+    return Row(place, value)
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of rows, or one row alone, as MATH has them."""
+    try:
+        value = parsed_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        value = Bad(f"not valid UTF-8 ({error.reason} at byte {error.start})")
+    if isinstance(value, Bad):
+        raise BadRow(f"{path}: {value.reason}")
+    if isinstance(value, list):
+        yield from (_object(f"{path}, row {number}", each) for number, each in zip(count(1), value, strict=False))
+    else:
+        yield _object(str(path), value)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", values)
+    except (pa.ArrowException, OSError) as error:
+        raise BadRow(f"{path} cannot be read on after row {number}: {error}") from error

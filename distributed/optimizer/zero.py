@@ -1,0 +1,394 @@
+"""DeepSpeed's ZeRO optimizer under somebody else's schedule: the only module that touches DeepSpeed.
+
+The accumulation boundary is ours (`managed_gradient_accumulation: false`): backwards run wherever the schedule wants
+them, then `step` reduces over the data axis, clips by the global norm and updates. DeepSpeed averages over the data
+axis, so losses are multiplied by its size and gradients become sums over the global batch.
+"""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, fill
+from lockstep.distributed.checkpoint.tensors import STATES, Piece, Source, concurrently, state_name
+from lockstep.distributed.groups import Groups, before_leaving
+from lockstep.distributed.libraries import (
+    deepspeed,
+    deepspeed_groups,
+    deepspeed_logger,
+    original_muon,
+    parameter_offload,
+    zero_utils,
+)
+from lockstep.distributed.optimizer.parameter_marks import EXPERTS, is_expert
+from lockstep.distributed.optimizer.partition import Sharded, Share, share_of, shares_of_all, shares_of_each
+
+_linear = torch.nn.functional.linear
+"""ZeRO-3 puts one of its own in its place, for all."""
+
+
+class MissingState(ValueError):
+    """A checkpoint from which training cannot go on."""
+
+
+class _Grid:
+    """What DeepSpeed asks of its `mpu`; "model" there means tensor × pipeline, and "data" all replicas."""
+
+    def __init__(self, groups: Groups) -> None:
+        axes = {
+            "model": groups.model,
+            "tensor_model": groups.tensor,
+            "pipeline_model": groups.pipeline,
+            "data": groups.replicas,
+        }
+        for axis, group in axes.items():
+            setattr(self, f"get_{axis}_parallel_group", lambda group=group: group)
+            setattr(self, f"get_{axis}_parallel_rank", lambda group=group: dist.get_rank(group))
+            setattr(self, f"get_{axis}_parallel_world_size", lambda group=group: dist.get_world_size(group))
+
+
+class _HasExperts(deepspeed.moe.layer.MoE):
+    """Tells DeepSpeed, which looks for its own layer, that a module has experts; it computes nothing."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = 0
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups exist already."""
+
+
+BUCKET = 20_000_000
+"""Elements that are reduced at a time: enough for a network, and few enough that they are still in a cache."""
+
+_STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
+"""Kinds of state, and what optimizers call them."""
+
+_half_precision = original_muon.ns_compute_dtype
+_newton_schulz = original_muon.zeropower_via_gram_newtonschulz
+_newton_schulz = getattr(_newton_schulz, "_torchdynamo_orig_callable", _newton_schulz)  # where others came before us
+
+
+def newton_schulz(matrices_NAB: Tensor, exact: bool) -> Tensor:
+    """Nearly orthogonal matrices with the singular vectors of the given ones: five quintic iterations on Gram matrices.
+
+    Singular values come out between 0.7 and 1.2 (Jordan et al. 2024). Not compiled: kernels for one shape differ
+    from those for any shape, and compiling asks for a C++ compiler.
+
+    Args:
+        exact: compute in fp32, so that layouts agree; otherwise in the half precision that DeepSpeed chooses.
+    """
+    original_muon.ns_compute_dtype = (lambda _: torch.float32) if exact else _half_precision
+    return _newton_schulz(matrices_NAB, steps=5).to(matrices_NAB.dtype)
+
+
+@contextmanager
+def _standing_still(optimizer: Any) -> Iterator[None]:
+    """Within this block the optimizer does not step.
+
+    In bf16 without ZeRO, DeepSpeed steps once with gradients of 0 to make the state: Adam would count that step in its
+    bias correction, and decay the weights.
+    """
+    optimizer.step = lambda: None
+    try:
+        yield
+    finally:
+        del optimizer.step
+
+
+class ZeroOptimizer:
+    """An optimizer whose state is split over the replicas as `layout.zero` says."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        groups: Groups,
+        clip_norm: float,
+        parts: Mapping[str, Iterable[nn.Parameter]],
+    ) -> None:
+        """
+        Args:
+            parts: see `Engine`.
+        """
+        deepspeed_logger.setLevel(logging.WARNING)
+        self._groups, self._clip_norm = groups, clip_norm
+        self._bfloat16 = next(module.parameters()).dtype == torch.bfloat16
+        self._plain = groups.layout.zero == 0
+        if any(is_expert(p) for p in module.parameters()):
+            module.add_module("_has_experts", _HasExperts())
+            deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERTS] = groups.expert
+            deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = groups.expert_replicas
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        if type(optimizer) not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:  # it would warn of an untested one
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
+        with _standing_still(optimizer):
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=self._config()
+            )
+        before_leaving(self._close)
+        self._parameters = parameters
+        self._parts = [*parts]
+        self._part_of = {p: i for i, members in enumerate(parts.values()) for p in members}
+        self._squares = torch.zeros(len(parts), dtype=torch.float64)
+        self._held = self._shares(stepped, optimizer)
+        if isinstance(optimizer, Sharded):
+            optimizer.held = self._held
+        if self._plain:
+            optimizer.register_step_pre_hook(lambda stepping, *_: self._clip(stepping))
+        elif groups.layout.zero == 3:
+            self._engine.optimizer._get_norm_groups = lambda: [self._gradient_norm()]
+        else:
+            self._engine.optimizer.scaled_global_norm = self._gradient_norm
+            # Every gradient was read for what the norm tells anyway: where it is no number, DeepSpeed does not step.
+            self._engine.optimizer.check_overflow = lambda **_: None
+
+    def _close(self) -> None:
+        """Take off DeepSpeed's hooks, its linear layer and what it remembers: they keep the model and its groups."""
+        self._engine.destroy()
+        deepspeed_groups.mpu = None
+        for experts in (deepspeed_groups._EXPERT_PARALLEL_GROUP, deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP):
+            experts.pop(EXPERTS, None)
+        torch.nn.functional.linear = _linear
+        parameter_offload.FWD_MODULE_STACK.clear()
+
+    def _config(self) -> dict[str, Any]:
+        layout = self._groups.layout
+        zero: dict[str, Any] = {
+            "stage": layout.zero,
+            "overlap_comm": torch.cuda.is_available(),
+            "reduce_bucket_size": BUCKET,
+        }
+        if layout.zero == 3:
+            zero["stage3_param_persistence_threshold"] = 0  # small weights are split, too: one way for all
+        if layout.offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0 if self._plain else self._clip_norm,
+            "managed_gradient_accumulation": False,
+            "bf16": {"enabled": self._bfloat16},
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+        }
+
+    def _shares(self, stepped: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[Tensor, list[Share]]:
+        """What DeepSpeed made of the parameters that the optimizer was to step: see `Sharded`."""
+        zero: Any = self._engine.optimizer
+        if self._plain:
+            tensors = [t for group in optimizer.param_groups for t in group["params"]]
+            return {t: [share_of(p, (0, p.numel()), 0, 0)] for t, p in zip(tensors, stepped, strict=True)}
+        if self._groups.layout.zero == 3:
+            return {
+                flat: shares_of_each(parameters, self._groups.replicas)
+                for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+            }
+        columns = (
+            zero.single_partition_of_fp32_groups,
+            zero.round_robin_bit16_groups,
+            zero.round_robin_bit16_offsets,
+            zero.real_dp_process_group,
+        )
+        return {
+            flat: shares_of_all(parameters, offsets, flat.numel(), group)
+            for flat, parameters, offsets, group in zip(*columns, strict=True)
+        }
+
+    def begin_backward(self) -> None:
+        """To be called by autograd when gradients are about to reach the module.
+
+        DeepSpeed's own forward pass would arrange for this; and without a forward pass between two backward passes,
+        as at the end of a pipeline's schedule, it would take them for one.
+        """
+        if self._groups.layout.zero:
+            self._engine.optimizer.clear_backward_seen_flag()
+            self._engine._backward_prologue()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Within this block parameters hold their values, which ZeRO-3 splits over replicas otherwise."""
+        if self._groups.layout.zero < 3:
+            yield
+            return
+        with deepspeed.zero.GatheredParameters([*self._engine.module.parameters()]):
+            yield
+
+    def forget(self) -> None:
+        """Start the optimizer's moments afresh, for a new phase of training."""
+        self._innermost().state.clear()
+
+    def changing(self) -> tuple[list[Tensor], torch.optim.Optimizer]:
+        """What a step writes to on this rank, as it is stored: weights, master weights, and who keeps moments."""
+        optimizer = self._innermost()
+        weights = [getattr(p, "ds_tensor", p) for p in self._parameters]  # with ZeRO-3, this rank's part
+        masters = [p for group in optimizer.param_groups for p in group["params"]]
+        return weights + masters + getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", []), optimizer
+
+    def kept(self) -> Iterator[Kept]:
+        """What this rank keeps of all weights, and of what the optimizer remembers of those that it trains."""
+        trained = {share.parameter: (held, share) for held, shares in self._held.items() for share in shares}
+        optimizer = self._innermost()
+        for parameter in self._engine.module.parameters():
+            held, share = trained.get(parameter) or (None, self._share_of(parameter))
+            values = {WEIGHTS: self._values(share)}
+            if held is not None:
+                if self._bfloat16:
+                    values["master"] = share.within(held.detach())
+                state = optimizer.state.get(held, {})
+                values |= {kind: share.within(state[key]) for kind, key in _STATE.items() if key in state}
+            replicas = self._groups.expert_replicas if is_expert(parameter) else self._groups.replicas
+            yield Kept(parameter, share.shape, share.cuts, replicas, values)
+
+    def _share_of(self, parameter: nn.Parameter) -> Share:
+        """The share of a parameter that is not trained."""
+        if self._groups.layout.zero == 3:
+            return shares_of_each([parameter], self._groups.replicas)[0]
+        return share_of(parameter, (0, parameter.numel()), 0, 0)
+
+    def _values(self, share: Share) -> Tensor:
+        """The values of a share, as the model computes with them."""
+        if self._groups.layout.zero == 3:
+            part: Tensor = vars(share.parameter)["ds_tensor"]
+            return part[: share.length]
+        return share.of(share.parameter.detach())
+
+    @property
+    def updates(self) -> int:
+        """How many steps the optimizer has taken that changed something."""
+        return max((int(state.get("step", 0)) for state in self._innermost().state.values()), default=0)
+
+    @torch.no_grad()
+    def restore(self, source: Source, pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> None:
+        """Remember what an optimizer remembered in any layout. The weights themselves are there already.
+
+        Raises:
+            MissingState: when the source has none for something that is trained.
+        """
+        known = frozenset(source.states)
+        rooms = [
+            room for held, shares in self._held.items() for room in self._rooms(held, shares, source, known, pieces)
+        ]
+        concurrently(lambda room: fill(*room), rooms)
+
+    def _rooms(
+        self,
+        held: Tensor,
+        shares: Sequence[Share],
+        source: Source,
+        known: frozenset[str],
+        pieces: Mapping[nn.Parameter, Sequence[Piece]],
+    ) -> Iterator[tuple[Any, ...]]:
+        """Arguments of `fill` for everything that is remembered of a tensor that the optimizer is given."""
+        names = [piece.name for share in shares for piece in pieces[share.parameter]]
+        kinds = [kind for kind in STATES if names and all(state_name(kind, name) in known for name in names)]
+        if names and source.updates and not _STATE.keys() & kinds:
+            raise MissingState(f"there is no optimizer state for {names[0]}, or not of this optimizer")
+        state = self._innermost().state[held] if kinds else {}
+        for kind in kinds:
+            into = held.detach()
+            if kind in _STATE:
+                into = state[_STATE[kind]] = torch.zeros_like(held)
+            for share in shares:
+                yield share.within(into), share.start, share.shape, pieces[share.parameter], source, kind
+        if "exp_avg" in kinds:
+            state["step"] = torch.tensor(float(source.updates))
+
+    def _innermost(self) -> torch.optim.Optimizer:
+        """The optimizer inside of DeepSpeed's."""
+        optimizer: Any = self._engine.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def step(self, learning_rate: float) -> float:
+        """Reduce, clip, update, and forget the gradients. Returns the global norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._squares.fill_(math.inf)  # remains where DeepSpeed finds that gradients overflowed, and does not step
+        self._engine.step()
+        return float(self._norm)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of each part's gradient in the last step, before clipping."""
+        return dict(zip(self._parts, self._squares.sqrt().tolist(), strict=True))
+
+    def weight_norms(self) -> dict[str, float]:
+        """√Σw² of each part."""
+        return dict(zip(self._parts, self._sums(self._weights()).sqrt().tolist(), strict=True))
+
+    def _weights(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+        """Weights, or this rank's share of them, and how many ranks hold the same."""
+        parameters: list[Any] = [*self._part_of]
+        if self._groups.layout.zero < 3:
+            yield from ((p, p.detach(), self._holders(p)) for p in parameters)
+            return
+        for share in shares_of_each(parameters, self._groups.replicas):
+            yield share.parameter, self._values(share), 1
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+        """Without ZeRO, DeepSpeed does not say the norm of fp32 gradients, and leaves experts out of that of bf16 ones.
+
+        Args:
+            optimizer: its parameters are the module's, or fp32 copies of them.
+        """
+        norm = float(self._gradient_norm())
+        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in stepped:
+            if not math.isfinite(norm):
+                parameter.grad = None  # what has no gradient takes no step
+            elif self._clip_norm and norm > self._clip_norm:
+                parameter.grad.mul_(self._clip_norm / (norm + 1e-6))
+
+    def _holders(self, parameter: nn.Parameter) -> int:
+        groups = self._groups
+        return dist.get_world_size(groups.expert_replicas if is_expert(parameter) else groups.replicas)
+
+    def _gradient_norm(self) -> Tensor:
+        """The global norm; experts count like all others, unlike in DeepSpeed. Keeps the sums of the parts."""
+        self._squares = self._sums(self._gradients())
+        return self._norm
+
+    @property
+    def _norm(self) -> Tensor:
+        """In fp32, in which DeepSpeed decides whether it is a number."""
+        return self._squares.sum().sqrt().float()
+
+    def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+        """Reduced gradients, or this rank's share of them, and how many ranks hold the same."""
+        if self._plain:
+            yield from ((p, p.grad, self._holders(p)) for p in self._parameters if p.grad is not None)
+            return
+        averaged: Any = self._engine.optimizer.averaged_gradients
+        for index, (held, shares) in enumerate(self._held.items()):
+            if self._groups.layout.offload:
+                assert held.grad is not None
+                yield from ((share.parameter, share.within(held.grad), 1) for share in shares)
+                continue
+            present = shares if self._groups.layout.zero == 3 else [share for share in shares if share.length]
+            gradients = (g for g in averaged[index] if not getattr(g, "_zero_padding", False))
+            for share, gradient in zip(present, gradients, strict=False):  # ZeRO may add padding
+                yield share.parameter, gradient.reshape(-1)[: share.length], 1
+
+    def _sums(self, shares: Iterable[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
+        """Σx² over every distinct element in the world, for each part.
+
+        Args:
+            shares: parameters, the tensors that belong to them or parts of these, and how many ranks hold the same.
+        """
+        sums = torch.zeros(len(self._parts), dtype=torch.float64, device=self._parameters[0].device)
+        for parameter, tensor, holders in shares:
+            split = getattr(parameter, "tensor_model_parallel", False)
+            if (split or self._groups.tensor_rank == 0) and not getattr(parameter, "ds_pipe_replicated", False):
+                square = torch.linalg.vector_norm(tensor.float()).double().square() / holders
+                sums[self._part_of[parameter]] += square.to(sums.device)
+        dist.all_reduce(sums)
+        return sums

@@ -1,0 +1,72 @@
+"""Attention of a split row equals attention of the whole one, forwards and backwards."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.distributed.context_parallel import held_places
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
+from lockstep.distributed.rank_pool import RankPool
+from lockstep.model.attention import DocumentAttention
+from lockstep.model.context import HeadsAttention, RingAttention, attention
+from lockstep.model.scoring import Scoring
+from tests.parameters import every
+
+DOCUMENTS = ((7, 5, 6), (20,), (3, 9), (14, 0, 0))
+HEADS, KV_HEADS, WIDTH, LENGTH = 8, 4, 4, 64
+SCORINGS = [Scoring(), Scoring(scale=0.3), Scoring(cap=1.5), Scoring(window=4), Scoring(0.7, 2.0, 9)]
+
+
+def drawn() -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(LENGTH, heads, WIDTH, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
+
+
+def attended(groups: Groups, scoring: Scoring, dtype: torch.dtype) -> list[Tensor]:
+    """Mixed values of this rank's tokens and the gradients of its queries, keys and values."""
+    places = held_places(LENGTH, groups.layout.context, groups.context_rank)
+    *inputs, weight = (t[places].to(dtype) for t in drawn())
+    inputs = [t.requires_grad_() for t in inputs]
+    attend = attention(DOCUMENTS, groups, KV_HEADS, inputs[0].device)
+    kind = HeadsAttention if groups.layout.context_by == "heads" else RingAttention
+    assert isinstance(attend, kind)
+    mixed = attend(0, *inputs, scoring)
+    (mixed * weight).sum().backward()
+    return [mixed.detach(), *(t.grad for t in inputs if t.grad is not None)]
+
+
+def whole(scoring: Scoring) -> list[Tensor]:
+    *inputs, weight = drawn()
+    inputs = [t.requires_grad_() for t in inputs]
+    mixed = DocumentAttention(DOCUMENTS, torch.device("cpu"))(0, *inputs, scoring)
+    (mixed * weight).sum().backward()
+    return [mixed.detach(), *(t.grad for t in inputs if t.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "scoring"),
+    every(
+        [Layout(context=degree, context_by=by) for by in ("heads", "ring") for degree in (2, 4)],
+        SCORINGS,
+        part=lambda layout, scoring: layout.context == 2 or scoring == SCORINGS[0],
+    ),
+    ids=str,
+)
+def test_a_split_row_attends_as_the_whole_one(layout: Layout, scoring: Scoring, worlds: RankPool) -> None:
+    parts = worlds.run(layout, attended, scoring, torch.float32)
+    places = torch.cat([held_places(LENGTH, layout.context, rank) for rank in range(layout.context)])
+    assert sorted(places.tolist()) == list(range(LENGTH))
+    for found, expected in zip(zip(*parts, strict=True), whole(scoring), strict=True):
+        torch.testing.assert_close(torch.cat(found)[places.argsort()], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["heads", "ring"])
+def test_in_bf16_a_split_row_attends_as_the_whole_one_to_its_precision(kind: str, worlds: RankPool) -> None:
+    layout = Layout(context=2, context_by=kind)
+    parts = worlds.run(layout, attended, Scoring(), torch.bfloat16)
+    places = torch.cat([held_places(LENGTH, 2, rank) for rank in range(2)])
+    for found, expected in zip(zip(*parts, strict=True), whole(Scoring()), strict=True):
+        mixed = torch.cat(found)[places.argsort()]
+        assert mixed.dtype == torch.bfloat16
+        torch.testing.assert_close(mixed.float(), expected, rtol=0.02, atol=0.06)
