@@ -25,7 +25,7 @@ from lockstep.distributed.checkpoint.manager import Checkpoint, find, saved
 from lockstep.distributed.groups import Groups, alone, leave
 from lockstep.distributed.pipeline import Stage
 from lockstep.model.config import ModelConfig
-from lockstep.model.train import DTYPES, build
+from lockstep.model.loading import DTYPES, build
 from lockstep.rl.mismatch import reported, rescored
 from lockstep.rl.prompts import make_prompt
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine

@@ -41,11 +41,12 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, describe
-from lockstep.model.held import load
-from lockstep.model.loss import nll
-from lockstep.model.names import RandomWeights
-from lockstep.model.recipes import OptimizerConfig, row_rules
-from lockstep.model.train import Trainer, build
+from lockstep.model.loading import build
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.state_dict import load
+from lockstep.model.training.config import OptimizerConfig, row_rules
+from lockstep.model.training.trainer import Trainer
+from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.calls import ENVIRONMENT
 
 BYTES = 14

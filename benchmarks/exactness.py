@@ -29,11 +29,13 @@ from lockstep.distributed.groups import Groups, alone
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import run_forward_backward
 from lockstep.distributed.rank_pool import RankPool
+from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics
-from lockstep.model.kv_cache import kinds
-from lockstep.model.loss import nll
-from lockstep.model.names import RandomWeights
-from lockstep.model.train import DTYPES, DeviceBatch, build, rows_of, scorer, transformer_of
+from lockstep.model.loading import DTYPES, build, transformer_of
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.training.device_batch import DeviceBatch, rows_of
+from lockstep.model.training.forward import scorer
+from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.mismatch import compare, reported, rescored
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig

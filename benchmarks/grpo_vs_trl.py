@@ -26,8 +26,8 @@ from lockstep.data.batch import sample
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
-from lockstep.model.loss import TokenLoss
-from lockstep.model.recipes import OptimizerConfig, TrainerConfig
+from lockstep.model.objectives.token_loss import TokenLoss
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Model, Rollouts, Verifiers, threads_for
 from lockstep.rl.calls import gather
 from lockstep.rl.producer import Producer

@@ -25,7 +25,7 @@ import torch
 from lockstep.cluster.convert import to_huggingface, to_lockstep
 from lockstep.cluster.sources import QUICKSTART_MODEL
 from lockstep.model.config import Numerics
-from lockstep.model.linear import PackedWeight, packed
+from lockstep.model.ops.linear import PackedWeight, packed
 from lockstep.rl.calls import ENVIRONMENT
 from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
 from lockstep.rl.rollout.sampling import SamplingConfig
@@ -200,7 +200,7 @@ def products(weights: Sequence[torch.Tensor], rows: int) -> list[Callable[[], An
 @torch.inference_mode()
 def costs(engine: RolloutEngine, context: int) -> tuple[float, float]:
     """Milliseconds of a token after a context with the cache, and of a whole forward pass over the context."""
-    from lockstep.model.attention import DocumentAttention
+    from lockstep.model.attention.packed import DocumentAttention
 
     engine.add(fresh([request(0, prompt(context, 0), 12)])[0])
     start = engine.statistics.generated_tokens

@@ -22,7 +22,7 @@ from lockstep.cluster.jobs import ray_cluster
 from lockstep.cluster.sources import QUICKSTART_MODEL
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
-from lockstep.model.recipes import OptimizerConfig, TrainerConfig
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Model, Rollouts, threads_for
 from lockstep.rl.calls import gather
 from lockstep.rl.rollout.limits import RolloutLimits, Transport

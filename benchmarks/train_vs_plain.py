@@ -32,10 +32,11 @@ from lockstep.data.tokenizer import Tokenizer, train_tokenizer
 from lockstep.distributed.groups import alone
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig
-from lockstep.model.names import RandomWeights
-from lockstep.model.pretrain import Pretraining
-from lockstep.model.recipes import PretrainConfig, row_rules
-from lockstep.model.train import DTYPES, Trainer, build
+from lockstep.model.loading import DTYPES, build
+from lockstep.model.training.config import PretrainConfig, row_rules
+from lockstep.model.training.pretraining import Pretraining
+from lockstep.model.training.trainer import Trainer
+from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.calls import ENVIRONMENT
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pretrain-10m.toml"

@@ -22,10 +22,11 @@ from lockstep.cluster.convert import to_huggingface
 from lockstep.cluster.sources import QUICKSTART_MODEL, open_source
 from lockstep.data.batch import RowRules, rows_for_ranks, sample
 from lockstep.distributed.groups import alone
-from lockstep.model.flops import peak_flops, training_flops
-from lockstep.model.loss import nll
-from lockstep.model.recipes import OptimizerConfig
-from lockstep.model.train import Trainer, build
+from lockstep.model.loading import build
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.training.config import OptimizerConfig
+from lockstep.model.training.flops import peak_flops, training_flops
+from lockstep.model.training.trainer import Trainer
 from lockstep.rl.calls import ENVIRONMENT
 
 SEQUENCES, LENGTH, RATE = 4, 512, 1e-5

@@ -3,7 +3,7 @@
 from lockstep.cluster.config import Recipe, RecipeError
 from lockstep.cluster.roles import CriticConfig, ReferenceRoleConfig, ScorerConfig
 from lockstep.cluster.sources import OpenModel, open_source
-from lockstep.model.recipes import OptimizerConfig
+from lockstep.model.training.config import OptimizerConfig
 
 Beside = CriticConfig | ScorerConfig | ReferenceRoleConfig
 """What a recipe says of a model beside the policy."""

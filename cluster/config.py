@@ -24,7 +24,7 @@ from lockstep.data.tasks.task import TaskConfig
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
 from lockstep.distributed.layout import Layout
-from lockstep.model.recipes import PretrainConfig, TrainerConfig
+from lockstep.model.training.config import PretrainConfig, TrainerConfig
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.recipes import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.rollout.limits import RolloutLimits

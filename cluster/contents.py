@@ -15,7 +15,7 @@ from lockstep.cluster.targets import TARGETS
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import STATES, Box, Source, WeightsOnly
 from lockstep.model.config import ModelConfig
-from lockstep.model.formats import huggingface
+from lockstep.model.formats.huggingface import reader
 from lockstep.model.formats.recast import DTYPES, Recast
 
 
@@ -39,12 +39,12 @@ def outlined(name: str) -> OpenModel:
     """
     path = locate(name)
     known = recognise(path)
-    if not isinstance(path, Path) or known.name != "hf" or huggingface.has_weights(path):
+    if not isinstance(path, Path) or known.name != "hf" or reader.has_weights(path):
         return known.open(path)
-    words = huggingface.read_words(path)
+    words = reader.read_words(path)
     dtype = words.get("dtype") or words.get("torch_dtype") or "float32"
-    model = huggingface.read_config(path)
-    return ConfigurationAlone(dtype if dtype in DTYPES else "float32"), model, huggingface.read_text_files(path)
+    model = reader.read_config(path)
+    return ConfigurationAlone(dtype if dtype in DTYPES else "float32"), model, reader.read_text_files(path)
 
 
 def plan(conversion: Conversion) -> Iterator[str]:

@@ -12,10 +12,10 @@ from lockstep.cluster.targets import TARGETS, Wanted
 from lockstep.distributed.checkpoint.manager import MANIFEST
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.checkpoint.tensors import Source, WeightsOnly
-from lockstep.model.adapters import merged
-from lockstep.model.formats.huggingface_writer import SHARD_BYTES
-from lockstep.model.formats.parts import LARGEST_PART, Part, Target
+from lockstep.model.formats.huggingface.writer import SHARD_BYTES
 from lockstep.model.formats.recast import Recast
+from lockstep.model.formats.target import LARGEST_PART, Part, Target
+from lockstep.model.weights.lora import merged
 
 MAX_MEMORY = 8 * 10**9
 """Bytes that a conversion may need, unless told otherwise."""

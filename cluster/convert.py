@@ -1,6 +1,6 @@
 """Checkpoints from one format to another: in parts that are small, in several processes, and on from where it stopped.
 
-Every tensor passes through the slice map of `model/names.py`, and none is changed but in dtype.
+Every tensor passes through the slice map of `model/weights/names.py`, and none is changed but in dtype.
 """
 
 import shutil
@@ -23,9 +23,9 @@ from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.checkpoint.tensors import Source, to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, describe
-from lockstep.model.formats.parts import Part, Target
 from lockstep.model.formats.recast import Recast
-from lockstep.model.names import logical_tensors
+from lockstep.model.formats.target import Part, Target
+from lockstep.model.weights.names import logical_tensors
 
 Progress = Callable[[int, int], object]
 """Is told the bytes that are done, and all of them."""

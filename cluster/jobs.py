@@ -29,8 +29,8 @@ from lockstep.data.tasks.task import Split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.layout import Layout
-from lockstep.model.adapters import with_adapters
 from lockstep.model.config import ModelConfig, check_layout, check_numerics
+from lockstep.model.weights.lora import with_adapters
 from lockstep.rl.verifiers.code import CodePool
 from lockstep.rl.verifiers.protection import SandboxError
 from lockstep.rl.verifiers.recipes import SandboxConfig

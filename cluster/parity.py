@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from lockstep.cluster.checks.expert_ties import Routing, RoutingWatch, tie
 from lockstep.cluster.config import Recipe, RecipeError, parse_layout
 from lockstep.cluster.convert import write_checkpoint
 from lockstep.cluster.sources import starting_point
@@ -26,12 +27,12 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, check_layout, describe
-from lockstep.model.held import pieces
-from lockstep.model.loss import nll
-from lockstep.model.names import logical_tensors
-from lockstep.model.recipes import PretrainConfig, TrainerConfig, row_rules
-from lockstep.model.routing import Routing, RoutingWatch, tie
-from lockstep.model.train import DTYPES, Trainer, build
+from lockstep.model.loading import DTYPES, build
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.state_dict import pieces
+from lockstep.model.training.config import PretrainConfig, TrainerConfig, row_rules
+from lockstep.model.training.trainer import Trainer
+from lockstep.model.weights.names import logical_tensors
 
 FP32_BOUND = {"loss": 2e-5, "norm": 2e-5, "weights": 1e-4}
 """Largest relative differences in fp32."""

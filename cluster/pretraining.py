@@ -18,8 +18,8 @@ from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.step_result import StepResult
-from lockstep.model.flops import training_flops
-from lockstep.model.recipes import PretrainConfig
+from lockstep.model.training.config import PretrainConfig
+from lockstep.model.training.flops import training_flops
 from lockstep.rl.actors import Model, threads_for
 from lockstep.rl.calls import Places, gather
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
-from lockstep.model.spikes import SpikeConfig, is_spike
+from lockstep.model.training.loss_spikes import SpikeConfig, is_spike
 from lockstep.rl.actors import Model
 
 

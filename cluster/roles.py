@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.distributed.layout import Layout
-from lockstep.model.recipes import OptimizerConfig
+from lockstep.model.training.config import OptimizerConfig
 
 
 class RoleConfig(BaseModel):

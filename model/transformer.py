@@ -16,24 +16,18 @@ from torch import Tensor, nn
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import ranges, stage_layers
-from lockstep.model.attention import Attend, Recomputed, recomputed, stay_uncompiled
-from lockstep.model.block import Block, Norm
+from lockstep.model.attention.packed import stay_uncompiled
+from lockstep.model.attention.spec import Attend
 from lockstep.model.config import ModelConfig, Numerics, check_layout, check_numerics
-from lockstep.model.heads import ValueHead
-from lockstep.model.linear import (
-    ColumnLinear,
-    PackedWeight,
-    RowLinear,
-    mark,
-    not_drawn,
-    packed,
-    sequence_group,
-    tiles_of,
-)
-from lockstep.model.lora import add_adapters, without_adapters
-from lockstep.model.moe import Sequences
-from lockstep.model.names import padded_vocabulary
-from lockstep.model.recipes import Recompute
+from lockstep.model.layers.block import Block
+from lockstep.model.layers.linear import ColumnLinear, RowLinear, mark, not_drawn, sequence_group
+from lockstep.model.layers.lora import add_adapters, without_adapters
+from lockstep.model.layers.moe import Sequences
+from lockstep.model.layers.norm import Norm
+from lockstep.model.layers.recompute import Recompute, Recomputed, recomputed
+from lockstep.model.layers.value_head import ValueHead
+from lockstep.model.ops.linear import PackedWeight, packed, tiles_of
+from lockstep.model.weights.sharding import padded_vocabulary
 
 
 def _layers(model: ModelConfig, groups: Groups) -> list[range]:

@@ -15,7 +15,7 @@ from lockstep.data.batch import Sample, TokenBatch, rows_for_ranks
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import Head, Numerics
-from lockstep.model.recipes import OptimizerConfig, TrainerConfig, row_rules
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.rl.calls import GRACE_S, Actor, Call, Member, Places, WorkerDied, gather, start
 from lockstep.rl.delivery import Delivery
 from lockstep.rl.environments.config import EnvironmentConfig
@@ -23,7 +23,7 @@ from lockstep.rl.types import Rollout
 from lockstep.rl.verifiers.recipes import VerifierConfig
 
 if TYPE_CHECKING:  # torch, which a verifier has no use for
-    from lockstep.model.loss import Objective
+    from lockstep.model.objectives.objective import Objective
     from lockstep.rl.recipes import ReferenceConfig
     from lockstep.rl.rollout.limits import RolloutLimits
     from lockstep.rl.verifiers.judge import GraderName

@@ -82,6 +82,6 @@ def overlong(length: int, limit: int, cache: float) -> float:
 
 
 def distance(logp_C: Floats | Doubles, reference_logp_C: Floats | Doubles, estimator: str) -> Doubles:
-    """KL of each drawn token to the reference in nats, [C]; see `lockstep.model.kl`."""
+    """KL of each drawn token to the reference in nats, [C]; see `lockstep.model.objectives.kl`."""
     gap = np.asarray(reference_logp_C, np.float64) - np.asarray(logp_C, np.float64)
     return {"k1": -gap, "k2": gap**2 / 2, "k3": np.expm1(gap) - gap}[estimator]

@@ -12,7 +12,7 @@ from lockstep.data.batch import Sample, documents, sample
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.step_result import StepResult
-from lockstep.model.loss import nll
+from lockstep.model.objectives.token_loss import nll
 from lockstep.rl.actors import Environments, Model, Rollouts, Verifiers
 from lockstep.rl.batching import teaches, weighted, with_advantages
 from lockstep.rl.calls import gather

@@ -8,7 +8,7 @@ import numpy as np
 
 from lockstep.data.batch import Floats, Sample
 from lockstep.distributed.step_result import StepResult
-from lockstep.model.recipes import OptimizerConfig
+from lockstep.model.training.config import OptimizerConfig
 from lockstep.rl.actors import Model
 from lockstep.rl.batching import samples_of, updates_of
 from lockstep.rl.calls import Call

@@ -5,10 +5,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lockstep.model.kl import KL, Estimator
-from lockstep.model.loss import TokenLoss, ValueLoss
-from lockstep.model.pairs import PairLoss
-from lockstep.model.ratio import Clip, Correction, Level
+from lockstep.model.objectives.importance_ratio import Clip, Correction, Level
+from lockstep.model.objectives.kl import KL, Estimator
+from lockstep.model.objectives.pair_loss import PairLoss
+from lockstep.model.objectives.token_loss import TokenLoss
+from lockstep.model.objectives.value_loss import ValueLoss
 
 Aggregation = Literal["tokens", "sequences", "constant"]
 Signal = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae", "best", "teacher"]
@@ -16,7 +17,7 @@ Score = Literal["proximal", "reference", "value"]
 
 
 class CorrectionConfig(BaseModel):
-    """What weighs tokens for who drew them; see `lockstep.model.ratio.Correction`."""
+    """What weighs tokens for who drew them; see `lockstep.model.objectives.importance_ratio.Correction`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -14,10 +14,11 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Stage
-from lockstep.model.adapters import merged
 from lockstep.model.config import ModelConfig, Numerics
-from lockstep.model.loss import differing_bits
-from lockstep.model.train import DTYPES, build, score, transformer_of
+from lockstep.model.loading import DTYPES, build, transformer_of
+from lockstep.model.objectives.mismatch import differing_bits
+from lockstep.model.training.forward import score
+from lockstep.model.weights.lora import merged
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.scoring import columns, of_tokens, scores_of

@@ -21,12 +21,14 @@ from lockstep.distributed.pipeline import Stage
 from lockstep.distributed.profiler import Trace
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.config import Head, ModelConfig, Numerics, describe
-from lockstep.model.flops import peak_flops
 from lockstep.model.formats.recast import Recast
-from lockstep.model.loss import Objective
-from lockstep.model.pretrain import Pretraining
-from lockstep.model.recipes import OptimizerConfig, PretrainConfig, TrainerConfig, row_rules
-from lockstep.model.train import DTYPES, Trainer, build, score, transformer_of
+from lockstep.model.loading import DTYPES, build, transformer_of
+from lockstep.model.objectives.objective import Objective
+from lockstep.model.training.config import OptimizerConfig, PretrainConfig, TrainerConfig, row_rules
+from lockstep.model.training.flops import peak_flops
+from lockstep.model.training.forward import score
+from lockstep.model.training.pretraining import Pretraining
+from lockstep.model.training.trainer import Trainer
 from lockstep.rl.rank import Rank
 from lockstep.rl.recipes import ReferenceConfig
 from lockstep.rl.reference import Reference, Saved

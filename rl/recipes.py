@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lockstep.model.kl import adapted
-from lockstep.model.loss import TokenLoss
-from lockstep.model.pairs import PairLoss
-from lockstep.model.recipes import OptimizerConfig
+from lockstep.model.objectives.kl import adapted
+from lockstep.model.objectives.pair_loss import PairLoss
+from lockstep.model.objectives.token_loss import TokenLoss
+from lockstep.model.training.config import OptimizerConfig
 from lockstep.rl.flow import FlowConfig
 from lockstep.rl.methods import DPO, IPO, METHODS, RANKING_MODEL, REWARD_MODEL, Method, Score
 from lockstep.rl.rollout.sampling import SamplingConfig

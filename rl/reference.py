@@ -15,8 +15,8 @@ from lockstep.distributed.checkpoint.reshard import Kept, whole_chunks
 from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, read_tensor, state_name
 from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.pipeline import Stage
-from lockstep.model.held import held_pieces, pieces
-from lockstep.model.train import transformer_of
+from lockstep.model.loading import transformer_of
+from lockstep.model.state_dict import held_pieces, pieces
 from lockstep.model.transformer import Transformer
 from lockstep.rl.recipes import ReferenceConfig
 

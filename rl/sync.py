@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lockstep.distributed.checkpoint.tensors import Box, Piece, WeightsOnly, digest, overlap, to_numpy, to_torch, within
-from lockstep.model.held import Served, pieces, served
-from lockstep.model.names import EMBEDDING, HEAD
+from lockstep.model.state_dict import Served, pieces, served
 from lockstep.model.transformer import Transformer
+from lockstep.model.weights.names import EMBEDDING, HEAD
 
 
 class WeightsDiffer(RuntimeError):

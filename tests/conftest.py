@@ -91,8 +91,8 @@ def transformer(tiny_folder: Path, groups: "Groups") -> "Transformer":
     """The tiny model in fp32."""
     import torch
 
-    from lockstep.model.formats.huggingface import HuggingFaceFolder
-    from lockstep.model.train import build, transformer_of
+    from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
+    from lockstep.model.loading import build, transformer_of
 
     source = HuggingFaceFolder(tiny_folder)
     return transformer_of(build(source.config, groups, torch.float32, source))
@@ -102,6 +102,6 @@ def transformer(tiny_folder: Path, groups: "Groups") -> "Transformer":
 def tokenizer(tiny_folder: Path) -> "Tokenizer":
     """The tiny model's."""
     from lockstep.data.tokenizer import Tokenizer
-    from lockstep.model.formats.huggingface import read_text_files
+    from lockstep.model.formats.huggingface.reader import read_text_files
 
     return Tokenizer(read_text_files(tiny_folder))

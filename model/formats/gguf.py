@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from lockstep.distributed.checkpoint.tensors import Box, WeightsOnly
 from lockstep.model.config import UnknownModel
-from lockstep.model.families import from_huggingface
-from lockstep.model.formats.extents import BadFile, left_out, read_bytes
+from lockstep.model.formats.files.extents import BadFile, left_out, read_bytes
 from lockstep.model.formats.gguf_tokenizer import tokenizer_files
-from lockstep.model.names import logical_tensors
+from lockstep.model.formats.huggingface.families.registry import from_huggingface
+from lockstep.model.weights.names import logical_tensors
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 """Architectures that are read, and Hugging Face's `model_type` of each."""

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, digest
 from lockstep.model.config import LoraConfig, ModelConfig, Projection, UnknownModel, refuse
-from lockstep.model.formats.extents import write_bytes
-from lockstep.model.formats.huggingface import STORED, BadFolder
-from lockstep.model.formats.parts import LARGEST_PART, Part, split
+from lockstep.model.formats.files.extents import write_bytes
+from lockstep.model.formats.files.safetensors import layout, read_header
+from lockstep.model.formats.huggingface.reader import BadFolder
+from lockstep.model.formats.huggingface.tensor_names import STORED
 from lockstep.model.formats.recast import Recast
-from lockstep.model.formats.safetensors import layout, read_header
-from lockstep.model.names import VALUE, is_adapter, logical_tensors
+from lockstep.model.formats.target import LARGEST_PART, Part, split
+from lockstep.model.weights.names import VALUE, is_adapter, logical_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

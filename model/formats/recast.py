@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lockstep.distributed.checkpoint.tensors import Box, Source, state_name, to_numpy, to_torch
 from lockstep.model.config import ModelConfig
-from lockstep.model.names import logical_tensors
+from lockstep.model.weights.names import logical_tensors
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),

@@ -11,7 +11,7 @@ from operator import mul
 
 import numpy as np
 
-from lockstep.model.in_place import BLOCK
+from lockstep.model.attention.paged_kernel import BLOCK
 
 ROOT = b""
 """What stands before the first block of a text."""

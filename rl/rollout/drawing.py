@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.model.exact import gathered
-from lockstep.model.logprobs import local_logits, reduced
+from lockstep.model.layers.logprobs import local_logits, reduced
+from lockstep.model.ops.exact.reductions import gathered
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.sampler import Row, draw, likeliest, uniforms
 from lockstep.rl.rollout.sampling import SamplingConfig

@@ -15,14 +15,15 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.groups import Groups, alone
-from lockstep.model import decoder, kernels
-from lockstep.model.adapters import merged
+from lockstep.model import cpu_decoder
+from lockstep.model.attention.exact_kv_cache import exact_cache
+from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
+from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.model.config import ModelConfig, Numerics, UnknownModel
-from lockstep.model.exact_cache import exact_cache
-from lockstep.model.in_place import BLOCK
-from lockstep.model.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
-from lockstep.model.train import DTYPES, build, transformer_of
+from lockstep.model.loading import DTYPES, build, transformer_of
+from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
+from lockstep.model.weights.lora import merged
 from lockstep.rl.rollout.blocks import BlockPool, pool_sizes
 from lockstep.rl.rollout.drawing import Drawing
 from lockstep.rl.rollout.limits import OnUpdate
@@ -105,8 +106,8 @@ class RolloutEngine:
         self._receiver: Receiver | None = None
         self._given_back: dict[nn.Parameter, torch.Size] = {}
         self._coming, self._on_update = 0, on_update
-        self._may_decode = decoder.serves(transformer)
-        self._decoder: decoder.Decoder | None = None
+        self._may_decode = cpu_decoder.serves(transformer)
+        self._decoder: cpu_decoder.CpuDecoder | None = None
         self._prompt_tokens = self._generated_tokens = 0
         self._pack()
 
@@ -342,7 +343,7 @@ class RolloutEngine:
 
     def _decoded(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
         """Logits [B, V] behind chunks of one token each."""
-        self._decoder = self._decoder or decoder.Decoder(self.transformer, cache)
+        self._decoder = self._decoder or cpu_decoder.CpuDecoder(self.transformer, cache)
         tokens = torch.tensor([c.sequence.part(c.start, c.start + 1)[0] for c in chunks])
         positions = torch.tensor([c.start for c in chunks])
         attend = cache.attention(_spans(chunks))
@@ -376,7 +377,7 @@ class RolloutEngine:
 
 def _decodes(chunks: Sequence[Chunk]) -> bool:
     """Whether a decoder can run a pass: one token of each sequence, all of which draw the next."""
-    return len(chunks) <= decoder.ROWS and all(c.draws and c.count == 1 for c in chunks)
+    return len(chunks) <= cpu_decoder.ROWS and all(c.draws and c.count == 1 for c in chunks)
 
 
 def _spans(chunks: Sequence[Chunk]) -> list[Span]:

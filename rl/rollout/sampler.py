@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.model import kernels
+from lockstep.model.ops.cpu import kernels
 from lockstep.rl.rollout.sampling import SamplingConfig
 
 LANE = 256

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
-from lockstep.model.in_place import BLOCK, first_seen
+from lockstep.model.attention.paged_kernel import BLOCK, first_seen
 from lockstep.rl.rollout.blocks import ROOT, BlockPool, blocks_alone, chained
 from lockstep.rl.rollout.sequence import Sequence
 

@@ -38,11 +38,12 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import storage_of
 from lockstep.distributed.checkpoint.tensors import Box, state_name, whole
 from lockstep.model.config import ModelConfig
-from lockstep.model.formats.extents import BadFile
-from lockstep.model.formats.huggingface_writer import HuggingFaceTarget
-from lockstep.model.formats.parts import Part, rows_of_part, split, write_whole
+from lockstep.model.formats.files.extents import BadFile
+from lockstep.model.formats.huggingface.writer import HuggingFaceTarget
 from lockstep.model.formats.recast import BadValue, Recast
-from lockstep.model.names import RandomWeights, logical_tensors
+from lockstep.model.formats.target import Part, rows_of_part, split, write_whole
+from lockstep.model.weights.initialization import RandomWeights
+from lockstep.model.weights.names import logical_tensors
 from tests.cluster.commands import Command, until
 
 SMALL = ModelConfig(

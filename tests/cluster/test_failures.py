@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from lockstep.distributed.layout import Layout
-from lockstep.model.recipes import OptimizerConfig, TrainerConfig
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Model
 from lockstep.rl.calls import WorkerFailed, gather
 from tests.cluster.commands import Command, overrides, summary, write_recipe

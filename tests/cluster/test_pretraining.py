@@ -16,8 +16,8 @@ from lockstep.data.corpus.indexed_dataset import IndexedDataset
 from lockstep.data.corpus.synthetic import write_random_store
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import whole
-from lockstep.model.names import logical_tensors
-from lockstep.model.trainable import NothingLearns
+from lockstep.model.training.trainable import NothingLearns
+from lockstep.model.weights.names import logical_tensors
 from tests.cluster.commands import Command, Train, metrics, summary
 from tests.distributed.traces import steps_and_kinds
 

@@ -12,7 +12,7 @@ from lockstep.cluster.sources import starting_point
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import storage_of
 from lockstep.distributed.checkpoint.tensors import whole
-from lockstep.model.names import is_adapter
+from lockstep.model.weights.names import is_adapter
 from tests.cluster.commands import Command, Train, metrics, overrides, summary, until
 from tests.cluster.heads import Head
 

@@ -17,10 +17,11 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
-from lockstep.model.held import pieces
-from lockstep.model.loss import nll
-from lockstep.model.recipes import row_rules
-from lockstep.model.train import Trainer, build
+from lockstep.model.loading import build
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.state_dict import pieces
+from lockstep.model.training.config import row_rules
+from lockstep.model.training.trainer import Trainer
 from tests.cluster.commands import Train, metrics, summary
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "parity-tiny.toml"

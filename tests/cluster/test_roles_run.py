@@ -8,7 +8,7 @@ import pytest
 
 from lockstep.cluster.convert import write_checkpoint
 from lockstep.cluster.sources import open_source
-from lockstep.model.names import RandomWeights
+from lockstep.model.weights.initialization import RandomWeights
 from tests.cluster.commands import Command, Train, metrics, overrides, refused, write_recipe
 from tests.cluster.heads import free_port, joined, started
 

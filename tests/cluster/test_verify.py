@@ -13,10 +13,11 @@ from lockstep.cluster.sources import open_source
 from lockstep.cluster.targets import LockstepTarget, Wanted
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.model.config import ModelConfig
-from lockstep.model.formats import huggingface_writer
-from lockstep.model.formats.parts import write_whole
+from lockstep.model.formats.huggingface import writer
 from lockstep.model.formats.recast import Recast
-from lockstep.model.names import RandomWeights, logical_tensors
+from lockstep.model.formats.target import write_whole
+from lockstep.model.weights.initialization import RandomWeights
+from lockstep.model.weights.names import logical_tensors
 from tests.cluster.commands import lockstep
 
 MODEL = ModelConfig(
@@ -37,7 +38,7 @@ def fault(*arguments: str) -> str:
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
     """A Hugging Face folder of random weights."""
-    huggingface_writer.write(tmp_path / "theirs", MODEL, RandomWeights(MODEL, seed=3), {})
+    writer.write(tmp_path / "theirs", MODEL, RandomWeights(MODEL, seed=3), {})
     return tmp_path / "theirs"
 
 
@@ -144,7 +145,7 @@ def test_dtypes_may_differ_and_values_are_compared(ours: Path, theirs: Path, tmp
 
 def test_other_models_differ_in_names_or_shapes(ours: Path, tmp_path: Path) -> None:
     wide = MODEL.model_copy(update={"intermediate": 11, "layers": 1})
-    huggingface_writer.write(tmp_path / "wide", wide, RandomWeights(wide, seed=3), {})
+    writer.write(tmp_path / "wide", wide, RandomWeights(wide, seed=3), {})
     result = lockstep("verify", str(ours), "--against", str(tmp_path / "wide"))
     assert result.exit_code == 1
     assert "model.layers.0.mlp.down_proj.weight has shape (12, 10) in one and (12, 11) in the other" in result.stderr

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lockstep.data.tokenizer import BadTokenizer, Tokenizer, train_tokenizer
-from lockstep.model.formats.huggingface import read_text_files
+from lockstep.model.formats.huggingface.reader import read_text_files
 
 TEXTS = [
     "",

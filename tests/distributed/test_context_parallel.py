@@ -8,14 +8,20 @@ from lockstep.distributed.context_parallel import held_places
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
-from lockstep.model.attention import DocumentAttention
-from lockstep.model.context import HeadsAttention, RingAttention, attention
-from lockstep.model.scoring import Scoring
+from lockstep.model.attention.context_parallel import HeadsAttention, RingAttention, attention
+from lockstep.model.attention.packed import DocumentAttention
+from lockstep.model.attention.spec import AttentionSpec
 from tests.parameters import every
 
 DOCUMENTS = ((7, 5, 6), (20,), (3, 9), (14, 0, 0))
 HEADS, KV_HEADS, WIDTH, LENGTH = 8, 4, 4, 64
-SCORINGS = [Scoring(), Scoring(scale=0.3), Scoring(cap=1.5), Scoring(window=4), Scoring(0.7, 2.0, 9)]
+SCORINGS = [
+    AttentionSpec(),
+    AttentionSpec(scale=0.3),
+    AttentionSpec(cap=1.5),
+    AttentionSpec(window=4),
+    AttentionSpec(0.7, 2.0, 9),
+]
 
 
 def drawn() -> list[Tensor]:
@@ -23,7 +29,7 @@ def drawn() -> list[Tensor]:
     return [torch.randn(LENGTH, heads, WIDTH, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
 
 
-def attended(groups: Groups, scoring: Scoring, dtype: torch.dtype) -> list[Tensor]:
+def attended(groups: Groups, scoring: AttentionSpec, dtype: torch.dtype) -> list[Tensor]:
     """Mixed values of this rank's tokens and the gradients of its queries, keys and values."""
     places = held_places(LENGTH, groups.layout.context, groups.context_rank)
     *inputs, weight = (t[places].to(dtype) for t in drawn())
@@ -36,7 +42,7 @@ def attended(groups: Groups, scoring: Scoring, dtype: torch.dtype) -> list[Tenso
     return [mixed.detach(), *(t.grad for t in inputs if t.grad is not None)]
 
 
-def whole(scoring: Scoring) -> list[Tensor]:
+def whole(scoring: AttentionSpec) -> list[Tensor]:
     *inputs, weight = drawn()
     inputs = [t.requires_grad_() for t in inputs]
     mixed = DocumentAttention(DOCUMENTS, torch.device("cpu"))(0, *inputs, scoring)
@@ -53,7 +59,7 @@ def whole(scoring: Scoring) -> list[Tensor]:
     ),
     ids=str,
 )
-def test_a_split_row_attends_as_the_whole_one(layout: Layout, scoring: Scoring, worlds: RankPool) -> None:
+def test_a_split_row_attends_as_the_whole_one(layout: Layout, scoring: AttentionSpec, worlds: RankPool) -> None:
     parts = worlds.run(layout, attended, scoring, torch.float32)
     places = torch.cat([held_places(LENGTH, layout.context, rank) for rank in range(layout.context)])
     assert sorted(places.tolist()) == list(range(LENGTH))
@@ -64,9 +70,9 @@ def test_a_split_row_attends_as_the_whole_one(layout: Layout, scoring: Scoring, 
 @pytest.mark.parametrize("kind", ["heads", "ring"])
 def test_in_bf16_a_split_row_attends_as_the_whole_one_to_its_precision(kind: str, worlds: RankPool) -> None:
     layout = Layout(context=2, context_by=kind)
-    parts = worlds.run(layout, attended, Scoring(), torch.bfloat16)
+    parts = worlds.run(layout, attended, AttentionSpec(), torch.bfloat16)
     places = torch.cat([held_places(LENGTH, 2, rank) for rank in range(2)])
-    for found, expected in zip(zip(*parts, strict=True), whole(Scoring()), strict=True):
+    for found, expected in zip(zip(*parts, strict=True), whole(AttentionSpec()), strict=True):
         mixed = torch.cat(found)[places.argsort()]
         assert mixed.dtype == torch.bfloat16
         torch.testing.assert_close(mixed.float(), expected, rtol=0.02, atol=0.06)

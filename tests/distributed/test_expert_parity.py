@@ -25,13 +25,15 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, LayoutError, check_divides
 from lockstep.distributed.rank_pool import RankPool, WorldFailed
 from lockstep.model.config import ModelConfig, UnknownModel
-from lockstep.model.families import from_huggingface
-from lockstep.model.formats.huggingface import HuggingFaceFolder
-from lockstep.model.held import pieces
-from lockstep.model.loss import nll
-from lockstep.model.names import RandomWeights, logical_tensors
-from lockstep.model.recipes import OptimizerConfig, row_rules
-from lockstep.model.train import Trainer, build, transformer_of
+from lockstep.model.formats.huggingface.families.registry import from_huggingface
+from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
+from lockstep.model.loading import build, transformer_of
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.state_dict import pieces
+from lockstep.model.training.config import OptimizerConfig, row_rules
+from lockstep.model.training.trainer import Trainer
+from lockstep.model.weights.initialization import RandomWeights
+from lockstep.model.weights.names import logical_tensors
 from lockstep.rl.sync import Shard, receive, shards_of
 from tests.distributed.test_parity import ADAMW, assembled, global_batch
 from tests.model.test_transformer import LENGTHS, packed_and_alone, tokens_of

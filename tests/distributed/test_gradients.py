@@ -15,11 +15,12 @@ from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage, megatron_config
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
-from lockstep.model.held import pieces
-from lockstep.model.loss import nll
-from lockstep.model.names import RandomWeights
-from lockstep.model.recipes import OptimizerConfig, row_rules
-from lockstep.model.train import Trainer, build, transformer_of
+from lockstep.model.loading import build, transformer_of
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.state_dict import pieces
+from lockstep.model.training.config import OptimizerConfig, row_rules
+from lockstep.model.training.trainer import Trainer
+from lockstep.model.weights.initialization import RandomWeights
 from tests.distributed.test_parity import global_batch
 
 DENSE = ModelConfig(

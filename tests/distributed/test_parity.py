@@ -11,11 +11,13 @@ from lockstep.data.batch import Sample, rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
-from lockstep.model.formats.huggingface import HuggingFaceFolder
-from lockstep.model.held import pieces
-from lockstep.model.loss import nll
-from lockstep.model.recipes import OptimizerConfig, Recompute, TrainerConfig, row_rules
-from lockstep.model.train import Trainer, build, transformer_of
+from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
+from lockstep.model.layers.recompute import Recompute
+from lockstep.model.loading import build, transformer_of
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.state_dict import pieces
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
+from lockstep.model.training.trainer import Trainer
 from tests.parameters import every
 
 LAYOUTS = [

@@ -13,10 +13,11 @@ from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import MOST_THREADS, RankPool
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.config import ModelConfig, MoEConfig
-from lockstep.model.loss import nll
-from lockstep.model.names import RandomWeights
-from lockstep.model.recipes import OptimizerConfig, row_rules
-from lockstep.model.train import Trainer, build
+from lockstep.model.loading import build
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.training.config import OptimizerConfig, row_rules
+from lockstep.model.training.trainer import Trainer
+from lockstep.model.weights.initialization import RandomWeights
 
 MODEL = ModelConfig(
     layers=2, width=16, heads=4, kv_heads=2, head_dim=4, intermediate=24, vocabulary=61, context=32, tied=False

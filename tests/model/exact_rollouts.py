@@ -12,17 +12,19 @@ from torch import Tensor
 
 from lockstep.data.batch import Sample, rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
-from lockstep.model import kernels
-from lockstep.model.columns import Columns
+from lockstep.model.attention.exact import attend_exactly
+from lockstep.model.attention.spec import PLAIN, AttentionSpec
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics
-from lockstep.model.exact_attention import attend_exactly
-from lockstep.model.logprobs import local_logits, reduced
-from lockstep.model.names import RandomWeights
-from lockstep.model.recipes import OptimizerConfig, Recompute, row_rules
+from lockstep.model.layers.logprobs import local_logits, reduced
+from lockstep.model.layers.recompute import Recompute
+from lockstep.model.loading import DTYPES, build, transformer_of
+from lockstep.model.objectives.objective import LossInputs
+from lockstep.model.ops.cpu import kernels
 from lockstep.model.rope import Rope
-from lockstep.model.scoring import PLAIN, Scoring
-from lockstep.model.train import DTYPES, Trainer, build, transformer_of
+from lockstep.model.training.config import OptimizerConfig, row_rules
+from lockstep.model.training.trainer import Trainer
 from lockstep.model.transformer import Transformer
+from lockstep.model.weights.initialization import RandomWeights
 
 WAYS = pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "without a compiler"])
 
@@ -114,7 +116,7 @@ def learned(
     def put(logp: Tensor, numbers: np.ndarray | Tensor) -> None:
         found[np.asarray(numbers, np.int64)] = logp.detach().numpy()
 
-    def objective(logp: Tensor, columns: Columns) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(logp: Tensor, columns: LossInputs) -> tuple[Tensor, dict[str, Tensor]]:
         assert logp.requires_grad == grad
         put(logp, columns.old_logp.numpy())
         return logp.sum(), {"loss": logp.detach().sum()}
@@ -151,7 +153,9 @@ class Chunks:
     def __init__(self, runs: list[Run], lengths: list[int], draw: np.random.Generator) -> None:
         self._runs, self._lengths, self._draw = runs, lengths, draw
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: Scoring = PLAIN) -> Tensor:
+    def __call__(
+        self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN
+    ) -> Tensor:
         """See `Attend`."""
         for run, k, v in zip(self._runs, k_TGE.split(self._lengths), v_TGE.split(self._lengths), strict=True):
             run.keys[layer] = torch.cat((run.keys.get(layer, k[:0]), k))

@@ -12,12 +12,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
-from lockstep.model.attention import DocumentAttention
-from lockstep.model.formats.huggingface import HuggingFaceFolder
-from lockstep.model.logprobs import local_logits
-from lockstep.model.names import logical_tensors, padded_vocabulary
-from lockstep.model.train import build, transformer_of
+from lockstep.model.attention.packed import DocumentAttention
+from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
+from lockstep.model.layers.logprobs import local_logits
+from lockstep.model.loading import build, transformer_of
 from lockstep.model.transformer import Transformer
+from lockstep.model.weights.names import logical_tensors
+from lockstep.model.weights.sharding import padded_vocabulary
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

@@ -32,7 +32,7 @@ def actors(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     from lockstep.data.tokenizer import Tokenizer
     from lockstep.distributed.checkpoint.manager import Checkpoint
     from lockstep.distributed.layout import Layout
-    from lockstep.model.recipes import OptimizerConfig, TrainerConfig
+    from lockstep.model.training.config import OptimizerConfig, TrainerConfig
     from lockstep.rl.actors import Model, Rollouts, Verifiers
     from lockstep.rl.calls import gather
     from lockstep.rl.rollout.limits import RolloutLimits

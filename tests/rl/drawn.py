@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lockstep.data.batch import Floats, RowRules, Sample, rows_for_ranks
-from lockstep.model.columns import columns_of
-from lockstep.model.loss import Objective
+from lockstep.model.objectives.objective import Objective, columns_of
 from lockstep.rl.types import Estimates, Prompt, Rollout, Scored
 from lockstep.rl.verdict import Outcome, Verdict
 

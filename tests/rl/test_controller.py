@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep.data.tasks.task import Problem, Split, TaskConfig
+from lockstep.data.tasks.problem import Problem
+from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.distributed.layout import Layout
-from lockstep.model.recipes import OptimizerConfig, TrainerConfig
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import PASSES, Model, Rollouts
 from lockstep.rl.batching import teaches
 from lockstep.rl.calls import Member, gather

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lockstep.cluster.config import RecipeError, parse
-from lockstep.data.tasks.problem import entry_text
-from lockstep.data.tasks.task import Problem, Split, TaskConfig
+from lockstep.data.tasks.problem import Problem, entry_text
+from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.groups import Groups
+from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.config import Numerics
-from lockstep.model.kv_cache import kinds
 from lockstep.rl.actors import Environments
 from lockstep.rl.batching import samples_of
 from lockstep.rl.calls import gather

@@ -10,8 +10,8 @@ from lockstep.cluster.cli import app
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
-from lockstep.model import kernels
-from lockstep.model.kv_cache import kinds
+from lockstep.model.attention.kv_cache import kinds
+from lockstep.model.ops.cpu import kernels
 from lockstep.rl.mismatch import compare, reported, rescored
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig

@@ -8,8 +8,8 @@ import torch
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.groups import Groups
-from lockstep.model.formats.huggingface import HuggingFaceFolder, read_text_files
-from lockstep.model.train import build, transformer_of
+from lockstep.model.formats.huggingface.reader import HuggingFaceFolder, read_text_files
+from lockstep.model.loading import build, transformer_of
 from lockstep.rl.mismatch import compare, reported, rescored
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig

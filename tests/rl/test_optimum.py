@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lockstep.data.batch import Sample, documents, pack, sample
-from lockstep.model.columns import Columns, columns_of
-from lockstep.model.kl import KL
-from lockstep.model.loss import Objective, TokenLoss, ValueLoss
-from lockstep.model.pairs import PairLoss
+from lockstep.model.objectives.kl import KL
+from lockstep.model.objectives.objective import LossInputs, Objective, columns_of
+from lockstep.model.objectives.pair_loss import PairLoss
+from lockstep.model.objectives.token_loss import TokenLoss
+from lockstep.model.objectives.value_loss import ValueLoss
 from lockstep.rl.advantage import best, distance, generalised
 
 BETA = 0.5
@@ -48,7 +49,7 @@ class Problem:
         """Probabilities of the completions, [9]."""
         return self.logp(table.detach()).sum(1).exp()
 
-    def columns(self) -> Columns:
+    def columns(self) -> LossInputs:
         """Of a row of all completions."""
         samples = [sample([0], range(i * 10 + 1, i * 10 + 1 + self.length)) for i in range(len(self.paths))]
         return columns_of(pack(documents(samples), budget=1000)[0], torch.device("cpu"))
@@ -105,8 +106,8 @@ def grpo(problem: Problem, rule: TokenLoss) -> Tensor:
 
 
 def filled(
-    columns: Columns, problem: Problem, policy: Tensor, logp: Tensor, reference: Tensor, advantage: Tensor
-) -> Columns:
+    columns: LossInputs, problem: Problem, policy: Tensor, logp: Tensor, reference: Tensor, advantage: Tensor
+) -> LossInputs:
     def flat(values: Tensor) -> Tensor:
         return values.detach().expand(-1, problem.length).flatten()
 

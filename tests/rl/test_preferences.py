@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.data.preferences import RankedTokens
-from lockstep.data.tasks.task import Problem, Split, TaskConfig
+from lockstep.data.tasks.problem import Problem
+from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.distributed.layout import Layout
-from lockstep.model.recipes import OptimizerConfig, TrainerConfig
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.actors import Model
 from lockstep.rl.calls import gather
 from lockstep.rl.controller import Controller

@@ -6,7 +6,8 @@ import pytest
 
 from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.data.tasks.presets import PRESETS
-from lockstep.data.tasks.task import Problem, TaskConfig, draw_shots, make_split
+from lockstep.data.tasks.problem import Problem
+from lockstep.data.tasks.task import TaskConfig, draw_shots, make_split
 from lockstep.data.tokenizer import Tokenizer, train_tokenizer
 from lockstep.rl.prompts import demonstration, make_prompt
 from lockstep.rl.verifiers import gym

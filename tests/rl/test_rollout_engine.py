@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import Groups
-from lockstep.model.attention import DocumentAttention
+from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.config import ModelConfig
-from lockstep.model.formats.huggingface import HuggingFaceFolder
-from lockstep.model.linear import PackedWeight
-from lockstep.model.logprobs import local_logits, token_logprobs
-from lockstep.model.names import RandomWeights
-from lockstep.model.train import build, transformer_of
+from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
+from lockstep.model.layers.logprobs import local_logits, token_logprobs
+from lockstep.model.loading import build, transformer_of
+from lockstep.model.ops.linear import PackedWeight
 from lockstep.model.transformer import Transformer
+from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.engine import PromptTooLong, RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.sequence import Order

@@ -13,9 +13,9 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
-from lockstep.model.names import RandomWeights
-from lockstep.model.train import build, transformer_of
+from lockstep.model.loading import build, transformer_of
 from lockstep.model.transformer import Transformer
+from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.engine import PromptTooLong, RolloutEngine
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.sequence import Request, Token

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lockstep.model import kernels
+from lockstep.model.ops.cpu import kernels
 from lockstep.rl.rollout.sampler import Draw, Row, _inverted, _weights, draw, likeliest, over_support, uniforms
 from lockstep.rl.rollout.sampling import SamplingConfig
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.model.in_place import BLOCK
+from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.rl.rollout.blocks import BlockPool, blocks_alone, chained, pool_sizes
 from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler

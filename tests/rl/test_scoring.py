@@ -10,12 +10,13 @@ from lockstep.data.batch import Floats, Ints, RowRules, rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
-from lockstep.model.attention import DocumentAttention
+from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.config import ModelConfig
-from lockstep.model.heads import ValueHead
-from lockstep.model.names import RandomWeights
-from lockstep.model.recipes import row_rules
-from lockstep.model.train import build, score, transformer_of
+from lockstep.model.layers.value_head import ValueHead
+from lockstep.model.loading import build, transformer_of
+from lockstep.model.training.config import row_rules
+from lockstep.model.training.forward import score
+from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.scoring import columns, of_answers, of_tokens, scores_of
 from lockstep.rl.types import Prompt, Rollout
 

@@ -13,9 +13,10 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
-from lockstep.model.names import RandomWeights, logical_tensors
-from lockstep.model.train import build, transformer_of
+from lockstep.model.loading import build, transformer_of
 from lockstep.model.transformer import Transformer
+from lockstep.model.weights.initialization import RandomWeights
+from lockstep.model.weights.names import logical_tensors
 from lockstep.rl.sync import Shard, WeightsDiffer, messages_of, receive, shards_of, signed
 from tests.parameters import every
 

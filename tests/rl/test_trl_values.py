@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lockstep.data.batch import Floats, Sample, sample
-from lockstep.model.kl import KL
-from lockstep.model.loss import TokenLoss
-from lockstep.model.ratio import Clip, Correction
+from lockstep.model.objectives.importance_ratio import Clip, Correction
+from lockstep.model.objectives.kl import KL
+from lockstep.model.objectives.token_loss import TokenLoss
 from lockstep.rl.batching import weighted
 from lockstep.rl.methods import Aggregation
 from tests.rl.drawn import total

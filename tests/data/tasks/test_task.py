@@ -8,7 +8,8 @@ import reasoning_gym
 
 from lockstep.data.row_reader import BadRow
 from lockstep.data.tasks.presets import PRESETS
-from lockstep.data.tasks.task import BadProblems, Problem, Split, TaskConfig, held_out_problems, key, make_split
+from lockstep.data.tasks.problem import Problem
+from lockstep.data.tasks.task import BadProblems, Split, TaskConfig, held_out_problems, key, make_split
 
 GSM8K = Path(__file__).parents[4] / "shared" / "datasets" / "gsm8k" / "test.jsonl"
 TASKS = [

@@ -44,10 +44,11 @@ from lockstep.distributed.layout import Layout
 from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
-from lockstep.model.held import held_pieces, pieces
-from lockstep.model.names import RandomWeights, logical_tensors
-from lockstep.model.train import build, transformer_of
+from lockstep.model.loading import build, transformer_of
+from lockstep.model.state_dict import held_pieces, pieces
 from lockstep.model.transformer import Transformer
+from lockstep.model.weights.initialization import RandomWeights
+from lockstep.model.weights.names import logical_tensors
 
 SIZES: dict[str, Any] = {"width": 12, "heads": 4, "kv_heads": 2, "head_dim": 4, "intermediate": 10, "context": 8}
 MODELS = {

@@ -14,11 +14,12 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.optimizer.zero import newton_schulz
 from lockstep.distributed.rank_pool import RankPool
-from lockstep.model.formats.huggingface import HuggingFaceFolder
-from lockstep.model.held import pieces
-from lockstep.model.loss import nll
-from lockstep.model.recipes import OptimizerConfig, row_rules
-from lockstep.model.train import Trainer, build, transformer_of
+from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
+from lockstep.model.loading import build, transformer_of
+from lockstep.model.objectives.token_loss import nll
+from lockstep.model.state_dict import pieces
+from lockstep.model.training.config import OptimizerConfig, row_rules
+from lockstep.model.training.trainer import Trainer
 from tests.distributed import test_expert_parity
 from tests.distributed.test_parity import assembled, global_batch, train
 from tests.parameters import every

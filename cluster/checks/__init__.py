@@ -1,0 +1,1 @@
+"""Checks that exit with 1 when a promise is broken: layouts, rollouts against trainer, checkpoints."""

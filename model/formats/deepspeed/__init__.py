@@ -1,0 +1,1 @@
+"""DeepSpeed's checkpoint folders, ZeRO 0 to 3 and universal."""

@@ -1,0 +1,112 @@
+"""DeepSpeed checkpoints, ZeRO 0 to 3 and universal: read without DeepSpeed, and without unpickling anything that runs.
+
+Two kinds of names are understood: those of a Hugging Face model, which one model-parallel rank holds whole, and those
+of Lockstep's own `Transformer` in any tensor and pipeline layout. fp32 masters and moments are the optimizer's own.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lockstep.distributed.checkpoint.tensors import STATES, Box, overlap, state_name, to_numpy, within
+from lockstep.model.config import ModelConfig
+from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, Laid
+from lockstep.model.formats.deepspeed.tensor_map import Place, places_of
+from lockstep.model.formats.deepspeed.zero_files import read_folder
+from lockstep.model.formats.huggingface.families.registry import from_huggingface
+
+
+class DeepSpeedFolder:
+    """A `Source` over what `engine.save_checkpoint` or DeepSpeed's `ds_to_universal` wrote.
+
+    ZeRO 3 and universal checkpoints have no weights of the model's own dtype: the fp32 weights, rounded to it, are the
+    weights, as they are in the run itself.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig | None = None) -> None:
+        """
+        Args:
+            path: the folder given to `save_checkpoint`, whose file `latest` names a folder in it, or that folder.
+            config: the model; a `config.json` in either folder otherwise.
+
+        Raises:
+            BadDeepSpeedFolder: says which file or parameter is missing, or does not fit the model.
+        """
+        self.folder = step_folder(path)
+        self.config = config or _config_beside(self.folder)
+        self._held = read_folder(self.folder)
+        self._places = places_of(self.config, self._held)
+        self.updates = self._held[0].updates
+        self.states = tuple(
+            state_name(kind, name) for kind in STATES for name, found in self._places.items() if self._has(kind, found)
+        )
+
+    def read(self, name: str, box: Box) -> NDArray[Any]:
+        """See `Source`. Only the rows of the files that the box needs are read, unless the file has them transposed."""
+        kind, _, tensor = name.rpartition("/")
+        if tensor not in self._places:
+            raise KeyError(f"{self.folder} has no tensor {name}")
+        if any(start == stop for start, stop in box):
+            dtype = self._laid(self._places[tensor][0], kind).dtype
+            return to_numpy(torch.empty([stop - start for start, stop in box], dtype=dtype))
+        places = {part: place for place in self._places[tensor] if (part := overlap(place.box, box))}
+        arrays = {part: self._part(place, part, kind) for part, place in places.items()}
+        result = np.empty([b - a for a, b in box], next(iter(arrays.values())).dtype)
+        for part, array in arrays.items():
+            result[within(part, box)] = array
+        return result
+
+    def _has(self, kind: str, places: Sequence[Place]) -> bool:
+        if kind == "master" and self._weight(places[0]).dtype == torch.float32:
+            return False
+        return all(place.name in self._held[place.rank].states.get(kind, {}) for place in places)
+
+    def _part(self, place: Place, part: Box, kind: str) -> NDArray[Any]:
+        """The part of a logical tensor, which lies in a place."""
+        lead = len(place.local) - len(part)
+        file_part, file_box = (b[::-1] if place.transposed else b for b in (part, place.box))
+        inside = zip(file_part, file_box, place.local[lead:], strict=True)
+        local = tuple((p - whole + at, q - whole + at) for (p, q), (whole, _), (at, _) in inside)
+        found = self._laid(place, kind).read((*place.local[:lead], *local)).flatten(0, lead)
+        return to_numpy(found.t() if place.transposed else found)
+
+    def _laid(self, place: Place, kind: str) -> Laid:
+        states = self._held[place.rank].states
+        return states[kind][place.name] if kind else self._weight(place)
+
+    def _weight(self, place: Place) -> Laid:
+        return self._held[place.rank].weights[place.name]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `DeepSpeedFolder` is the one to read a folder; a `config.json` may lie in it, too."""
+    return path.is_dir() and any(step_folder(path).glob("*mp_rank_*_model_states.pt"))
+
+
+def step_folder(path: Path) -> Path:
+    """The folder that has the files: the one given, or the newest in it.
+
+    Raises:
+        BadDeepSpeedFolder: when it is not there.
+    """
+    for latest in (path / "latest", path / "latest_universal"):
+        if latest.is_file():
+            path = path / latest.read_text().strip()
+            break
+    if not path.is_dir():
+        raise BadDeepSpeedFolder(f"there is no folder {path}: give the one that save_checkpoint was given")
+    return path
+
+
+def _config_beside(folder: Path) -> ModelConfig:
+    for place in (folder, folder.parent):
+        if (place / "config.json").is_file():
+            return from_huggingface(json.loads((place / "config.json").read_text()))
+    raise BadDeepSpeedFolder(
+        f"{folder} does not say which model it is of: put the model's config.json into it, or give a configuration"
+    )

@@ -1,0 +1,79 @@
+"""safetensors files, read and written by slices: the header first, then each tensor at the place that it names.
+
+Format: https://huggingface.co/docs/safetensors/index#format. The library of that name writes a file from tensors that
+are all in memory, which does not suit one of 5 GB.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_dtypes import bfloat16
+
+from lockstep.model.formats.files.extents import BadFile, Extent, read_bytes
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_WORDS = {dtype: word for word, dtype in _DTYPES.items()}
+
+Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""Shape and dtype of each tensor of a file."""
+
+
+def read_header(path: Path) -> dict[str, Extent]:
+    """Where each tensor of a file lies.
+
+    Raises:
+        BadFile: when the file is no safetensors file, is cut off, or has a dtype that is not known here.
+    """
+    size = path.stat().st_size
+    length = int(read_bytes(path, 0, 8).view("<u8")[0]) if size >= 8 else size
+    if length > size - 8:
+        raise BadFile(f"{path} is cut off, or no safetensors file: its {size} bytes do not hold its own header")
+    try:
+        listed = json.loads(read_bytes(path, 8, length).tobytes())
+        found = {n: _extent(path, n, words, 8 + length) for n, words in listed.items() if n != "__metadata__"}
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
+        raise BadFile(f"{path} is no safetensors file: its header cannot be read ({error!r})") from error
+    end = max((extent.offset + extent.size for extent in found.values()), default=0)
+    if end > size:
+        raise BadFile(f"{path} is cut off: it has {size} bytes, and its tensors end at {end}")
+    return found
+
+
+def _extent(path: Path, name: str, words: dict[str, Any], data: int) -> Extent:
+    if words["dtype"] not in _DTYPES:
+        raise BadFile(f"{name} in {path} has dtype {words['dtype']}: supported are {', '.join(_DTYPES)}")
+    start, stop = words["data_offsets"]
+    extent = Extent(path, data + start, tuple(words["shape"]), _DTYPES[words["dtype"]])
+    if extent.size != stop - start:
+        raise BadFile(f"{name} in {path} has {stop - start} bytes, and its shape {extent.shape} needs {extent.size}")
+    return extent
+
+
+def layout(path: Path, tensors: Shapes) -> tuple[bytes, dict[str, Extent]]:
+    """A file's header, and where each tensor will lie; wider items come first, so that all are aligned."""
+    words: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in sorted(tensors.items(), key=lambda tensor: -tensor[1][1].itemsize):
+        size = math.prod(shape) * dtype.itemsize
+        words[name] = {"dtype": _WORDS[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(words, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    del words["__metadata__"]
+    return header, {name: _extent(path, name, said, len(header)) for name, said in words.items()}

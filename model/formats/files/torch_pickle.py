@@ -1,0 +1,51 @@
+"""`pytorch_model.bin` files, read by slices: the pickle says where each tensor lies, and no tensor is loaded.
+
+Format: https://docs.pytorch.org/docs/stable/notes/serialization.html. Only what `weights_only` allows is unpickled.
+"""
+
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lockstep.distributed.checkpoint.tensors import to_numpy
+from lockstep.model.formats.files.extents import BadFile, Extent
+
+
+def read_torch(path: Path) -> dict[str, Extent]:
+    """Where each tensor of a file of `torch.save` lies.
+
+    Raises:
+        BadFile: when it is damaged, has the format of before PyTorch 1.6, or holds more than tensors by name.
+    """
+    try:
+        with FakeTensorMode():
+            state: Any = torch.load(path, weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {foreign[1]}" if foreign else "it is damaged or cut off"
+        raise BadFile(f"{path} cannot be read as weights alone, because {reason}: save it as safetensors") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise BadFile(f"{path} holds more than tensors by name: save the model's state_dict alone")
+    found = {name: _extent(path, name, tensor) for name, tensor in state.items()}
+    end, size = max((e.offset + e.size for e in found.values()), default=0), path.stat().st_size
+    if end > size:
+        raise BadFile(f"{path} is cut off: it has {size} bytes, and its tensors end at {end}")
+    return found
+
+
+def _extent(path: Path, name: str, tensor: Tensor) -> Extent:
+    begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if begin is None or not tensor.is_contiguous():
+        raise BadFile(f"{name} in {path} does not lie there row after row: save it again as safetensors")
+    offset = begin + tensor.storage_offset() * tensor.element_size()
+    return Extent(path, offset, tuple(tensor.shape), _numpy_dtype(tensor.dtype))
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return to_numpy(torch.empty(0, dtype=dtype)).dtype

@@ -1,0 +1,1 @@
+"""Hugging Face's checkpoint folders: config.json and safetensors."""

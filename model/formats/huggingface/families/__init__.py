@@ -1,0 +1,1 @@
+"""Model families of `transformers`: config.json to and from ModelConfig."""

@@ -1,0 +1,71 @@
+"""Gemma 1 to 3."""
+
+from lockstep.model.config import ModelConfig, refuse
+from lockstep.model.formats.huggingface.families.llama import read_llama, write_llama
+from lockstep.model.formats.huggingface.families.shared import layer_types, layer_types_of, window_fields
+from lockstep.model.formats.huggingface.rope import Words, rope_from
+from lockstep.model.rope import Rope
+
+
+def read_gemma(words: Words) -> Words:
+    """The first files say `gelu` and mean its tanh approximation."""
+    word = words.get("hidden_activation") or words.get("hidden_act") or "gelu_pytorch_tanh"
+    word = "gelu_pytorch_tanh" if word == "gelu" else word
+    return read_llama(words | {"hidden_act": word, "mlp_bias": False}, tied=True) | {
+        "norm": "rms_offset",
+        "embedding_scale": words["hidden_size"] ** 0.5,
+    }
+
+
+def write_gemma(config: ModelConfig) -> Words:
+    words = write_llama(config)
+    return words | {"hidden_activation": words["hidden_act"]}
+
+
+def read_gemma2(words: Words) -> Words:
+    types = layer_types_of(words, lambda layer: layer % 2)
+    return (
+        read_gemma(words)
+        | {
+            "norm_at": "around",
+            "query_scalar": words.get("query_pre_attn_scalar", 256),
+            "attention_cap": words.get("attn_logit_softcapping", 50.0),
+            "logit_cap": words.get("final_logit_softcapping", 30.0),
+        }
+        | window_fields(words.get("sliding_window", 4096), types)
+    )
+
+
+def write_gemma2(config: ModelConfig) -> Words:
+    scalar = config.query_scalar or config.head_dim
+    return write_gemma(config) | {
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "attn_logit_softcapping": config.attention_cap,
+        "final_logit_softcapping": config.logit_cap,
+        "sliding_window": config.window or config.context,
+        "layer_types": layer_types(config),
+    }
+
+
+def read_gemma3(words: Words) -> Words:
+    refuse("attn_logit_softcapping", words.get("attn_logit_softcapping"))
+    pattern = words.get("sliding_window_pattern", 6)
+    types = layer_types_of(words, lambda layer: (layer + 1) % pattern == 0)
+    nested = words.get("rope_parameters") or {}
+    of_full = nested.get("full_attention") or words.get("rope_scaling") or {}
+    of_window = nested.get("sliding_attention") or {"rope_theta": words.get("rope_local_base_freq")}
+    fields = {
+        **read_gemma2(
+            {"attn_logit_softcapping": None, "final_logit_softcapping": None} | words | {"layer_types": types}
+        ),
+        "qk_norm": "head",
+        "rope": rope_from(of_full, words, 1_000_000.0),
+    }
+    if "window" in fields:
+        fields["window_rope"] = rope_from(of_window, words | {"rope_theta": None}, 10_000.0)
+    return fields
+
+
+def write_gemma3(config: ModelConfig) -> Words:
+    local = config.window_rope or config.rope or Rope()
+    return write_gemma2(config) | {"rope_local_base_freq": local.theta}

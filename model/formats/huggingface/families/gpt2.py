@@ -1,0 +1,43 @@
+"""GPT-2."""
+
+from lockstep.model.config import ModelConfig, need, refuse
+from lockstep.model.formats.huggingface.families.shared import activation_of
+from lockstep.model.formats.huggingface.rope import Words
+
+
+def read_gpt2(words: Words) -> Words:
+    need(words, "n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
+    for feature in ("add_cross_attention", "scale_attn_by_inverse_layer_idx"):
+        refuse(feature, words.get(feature))
+    width, heads = words["n_embd"], words["n_head"]
+    return {
+        "layers": words["n_layer"],
+        "width": width,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": width // heads,
+        "intermediate": words.get("n_inner") or 4 * width,
+        "vocabulary": words["vocab_size"],
+        "context": words["n_positions"],
+        "activation": activation_of(words.get("activation_function", "gelu_new"), "activation_function"),
+        "gated": False,
+        "biases": ("qkv", "out", "mlp"),
+        "norm": "layer",
+        "norm_eps": words.get("layer_norm_epsilon", 1e-5),
+        "query_scalar": None if words.get("scale_attn_weights", True) else 1.0,
+        "rope": None,
+        "tied": words.get("tie_word_embeddings", True),
+    }
+
+
+def write_gpt2(config: ModelConfig) -> Words:
+    return {
+        "n_layer": config.layers,
+        "n_embd": config.width,
+        "n_head": config.heads,
+        "n_inner": config.intermediate,
+        "n_positions": config.context,
+        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        "layer_norm_epsilon": config.norm_eps,
+        "scale_attn_weights": config.query_scalar is None,
+    }

@@ -1,0 +1,101 @@
+"""Llama, Mistral, Mixtral, SmolLM, OLMo 2."""
+
+from lockstep.model.config import ModelConfig, MoEConfig, need
+from lockstep.model.formats.huggingface.families.shared import (
+    ACTIVATION_WORDS,
+    activation_of,
+    expert_fields,
+    layer_types,
+    layer_types_of,
+    window_fields,
+)
+from lockstep.model.formats.huggingface.rope import Words, rope_from, rope_words
+
+
+def read_llama(words: Words, *, tied: bool = False, theta: float = 10000.0) -> Words:
+    """What Llama says, and the families that came after it say in the same words."""
+    need(words, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    need(words, "vocab_size", "max_position_embeddings", "rms_norm_eps")
+    heads = words["num_attention_heads"]
+    attention = ("qkv", "out") if words.get("attention_bias") else ()
+    return {
+        "layers": words["num_hidden_layers"],
+        "width": words["hidden_size"],
+        "heads": heads,
+        "kv_heads": words.get("num_key_value_heads") or heads,
+        "head_dim": words.get("head_dim") or words["hidden_size"] // heads,
+        "intermediate": words["intermediate_size"],
+        "vocabulary": words["vocab_size"],
+        "context": words["max_position_embeddings"],
+        "activation": activation_of(words.get("hidden_act", "silu"), "hidden_act"),
+        "biases": (*attention, *(("mlp",) if words.get("mlp_bias") else ())),
+        "norm_eps": words["rms_norm_eps"],
+        "rope": rope_from(words.get("rope_scaling") or words.get("rope_parameters") or {}, words, theta),
+        "tied": words.get("tie_word_embeddings", tied),
+    }
+
+
+def write_llama(config: ModelConfig) -> Words:
+    return {
+        "num_hidden_layers": config.layers,
+        "hidden_size": config.width,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate,
+        "max_position_embeddings": config.context,
+        "hidden_act": ACTIVATION_WORDS[config.activation],
+        "attention_bias": "out" in config.biases,
+        "mlp_bias": "mlp" in config.biases,
+        "rms_norm_eps": config.norm_eps,
+        **rope_words(config.rope),
+    }
+
+
+def read_mistral(words: Words) -> Words:
+    window = words.get("sliding_window", 4096)
+    return read_llama(words) | {"biases": ()} | ({} if window is None else {"window": window})
+
+
+def write_mistral(config: ModelConfig) -> Words:
+    return write_llama(config) | {"sliding_window": config.window}
+
+
+def read_smollm3(words: Words) -> Words:
+    fields = read_llama(words, tied=True, theta=2_000_000.0)
+    interval, layers = words.get("no_rope_layer_interval", 4), range(fields["layers"])
+    rotated = words.get("no_rope_layers") or [(i + 1) % interval for i in layers]
+    window = words.get("sliding_window") if words.get("use_sliding_window") else None
+    return (
+        fields
+        | {"unrotated_layers": tuple(i for i in layers if not rotated[i])}
+        | window_fields(window, layer_types_of(words, lambda layer: rotated[layer]))
+    )
+
+
+def write_smollm3(config: ModelConfig) -> Words:
+    return write_llama(config) | {
+        "no_rope_layers": [int(config.rope_of(i) is not None) for i in range(config.layers)],
+        "use_sliding_window": config.window is not None,
+        "sliding_window": config.window,
+        "layer_types": layer_types(config),
+    }
+
+
+def read_olmo2(words: Words) -> Words:
+    return read_llama(words | {"mlp_bias": False}) | {"norm_at": "after", "qk_norm": "width"}
+
+
+def read_mixtral(words: Words) -> Words:
+    window = words.get("sliding_window")
+    moe = MoEConfig(
+        experts=words.get("num_local_experts", 8),
+        experts_per_token=words.get("num_experts_per_tok", 2),
+        intermediate=words["intermediate_size"],
+    )
+    fields = read_llama(words, theta=1_000_000.0) | {"biases": (), "moe": moe}
+    return fields | ({} if window is None else {"window": window})
+
+
+def write_mixtral(config: ModelConfig) -> Words:
+    return write_mistral(config) | expert_fields(config, "num_local_experts")

@@ -1,0 +1,78 @@
+"""Qwen 2, 3 and MoE."""
+
+from typing import Any
+
+from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel, need, refuse
+from lockstep.model.formats.huggingface.families.llama import read_llama, write_llama
+from lockstep.model.formats.huggingface.families.shared import expert_fields, layer_types, layer_types_of, window_fields
+from lockstep.model.formats.huggingface.rope import Words
+
+
+def read_qwen2(words: Words) -> Words:
+    window = words.get("sliding_window", 4096) if words.get("use_sliding_window") else None
+    full = words.get("max_window_layers", 28)
+    return (
+        read_llama(words)
+        | {"biases": ("qkv",)}
+        | window_fields(window, layer_types_of(words, lambda layer: layer < full))
+    )
+
+
+def write_qwen(config: ModelConfig) -> Words:
+    types = layer_types(config)
+    return write_llama(config) | {
+        "use_sliding_window": config.window is not None,
+        "sliding_window": config.window,
+        "max_window_layers": (*types, "sliding_attention").index("sliding_attention"),
+        "layer_types": types,
+    }
+
+
+def read_qwen3(words: Words) -> Words:
+    biases = read_llama(words | {"mlp_bias": False})["biases"]
+    return read_qwen2(words) | {"biases": biases, "qk_norm": "head"}
+
+
+def _read_qwen_experts(words: Words, **shared: Any) -> MoEConfig:
+    for feature, present in {
+        "mlp_only_layers": words.get("mlp_only_layers"),
+        "decoder_sparse_step": words.get("decoder_sparse_step", 1) != 1,
+        "use_sliding_window": words.get("use_sliding_window"),
+    }.items():
+        refuse(feature, present)
+    need(words, "num_experts_per_tok", "moe_intermediate_size")
+    experts = words.get("num_experts") or words.get("num_local_experts")
+    if experts is None:
+        raise UnknownModel("config.json lacks num_experts")
+    return MoEConfig(
+        experts=experts,
+        experts_per_token=words["num_experts_per_tok"],
+        intermediate=words["moe_intermediate_size"],
+        normalize=words.get("norm_topk_prob", False),
+        **shared,
+    )
+
+
+def read_qwen3_moe(words: Words) -> Words:
+    return read_qwen3(words) | {"moe": _read_qwen_experts(words)}
+
+
+def read_qwen2_moe(words: Words) -> Words:
+    need(words, "shared_expert_intermediate_size")
+    moe = _read_qwen_experts(words, shared_intermediate=words["shared_expert_intermediate_size"], shared_gate=True)
+    return read_qwen2(words) | {"biases": ("qkv",) if words.get("qkv_bias", True) else (), "moe": moe}
+
+
+def write_qwen_moe(config: ModelConfig) -> Words:
+    moe = config.moe
+    assert moe is not None
+    words = write_llama(config) | expert_fields(config, "num_experts")
+    return words | {
+        "moe_intermediate_size": moe.intermediate,
+        "shared_expert_intermediate_size": moe.shared_intermediate,
+        "norm_topk_prob": moe.normalize,
+        "qkv_bias": "qkv" in config.biases,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+    }

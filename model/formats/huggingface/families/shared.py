@@ -1,0 +1,47 @@
+"""What families share: activations, windows, experts."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lockstep.model.config import ModelConfig, UnknownModel, refuse
+from lockstep.model.formats.huggingface.rope import Words
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+ACTIVATION_WORDS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def activation_of(word: str, key: str) -> str:
+    if word not in _ACTIVATIONS:
+        raise UnknownModel(f"this checkpoint uses {key}={word}: supported are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[word]
+
+
+def window_fields(window: int | None, types: Sequence[str]) -> Words:
+    """Fields for layers of these types, in the words of `layer_types`."""
+    for kind in types:
+        refuse(f"layer_types={kind}", kind not in ("full_attention", "sliding_attention"))
+    if window is None or "sliding_attention" not in types:
+        return {}
+    return {"window": window, "full_layers": tuple(i for i, kind in enumerate(types) if kind == "full_attention")}
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    windows = (config.window_of(i) for i in range(config.layers))
+    return ["full_attention" if w is None else "sliding_attention" for w in windows]
+
+
+def layer_types_of(words: Words, is_full: Callable[[int], Any]) -> list[str]:
+    """`layer_types`, or the family's rule."""
+    layers = range(words["num_hidden_layers"])
+    return words.get("layer_types") or ["full_attention" if is_full(i) else "sliding_attention" for i in layers]
+
+
+def expert_fields(config: ModelConfig, key: str) -> Words:
+    assert config.moe is not None
+    return {key: config.moe.experts, "num_experts_per_tok": config.moe.experts_per_token}

@@ -1,0 +1,293 @@
+"""Folders that torch.distributed.checkpoint writes, read and written a chunk at a time and without a process group.
+
+`.metadata` is a pickle that lists tensors and their chunks, `__R_K.distcp` are chunks one after the other, each as
+`torch.save` made it. Megatron-core adds `metadata.json`, which names the format, and what is no tensor: in `common.pt`
+until 0.18, since then as one more object among the chunks. Nothing is unpickled that is not on a list here.
+Format: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html.
+"""
+
+import io
+import json
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from lockstep.distributed.checkpoint.tensors import Box, overlap, to_numpy, to_torch, within
+from lockstep.model.formats.files.extents import write_bytes
+from lockstep.model.formats.files.safe_unpickler import load_pickle, load_torch
+
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
+COMMON_OBJECT = "common_state/shard_0_1"
+LARGEST_FILE = 4 << 30
+"""Bytes after which another file is begun."""
+
+_DCP = "torch.distributed.checkpoint"
+_LISTED = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+    f"{_DCP}.metadata": (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "BytesStorageMetadata",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    f"{_DCP}.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    f"{_DCP}.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+}
+"""By module: classes that a `.metadata` may hold."""
+
+
+class BadTorchDist(ValueError):
+    """A folder that is not a whole checkpoint of torch.distributed.checkpoint."""
+
+
+@dataclass
+class _Chunk:
+    box: Box
+    place: _StorageInfo
+
+
+@dataclass
+class _Stored:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: dict[tuple[int, ...] | None, list[_Chunk]] = field(default_factory=dict)
+    """By index on all dims but the last two, where a chunk has one; None: the others."""
+
+    def add(self, chunk: _Chunk) -> None:
+        single = all(stop - start == 1 for start, stop in chunk.box[:-2])
+        index = tuple(start for start, _ in chunk.box[:-2]) if single else None
+        self.chunks.setdefault(index, []).append(chunk)
+
+    def near(self, box: Box) -> list[_Chunk]:
+        """Chunks that may have a part in a box of one place on each dim but the last two."""
+        return self.chunks.get(tuple(start for start, _ in box[:-2]), []) + self.chunks.get(None, [])
+
+
+class TorchDist:
+    """The tensors of a folder; a read touches only the chunks that it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            BadTorchDist: when a file is missing or of another format.
+            UnreadFile: when one is damaged, or holds a class that is not listed.
+        """
+        self.folder = folder
+        backend = json.loads(self._path("metadata.json").read_text()).get("sharded_backend")
+        if backend != BACKEND["sharded_backend"]:
+            raise BadTorchDist(f"{folder} has the format {backend!r}: save it with --ckpt-format torch_dist")
+        metadata = _metadata(self._path(".metadata"))
+        self._tensors = _tensors(metadata)
+        self._objects = {
+            index.fqn: place
+            for index, place in metadata.storage_data.items()
+            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata)
+        }
+        self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
+        self.names = (*self._tensors, *self._objects)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is stored in."""
+        return self._tensors[name].dtype
+
+    def common(self) -> dict[str, Any]:
+        """What was saved beside the tensors."""
+        if COMMON_OBJECT in self._objects:
+            return load_torch(self._bytes(self._objects[COMMON_OBJECT]), f"{COMMON_OBJECT} in {self.folder}")[0]
+        path = self._path("common.pt")
+        return load_torch(path.read_bytes(), str(path))
+
+    def read(self, name: str, box: Box) -> NDArray[Any]:
+        """A part of one tensor, one place wide on each dim but the last two.
+
+        Raises:
+            BadTorchDist: when chunks are missing or cut off.
+        """
+        stored = self._tensors[name]
+        out = to_numpy(torch.empty([stop - start for start, stop in box], dtype=stored.dtype))
+        found = 0
+        for chunk in stored.near(box):
+            common = overlap(chunk.box, box)
+            if common is not None:
+                part = self._chunk(name, chunk, stored.dtype)[within(common, chunk.box)]
+                out[within(common, box)] = part
+                found += part.size
+        if found != out.size:
+            raise BadTorchDist(f"{self.folder} holds {found} of the {out.size} values of {name} at {box}")
+        return out
+
+    def _chunk(self, name: str, chunk: _Chunk, dtype: torch.dtype) -> NDArray[Any]:
+        what = f"{name} in {chunk.place.relative_path} of {self.folder}"
+        if getattr(chunk.place, "transform_descriptors", None):
+            raise BadTorchDist(f"{what} is compressed: save without transforms")
+        tensor = load_torch(self._bytes(chunk.place), what)
+        shape = tuple(stop - start for start, stop in chunk.box)
+        if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+            raise BadTorchDist(f"{what} is not the tensor {shape} of {dtype} that .metadata lists")
+        return to_numpy(tensor)
+
+    def _bytes(self, place: _StorageInfo) -> bytes:
+        with self._path(place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            content = file.read(place.length)
+        if len(content) != place.length:
+            raise BadTorchDist(
+                f"{self.folder / place.relative_path} ends {place.length - len(content)} bytes before its chunk does: "
+                "copy the folder again"
+            )
+        return content
+
+    def _path(self, name: str) -> Path:
+        if not (self.folder / name).is_file():
+            raise BadTorchDist(f"{self.folder} lacks {name}: give a folder that Megatron saved whole")
+        return self.folder / name
+
+
+def _tensors(metadata: Metadata) -> dict[str, _Stored]:
+    tensors, sizes = {}, {}
+    for name, said in metadata.state_dict_metadata.items():
+        if isinstance(said, TensorStorageMetadata):
+            tensors[name] = _Stored(tuple(said.size), said.properties.dtype)
+            sizes[name] = {tuple(chunk.offsets): chunk.sizes for chunk in said.chunks}
+    for index, place in metadata.storage_data.items():
+        if index.fqn in tensors:
+            offset = tuple(index.offset or ())
+            box = tuple((start, start + size) for start, size in zip(offset, sizes[index.fqn][offset], strict=True))
+            tensors[index.fqn].add(_Chunk(box, place))
+    return tensors
+
+
+def _metadata(path: Path) -> Metadata:
+    with path.open("rb") as file:
+        found = load_pickle(file, _LISTED, str(path))
+    if not isinstance(found, Metadata):
+        raise BadTorchDist(f"{path} holds {type(found).__name__}, not the description of a checkpoint")
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A chunk to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offset: tuple[int, ...]
+    extent: tuple[int, ...]
+    """Of the chunk."""
+    dtype: torch.dtype
+
+
+class Writer:
+    """Writes a folder: its chunks are listed first, and written in any order; `close` makes it a checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tensors: dict[str, TensorStorageMetadata] = {}
+        self._places: dict[str, list[_StorageInfo]] = {}
+        self._ends = [0]
+        self._empty: tuple[str, ...] = ()
+
+    def place(self, piece: Piece) -> _StorageInfo:
+        """Where a chunk will lie, which is listed by that."""
+        described = TensorStorageMetadata(TensorProperties(piece.dtype), torch.Size(piece.shape), [])
+        chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.extent))
+        self._tensors.setdefault(piece.name, described).chunks.append(chunk)
+        place = self._next(_saved_size(piece.extent, piece.dtype))
+        self._places.setdefault(piece.name, []).append(place)
+        return place
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors so far."""
+        return tuple(self._tensors)
+
+    def alias(self, name: str, of: str) -> None:
+        """Another name of a tensor that is listed: its chunks are stored once."""
+        self._tensors[name], self._places[name] = self._tensors[of], self._places[of]
+
+    def add_empty(self, names: Iterable[str]) -> None:
+        """List objects of which there is nothing to say: Megatron looks for one beside each linear layer."""
+        self._empty = tuple(names)
+
+    def create(self) -> None:
+        """Make the files; what is there already stays."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, end in enumerate(self._ends):
+            with (self.folder / _file(number)).open("ab") as file:
+                file.truncate(end)
+
+    def write(self, place: _StorageInfo, array: NDArray[Any]) -> None:
+        """Write a chunk, and wait until it is on disk."""
+        buffer = io.BytesIO()
+        torch.save(to_torch(np.ascontiguousarray(array)), buffer)
+        assert buffer.tell() == place.length, place
+        write_bytes(self.folder / place.relative_path, place.offset, np.frombuffer(buffer.getbuffer(), np.uint8))
+
+    def close(self, common: dict[str, Any]) -> None:
+        """Describe what was written, and what else there is to say: `metadata.json` comes last."""
+        buffer = io.BytesIO()
+        torch.save([None], buffer)
+        nothing = self._next(buffer.tell())
+        with (self.folder / nothing.relative_path).open("ab") as file:
+            file.truncate(nothing.offset)
+            file.write(buffer.getbuffer())
+        torch.save(common, self.folder / "common.pt")
+        with (self.folder / ".metadata").open("wb") as file:
+            pickle.dump(self._described(nothing), file)
+        (self.folder / "metadata.json").write_text(json.dumps(BACKEND | {"common_backend_version": 1}))
+
+    def _next(self, length: int) -> _StorageInfo:
+        """Room at the end of the last file, or in a new one."""
+        if self._ends[-1] > LARGEST_FILE:
+            self._ends.append(0)
+        place = _StorageInfo(_file(len(self._ends) - 1), self._ends[-1], length)
+        self._ends[-1] += length
+        return place
+
+    def _described(self, nothing: _StorageInfo) -> Metadata:
+        objects = {MetadataIndex(name): nothing for name in self._empty}
+        described: dict[str, Any] = {name: BytesStorageMetadata() for name in self._empty}
+        return Metadata({**self._tensors, **described}, storage_data=dict(self._placed()) | objects)
+
+    def _placed(self) -> Iterator[tuple[MetadataIndex, _StorageInfo]]:
+        for name, places in self._places.items():
+            for i, (chunk, place) in enumerate(zip(self._tensors[name].chunks, places, strict=True)):
+                yield MetadataIndex(name, chunk.offsets, i), place
+
+
+def _file(number: int) -> str:
+    return f"__0_{number}.distcp"
+
+
+@lru_cache
+def _saved_size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor as `torch.save` makes them."""
+    buffer = io.BytesIO()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), buffer)
+    return len(buffer.getbuffer())

@@ -1,0 +1,184 @@
+"""megatron-core's parallel linear layers, whose weights may be reordered once for inference on a CPU."""
+
+from typing import Protocol
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from lockstep.distributed.groups import Groups
+from lockstep.model.config import Numerics
+from lockstep.model.ops.exact.reductions import summed, summed_and_split
+from lockstep.model.ops.linear import PackedWeight, biased, linear, packed, tiles_of
+
+
+class Adapting(Protocol):
+    """What a layer's weight is changed by, and stays as it is; see `lockstep.model.layers.lora`."""
+
+    on: bool
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """The output for x with the adapters' part, from the output without."""
+        ...
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight that would give the same output."""
+        ...
+
+
+class Packable:
+    """A layer whose weight may be packed for inference, or adapted for training."""
+
+    weight: nn.Parameter
+    adapters: Adapting | None
+    _numerics: Numerics
+    _packed: PackedWeight | None = None
+
+    def pack(self) -> None:
+        """Serve inference from a packed copy of the weight as it is now."""
+        assert self.adapters is None, "rollouts see weights with the adapters in them"
+        self._packed = packed(self.weight, self._numerics)
+
+    def unpack(self) -> None:
+        """Forget the packed copy."""
+        self._packed = None
+
+    @property
+    def tiles(self) -> Tensor:
+        """See `tiles_of`."""
+        return tiles_of(self.weight, self._packed)
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether products are ours and not megatron-core's."""
+        return self._numerics == "exact" or (self._packed is not None and not torch.is_grad_enabled())
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self._numerics == "exact" and self.adapters is not None and self.adapters.on:
+            return linear(x, self.adapters.merged(self.weight), self._numerics)
+        weight = self.weight if self._packed is None or torch.is_grad_enabled() else self._packed
+        return linear(x, weight, self._numerics)
+
+    def _adapted(self, x: Tensor, out: Tensor) -> Tensor:
+        """The output with the adapters' part; in exact numerics, which rollouts share, the weight has it."""
+        if self.adapters is None or not self.adapters.on or self._numerics == "exact":
+            return out
+        return self.adapters(x, out)
+
+
+class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
+    """[…, inputs] → […, outputs / tensor]: this rank's rows of the weight and of the bias."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: TransformerConfig,
+        *,
+        bias: bool = False,
+        numerics: Numerics = "fast",
+    ) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=not_drawn,
+            bias=bias,
+            gather_output=False,
+            skip_bias_add=True,  # where the weight learns nothing, megatron-core would give its bias no gradient
+        )
+        self._numerics, self.adapters = numerics, None
+        mark(self.weight, 0)
+        if bias:
+            mark(self.bias, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if not self._is_own:
+            out, bias = super().forward(x)
+            return self._adapted(x, biased(out, bias))
+        if self.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(x, group=self.tp_group)
+        else:
+            whole = copy_to_tensor_model_parallel_region(x, self.tp_group)
+        return self._adapted(x, biased(self._product(whole), self.bias))
+
+
+class RowLinear(Packable, tensor_parallel.RowParallelLinear):
+    """[…, inputs / tensor] → […, outputs]: this rank's columns of the weight, the sum over tensor ranks, the bias."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: TransformerConfig,
+        *,
+        bias: bool = False,
+        numerics: Numerics = "fast",
+    ) -> None:
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=not_drawn,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=True,
+        )
+        self._numerics, self.adapters = numerics, None
+        mark(self.weight, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if not self._is_own:
+            out, bias = super().forward(x)
+        else:
+            out, bias = reduced(self._product(x), self.tp_group, self.sequence_parallel, self._numerics), self.bias
+        if bias is not None:
+            out = out + summed_over(bias, self.tp_group if self.sequence_parallel else None)
+        return self._adapted(x, out)
+
+
+def reduced(part_T: Tensor, group: ProcessGroup, sequence: bool, numerics: Numerics) -> Tensor:
+    """The sum over tensor ranks, [T, …]; where ranks split activations, each one's tokens of it, [T / ranks, …]."""
+    if numerics == "exact":
+        return summed_and_split(part_T, group) if sequence else summed(part_T, group)
+    if sequence:
+        return reduce_scatter_to_sequence_parallel_region(part_T, group=group)
+    return reduce_from_tensor_model_parallel_region(part_T, group=group)
+
+
+def not_drawn(weight: Tensor) -> Tensor:
+    """Leaves a weight as it is: it is filled afterwards, through the slice map."""
+    return weight
+
+
+def mark(weight: nn.Parameter, dim: int) -> None:
+    """Mark a weight as split along `dim`, so that gradient norms count every part.
+
+    megatron-core marks weights only where it also draws them, and newer versions always.
+    """
+    if not hasattr(weight, "tensor_model_parallel"):
+        tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dim, 1)
+    assert vars(weight)["tensor_model_parallel"]
+
+
+def sequence_group(groups: Groups) -> ProcessGroup | None:
+    """The tensor group, where its ranks split activations between matrices; None otherwise."""
+    return groups.tensor if groups.layout.sequence else None
+
+
+def summed_over(weight: Tensor, parts: ProcessGroup | None) -> Tensor:
+    """The weight; its gradient is summed over ranks that each apply it to a part of the work.
+
+    In the graph, and not after the backward pass, because ZeRO may have reduced and freed the gradient by then.
+    """
+    return weight if parts is None else copy_to_tensor_model_parallel_region(weight, parts)

@@ -1,0 +1,56 @@
+"""Feed-forward layers, activations."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from lockstep.model.config import ModelConfig, Numerics
+from lockstep.model.layers.linear import ColumnLinear, RowLinear
+from lockstep.model.ops.exact import reductions
+from lockstep.model.ops.fused import gated, swiglu
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def activation(name: str, numerics: Numerics) -> Callable[[Tensor], Tensor]:
+    """The activation of this name."""
+    return (ACTIVATIONS if numerics == "fast" else reductions.ACTIVATIONS)[name]
+
+
+class GatedMLP(nn.Module):
+    """Gated feed-forward layer; its intermediate width is split over the tensor axis."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, numerics: Numerics) -> None:
+        super().__init__()
+        bias = "mlp" in model.biases
+        self.gate_up = ColumnLinear(model.width, 2 * model.intermediate, config, bias=bias, numerics=numerics)
+        self.down = RowLinear(model.intermediate, model.width, config, bias=bias, numerics=numerics)
+        self._activation: Callable[[Tensor], Tensor] = (
+            partial(swiglu, numerics=numerics)
+            if model.activation == "silu"
+            else partial(gated, activation=activation(model.activation, numerics))
+        )
+
+    def forward(self, x_T1D: Tensor) -> Tensor:
+        return self.down(self._activation(self.gate_up(x_T1D)))
+
+
+class MLP(nn.Module):
+    """Feed-forward layer; its intermediate width is split over the tensor axis."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, numerics: Numerics) -> None:
+        super().__init__()
+        bias = "mlp" in model.biases
+        self.up = ColumnLinear(model.width, model.intermediate, config, bias=bias, numerics=numerics)
+        self.down = RowLinear(model.intermediate, model.width, config, bias=bias, numerics=numerics)
+        self._activation = activation(model.activation, numerics)
+
+    def forward(self, x_T1D: Tensor) -> Tensor:
+        return self.down(self._activation(self.up(x_T1D)))

@@ -1,0 +1,34 @@
+"""Rollout against trainer: ? log p, KL, bits."""
+
+import torch
+from torch import Tensor
+
+from lockstep.model.objectives.objective import LossInputs, Report
+
+
+def mismatch(logp_K: Tensor, columns: LossInputs) -> Report:
+    """How far log-probabilities are from those that rollouts reported of the same tokens.
+
+    Returns:
+        mismatch_mean and mismatch_max of |Δ log p|, mismatch_kl (nats a token, of the rollout's policy to this one, by
+        the k3 estimator), and mismatch_bits: in which the fp32 numbers differ, over all tokens that weigh something.
+    """
+    counted = columns.weight != 0
+    delta = logp_K - columns.old_logp
+    gap = delta.abs()[counted]
+    return {
+        "mismatch_mean": (columns.weight * delta.abs()).sum(),
+        "mismatch_max": largest(gap),
+        "mismatch_kl": (columns.weight * (delta.exp() - 1 - delta)).sum(),
+        "mismatch_bits": differing_bits(logp_K[counted], columns.old_logp[counted]),
+    }
+
+
+def largest(values: Tensor) -> Tensor:
+    return values.max() if values.numel() else values.new_zeros(())
+
+
+def differing_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Number of bits in which two tensors of fp32 differ."""
+    different = a.view(torch.int32) ^ b.view(torch.int32)
+    return sum(((different >> place) & 1).sum() for place in range(32))  # type: ignore[return-value]

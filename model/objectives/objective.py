@@ -1,0 +1,107 @@
+"""What an objective is told of the tokens of a micro-batch, and of the samples that they belong to.
+
+A row holds samples whole, and context ranks hold parts of the row; sums over a sample are over all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lockstep.data.batch import COLUMNS, TokenBatch
+
+
+@dataclass(frozen=True)
+class SampleInputs:
+    """The S samples of a row, and to which of them each of this rank's K tokens belongs."""
+
+    number_K: Tensor
+    counted_S: Tensor
+    """Tokens that count, in the whole row."""
+    weight_S: Tensor
+    """Mean weight of those."""
+    group_S: Tensor
+    preference_S: Tensor
+    context: dist.ProcessGroup | None = None
+    """The ranks that have parts of the row; None where this one has it all."""
+
+    def sums(self, values_K: Tensor) -> Tensor:
+        """Sums over the tokens of each sample, [S], the same on every context rank, with a gradient."""
+        here = values_K.new_zeros(len(self.counted_S)).index_add(0, self.number_K, values_K)
+        if self.context is None:
+            return here
+        found: Tensor = _Summed.apply(here, self.context)
+        return found
+
+    def of_tokens(self, values_S: Tensor) -> Tensor:
+        """The value of each token's sample, [K]."""
+        return values_S[self.number_K]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank counts what is said of samples, which every context rank knows."""
+        return self.context is None or self.context.rank() == 0
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_reduced(values, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _all_reduced(gradients[0], ctx.group), None
+
+
+def _all_reduced(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = values.contiguous().clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The columns of the K tokens that count, in fp32; `lockstep.data.batch.Sample` says what each means."""
+
+    weight: Tensor
+    advantage: Tensor
+    old_logp: Tensor
+    proximal_logp: Tensor
+    reference_logp: Tensor
+    value: Tensor
+    returns: Tensor
+    samples: SampleInputs
+    entropy: Tensor | None = None
+    """Of the policy at each token, with its gradient, where an objective asks for it."""
+
+
+def columns_of(batch: TokenBatch, device: torch.device, context: dist.ProcessGroup | None = None) -> LossInputs:
+    """A row's columns as tensors.
+
+    Args:
+        batch: the part of the row that this rank has.
+        context: the ranks that have the other parts.
+    """
+
+    def tensor(array: Any) -> Tensor:
+        return torch.tensor(array).to(device)
+
+    about = batch.members
+    samples = SampleInputs(
+        number_K=tensor(batch.samples),
+        counted_S=tensor(about.counted),
+        weight_S=tensor(about.weight),
+        group_S=tensor(about.group),
+        preference_S=tensor(about.preference),
+        context=context,
+    )
+    return LossInputs(**{name: tensor(getattr(batch, name)) for name in COLUMNS}, samples=samples)
+
+
+Report = dict[str, Tensor]
+Objective = Callable[[Tensor, LossInputs], tuple[Tensor, Report]]
+"""The loss of a micro-batch, and what it reports, from scores [K] (log-probabilities, or values) and columns."""

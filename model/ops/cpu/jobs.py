@@ -1,0 +1,98 @@
+"""The C structs, and lists of jobs."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import torch
+
+from lockstep.model.ops.cpu.library import ALONE, loaded, run, threads_for
+
+
+def _fields(integers: str, addresses: str, floats: str = "") -> list[tuple[str, Any]]:
+    kinds = (integers, ctypes.c_int64), (addresses, ctypes.c_void_p), (floats, ctypes.c_float)
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+class AttentionJob(ctypes.Structure):
+    """`struct attention`."""
+
+    _fields_ = _fields(
+        "written kept taken done joined writes rows parts heads groups width table_width q_stride k_stride v_stride "
+        "tiled",
+        "q k v keys values blocks offsets tokens sequences firsts lasts tables part_rows part_starts row_parts partial "
+        "out",
+        "scale cap",
+    )
+
+
+class NormJob(ctypes.Structure):
+    """`struct norm`."""
+
+    _fields_ = _fields("taken rows width", "x weight out", "eps")
+
+
+class GateJob(ctypes.Structure):
+    """`struct gate`."""
+
+    _fields_ = _fields("taken rows width", "x out")
+
+
+class DrawJob(ctypes.Structure):
+    _fields_ = _fields("taken rows size stride", "logits places scales shares tokens")
+
+
+class LogSumsJob(ctypes.Structure):
+    _fields_ = _fields("taken rows size stride", "logits out", "scale")
+
+
+class TurnJob(ctypes.Structure):
+    """`struct turn`."""
+
+    _fields_ = _fields("taken rows heads width stride out_stride", "x cosines sines out")
+
+
+class ProductJob(ctypes.Structure):
+    """`struct product`."""
+
+    _fields_ = _fields("taken rows inputs outputs tiled packed", "x weight bias add out")
+
+
+class _ListJob(ctypes.Structure):
+    _fields_ = _fields("arrived threads count rows", "steps")
+
+
+class JobList:
+    """Jobs that follow one another and are done in one call."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._library = loaded(dtype)
+        self._dtype = dtype
+        self._jobs: list[tuple[str, ctypes.Structure, AttentionJob | None]] = []
+        self._steps: np.ndarray | None = None
+
+    def add(self, name: str, job: ctypes.Structure, same: AttentionJob | None = None) -> None:
+        """Another job behind the others.
+
+        Args:
+            same: of attention what is copied into the job before each run, all but heads, arrays and scoring.
+        """
+        self._jobs.append((name, job, same))
+
+    def run(self, rows: int) -> None:
+        """Do all jobs on so many rows."""
+        if self._steps is None:
+            steps = [
+                [
+                    ctypes.cast(getattr(self._library, name), ctypes.c_void_p).value or 0,
+                    ctypes.addressof(job),
+                    0 if same is None else ctypes.addressof(same),
+                ]
+                for name, job, same in self._jobs
+            ]
+            self._steps = np.array(steps, np.int64)
+        everything = _ListJob(
+            threads=threads_for(ALONE), count=len(self._jobs), rows=rows, steps=self._steps.ctypes.data
+        )
+        self._library.begin(ctypes.byref(everything))
+        run("list", everything, self._dtype, size=ALONE)

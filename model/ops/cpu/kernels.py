@@ -1,0 +1,184 @@
+"""The loops of `kernels.c`, compiled once for the processor at hand.
+
+Decoding on a CPU is bound by memory and by the cost of many small operations. These loops read keys and values where
+they lie and do a norm, a gated unit or a rotation in one pass. And what they make of a token does not depend on what
+stands beside it, which exact numerics want of training, too. Where there is no C compiler, torch's operations serve.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lockstep.model.config import Numerics
+from lockstep.model.ops.cpu.jobs import DrawJob, GateJob, LogSumsJob, NormJob, ProductJob, TurnJob
+from lockstep.model.ops.cpu.library import NUMBERS, library_of, loaded, run
+
+LINE, SIDE = 32, 16
+"""Inputs and outputs of a tile of a weight."""
+
+_fused: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Within this block fast numerics, too, leave norms, gated units and rotations on a CPU to these loops.
+
+    They round where torch's operations do, and add up in an order of their own.
+    """
+    token = _fused.set(True)
+    try:
+        yield
+    finally:
+        _fused.reset(token)
+
+
+def serves(x: Tensor, numerics: Numerics) -> bool:
+    """Whether an operation on x is to be done here: in exact numerics wherever it can be."""
+    return (numerics == "exact" or _fused.get()) and usable(x.dtype, x.device)
+
+
+def usable(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are loops for a dtype and device."""
+    return device.type == "cpu" and dtype in NUMBERS and library_of(dtype) is not None
+
+
+def log_sums(logits_KV: Tensor, temperature: float) -> Tensor:
+    """log Σ e^(logit / temperature) over each row, [K] in fp32."""
+    if logits_KV.stride(1) != 1:
+        logits_KV = logits_KV.contiguous()
+    out = torch.empty(len(logits_KV))
+    job = LogSumsJob(
+        rows=len(out),
+        size=logits_KV.shape[1],
+        stride=logits_KV.stride(0),
+        logits=logits_KV.data_ptr(),
+        out=out.data_ptr(),
+        scale=1 / temperature,
+    )
+    run("log_sums", job, logits_KV.dtype, size=logits_KV.numel())
+    return out
+
+
+@cache
+def tiled(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the processor has tiles for products of a dtype: AMX, in bf16."""
+    library = library_of(dtype) if device.type == "cpu" and dtype == torch.bfloat16 else None
+    return hasattr(library, "may_use_tiles") and bool(loaded(dtype).may_use_tiles())
+
+
+def in_tiles(weight: Tensor) -> Tensor:
+    """A weight [outputs, inputs] packed as `struct product` wants it, with zeros up to multiples of `LINE`."""
+    pair = 2 if weight.dtype.itemsize == 2 else 1
+    whole = F.pad(weight.detach(), (0, -weight.shape[1] % LINE, 0, -weight.shape[0] % LINE))
+    return whole.view(-1, SIDE, whole.shape[1] // pair, pair).transpose(1, 2).contiguous()
+
+
+def product(x_RI: Tensor, weight: Tensor, outputs: int) -> Tensor:
+    """x · weightᵀ [R, outputs], of which a row's bits depend on that row and the weight.
+
+    Args:
+        weight: [outputs, inputs], or what `in_tiles` makes of it.
+    """
+    packed = weight.dim() == 4
+    if short := -x_RI.shape[1] % LINE:
+        x_RI, weight = F.pad(x_RI, (0, short)), weight if packed else F.pad(weight, (0, short))
+    x, weight, out = x_RI.contiguous(), weight.contiguous(), x_RI.new_empty(len(x_RI), outputs)
+    of_weight = (-(-outputs // LINE) * LINE if packed else outputs) * x.shape[1]
+    if (x.dtype, of_weight) != (weight.dtype, weight.numel()):
+        raise ValueError(f"x {list(x.shape)} in {x.dtype} does not fit a weight {list(weight.shape)} in {weight.dtype}")
+    run("product", product_job(x, weight, out), x.dtype, size=len(x) * x.shape[1] * outputs)
+    return out
+
+
+def product_job(
+    x_RI: Tensor, weight: Tensor, out_RO: Tensor, bias_O: Tensor | None = None, add_RO: Tensor | None = None
+) -> ProductJob:
+    """out = x · weightᵀ + bias + add, of tensors that lie without gaps; the job does not keep them.
+
+    Args:
+        x_RI: of inputs that are a multiple of `LINE`.
+        weight: [outputs, inputs], or what `in_tiles` makes of it.
+    """
+    job = ProductJob(
+        rows=len(x_RI),
+        inputs=x_RI.shape[1],
+        outputs=out_RO.shape[1],
+        tiled=tiled(x_RI.dtype, x_RI.device),
+        packed=weight.dim() == 4,
+        x=x_RI.data_ptr(),
+        weight=weight.data_ptr(),
+        out=out_RO.data_ptr(),
+    )
+    job.bias, job.add = (None if t is None else t.data_ptr() for t in (bias_O, add_RO))
+    return job
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `functions.rms_norm`."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    job = NormJob(rows=rows, width=width, x=x.data_ptr(), weight=weight.data_ptr(), out=out.data_ptr(), eps=eps)
+    run("norm", job, x.dtype, size=x.numel())
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """See `functions.swiglu`."""
+    gate_up = gate_up.contiguous()
+    width = gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    job = GateJob(rows=gate_up.numel() // (2 * width), width=width, x=gate_up.data_ptr(), out=out.data_ptr())
+    run("gate", job, gate_up.dtype, size=gate_up.numel())
+    return out
+
+
+def rotary(x_THE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """See `functions.rotary`."""
+    rows, heads, width = x_THE.shape
+    if x_THE.stride()[1:] != (width, 1):
+        x_THE = x_THE.contiguous()
+    cosines, sines = (t.contiguous() for t in table)
+    out = x_THE.new_empty(rows, heads, width)
+    job = TurnJob(
+        rows=rows,
+        heads=heads,
+        width=width,
+        stride=x_THE.stride(0),
+        out_stride=heads * width,
+        x=x_THE.data_ptr(),
+        cosines=cosines.data_ptr(),
+        sines=sines.data_ptr(),
+        out=out.data_ptr(),
+    )
+    run("turn", job, x_THE.dtype, size=x_THE.numel())
+    return out
+
+
+def draw(logits_BV: Tensor, rows: Sequence[int], temperatures: Sequence[float], shares: Sequence[float]) -> Tensor:
+    """The first token of each of some rows whose cumulative probability exceeds a share; none of probability 0."""
+    if logits_BV.stride(1) != 1:
+        logits_BV = logits_BV.contiguous()
+    places, wanted = np.asarray(rows, np.int64), np.asarray(shares, np.float64)
+    scales = (1 / np.asarray(temperatures)).astype(np.float32)
+    tokens = np.empty(len(rows), np.int64)
+    job = DrawJob(
+        rows=len(rows),
+        size=logits_BV.shape[1],
+        stride=logits_BV.stride(0),
+        logits=logits_BV.data_ptr(),
+        places=places.ctypes.data,
+        scales=scales.ctypes.data,
+        shares=wanted.ctypes.data,
+        tokens=tokens.ctypes.data,
+    )
+    run("draw", job, logits_BV.dtype, size=logits_BV.numel())
+    if tokens.min() < 0:
+        raise FloatingPointError("logits are not numbers, so nothing can be drawn: the weights are not whole")
+    return torch.from_numpy(tokens)

@@ -1,0 +1,1 @@
+"""Batch-invariant operations: a row's result has the same bits whatever else is in the batch."""

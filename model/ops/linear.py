@@ -1,0 +1,68 @@
+"""X?W?: plain, packed for CPU, or exact."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lockstep.model.config import Numerics
+from lockstep.model.ops.cpu import kernels
+from lockstep.model.ops.exact.matmul import product
+
+
+class PackedWeight:
+    """A copy of a weight on a CPU in the layout that products read; those of few rows take half the time.
+
+    Fast numerics take oneDNN's, exact ones that of `kernels.product`. Later changes of the weight are not seen.
+    """
+
+    def __init__(self, weight: Tensor, numerics: Numerics) -> None:
+        """
+        Args:
+            weight: [outputs, inputs].
+        """
+        self._outputs, self.tiles = weight.shape[0], kernels.in_tiles(weight) if numerics == "exact" else None
+        self._blocks = None if self.tiles is not None else torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x · weightᵀ."""
+        if self.tiles is not None:
+            return kernels.product(x.flatten(0, -2), self.tiles, self._outputs).view(*x.shape[:-1], -1)
+        return torch.ops.mkldnn._linear_pointwise(x, self._blocks, None, "none", [], "")
+
+
+def tiles_of(weight: Tensor, packed: PackedWeight | None) -> Tensor:
+    """The weight as `kernels.in_tiles` packs it, which it may be already."""
+    return kernels.in_tiles(weight) if packed is None or packed.tiles is None else packed.tiles
+
+
+def packed(weight: Tensor, numerics: Numerics = "fast") -> PackedWeight | None:
+    """The weight packed, where this machine and this torch can; in fast numerics in bf16 only.
+
+    oneDNN's blocked kernels add up fp32 products in one chain, which doubles their rounding error over a deep model.
+    """
+    if numerics == "exact":
+        usable = kernels.usable(weight.dtype, weight.device)
+    else:
+        usable = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _reorders()
+    return PackedWeight(weight.detach(), numerics) if usable else None
+
+
+@cache
+def _reorders() -> bool:
+    """Whether this torch hands out oneDNN's packed products, and the processor has those of bf16."""
+    named = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return named and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def linear(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:
+    """x · weightᵀ, packed or not; packed is without a gradient."""
+    if isinstance(weight, PackedWeight):
+        return weight(x)
+    return F.linear(x, weight) if numerics == "fast" else product(x, weight)
+
+
+def biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x + bias, where there is one."""
+    return x if bias is None else x + bias

@@ -1,0 +1,96 @@
+"""What a rank holds: its parameters as pieces of logical tensors, and filling them from a source."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.distributed.checkpoint.tensors import Piece, Source, concurrently, read_tensor
+from lockstep.distributed.groups import Groups
+from lockstep.model.layers.lora import Adapter, Adapters
+from lockstep.model.transformer import Transformer
+from lockstep.model.weights.lora import merge
+from lockstep.model.weights.names import EMBEDDING, HEAD, is_adapter, logical_tensors, part_sizes
+from lockstep.model.weights.sharding import is_stack, parameter_pieces
+
+
+def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
+    """Every piece that this rank holds."""
+    groups, shapes = transformer.groups, logical_tensors(transformer.model)
+    tensor, expert = (groups.tensor_rank, groups.layout.tensor), (groups.expert_rank, groups.layout.expert)
+    for path, parameter in transformer.named_parameters():
+        for piece in parameter_pieces(path, transformer.model, shapes, tensor, expert):
+            yield parameter, _held(path, piece, groups)
+
+
+def held_pieces(transformer: Transformer) -> dict[nn.Parameter, list[Piece]]:
+    """The pieces in each of this rank's parameters."""
+    held: dict[nn.Parameter, list[Piece]] = {parameter: [] for parameter in transformer.parameters()}
+    for parameter, piece in pieces(transformer):
+        held[parameter].append(piece)
+    return held
+
+
+def _held(path: str, piece: Piece, groups: Groups) -> Piece:
+    """A piece as one of several copies."""
+    if is_stack(path):
+        return replace(piece, owned=groups.owns_experts)
+    first = piece.first and (groups.is_first_stage or piece.name != EMBEDDING)
+    return replace(piece, first=first, owned=first and groups.owns_replicated)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A piece of a model without adapters, as this rank has it: with what adapters change."""
+
+    parameter: nn.Parameter
+    piece: Piece
+    adapter: Adapter | None = None
+
+    def __len__(self) -> int:
+        """How many rows it has."""
+        return len(range(*self.piece.box[0]))
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows of the piece, on its first dim, in the parameter's dtype."""
+        weight = self.piece.view(self.parameter)[first:last]
+        if self.adapter is None:
+            return weight
+        return merge(weight, self.adapter.a.detach(), self.adapter.b.detach()[first:last], self.adapter.scale)
+
+
+def served(transformer: Transformer) -> Iterator[Served]:
+    """Every piece that this rank holds, as those see it who know of no adapters: rollouts, and a reference's copy."""
+    named = dict(transformer.named_parameters())
+    adapters = {path: module for path, module in transformer.named_modules() if isinstance(module, Adapters)}
+    paths = {parameter: path for path, parameter in named.items()}
+    for parameter, piece in pieces(transformer):
+        if is_adapter(piece.name):
+            continue
+        path, kind = paths[parameter].rsplit(".", 1)
+        beside = adapters.get(f"{path}.adapters") if kind == "weight" else None
+        yield Served(parameter, piece, beside.of(piece.name.split(".")[-2]) if beside else None)
+
+
+def parts(transformer: Transformer) -> dict[str, list[nn.Parameter]]:
+    """This rank's parameters of each part of the whole model: see `part_sizes`."""
+    found: dict[str, list[nn.Parameter]] = {part: [] for part in part_sizes(transformer.model)}
+    for path, parameter in transformer.named_parameters():
+        module, index, *_ = path.split(".")
+        found[f"layers.{index}" if module == "blocks" else module].append(parameter)
+    return found
+
+
+@torch.no_grad()
+def load(transformer: Transformer, source: Source) -> None:
+    """Fill every parameter of this rank from a source, which may have been written in any layout; padding becomes 0."""
+    held = list(pieces(transformer))
+    for parameter, piece in held:
+        if piece.name in (EMBEDDING, HEAD):
+            parameter[piece.local[0][1] :] = 0
+
+    def read(parameter: nn.Parameter, piece: Piece) -> None:
+        read_tensor(source, piece.name, piece.box, piece.view(parameter))
+
+    concurrently(lambda pair: read(*pair), held)

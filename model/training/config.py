@@ -1,0 +1,114 @@
+"""What recipes say of training: the optimizer, the trainer's processes, and text to learn from."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lockstep.data.batch import RowRules
+from lockstep.data.corpus.loader import PretrainingConfig
+from lockstep.data.corpus.sample_schedule import SampleSchedule
+from lockstep.data.corpus.synthetic import write_random_store
+from lockstep.distributed.layout import Layout
+from lockstep.model.config import ModelConfig
+from lockstep.model.layers.recompute import Recompute
+from lockstep.model.training.loss_spikes import SpikeConfig
+from lockstep.model.training.trainable import TrainableConfig
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW, with or without Muon; the rate of both rises linearly, then follows its schedule.
+
+    Loshchilov & Hutter 2019; Jordan et al. 2024. Muon updates the matrices of attention, feed-forward layers and
+    experts; embeddings, head, routers, norms and biases remain with AdamW.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["adamw", "muon"] = Field("adamw", description="what updates the matrices inside of blocks")
+    learning_rate: float = Field(1e-5, gt=0)
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
+    schedule: Literal["constant", "linear", "cosine", "stable"] = Field(
+        "constant", description="of the rate after the warm-up; stable falls linearly at the end only"
+    )
+    decay_share: float = Field(0.2, gt=0, le=1, description="share of all steps in which a stable rate falls")
+    final_share: float = Field(0.0, ge=0, le=1, description="what is left of the rate when it has fallen")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
+    weight_decay: float = Field(0.0, ge=0, description="for matrices only")
+    clip_norm: float = Field(1.0, ge=0, description="bound of the gradient's global norm; 0 for none")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step, numbered from 1, in a phase of so many steps.
+
+        Cosine: Loshchilov & Hutter 2017, eq. 5, without restarts. Stable: warmup-stable-decay, Hu et al. 2024, eq. 1.
+        """
+        left = (steps + 1 - step) / max(1, steps - self.warmup_steps)
+        if self.schedule == "cosine":
+            left = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left))
+        elif self.schedule == "stable":
+            left = (steps + 1 - step) / max(1.0, self.decay_share * steps)
+        elif self.schedule == "constant":
+            left = 1.0
+        fallen = self.final_share + (1 - self.final_share) * min(1.0, left)
+        return self.learning_rate * min(fallen, step / (self.warmup_steps + 1))
+
+
+class TrainerConfig(BaseModel):
+    """How the trainer's processes work."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    row_tokens: int = Field(2048, ge=1, description="tokens of a packed row, which is the micro-batch")
+    recompute: Recompute = Field("none", description="activations to compute again in the backward pass: less memory")
+    compile: bool = Field(False, description="let torch.compile fuse the blocks, where there is an accelerator")
+    trainable: TrainableConfig = TrainableConfig()
+
+
+class PretrainConfig(BaseModel):
+    """Training from text, as much as there is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(ge=0)
+    samples_per_step: int = Field(32, ge=1, description="samples of data.length tokens in a global batch")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    z_coefficient: float = Field(0.0, ge=0, description="of the loss that keeps logits small; PaLM took 1e-4")
+    evaluate_every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0 for the end")
+    statistics_every: int = Field(
+        0,
+        ge=0,
+        description="steps between metrics of each layer: norm of its gradient, size of its weights; 0 for none",
+    )
+    give_up_after: int = Field(3, ge=1, description="steps in a row without a finite gradient that end the run")
+    spikes: SpikeConfig | None = Field(None, description="go back when the loss spikes; never when it is not there")
+    data: PretrainingConfig | None = Field(None, description="what to read; random documents when it is not there")
+
+    @property
+    def schedule(self) -> SampleSchedule:
+        """Which samples each step reads, as long as the run does not go back."""
+        return SampleSchedule(self.samples_per_step)
+
+    def text(self, model: ModelConfig, store: Path, seed: int) -> PretrainingConfig:
+        """What to read; without `data` random documents, written to `store`: eight steps' worth, which come again."""
+        if self.data:
+            return self.data
+        length = min(32, model.context)
+        tokens = max(4096, 8 * self.samples_per_step * length)
+        write_random_store(store, vocabulary=model.vocabulary, tokens=tokens, seed=seed, mean_length=length // 2)
+        return PretrainingConfig.model_validate({"blend": [{"path": str(store)}], "length": length, "held_out": 0.05})
+
+
+def row_rules(layout: Layout, budget: int) -> RowRules:
+    """How a global batch is cut into rows of so many tokens for a layout."""
+    return RowRules(
+        ranks=layout.replicas,
+        budget=budget,
+        multiple=layout.row_multiple,
+        equal=layout.pipeline > 1,
+        count=layout.pipeline if layout.virtual > 1 else 1,
+        in_step=layout.in_step,
+    )

@@ -1,0 +1,72 @@
+"""A TokenBatch on a device, with its attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.data.batch import Ints, TokenBatch, part, sequences_of
+from lockstep.distributed.context_parallel import held_places
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.pipeline import Stage
+from lockstep.model.attention.context_parallel import attention
+from lockstep.model.attention.spec import Attend
+from lockstep.model.config import Numerics
+from lockstep.model.layers.moe import Sequences
+from lockstep.model.loading import transformer_of
+from lockstep.model.objectives.objective import LossInputs, columns_of
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """This rank's part of a row of tokens on its device, with its attention and its predictions."""
+
+    tokens: Tensor
+    positions: Tensor
+    predictors_K: Tensor
+    targets_K: Tensor
+    columns: LossInputs
+    attend: Attend
+    sequences: Sequences
+
+
+def to_device(
+    batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.device, numerics: Numerics = "fast"
+) -> DeviceBatch:
+    """This rank's part of a row, as tensors."""
+    attend = attention(batch.documents, groups, kv_heads, device, numerics)
+    places = places_of(batch, groups)
+    local, (document_T, weight_D) = part(batch, places), sequences_of(batch)
+
+    def tensor(name: str) -> Tensor:
+        return torch.tensor(getattr(local, name)).to(device)
+
+    return DeviceBatch(
+        tokens=tensor("tokens"),
+        positions=tensor("positions"),
+        predictors_K=tensor("predictors"),
+        targets_K=tensor("targets"),
+        columns=columns_of(local, device, groups.context if groups.layout.context > 1 else None),
+        attend=attend,
+        sequences=Sequences(*(torch.tensor(column).to(device) for column in (document_T[places], weight_D))),
+    )
+
+
+def places_of(batch: TokenBatch, groups: Groups) -> Ints:
+    """Places of the row's tokens that this context rank computes."""
+    if groups.layout.context == 1:
+        return np.arange(len(batch.tokens))
+    return held_places(len(batch.tokens), groups.layout.context, groups.context_rank).numpy()
+
+
+def rows_of(stage: Stage, groups: Groups, rows: Sequence[TokenBatch]) -> list[DeviceBatch]:
+    """This rank's parts of rows, on the device of a stage."""
+    transformer = transformer_of(stage)
+    device = next(transformer.parameters()).device
+    return [to_device(row, groups, transformer.model.kv_heads, device, transformer.numerics) for row in rows]
+
+
+def longest_document(rows: Sequence[TokenBatch]) -> int:
+    return max(len(row.tokens) for row in rows)

@@ -1,0 +1,73 @@
+"""The forward pass that returns token scores."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lockstep.data.batch import TokenBatch
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.pipeline import Forward, Stage, run_forward
+from lockstep.model.layers.logprobs import token_scores
+from lockstep.model.layers.value_head import ValueHead
+from lockstep.model.training.device_batch import DeviceBatch, longest_document, places_of, rows_of
+from lockstep.model.transformer import Transformer
+
+
+def scorer(groups: Groups, temperature: float, *, entropy: bool = False) -> Forward:
+    """The forward pass of a transformer's stages; the last returns `token_scores` of a row, [2, K], or [3, K].
+
+    With a value head it returns the values at the predictors, [1, K].
+    """
+
+    def forward(module: nn.Module, batch: DeviceBatch, received: Tensor | None, chunk: int) -> Tensor:
+        assert isinstance(module, Transformer)
+
+        def scores(hidden_T1D: Tensor) -> Tensor:
+            if isinstance(head := getattr(module, "head", None), ValueHead):
+                return head(hidden_T1D[batch.predictors_K, 0])[None]
+            found = token_scores(
+                hidden_T1D[batch.predictors_K, 0],
+                module.head_weight,
+                batch.targets_K,
+                vocabulary=module.model.vocabulary,
+                group=groups.tensor,
+                temperature=temperature,
+                cap=module.model.logit_cap,
+                numerics=module.numerics,
+                entropy=entropy,
+            )
+            return torch.stack(found)
+
+        return module(
+            batch.tokens,
+            batch.positions,
+            batch.attend,
+            received,
+            chunk=chunk,
+            finish=scores,
+            sequences=batch.sequences,
+        )
+
+    return forward
+
+
+def score(stage: Stage, groups: Groups, rows: Sequence[TokenBatch], temperature: float) -> list[Tensor]:
+    """log p of the tokens that count in each row, or the values at their predictors, [K], as a trainer computes them.
+
+    On all but the last pipeline stage an empty list.
+    """
+    found = run_forward(stage, rows_of(stage, groups, rows), scorer(groups, temperature), tokens=longest_document(rows))
+    return [_whole(row, scores[0], groups) for row, scores in zip(rows, found, strict=False)]
+
+
+def _whole(row: TokenBatch, logp: Tensor, groups: Groups) -> Tensor:
+    """The row's scores from those of every context rank."""
+    if groups.layout.context == 1:
+        return logp
+    whole = logp.new_zeros(len(row.targets))
+    whole[torch.from_numpy(np.isin(row.predictors, places_of(row, groups))).to(logp.device)] = logp
+    dist.all_reduce(whole, group=groups.context)
+    return whole

@@ -1,0 +1,164 @@
+"""A transformer and its optimizer as one thing that learns from rows of tokens: what every trainer process owns."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lockstep.data.batch import TokenBatch
+from lockstep.distributed.checkpoint.arrays import Chunk
+from lockstep.distributed.checkpoint.reshard import WEIGHTS, whole_chunks
+from lockstep.distributed.checkpoint.tensors import Source
+from lockstep.distributed.device import local_device
+from lockstep.distributed.engine import Engine
+from lockstep.distributed.groups import Groups
+from lockstep.distributed.pipeline import Loss, Stage
+from lockstep.distributed.step_result import StepResult
+from lockstep.model.loading import transformer_of
+from lockstep.model.objectives.objective import Objective
+from lockstep.model.objectives.token_loss import TokenLoss
+from lockstep.model.state_dict import held_pieces, parts, pieces
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig
+from lockstep.model.training.device_batch import DeviceBatch, longest_document, rows_of
+from lockstep.model.training.forward import score, scorer
+from lockstep.model.training.optimizer import optimizer_of
+from lockstep.model.training.trainable import freeze
+from lockstep.model.weights.names import LORA_B, is_adapter, part_sizes
+
+
+class Trainer:
+    """One rank of the policy: scores rows and learns from them."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        groups: Groups,
+        optimizer: OptimizerConfig,
+        *,
+        temperature: float = 1.0,
+        config: TrainerConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            temperature: divides the logits, as it did when the tokens were sampled.
+        """
+        config = config or TrainerConfig()
+        self.stage, self.groups = stage, groups
+        self.transformer = transformer_of(stage)
+        self.transformer.recompute = config.recompute
+        freeze(self.transformer.model, held_pieces(self.transformer), config.trainable)
+        if config.compile and local_device(groups.rank).type != "cpu":
+            self.transformer.compile_blocks()
+        self._temperature, self._forward = temperature, scorer(groups, temperature)
+        self._forward_with_entropy = scorer(groups, temperature, entropy=True)
+        self.engine = Engine(
+            stage,
+            groups,
+            optimizer_of(self.transformer, groups, optimizer),
+            clip_norm=optimizer.clip_norm,
+            parts=parts(self.transformer),
+            tied=self.transformer.tied_over_stages,
+        )
+
+    def step(
+        self,
+        rows: Sequence[TokenBatch],
+        objective: Objective,
+        learning_rate: float,
+        reference: Stage | None = None,
+        z_coefficient: float = 0.0,
+    ) -> StepResult:
+        """One update from this data rank's rows of a global batch.
+
+        Args:
+            z_coefficient: adds coefficient · Σ weight · (log Σ exp logits)² to the objective, which keeps logits from
+                drifting (de Brébisson & Vincent 2016; PaLM, Chowdhery et al. 2022, section 5).
+            reference: a second model, whose log-probabilities become the reference's.
+        """
+        batches, tokens = rows_of(self.stage, self.groups, rows), longest_document(rows)
+        if reference is not None:
+            scores = self.engine.evaluate(reference, batches, self._forward, tokens=tokens)
+            batches = [_with_reference(b, s[0]) for b, s in zip(batches, scores, strict=False)] or batches
+        loss = _loss(objective, z_coefficient)
+        wants_entropy = isinstance(objective, TokenLoss) and objective.entropy != 0
+        forward = self._forward_with_entropy if wants_entropy else self._forward
+        return self.engine.step(batches, forward, loss, tokens=tokens, learning_rate=learning_rate)
+
+    def statistics(self, result: StepResult) -> dict[str, float]:
+        """By part of the model: the norm of a step's gradient and the root mean square of the weights as they are now.
+
+        All ranks call this; `part_sizes` has the names of the parts.
+        """
+        sizes = part_sizes(self.transformer.model)
+        scales = {part: norm / math.sqrt(sizes[part]) for part, norm in self.engine.weight_norms().items()}
+        groups = {"grad_norm": result.grad_norms, "weight_rms": scales}
+        return {f"{name}/{part}": value for name, values in groups.items() for part, value in values.items()}
+
+    def chunks(self, *, state: bool) -> list[Chunk]:
+        """What this rank writes of a checkpoint; all ranks call this together.
+
+        Args:
+            state: of the optimizer, too.
+        """
+        kept = self.engine.kept()
+        weights = (replace(each, values={WEIGHTS: each.values[WEIGHTS]}) for each in kept)
+        return whole_chunks(kept if state else weights, held_pieces(self.transformer))
+
+    def restore(self, source: Source) -> None:
+        """Take over the optimizer's state of a checkpoint whose weights the model was built with."""
+        self.engine.restore(source, held_pieces(self.transformer))
+
+    @property
+    def base(self) -> Stage:
+        """The model that the adapters were added to, as long as nothing else learns, without a copy: see `is_base`."""
+        return Stage(self.transformer.without_adapters(), self.stage.config)
+
+    def is_base(self) -> bool:
+        """Whether the policy is what `base` will still be later on: its adapters are new, and they alone learn.
+
+        All ranks call this together.
+        """
+        if self.transformer.model.lora is None:
+            return False
+        with self.engine.whole_weights(), torch.no_grad():
+            changes = [p.any() for p, piece in pieces(self.transformer) if piece.name.endswith(LORA_B)]
+        learns = [piece.name for p, piece in pieces(self.transformer) if p.requires_grad]
+        kept = all(map(is_adapter, learns)) and not any(changes)
+        found = torch.tensor(int(kept), device=next(self.transformer.parameters()).device)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return bool(found)
+
+    def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
+        """What an objective reports over this data rank's rows of a global batch and all others', without an update."""
+        batches = rows_of(self.stage, self.groups, rows)
+        return self.engine.measure(batches, self._forward, _loss(objective), tokens=longest_document(rows))
+
+    def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
+        """See `score`; of another model than the one that learns where `stage` is given."""
+        return score(stage or self.stage, self.groups, rows, self._temperature)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What parameters and activations are computed in."""
+        return next(self.transformer.parameters()).dtype
+
+
+def _loss(objective: Objective, z_coefficient: float = 0.0) -> Loss:
+    """The objective and the z loss."""
+
+    def loss(scores: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        columns = replace(batch.columns, entropy=scores[2]) if len(scores) > 2 else batch.columns
+        value, report = objective(scores[0], columns)
+        if not z_coefficient:
+            return value, report
+        z_loss = (batch.columns.weight * scores[1].square()).sum()
+        return value + z_coefficient * z_loss, report | {"z_loss": z_loss.detach()}
+
+    return loss
+
+
+def _with_reference(batch: DeviceBatch, logp_K: Tensor) -> DeviceBatch:
+    return replace(batch, columns=replace(batch.columns, reference_logp=logp_K))

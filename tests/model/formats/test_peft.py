@@ -1,0 +1,145 @@
+"""Adapters in PEFT's format, there and back: the same logits as the real library, and what is not LoRA is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from lockstep.cluster.contents import plan
+from lockstep.cluster.conversion import BadConversion, Conversion
+from lockstep.cluster.convert import convert, to_lockstep
+from lockstep.cluster.sources import open_source
+from lockstep.cluster.verify import verify
+from lockstep.data.batch import rows_for_ranks, sample
+from lockstep.distributed.groups import Groups
+from lockstep.model.config import UnknownModel
+from lockstep.model.formats.huggingface.reader import BadFolder
+from lockstep.model.formats.peft import PeftFolder
+from lockstep.model.loading import build
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
+from lockstep.model.training.trainable import TrainableConfig
+from lockstep.model.training.trainer import Trainer
+
+TEXT = [5, 9, 2, 7, 7, 1, 44, 8]
+TARGETS = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "rslora"])
+def folder(request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters that PEFT wrote, with a B that is not 0."""
+    torch.manual_seed(1)
+    words = PeftConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=TARGETS,
+        use_rslora=request.param,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32), words)
+    folder = tmp_path_factory.mktemp("peft") / "adapters"
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def peft_logp(base: Path, adapters: Path) -> np.ndarray:
+    """log p of all but the first token of TEXT."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapters).eval()
+    return logp_of(model)
+
+
+@torch.no_grad()
+def logp_of(model: torch.nn.Module) -> np.ndarray:
+    logp = model(torch.tensor([TEXT])).logits[0].float().log_softmax(-1)
+    return logp[torch.arange(len(TEXT) - 1), TEXT[1:]].numpy()
+
+
+def our_logp(groups: Groups, name: Path) -> np.ndarray:
+    source, model, _ = open_source(str(name))
+    config = TrainerConfig(trainable=TrainableConfig(lora=model.lora))
+    trainer = Trainer(build(model, groups, torch.float32, source), groups, OptimizerConfig(), config=config)
+    rows = rows_for_ranks([sample(TEXT[:1], TEXT[1:])], row_rules(groups.layout, 64))[0]
+    return trainer.score(rows)[0].numpy()
+
+
+def test_logits_equal_those_of_peft_both_ways(folder: Path, tiny_folder: Path, groups: Groups, tmp_path: Path) -> None:
+    expected = peft_logp(tiny_folder, folder)
+    base = logp_of(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32))
+    assert np.abs(expected - base).max() > 0.1
+    np.testing.assert_allclose(our_logp(groups, folder), expected, rtol=1e-4, atol=1e-4)
+
+    ours = to_lockstep(str(folder), tmp_path / "ours")
+    np.testing.assert_allclose(our_logp(groups, ours), expected, rtol=1e-4, atol=1e-4)
+    convert(Conversion(str(ours), tmp_path / "again", "peft"))
+    np.testing.assert_array_equal(peft_logp(tiny_folder, tmp_path / "again"), expected)
+    written, given = (PeftFolder(path) for path in (tmp_path / "again", folder))
+    assert written.lora == given.lora
+    assert written.base == str(ours)
+
+    assert "its adapters of rank 4: go into the weights" in plan(Conversion(str(ours), tmp_path / "merged", "hf"))
+    convert(Conversion(str(ours), tmp_path / "merged", "hf"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    np.testing.assert_allclose(logp_of(merged), expected, rtol=1e-4, atol=1e-4)
+    found = verify(str(tmp_path / "merged"), str(ours))
+    assert not found.faults
+    assert found.tensors > 30
+
+
+def test_adapters_of_a_reward_model_bring_its_head(tiny_folder: Path, groups: Groups, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1, dtype=torch.float32)
+    words = PeftConfig(r=2, target_modules=["v_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    model = get_peft_model(base, words)
+    model.save_pretrained(tmp_path / "adapters")
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([TEXT])).logits[0].numpy()
+    source, config, _ = open_source(str(tmp_path / "adapters"))
+    assert config.head == "value"
+    trainer = Trainer(build(config, groups, torch.float32, source), groups, OptimizerConfig())
+    last = np.eye(len(TEXT), dtype=np.float32)[-1]
+    rows = rows_for_ranks([sample(TEXT[:1], [*TEXT[1:], 0], weight=last)], row_rules(groups.layout, 64))[0]
+    np.testing.assert_allclose(trainer.score(rows)[0].numpy(), expected, rtol=1e-4, atol=1e-5)
+    ours = to_lockstep(str(tmp_path / "adapters"), tmp_path / "ours")
+    convert(Conversion(str(ours), tmp_path / "again", "peft"))
+    again = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1, dtype=torch.float32),
+        tmp_path / "again",
+    )
+    with torch.no_grad():
+        np.testing.assert_allclose(again.eval()(torch.tensor([TEXT])).logits[0].numpy(), expected, rtol=1e-6)
+    with pytest.raises(BadConversion, match="has no place for a value head: convert to lockstep or hf"):
+        convert(Conversion(str(ours), tmp_path / "megatron", "megatron"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"peft_type": "IA3"}, "peft_type=IA3"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused(change: dict[str, object], said: str, folder: Path, tmp_path: Path) -> None:
+    words = json.loads((folder / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(words | change))
+    (tmp_path / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(UnknownModel, match=f"uses {said}"):
+        PeftFolder(tmp_path)
+
+
+def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+    with pytest.raises(BadFolder, match="lacks adapter_model"):
+        PeftFolder(tmp_path)
+
+
+def test_a_model_without_adapters_cannot_be_written_as_adapters(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match="has no adapters: give a checkpoint"):
+        convert(Conversion(str(tiny_folder), tmp_path / "out", "peft"))
