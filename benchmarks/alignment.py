@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from lockstep.cluster.charts import Series, line_chart
+from lockstep.cluster.checks.mismatch import reported, rescored
 from lockstep.cluster.config import Recipe, load_recipe
 from lockstep.data.tasks.task import make_split
 from lockstep.distributed.checkpoint.manager import Checkpoint, find, saved
@@ -26,12 +27,12 @@ from lockstep.distributed.groups import Groups, alone, leave
 from lockstep.distributed.pipeline import Stage
 from lockstep.model.config import ModelConfig
 from lockstep.model.loading import DTYPES, build
-from lockstep.rl.mismatch import reported, rescored
 from lockstep.rl.prompts import make_prompt
-from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
-from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.loading import load_rollout_engine
 from lockstep.rl.types import Prompt, Rollout
-from lockstep.rl.verifiers.math import grade
+from lockstep.rl.verifiers.math.grader import grade
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "alignment.toml"
@@ -205,8 +206,8 @@ def measured(name: str, settings: tuple[str, ...], groups: Groups) -> list[Measu
 
 def figures(engine: RolloutEngine, reference: Stage, prompts: list[Prompt]) -> tuple[float, float, float]:
     """Greedy accuracy, and mean reward and KL of two samples of each prompt."""
-    greedy = list(engine.generate(prompts, SamplingConfig(temperature=0, max_new_tokens=6), samples=1, seed=0))
-    drawn = list(engine.generate(prompts, SamplingConfig(max_new_tokens=6), samples=2, seed=1))
+    greedy = list(engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=6), samples=1, seed=0))
+    drawn = list(engine.generate(prompts, SamplingParams(max_new_tokens=6), samples=2, seed=1))
     log_ratios = reported(drawn) - rescored(reference, engine.transformer.groups, drawn, 1.0)
     return right(greedy), right(drawn), float(log_ratios.sum() / len(drawn))
 

@@ -47,7 +47,7 @@ from lockstep.model.state_dict import load
 from lockstep.model.training.config import OptimizerConfig, row_rules
 from lockstep.model.training.trainer import Trainer
 from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.calls import ENVIRONMENT
+from lockstep.rl.remote import ENVIRONMENT
 
 BYTES = 14
 """Of a parameter: bf16, and three times fp32."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.cluster.checks.mismatch import compare, reported, rescored
 from lockstep.cluster.convert import to_lockstep
 from lockstep.cluster.sources import QUICKSTART_MODEL
 from lockstep.data.batch import RowRules, rows_for_ranks, sample
@@ -36,10 +37,9 @@ from lockstep.model.objectives.token_loss import nll
 from lockstep.model.training.device_batch import DeviceBatch, rows_of
 from lockstep.model.training.forward import scorer
 from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.mismatch import compare, reported, rescored
+from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.rollout.sequence import Request
+from lockstep.rl.rollout.protocol import Request
 from lockstep.rl.types import Prompt, Rollout
 
 BASE = dict(layers=4, width=256, heads=8, kv_heads=4, head_dim=32, intermediate=700, vocabulary=5003, context=1024)
@@ -148,7 +148,7 @@ def requests(
     prompts = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in draw.integers(5, longest_prompt + 1, sequences)]
     found = []
     for number in range(sequences):
-        sampling = SamplingConfig(
+        sampling = SamplingParams(
             temperature=TEMPERATURE, exact_lengths=(int(draw.integers(1, longest_completion + 1)),)
         )
         found.append(Request(number, prompts[number // SAMPLES], sampling, 0, number))
@@ -209,7 +209,7 @@ def trials(
 
     def add(engine: RolloutEngine, length: int, new: int) -> None:
         tokens = tuple(draw.integers(0, model.vocabulary, length).tolist())
-        engine.add(Request(next(keys), tokens, SamplingConfig(exact_lengths=(new,)), 0, 0))
+        engine.add(Request(next(keys), tokens, SamplingParams(exact_lengths=(new,)), 0, 0))
 
     def read(engine: RolloutEngine) -> None:
         add(engine, 1000, 1)

@@ -28,13 +28,12 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.model.objectives.token_loss import TokenLoss
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import Model, Rollouts, Verifiers, threads_for
-from lockstep.rl.calls import gather
-from lockstep.rl.producer import Producer
-from lockstep.rl.rollout.limits import RolloutLimits
-from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.collector.collector import Collector
+from lockstep.rl.remote import gather
+from lockstep.rl.rollout.config import RolloutConfig, SamplingParams
 from lockstep.rl.types import Prompt
-from lockstep.rl.verifiers.recipes import VerifierConfig
+from lockstep.rl.verifiers.config import VerifierConfig
+from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, VerifierGroup, threads_for
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_PACKAGES = ["trl==1.16.*", "transformers==5.23.*", "accelerate", "datasets", "gguf"]
@@ -81,9 +80,9 @@ class _System:
 
     def __init__(self, checkpoint: Path, data: int) -> None:
         self.optimizer = OptimizerConfig(learning_rate=2e-5)
-        self.policy = Model(Layout(data=data), threads=threads_for(data), trainer=TrainerConfig())
-        rollouts = Rollouts(RolloutLimits(workers=1, length=256), threads=threads_for(1))
-        self.producer = Producer(self.policy, rollouts, Verifiers(VerifierConfig()))
+        self.policy = ModelGroup(Layout(data=data), threads=threads_for(data), trainer=TrainerConfig())
+        rollouts = RolloutGroup(RolloutConfig(workers=1, length=256), threads=threads_for(1))
+        self.producer = Collector(self.policy, rollouts, VerifierGroup(VerifierConfig()))
         gather(self.policy.start(checkpoint, "bfloat16", self.optimizer, 1.0) + rollouts.start(checkpoint, "bfloat16"))
         self.tokenizer = Tokenizer(Checkpoint(checkpoint).files)
 
@@ -93,7 +92,7 @@ class _System:
         group = len(lengths) // len(messages)
         texts = [self.tokenizer.chat([{"role": "user", "content": m}]) for m in messages]
         prompts = [Prompt(i, t, tuple(self.tokenizer.encode(t)), "0") for i, t in enumerate(texts)]
-        sampling = SamplingConfig(max_new_tokens=max(lengths), exact_lengths=tuple(lengths))
+        sampling = SamplingParams(max_new_tokens=max(lengths), exact_lengths=tuple(lengths))
         self.producer.ask(dict(enumerate(prompts)), sampling, group, 0)
         rollouts = [scored.rollout for number in range(len(prompts)) for scored in self.producer.take(number)]
         assert [len(r.tokens) for r in rollouts] == lengths

@@ -26,10 +26,11 @@ from lockstep.cluster.convert import to_huggingface, to_lockstep
 from lockstep.cluster.sources import QUICKSTART_MODEL
 from lockstep.model.config import Numerics
 from lockstep.model.ops.linear import PackedWeight, packed
-from lockstep.rl.calls import ENVIRONMENT
-from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.rollout.sequence import Request
+from lockstep.rl.remote import ENVIRONMENT
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.loading import load_rollout_engine
+from lockstep.rl.rollout.protocol import Request
 
 MANY, ALONE = 64, 64
 CONTEXTS = (128, 512, 1024, 2048, 4096, 8000)
@@ -97,7 +98,7 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
 
 
 def request(number: int, tokens: tuple[int, ...], new: int) -> Request:
-    return Request(number, tokens, SamplingConfig(max_new_tokens=new, exact_lengths=(new,)), 0, number)
+    return Request(number, tokens, SamplingParams(max_new_tokens=new, exact_lengths=(new,)), 0, number)
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:

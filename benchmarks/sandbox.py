@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.verdict import Outcome
-from lockstep.rl.verifiers.code import CodePool
+from lockstep.rl.verifiers.code_pool import CodePool
 
 HUMANEVAL = Path(__file__).parents[2] / "shared" / "datasets" / "humaneval" / "HumanEval.jsonl.gz"
 FORKING = """

@@ -23,9 +23,10 @@ from lockstep.cluster.sources import QUICKSTART_MODEL
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import Model, Rollouts, threads_for
-from lockstep.rl.calls import gather
-from lockstep.rl.rollout.limits import RolloutLimits, Transport
+from lockstep.rl.remote import gather
+from lockstep.rl.rollout.config import RolloutConfig
+from lockstep.rl.weight_sync.config import Transport
+from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, threads_for
 
 
 def main() -> None:
@@ -38,15 +39,17 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ray_cluster(None):
         checkpoint = to_lockstep(args.model, Path(folder))
-        policy = Model(Layout(), threads=threads_for(1), trainer=TrainerConfig())
+        policy = ModelGroup(Layout(), threads=threads_for(1), trainer=TrainerConfig())
         gather(policy.start(checkpoint, "bfloat16", OptimizerConfig(), 1.0))
         for transport, mebibytes in product(args.transport, args.bucket_mib):
             measure(policy, checkpoint, transport, mebibytes, args.workers, args.times)
 
 
-def measure(policy: Model, checkpoint: Path, transport: Transport, bucket_mib: float, workers: int, times: int) -> None:
-    limits = RolloutLimits(workers=workers, length=128, sequences=4, bucket_mib=bucket_mib, transport=transport)
-    rollouts = Rollouts(limits, threads=threads_for(workers))
+def measure(
+    policy: ModelGroup, checkpoint: Path, transport: Transport, bucket_mib: float, workers: int, times: int
+) -> None:
+    limits = RolloutConfig(workers=workers, length=128, sequences=4, bucket_mib=bucket_mib, transport=transport)
+    rollouts = RolloutGroup(limits, threads=threads_for(workers))
     gather(rollouts.start(checkpoint, "bfloat16"))
     size = sum(entry_bytes(entry) for entry in Checkpoint(checkpoint).tensors.values())
     seconds = []

@@ -37,7 +37,7 @@ from lockstep.model.training.config import PretrainConfig, row_rules
 from lockstep.model.training.pretraining import Pretraining
 from lockstep.model.training.trainer import Trainer
 from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.calls import ENVIRONMENT
+from lockstep.rl.remote import ENVIRONMENT
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pretrain-10m.toml"
 DOCUMENT = 8192

@@ -27,7 +27,7 @@ from lockstep.model.objectives.token_loss import nll
 from lockstep.model.training.config import OptimizerConfig
 from lockstep.model.training.flops import peak_flops, training_flops
 from lockstep.model.training.trainer import Trainer
-from lockstep.rl.calls import ENVIRONMENT
+from lockstep.rl.remote import ENVIRONMENT
 
 SEQUENCES, LENGTH, RATE = 4, 512, 1e-5
 

@@ -60,7 +60,7 @@ def train(
     from lockstep.cluster.config import load_recipe
     from lockstep.cluster.pretraining import Diverged
     from lockstep.cluster.report import summary_table
-    from lockstep.rl.calls import WorkerFailed
+    from lockstep.rl.remote import WorkerFailed
 
     resolved = load_recipe(recipe, overrides or [])
     try:
@@ -125,12 +125,12 @@ def mismatch(
     """
     from lockstep.cluster.mismatch import Work, table
     from lockstep.cluster.mismatch import mismatch as measure_mismatch
-    from lockstep.rl.rollout.sampling import SamplingConfig
+    from lockstep.rl.rollout.config import SamplingParams
 
     _check_choice("--numerics", numerics, ("fast", "exact"))
     _check_choice("--dtype", dtype, ("bfloat16", "float32"))
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that are started
-    sampling = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens)
+    sampling = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
     chosen: Numerics = "exact" if numerics == "exact" else "fast"
     work = Work(sampling, dtype, chosen, tensor, prompts, count, samples, seed)
     found = measure_mismatch(checkpoint, work)

@@ -25,11 +25,11 @@ from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import PretrainConfig, TrainerConfig
+from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.rewards import RewardConfig
 from lockstep.rl.environments.config import EnvironmentConfig
-from lockstep.rl.recipes import PreferenceConfig, RLConfig, SupervisedConfig
-from lockstep.rl.rollout.limits import RolloutLimits
-from lockstep.rl.verifiers.recipes import VerifierConfig
-from lockstep.rl.verifiers.rewards import RewardConfig
+from lockstep.rl.rollout.config import RolloutConfig
+from lockstep.rl.verifiers.config import VerifierConfig
 
 
 class RecipeError(ValueError):
@@ -57,7 +57,7 @@ class Recipe(_Section):
     task: TaskConfig = TaskConfig()
     layout: Layout = Layout()
     trainer: TrainerConfig = TrainerConfig()
-    rollout: RolloutLimits = RolloutLimits()
+    rollout: RolloutConfig = RolloutConfig()
     roles: RolesConfig = RolesConfig()
     verifier: VerifierConfig = VerifierConfig()
     reward: RewardConfig = RewardConfig()

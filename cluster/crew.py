@@ -15,9 +15,9 @@ from lockstep.data.tasks.task import Split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint, step_name
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.rl.actors import Environments, Model, Rollouts, Verifiers, threads_for
-from lockstep.rl.calls import Call, gather
 from lockstep.rl.learner import Models
+from lockstep.rl.remote import Call, gather
+from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup, threads_for
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Crew:
     recipe: Recipe
     first: Storage
     """The weights that the run began with."""
-    policy: Model
-    rollouts: Rollouts
-    verifiers: Verifiers
+    policy: ModelGroup
+    rollouts: RolloutGroup
+    verifiers: VerifierGroup
     models: Models
-    environments: Environments | None
+    environments: EnvironmentGroup | None
 
     @property
-    def learners(self) -> dict[str, Model]:
+    def learners(self) -> dict[str, ModelGroup]:
         """By name, the models beside the policy that learn."""
         found = {"critic": self.models.critic, "reward": self.models.reward if learned(self.recipe) else None}
         return {name: model for name, model in found.items() if model}
@@ -95,9 +95,11 @@ def start(
 ) -> Crew:
     """All actors, with the first weights or those of a checkpoint; a reference apart loads when RL begins."""
     writing, learning = busy(recipe)
-    policy = Model(recipe.layout, threads=threads_for(learning), trainer=recipe.trainer, places=placement.of("policy"))
-    rollouts = Rollouts(recipe.rollout, threads=threads_for(writing), places=placement.of("rollout"))
-    verifiers = Verifiers(recipe.verifier, recipe.task.grader, placement.of("verifier"))
+    policy = ModelGroup(
+        recipe.layout, threads=threads_for(learning), trainer=recipe.trainer, places=placement.of("policy")
+    )
+    rollouts = RolloutGroup(recipe.rollout, threads=threads_for(writing), places=placement.of("rollout"))
+    verifiers = VerifierGroup(recipe.verifier, recipe.task.grader, placement.of("verifier"))
     others = {name: _model(name, config, recipe, placement) for name, config in models(recipe).items()}
     begun, dtype, numerics = last.place if last else first, recipe.model.dtype, recipe.model.numerics
     calls = policy.start(begun, dtype, optimizer(recipe), temperature(recipe), numerics)
@@ -114,23 +116,23 @@ def start(
     return crew
 
 
-def _environments(recipe: Recipe, first: Storage) -> Environments | None:
+def _environments(recipe: Recipe, first: Storage) -> EnvironmentGroup | None:
     """What answers the policy's turns, where the recipe has it."""
     if recipe.environment.kind == "none":
         return None
     files = Tokenizer(Checkpoint(first).files).files
-    environments = Environments(recipe.environment, files, chat=recipe.task.chat)
+    environments = EnvironmentGroup(recipe.environment, files, chat=recipe.task.chat)
     gather([environments.ready()])
     return environments
 
 
-def _model(name: str, config: Beside, recipe: Recipe, placement: Placement) -> Model:
+def _model(name: str, config: Beside, recipe: Recipe, placement: Placement) -> ModelGroup:
     """The processes of a model beside the policy."""
     layout, threads = config.layout or recipe.layout, threads_for(busy(recipe)[1])
-    return Model(layout, threads=threads, trainer=recipe.trainer, places=placement.of(name), role=name)
+    return ModelGroup(layout, threads=threads, trainer=recipe.trainer, places=placement.of(name), role=name)
 
 
-def _loading(name: str, model: Model, recipe: Recipe, first: Storage, saved: Storage | None) -> list[Call]:
+def _loading(name: str, model: ModelGroup, recipe: Recipe, first: Storage, saved: Storage | None) -> list[Call]:
     """Calls that load a model beside the policy, to be gathered; none of a reference.
 
     Args:

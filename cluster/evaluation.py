@@ -14,11 +14,11 @@ from lockstep.data.tasks.task import Split, TaskConfig, held_out_problems, make_
 from lockstep.distributed.checkpoint.tensors import digest, to_numpy
 from lockstep.rl.evaluate import Estimate, Tally, accuracy, mean_pass_at_k, tally
 from lockstep.rl.prompts import make_prompt
+from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.sampling import SamplingConfig
 from lockstep.rl.types import Prompt, Rollout
+from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.verifiers.judge import Judge, Note
-from lockstep.rl.verifiers.recipes import VerifierConfig
 
 GREEDY, SAMPLED = "greedy", "sampled"
 TOGETHER = 16
@@ -32,7 +32,7 @@ class Evaluation:
     checkpoint: str
     task: TaskConfig
     seed: int
-    sampling: SamplingConfig
+    sampling: SamplingParams
     """How samples are drawn; greedy completions take its longest length only."""
     verifier: VerifierConfig
     """Of which one worker judges."""
@@ -107,7 +107,7 @@ class _Sitting:
     def answer(self) -> Iterator[int]:
         """Answer everything that has no answer yet; how many there are, now and then."""
         longest, stop = self.work.sampling.max_new_tokens, self.work.sampling.stop
-        greedy = SamplingConfig(temperature=0, max_new_tokens=longest, stop=stop)
+        greedy = SamplingParams(temperature=0, max_new_tokens=longest, stop=stop)
         passes = [(GREEDY, greedy, 1), (SAMPLED, self.work.sampling, self.work.samples)]
         yield len(self.answers)
         for mode, sampling, samples in passes:
@@ -115,7 +115,7 @@ class _Sitting:
                 self.answers.add(self._judged(mode, samples, some))
                 yield len(self.answers)
 
-    def _rollouts(self, mode: str, sampling: SamplingConfig, samples: int) -> Iterator[Rollout]:
+    def _rollouts(self, mode: str, sampling: SamplingParams, samples: int) -> Iterator[Rollout]:
         """Completions of the problems of which some are missing; those that are there are drawn alike again."""
         has = self.answers.has
         missing = [p for p in self.prompts if not all(has(mode, p.index, s) for s in range(samples))]

@@ -51,7 +51,7 @@ def evaluate(
     from lockstep.cluster.evaluation import Evaluation
     from lockstep.cluster.evaluation import evaluate as evaluate_checkpoint
     from lockstep.cluster.inference_commands import sampling_of
-    from lockstep.rl.verifiers.protection import SandboxError
+    from lockstep.rl.sandbox.isolation import SandboxError
 
     if not (named := task or file):
         raise ValueError("what to answer is missing: give --task or --file")

@@ -12,9 +12,9 @@ import jinja2
 
 from lockstep.cluster.serving.text import TextStream
 from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.rollout.sequence import Request
+from lockstep.rl.rollout.protocol import Request
 from lockstep.rl.types import Prompt, Rollout
 
 Message = dict[str, str]
@@ -40,7 +40,7 @@ class Answerer:
 
     engine: RolloutEngine
     tokenizer: Tokenizer
-    sampling: SamplingConfig
+    sampling: SamplingParams
     seed: int = 0
 
     def tokens(self, question: Question) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ class Answerer:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     def stream(
-        self, tokens: tuple[int, ...], sample: int = 0, sampling: SamplingConfig | None = None
+        self, tokens: tuple[int, ...], sample: int = 0, sampling: SamplingParams | None = None
     ) -> Generator[str, None, None]:
         """Pieces of one completion; one that is not read to its end is cancelled."""
         sampling = sampling or self.sampling

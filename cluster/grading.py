@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol
 
 from lockstep.data.tasks.code_tests import Case, CodeTests
 from lockstep.rl.verdict import Outcome, Verdict
-from lockstep.rl.verifiers import math
-from lockstep.rl.verifiers.extraction import RULES, candidates
+from lockstep.rl.verifiers.answer_pool import AnswerPool, AnswerPoolError
 from lockstep.rl.verifiers.judge import grader_of
-from lockstep.rl.verifiers.pool import VerifierPool, VerifierPoolError
+from lockstep.rl.verifiers.math import grader
+from lockstep.rl.verifiers.math.extraction import RULES, candidates
 
 Task = Literal["math", "code", "gym"]
 _AHEAD = 16
@@ -81,22 +81,22 @@ def pool_for(task: Task, workers: int, deadline: float, say: Callable[[str], Non
     opened: AbstractContextManager[Any]
     match task:
         case "math":
-            opened = VerifierPool(workers, deadline)
+            opened = AnswerPool(workers, deadline)
         case "gym":
-            opened = VerifierPool(workers, deadline, grader_of("gym"), examples=())
+            opened = AnswerPool(workers, deadline, grader_of("gym"), examples=())
         case "code":
             opened = _code_pool(workers, deadline, say)
     try:
         with opened as pool:
             yield pool
-    except VerifierPoolError as error:
+    except AnswerPoolError as error:
         raise ValueError(str(error)) from error
 
 
 @contextmanager
 def _code_pool(workers: int, deadline: float, say: Callable[[str], None]) -> Iterator[Pool]:
-    from lockstep.rl.verifiers.code import CodePool
-    from lockstep.rl.verifiers.protection import SandboxError, SandboxLimits
+    from lockstep.rl.sandbox.isolation import SandboxError, SandboxLimits
+    from lockstep.rl.verifiers.code_pool import CodePool
 
     try:
         with CodePool(workers, SandboxLimits(seconds=deadline)) as pool:
@@ -109,7 +109,7 @@ def _code_pool(workers: int, deadline: float, say: Callable[[str], None]) -> Ite
 @contextmanager
 def auditor(workers: int, deadline: float) -> Iterator[Callable[[Row, Verdict], Graded]]:
     """A function that adds to a row's verdict what each rule of extraction would have said."""
-    with VerifierPool(workers, deadline, math.grade_stated) as pool:
+    with AnswerPool(workers, deadline, grader.grade_stated) as pool:
 
         def audit(row: Row, verdict: Verdict) -> Graded:
             if row.item is None:

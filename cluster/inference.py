@@ -11,7 +11,8 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.groups import leave
-from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.loading import load_rollout_engine
 
 
 def as_lockstep(name: str, folder: Path) -> Path | Storage:

@@ -14,7 +14,7 @@ from lockstep.cluster.console import err, sentences
 
 if TYPE_CHECKING:
     from lockstep.cluster.generation import Question
-    from lockstep.rl.rollout.sampling import SamplingConfig
+    from lockstep.rl.rollout.config import SamplingParams
 
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
@@ -129,15 +129,15 @@ def serve(
             serve(engine, tokenizer, door, settings, lambda line: err.print(line, markup=False, highlight=False))
 
 
-def sampling_of(**values: Any) -> "SamplingConfig":
+def sampling_of(**values: Any) -> "SamplingParams":
     """How tokens are drawn; what is not allowed is one sentence."""
     from lockstep.cluster.config import validation_sentence
-    from lockstep.rl.rollout.sampling import SamplingConfig
+    from lockstep.rl.rollout.config import SamplingParams
 
     try:
-        return SamplingConfig(**values)
+        return SamplingParams(**values)
     except ValidationError as error:
-        raise ValueError(validation_sentence(error, SamplingConfig)) from error
+        raise ValueError(validation_sentence(error, SamplingParams)) from error
 
 
 def _biases(pairs: Iterable[str]) -> dict[int, float]:

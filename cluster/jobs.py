@@ -31,9 +31,9 @@ from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, check_layout, check_numerics
 from lockstep.model.weights.lora import with_adapters
-from lockstep.rl.verifiers.code import CodePool
-from lockstep.rl.verifiers.protection import SandboxError
-from lockstep.rl.verifiers.recipes import SandboxConfig
+from lockstep.rl.sandbox.isolation import SandboxError
+from lockstep.rl.verifiers.code_pool import CodePool
+from lockstep.rl.verifiers.config import SandboxConfig
 
 SHUTDOWN_S = 5.0
 """How long processes may take to end by themselves when a run ends."""

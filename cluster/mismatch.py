@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from lockstep.cluster.checks.mismatch import Mismatch, measure
 from lockstep.cluster.inference import as_lockstep
 from lockstep.data.tasks.task import TaskConfig, make_split
 from lockstep.data.tokenizer import Tokenizer
@@ -15,9 +16,8 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, Numerics, check_layout
-from lockstep.rl.mismatch import Mismatch, measure
 from lockstep.rl.prompts import make_prompt
-from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.types import Prompt
 
 TIMEOUT_S = 3600.0
@@ -27,7 +27,7 @@ TIMEOUT_S = 3600.0
 class Work:
     """What is written, and in which arithmetic."""
 
-    sampling: SamplingConfig
+    sampling: SamplingParams
     dtype: str = "bfloat16"
     numerics: Numerics = "fast"
     tensor: int = 1

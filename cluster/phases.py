@@ -19,11 +19,10 @@ from lockstep.data.tasks.task import Split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.preferences import Comparison
 from lockstep.rl.controller import Controller, StepRecord
-from lockstep.rl.environments.transcript import turns
-from lockstep.rl.preferences import Comparison
-from lockstep.rl.recipes import PreferenceConfig, RLConfig, SupervisedConfig
-from lockstep.rl.types import Scored
+from lockstep.rl.types import Scored, turns
 from lockstep.rl.verdict import Outcome
 
 

@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lockstep.cluster.roles import RolesConfig
-from lockstep.rl.calls import Places
+from lockstep.rl.remote import Places
 
 WAIT_S = 30.0
 """How long devices may take to be free that the cluster has."""

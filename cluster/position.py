@@ -13,7 +13,7 @@ from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.rl.recipes import RLConfig
+from lockstep.rl.algorithms.config import RLConfig
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.training.config import PretrainConfig
 from lockstep.model.training.flops import training_flops
-from lockstep.rl.actors import Model, threads_for
-from lockstep.rl.calls import Places, gather
+from lockstep.rl.remote import Places, gather
+from lockstep.rl.workers.worker_groups import ModelGroup, threads_for
 
 
 class Diverged(RuntimeError):
@@ -63,7 +63,7 @@ def run_pretraining(
     checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
     progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
     threads = threads_for(recipe.layout.processes)
-    policy = Model(recipe.layout, threads=threads, trainer=recipe.trainer, places=places)
+    policy = ModelGroup(recipe.layout, threads=threads, trainer=recipe.trainer, places=places)
     gather(policy.start(checkpoint, recipe.model.dtype, config.optimizer, 1.0, recipe.model.numerics))
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")
@@ -101,7 +101,7 @@ class _Loop:
         self,
         recipe: Recipe,
         config: PretrainConfig,
-        policy: Model,
+        policy: ModelGroup,
         run: RunFolder,
         progress: Progress,
         cost: float,

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
 from lockstep.model.training.loss_spikes import SpikeConfig, is_spike
-from lockstep.rl.actors import Model
+from lockstep.rl.workers.worker_groups import ModelGroup
 
 
 class Rewinds:
     """Keeps snapshots in the trainer's ranks and goes back to them; without a configuration it sees no spikes."""
 
     def __init__(
-        self, config: SpikeConfig | None, samples: SampleSchedule, policy: Model, losses: Sequence[float] = ()
+        self, config: SpikeConfig | None, samples: SampleSchedule, policy: ModelGroup, losses: Sequence[float] = ()
     ) -> None:
         """
         Args:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lockstep.cluster.display import Progress
 from lockstep.distributed.profiler import FIRST, LAST
-from lockstep.rl.actors import Model
+from lockstep.rl.workers.worker_groups import ModelGroup
 
 
 @contextmanager
-def traced(policy: Model, folder: Path | None, progress: Progress) -> Iterator[None]:
+def traced(policy: ModelGroup, folder: Path | None, progress: Progress) -> Iterator[None]:
     """Trace the first steps that are taken within this block.
 
     Args:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lockstep.distributed.checkpoint.tensors import Piece, Source, concurrently, read_tensor
+from lockstep.distributed.checkpoint.tensors import Box, Piece, Source, WeightsOnly, concurrently, read_tensor, to_numpy
 from lockstep.distributed.groups import Groups
 from lockstep.model.layers.lora import Adapter, Adapters
 from lockstep.model.transformer import Transformer
@@ -94,3 +96,15 @@ def load(transformer: Transformer, source: Source) -> None:
         read_tensor(source, piece.name, piece.box, piece.view(parameter))
 
     concurrently(lambda pair: read(*pair), held)
+
+
+class Held(WeightsOnly):
+    """A `Source` over the pieces that a transformer itself holds, those of adapters among them."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        held = pieces(transformer)
+        self._arrays = {(piece.name, piece.box): to_numpy(piece.view(parameter)) for parameter, piece in held}
+
+    def read(self, name: str, box: Box) -> NDArray[Any]:
+        """See `Source`."""
+        return self._arrays[name, box]

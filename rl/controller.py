@@ -13,13 +13,9 @@ from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.objectives.token_loss import nll
-from lockstep.rl.actors import Environments, Model, Rollouts, Verifiers
-from lockstep.rl.batching import teaches, weighted, with_advantages
-from lockstep.rl.calls import gather
-from lockstep.rl.environments.opening import told
-from lockstep.rl.environments.transcript import own_logp
-from lockstep.rl.learner import Learned, Learner, Models
-from lockstep.rl.preferences import (
+from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.estimates import columns, of_completions
+from lockstep.rl.algorithms.preferences import (
     Comparison,
     apart,
     by_verdict,
@@ -28,15 +24,18 @@ from lockstep.rl.preferences import (
     samples_to_compare,
     with_reference,
 )
-from lockstep.rl.producer import Producer
+from lockstep.rl.algorithms.rewards import CORRECTNESS, RewardConfig, means, rewarded
+from lockstep.rl.algorithms.samples import teaches, weighted, with_advantages
+from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
+from lockstep.rl.collector.collector import Collector
+from lockstep.rl.environments.factory import told
+from lockstep.rl.learner import Learned, Learner, Models
 from lockstep.rl.prompts import make_prompt
-from lockstep.rl.recipes import PreferenceConfig, RLConfig, SupervisedConfig
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.scoring import columns, of_completions
-from lockstep.rl.stream import Batch, Stream
-from lockstep.rl.types import Prompt, Scored
+from lockstep.rl.remote import gather
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.types import Prompt, Scored, own_logp
 from lockstep.rl.verdict import Outcome
-from lockstep.rl.verifiers.rewards import CORRECTNESS, RewardConfig, means, rewarded
+from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
 NO_MODELS = Models()
 Placed = TypeVar("Placed")
@@ -61,9 +60,9 @@ class Controller:
 
     def __init__(
         self,
-        policy: Model,
-        rollouts: Rollouts,
-        verifiers: Verifiers,
+        policy: ModelGroup,
+        rollouts: RolloutGroup,
+        verifiers: VerifierGroup,
         *,
         tokenizer: Tokenizer,
         task: TaskConfig,
@@ -71,10 +70,10 @@ class Controller:
         seed: int,
         reward: RewardConfig = CORRECTNESS,
         models: Models = NO_MODELS,
-        environments: Environments | None = None,
+        environments: EnvironmentGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._policy, self._producer = policy, Producer(policy, rollouts, verifiers, clock, environments)
+        self._policy, self._producer = policy, Collector(policy, rollouts, verifiers, clock, environments)
         self._learner = Learner(policy, models, self._producer.gather, seed, reward)
         self._reward, self._stop = reward, tuple(task.stop)
         self._reward_model = models.reward
@@ -97,11 +96,11 @@ class Controller:
     def evaluate(self, max_new_tokens: int) -> list[Scored]:
         """Greedy completions of the held-out problems, with their verdicts."""
         prompts = dict(enumerate(self._held_out))
-        sampling = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens, stop=self._stop)
+        sampling = SamplingParams(temperature=0, max_new_tokens=max_new_tokens, stop=self._stop)
         return [scored for group in self._answers(prompts, sampling, samples=1, seed=0) for scored in group]
 
     def _answers(
-        self, prompts: Mapping[int, Prompt], sampling: SamplingConfig, samples: int, seed: int
+        self, prompts: Mapping[int, Prompt], sampling: SamplingParams, samples: int, seed: int
     ) -> list[list[Scored]]:
         """Groups of completions, outside of the stream of RL."""
         self._producer.ask(prompts, sampling, samples, seed)
@@ -163,7 +162,7 @@ class Controller:
         if not config.judged:
             self._producer.renew()
 
-    def _judge(self) -> Model:
+    def _judge(self) -> ModelGroup:
         assert self._reward_model, "a reward model is to learn, and there is none"
         return self._reward_model
 
@@ -215,9 +214,9 @@ class Controller:
             yield StepRecord("rl", step, metrics, scored, stream.position, config.kl_beta if config.kl_target else None)
         self._producer.drop()
 
-    def _stream(self, config: RLConfig, first: int) -> Stream:
+    def _stream(self, config: RLConfig, first: int) -> BatchScheduler:
         """Groups of completions of training prompts, one batch a step."""
-        return Stream(
+        return BatchScheduler(
             self._producer,
             lambda number: self._place(self._train, number, "rl"),
             config.flow,

@@ -9,13 +9,13 @@ import numpy as np
 from lockstep.data.batch import Floats, Sample
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.training.config import OptimizerConfig
-from lockstep.rl.actors import Model
-from lockstep.rl.batching import samples_of, updates_of
-from lockstep.rl.calls import Call
-from lockstep.rl.recipes import RLConfig
-from lockstep.rl.scoring import columns, of_answers, of_tokens
+from lockstep.rl.algorithms.config import RLConfig
+from lockstep.rl.algorithms.estimates import columns, of_answers, of_tokens
+from lockstep.rl.algorithms.rewards import RewardConfig, rewarded
+from lockstep.rl.algorithms.samples import samples_of, updates_of
+from lockstep.rl.remote import Call
 from lockstep.rl.types import Estimates, Scored
-from lockstep.rl.verifiers.rewards import RewardConfig, rewarded
+from lockstep.rl.workers.worker_groups import ModelGroup
 
 Groups = Sequence[Sequence[Scored]]
 
@@ -24,13 +24,13 @@ Groups = Sequence[Sequence[Scored]]
 class Models:
     """Who learns or scores beside the policy; None where a method has no use for it."""
 
-    critic: Model | None = None
+    critic: ModelGroup | None = None
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    reward: Model | None = None
+    reward: ModelGroup | None = None
     """Scores answers, in the place of verdicts."""
-    reference: Model | None = None
+    reference: ModelGroup | None = None
     """Apart from the policy; without it the policy keeps its own."""
-    teacher: Model | None = None
+    teacher: ModelGroup | None = None
     """Scores tokens, in the place of the reference."""
 
 
@@ -49,7 +49,7 @@ class Learner:
 
     def __init__(
         self,
-        policy: Model,
+        policy: ModelGroup,
         models: Models,
         gather: Callable[[Sequence[Call]], list[Any]],
         seed: int,
@@ -123,9 +123,9 @@ class Learner:
         estimates = iter([Estimates(**{name: found[name][i] for name in found}) for i in range(len(rollouts))])
         return tuple(tuple(replace(s, estimates=next(estimates)) for s in group) for group in groups)
 
-    def _asked(self, config: RLConfig) -> list[tuple[str, Model]]:
+    def _asked(self, config: RLConfig) -> list[tuple[str, ModelGroup]]:
         """Which columns a method needs, and who has them."""
-        models: dict[str, tuple[str, Model | None]] = {
+        models: dict[str, tuple[str, ModelGroup | None]] = {
             "proximal": ("proximal_logp", self._policy),
             "reference": ("reference_logp", self._models.teacher or self._models.reference or self._policy),
             "value": ("value", self._models.critic),

@@ -22,9 +22,8 @@ from lockstep.cluster.serving.replies import ChatReply, Choice, CompletionReply,
 from lockstep.cluster.serving.service import Busy, Ended, EngineFailed, EngineService
 from lockstep.cluster.serving.text import TextStream
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.rl.rollout.engine import PromptTooLong
-from lockstep.rl.rollout.sequence import Token
-from lockstep.rl.rollout.stopping import Decode
+from lockstep.rl.rollout.detokenizer import Decode
+from lockstep.rl.rollout.protocol import PromptTooLong, TokenOutput
 
 log = logging.getLogger(__name__)
 
@@ -170,9 +169,9 @@ class Answer:
         """So far."""
         return Usage(self._prompt_tokens, self._tokens)
 
-    async def pieces(self, first: Token, others: AsyncIterator[Token]) -> AsyncIterator[Piece]:
+    async def pieces(self, first: TokenOutput, others: AsyncIterator[TokenOutput]) -> AsyncIterator[Piece]:
         """Of all choices, as they become certain."""
-        token: Token | None = first
+        token: TokenOutput | None = first
         while token is not None:
             self._tokens += 1
             piece = self._choices[token.key].add(token)

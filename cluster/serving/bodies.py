@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from lockstep.cluster.serving.errors import Refused, invalid, unsupported
-from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.config import SamplingParams
 
 IGNORED = {
     "metadata",
@@ -121,7 +121,7 @@ class Body(BaseModel):
         """Whether a stream ends with the numbers of its tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, max_new_tokens: int, logprobs: int) -> SamplingConfig:
+    def sampling(self, max_new_tokens: int, logprobs: int) -> SamplingParams:
         """How the engine is to draw.
 
         Raises:
@@ -131,7 +131,7 @@ class Body(BaseModel):
         values |= {"min_new_tokens": self.min_tokens, "stop": tuple(self.stop or ())}
         values |= {"max_new_tokens": max_new_tokens, "logprobs": logprobs}
         try:
-            return SamplingConfig(**{name: value for name, value in values.items() if value is not None})
+            return SamplingParams(**{name: value for name, value in values.items() if value is not None})
         except ValidationError as error:
             raise invalid(error, {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}) from error
 

@@ -10,8 +10,8 @@ import jinja2
 from lockstep.cluster.serving.bodies import Body, ChatBody, CompletionBody
 from lockstep.cluster.serving.errors import Refused
 from lockstep.data.tokenizer import BadTokenizer, Tokenizer
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.rollout.sequence import Request
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.protocol import Request
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions; a chat's answer may fill the context."""
@@ -22,7 +22,7 @@ class Job:
     """What a body asks of the engine."""
 
     prompts: Sequence[Sequence[int]]
-    sampling: SamplingConfig
+    sampling: SamplingParams
     samples: int
     seed: int
     echoes: Sequence[str] = ()

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lockstep.rl.rollout.engine import Statistics
+from lockstep.rl.rollout.protocol import Statistics
 
 GAUGES = {
     "running": "Completions that are computed.",

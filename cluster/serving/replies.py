@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep.cluster.serving.text import TextStream
-from lockstep.rl.rollout.sequence import Token
-from lockstep.rl.rollout.stopping import Decode
+from lockstep.rl.rollout.detokenizer import Decode
+from lockstep.rl.rollout.protocol import TokenOutput
 
 Json = dict[str, Any]
 
@@ -18,7 +18,7 @@ Json = dict[str, Any]
 class Place:
     """A token of a choice, and where its text begins, in characters from the begin of the choice's text."""
 
-    token: Token
+    token: TokenOutput
     offset: int
 
 
@@ -57,7 +57,7 @@ class Choice:
         self._places: list[Place] = []
         self._is_first = True
 
-    def add(self, token: Token) -> Piece | None:
+    def add(self, token: TokenOutput) -> Piece | None:
         """What can be said with one more token, if anything."""
         self._places.append(Place(token, self._shift + self._text.length))
         text = self._before + self._text.add(token.token, token.finish_reason)
@@ -157,7 +157,7 @@ class CompletionReply(Reply):
             "text_offset": [place.offset for place in piece.places],
         }
 
-    def _top(self, token: Token) -> dict[str, float]:
+    def _top(self, token: TokenOutput) -> dict[str, float]:
         """The likeliest tokens and the drawn one by their texts; of tokens that read alike the likeliest."""
         found: dict[str, float] = {}
         for number, logp in (*token.top, (token.token, token.logp)):
@@ -188,7 +188,7 @@ class ChatReply(Reply):
             "finish_reason": piece.finish_reason,
         }
 
-    def _logprob(self, token: Token) -> Json:
+    def _logprob(self, token: TokenOutput) -> Json:
         return self._named(token.token, token.logp) | {"top_logprobs": [self._named(*pair) for pair in token.top]}
 
     def _named(self, number: int, logp: float) -> Json:

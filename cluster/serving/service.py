@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Self
 
-from lockstep.rl.rollout.engine import RolloutEngine, Statistics
-from lockstep.rl.rollout.sequence import Request, Token
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.protocol import Request, Statistics, TokenOutput
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +41,15 @@ class Outlet:
         self.open = keys
         """Requests that have not ended."""
         self._unread = len(keys)
-        self._items: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        self._items: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
 
-    def put(self, item: Token | Exception) -> None:
+    def put(self, item: TokenOutput | Exception) -> None:
         """Hand over a token, or what ends all of them."""
-        if isinstance(item, Token) and item.finish_reason:
+        if isinstance(item, TokenOutput) and item.finish_reason:
             self.open.discard(item.key)
         self._items.put_nowait(item)
 
-    async def tokens(self) -> AsyncIterator[Token]:
+    async def tokens(self) -> AsyncIterator[TokenOutput]:
         """In the order in which they are drawn, up to the last token of the last request."""
         while self._unread:
             item = await self._items.get()
@@ -113,7 +113,7 @@ class EngineService:
         return sum(len(outlet.open) for outlet in self._outlets)
 
     @asynccontextmanager
-    async def completions(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[Token]]:
+    async def completions(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[TokenOutput]]:
         """The tokens of some requests; those that have not ended when the context is left are cancelled.
 
         Raises:
@@ -182,7 +182,7 @@ class EngineService:
             self._engine.cancel(key)
             self._by_key.pop(key, None)
 
-    def _hand_out(self, tokens: Sequence[Token]) -> None:
+    def _hand_out(self, tokens: Sequence[TokenOutput]) -> None:
         pairs = [(self._by_key[token.key], token) for token in tokens]
         for token in tokens:
             if token.finish_reason:
@@ -190,6 +190,6 @@ class EngineService:
         self._loop.call_soon_threadsafe(_put_all, pairs)
 
 
-def _put_all(pairs: Sequence[tuple[Outlet, Token]]) -> None:
+def _put_all(pairs: Sequence[tuple[Outlet, TokenOutput]]) -> None:
     for outlet, token in pairs:
         outlet.put(token)

@@ -6,7 +6,7 @@ not to be. The stop string itself is no part of the text.
 
 from collections.abc import Sequence
 
-from lockstep.rl.rollout.stopping import Decode, Reader
+from lockstep.rl.rollout.detokenizer import Decode, Reader
 
 PATIENCE = 12
 """Tokens that may wait for the rest of a character; one has four bytes at most."""

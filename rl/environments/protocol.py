@@ -57,3 +57,17 @@ class Environment(Protocol):
 
 Opening = Callable[[], Environment]
 """Makes the environment of an episode."""
+
+
+@dataclass(frozen=True)
+class EnvironmentResponse:
+    """What becomes of a rollout after a turn."""
+
+    tokens: tuple[int, ...] = ()
+    """To go on behind; none where the episode has ended."""
+    verdict: Verdict | None = None
+    """With the end, where the environment has one."""
+    final: str = ""
+    """With the end: the last turn, for a verifier to judge."""
+    finish_reason: str = ""
+    """With the end, where a limit brought it and not the model: `turns`, or `length` of the completion."""

@@ -3,7 +3,7 @@
 import asyncio
 
 from lockstep.rl.environments.tools import Signature, Tool, ToolError
-from lockstep.rl.verifiers.code import CodePool
+from lockstep.rl.verifiers.code_pool import CodePool
 
 PYTHON = Signature(
     "python",

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.rl.environments.calculator import NoArithmetic, calculate
-from lockstep.rl.environments.chat_tools import Call, calls_of
 from lockstep.rl.environments.protocol import Message, Reply, Turn
+from lockstep.rl.environments.tool_calls import Call, calls_of
 from lockstep.rl.types import Prompt
 
 LONGEST = 4000

@@ -1,60 +1,30 @@
 """Completions by continuous batching: a sequence that ends makes room at once for one that waits."""
 
-import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.distributed.groups import Groups, alone
 from lockstep.model import cpu_decoder
 from lockstep.model.attention.exact_kv_cache import exact_cache
 from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.attention.paged_kernel import BLOCK
-from lockstep.model.config import ModelConfig, Numerics, UnknownModel
-from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
-from lockstep.model.weights.lora import merged
-from lockstep.rl.rollout.blocks import BlockPool, pool_sizes
-from lockstep.rl.rollout.drawing import Drawing
-from lockstep.rl.rollout.limits import OnUpdate
-from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.block_pool import BlockPool, pool_sizes
+from lockstep.rl.rollout.config import OnUpdate, SamplingParams
+from lockstep.rl.rollout.detokenizer import StopStrings
+from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
+from lockstep.rl.rollout.parallel_sampler import ParallelSampler
+from lockstep.rl.rollout.protocol import PromptTooLong, Request, Statistics, TokenOutput
 from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler
-from lockstep.rl.rollout.sequence import Order, Request, Token
-from lockstep.rl.rollout.sequence import Sequence as Running
-from lockstep.rl.rollout.stopping import StopStrings
-from lockstep.rl.rollout.writer import Writer
-from lockstep.rl.sync import Receiver, Shard
+from lockstep.rl.rollout.scheduler import SequenceState as Running
 from lockstep.rl.types import Prompt, Rollout
-
-
-class PromptTooLong(ValueError):
-    """A prompt that leaves no room for a completion."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What an engine is doing, and has done since it began."""
-
-    running: int
-    waiting: int
-    blocks_used: int
-    blocks_free: int
-    prompt_tokens: int
-    """Tokens of prompts that were asked for."""
-    cached_prompt_tokens: int
-    """Those of them that another request had left in the cache."""
-    generated_tokens: int
-    preemptions: int
+from lockstep.rl.weight_sync.receiver import Receiver
+from lockstep.rl.weight_sync.shards import Shard
 
 
 class RolloutEngine:
@@ -84,7 +54,7 @@ class RolloutEngine:
         """
         model, parameter = transformer.model, next(transformer.parameters())
         self.transformer, self.decode = transformer, decode
-        self._drawing = Drawing(transformer)
+        self._drawing = ParallelSampler(transformer)
         self.device = parameter.device
         self.length = min(length, model.context)
         kv_heads, dtype = model.kv_heads // transformer.groups.layout.tensor, parameter.dtype
@@ -243,7 +213,7 @@ class RolloutEngine:
         """Whether a request has neither ended nor been cancelled."""
         return key in self._sequences
 
-    def step(self) -> list[Token]:
+    def step(self) -> list[TokenOutput]:
         """One forward pass: the next tokens of the sequences that it completed, at most one for each.
 
         Where it fails, nothing is lost: what was running is computed again.
@@ -263,7 +233,7 @@ class RolloutEngine:
             raise
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, samples: int, seed: int
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, samples: int, seed: int
     ) -> Iterator[Rollout]:
         """`samples` completions of each prompt, each as soon as it ends; nothing else may be running.
 
@@ -275,11 +245,13 @@ class RolloutEngine:
         """
         assert not self.has_work
         orders = [
-            Order(prompt.index * samples + s, prompt, sampling, seed) for prompt in prompts for s in range(samples)
+            RolloutRequest(prompt.index * samples + s, prompt, sampling, seed)
+            for prompt in prompts
+            for s in range(samples)
         ]
         for order in orders:
             self._check(order.request)
-        writer = Writer(self)
+        writer = OutputProcessor(self)
         for order in orders:
             writer.add(order)
         try:
@@ -311,7 +283,7 @@ class RolloutEngine:
         if strange is not None:
             raise ValueError(f"there is no token {strange}: the vocabulary has 0 … {model.vocabulary - 1}")
 
-    def _stepped(self, plan: Plan) -> list[Token]:
+    def _stepped(self, plan: Plan) -> list[TokenOutput]:
         if not plan.chunks:
             return []
         cache = self._cache = self._cache or self._new_cache()
@@ -350,13 +322,15 @@ class RolloutEngine:
         assert isinstance(attend, PagedAttention)
         return self._decoder(tokens, positions, attend)
 
-    def _extended(self, sequences: list[Running], local_BV: Tensor) -> list[Token]:
+    def _extended(self, sequences: list[Running], local_BV: Tensor) -> list[TokenOutput]:
         """Draw a token for each sequence, which ends there or goes on."""
         found = []
         for sequence, drawn in zip(sequences, self._drawing(sequences, local_BV), strict=True):
             sequence.tokens.append(drawn.token)
             reason, key, how = self._reason(sequence), sequence.request.key, (drawn.top, drawn.support)
-            found.append(Token(key, drawn.token, drawn.logp, drawn.sampling_logp, self.weight_version, reason, *how))
+            found.append(
+                TokenOutput(key, drawn.token, drawn.logp, drawn.sampling_logp, self.weight_version, reason, *how)
+            )
             if reason:
                 del self._sequences[key]
                 self._scheduler.finish(sequence)
@@ -382,36 +356,3 @@ def _decodes(chunks: Sequence[Chunk]) -> bool:
 
 def _spans(chunks: Sequence[Chunk]) -> list[Span]:
     return [Span(c.sequence.tables, c.start, c.count) for c in chunks]
-
-
-def load_rollout_engine(
-    checkpoint: Path | Storage,
-    *,
-    dtype: str,
-    length: int = 1 << 20,
-    sequences: int = 64,
-    cache_gib: float = 1.0,
-    budget: int = 2048,
-    on_update: OnUpdate = "restart",
-    groups: Groups | None = None,
-    numerics: Numerics = "fast",
-) -> tuple[RolloutEngine, Tokenizer]:
-    """A rollout engine over a checkpoint, in a world of this process alone unless `groups` says otherwise."""
-    source = Checkpoint(checkpoint)
-    tokenizer = Tokenizer(source.files)
-    model = ModelConfig(**source.manifest["model"])
-    if model.head == "value":
-        raise UnknownModel(f"{checkpoint} has a value head and writes no text: give a language model's checkpoint")
-    model, weights = merged(model, source)
-    stage = build(model, groups or alone(), DTYPES[dtype], weights, numerics)
-    gc.freeze()  # weights and libraries, which are no garbage: looking through them takes as long as a forward pass
-    engine = RolloutEngine(
-        transformer_of(stage),
-        decode=tokenizer.decode,
-        length=length,
-        sequences=sequences,
-        cache_gib=cache_gib,
-        budget=budget,
-        on_update=on_update,
-    )
-    return engine, tokenizer

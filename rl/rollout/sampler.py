@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lockstep.model.ops.cpu import kernels
-from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.config import SamplingParams
 
 LANE = 256
 """Tokens whose weights are added up before the cumulative sum: a draw finds the lane, then the token in it."""
@@ -29,7 +29,7 @@ CANDIDATES = 1024
 class Row:
     """What decides a draw beside the logits."""
 
-    sampling: SamplingConfig
+    sampling: SamplingParams
     uniform: float
     """In [0, 1); see `uniforms`."""
     prompt: Sequence[int] = ()
@@ -189,11 +189,11 @@ def _truncated(scaled: Tensor, rows: Sequence[Row]) -> Tensor:
     return scaled
 
 
-def _truncates(asked: SamplingConfig) -> bool:
+def _truncates(asked: SamplingParams) -> bool:
     return bool(asked.top_k or asked.top_p < 1 or asked.min_p)
 
 
-def _bounds(scaled: Tensor, asked: Sequence[SamplingConfig]) -> Tensor:
+def _bounds(scaled: Tensor, asked: Sequence[SamplingParams]) -> Tensor:
     """The smallest logit [B] that each row keeps."""
     size = scaled.shape[1]
     by_rank = any(a.top_k or a.top_p < 1 for a in asked)

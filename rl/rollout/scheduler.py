@@ -10,15 +10,44 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 from lockstep.model.attention.paged_kernel import BLOCK, first_seen
-from lockstep.rl.rollout.blocks import ROOT, BlockPool, blocks_alone, chained
-from lockstep.rl.rollout.sequence import Sequence
+from lockstep.rl.rollout.block_pool import ROOT, BlockPool, blocks_alone, chained
+from lockstep.rl.rollout.detokenizer import StopStrings
+from lockstep.rl.rollout.protocol import Request
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """A completion while it is being written; the only thing in a rollout that changes."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    """Of the completion."""
+    cached: int = 0
+    """Tokens, from the prompt's first on, whose keys and values are in the cache."""
+    tables: list[list[int]] = field(default_factory=list)
+    """For each kind of layer the block of each BLOCK tokens; −1 where it has been given back."""
+    names: list[bytes] = field(default_factory=list)
+    """Of what the text's full blocks hold, as far as they have been needed."""
+    stops: StopStrings | None = None
+
+    @property
+    def known(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.request.tokens) + len(self.tokens)
+
+    def part(self, start: int, stop: int) -> tuple[int, ...]:
+        """Tokens start … stop−1 of prompt and completion."""
+        prompt = self.request.tokens
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        return (*prompt[start:], *self.tokens[max(0, start - len(prompt)) : stop - len(prompt)])
 
 
 @dataclass(frozen=True)
 class Chunk:
     """Tokens start … start+count−1 of a sequence are computed."""
 
-    sequence: Sequence
+    sequence: SequenceState
     start: int
     count: int
     draws: bool
@@ -29,7 +58,7 @@ class Chunk:
 class Fork:
     """A sequence begins where another with the same prompt is after this pass, and draws from the same logits."""
 
-    sequence: Sequence
+    sequence: SequenceState
     source: Chunk
     copies: tuple[tuple[int, int] | None, ...]
     """For each kind of layer the block to be copied after the pass, and where to; None where blocks end together."""
@@ -56,8 +85,8 @@ class Scheduler:
         """
         self._windows, self.pools = tuple(windows), tuple(pools)
         self._sequences, self._budget = sequences, max(budget, sequences)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[SequenceState] = deque()
+        self.running: list[SequenceState] = []
         self.admits = True
         """Whether sequences that wait may begin."""
         self.preemptions = self.found = 0
@@ -101,7 +130,7 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
         return plan
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: SequenceState) -> None:
         """Give back what a running or waiting sequence holds."""
         self._release(sequence)
         if sequence in self.running:
@@ -127,7 +156,7 @@ class Scheduler:
         self.waiting.appendleft(victim)
         self.preemptions += 1
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: SequenceState) -> None:
         """Later blocks first, so that they are also the first to go: beginnings are found more often."""
         for pool, table in zip(self.pools, sequence.tables, strict=False):
             for block in reversed(table):
@@ -135,7 +164,7 @@ class Scheduler:
                     pool.release(block)
         sequence.tables, sequence.cached = [], 0
 
-    def _granted(self, sequence: Sequence, wanted: int) -> int:
+    def _granted(self, sequence: SequenceState, wanted: int) -> int:
         """As many of the wanted tokens as find room; younger ones make room for the first of them."""
         self._pass_windows(sequence)
         while wanted and not self._room(sequence):
@@ -145,12 +174,12 @@ class Scheduler:
                 return 0
         return min(wanted, self._room(sequence))
 
-    def _room(self, sequence: Sequence) -> int:
+    def _room(self, sequence: SequenceState) -> int:
         """Tokens for which a sequence has blocks, or could take some."""
         pairs = zip(self.pools, sequence.tables, strict=True)
         return min((len(table) + pool.free) * BLOCK for pool, table in pairs) - sequence.cached
 
-    def _begun(self, sequence: Sequence, left: int) -> int:
+    def _begun(self, sequence: SequenceState, left: int) -> int:
         """How many tokens of a sequence that waits can be computed, after those that are found in the cache.
 
         Each running sequence keeps the chance of one more block, so that what begins does not soon have to end.
@@ -166,7 +195,7 @@ class Scheduler:
         self._release(sequence)
         return 0
 
-    def _find(self, sequence: Sequence) -> None:
+    def _find(self, sequence: SequenceState) -> None:
         """Share the longest beginning that is cached in all kinds of layers; at least one token is left to compute."""
         longest = (sequence.known - 1) // BLOCK
         self._name_up_to(sequence, longest)
@@ -190,7 +219,7 @@ class Scheduler:
             for window, each in zip(self._windows, found, strict=True)
         )
 
-    def _computed(self, sequence: Sequence, count: int) -> Chunk:
+    def _computed(self, sequence: SequenceState, count: int) -> Chunk:
         """Take blocks for a sequence's next tokens; those that become full can be found, in this very pass."""
         start, stop = sequence.cached, sequence.cached + count
         for pool, table in zip(self.pools, sequence.tables, strict=True):
@@ -204,7 +233,7 @@ class Scheduler:
         sequence.cached = stop
         return Chunk(sequence, start, count, stop == sequence.known)
 
-    def _forked(self, sequence: Sequence, source: Chunk) -> Fork | None:
+    def _forked(self, sequence: SequenceState, source: Chunk) -> Fork | None:
         """Share a prompt's full blocks and take one for the rest of it."""
         other = source.sequence
         full, rest = divmod(len(sequence.request.tokens), BLOCK)
@@ -222,7 +251,7 @@ class Scheduler:
         self.found += sequence.cached
         return Fork(sequence, source, tuple(copies))
 
-    def _pass_windows(self, sequence: Sequence) -> None:
+    def _pass_windows(self, sequence: SequenceState) -> None:
         """Give back blocks that no later token sees."""
         for window, pool, table in zip(self._windows, self.pools, sequence.tables, strict=True):
             if window is None:
@@ -233,7 +262,7 @@ class Scheduler:
                 pool.release(table[i])
                 table[i] = -1
 
-    def _name_up_to(self, sequence: Sequence, blocks: int) -> None:
+    def _name_up_to(self, sequence: SequenceState, blocks: int) -> None:
         names = sequence.names
         for i in range(len(names), blocks):
             names.append(chained(names[-1] if names else ROOT, sequence.part(i * BLOCK, (i + 1) * BLOCK)))

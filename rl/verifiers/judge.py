@@ -9,10 +9,10 @@ from typing import Literal, Self
 from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.types import Prompt
 from lockstep.rl.verdict import Verdict
-from lockstep.rl.verifiers import math
-from lockstep.rl.verifiers.code import CodePool
-from lockstep.rl.verifiers.pool import Grader, VerifierPool
-from lockstep.rl.verifiers.recipes import VerifierConfig
+from lockstep.rl.verifiers.answer_pool import AnswerPool, Grader
+from lockstep.rl.verifiers.code_pool import CodePool
+from lockstep.rl.verifiers.config import VerifierConfig
+from lockstep.rl.verifiers.math import grader
 
 Note = Callable[[str], object]
 GraderName = Literal["answer", "gym"]
@@ -21,10 +21,10 @@ GraderName = Literal["answer", "gym"]
 def grader_of(name: GraderName) -> Grader:
     """What compares a completion with what its problem has for an answer, by the name that tasks use."""
     if name == "answer":
-        return math.grade
-    from lockstep.rl.verifiers import gym  # loads reasoning-gym, which takes a second
+        return grader.grade
+    from lockstep.rl.verifiers import reasoning_gym  # loads reasoning-gym, which takes a second
 
-    return gym.grade
+    return reasoning_gym.grade
 
 
 class Judge:
@@ -76,8 +76,8 @@ class Judge:
         return self._programs.grade(programs)
 
     @cached_property
-    def _answers(self) -> VerifierPool:
-        pool = VerifierPool(self._config.processes, self._config.deadline, self._grader)
+    def _answers(self) -> AnswerPool:
+        pool = AnswerPool(self._config.processes, self._config.deadline, self._grader)
         return self._started.enter_context(pool)
 
     @cached_property

@@ -10,8 +10,8 @@ import ray
 
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import Model
-from lockstep.rl.calls import WorkerFailed, gather
+from lockstep.rl.remote import WorkerFailed, gather
+from lockstep.rl.workers.worker_groups import ModelGroup
 from tests.cluster.commands import Command, overrides, summary, write_recipe
 
 
@@ -35,7 +35,7 @@ def gone(processes: list[psutil.Process], timeout: float) -> bool:
 
 def test_a_killed_worker_ends_the_run_and_is_named(learning: Command, tmp_path: Path) -> None:
     processes = learning.descendants()
-    workers = learning.descendants("ray::PolicyWorker")
+    workers = learning.descendants("ray::ModelWorker")
     assert len(workers) == 2
     workers[1].kill()
     assert learning.wait(30) == 1
@@ -52,7 +52,7 @@ def test_a_killed_worker_ends_the_run_and_is_named(learning: Command, tmp_path: 
 def test_an_interrupted_run_leaves_a_record_and_no_process(learning: Command, tmp_path: Path, kind: str) -> None:
     processes = learning.descendants()
     titles = [" ".join(p.cmdline()) for p in processes]
-    for title in ("raylet", "gcs_server", "ray::PolicyWorker", "lockstep.rl.verifiers.pool"):
+    for title in ("raylet", "gcs_server", "ray::ModelWorker", "lockstep.rl.verifiers.answer_pool"):
         assert any(title in t for t in titles), titles
     if kind == "ctrl-c":
         learning.interrupt()
@@ -75,7 +75,7 @@ def test_an_interrupted_run_leaves_a_record_and_no_process(learning: Command, tm
 def test_an_error_inside_a_worker_is_shown_in_its_own_words(tmp_path: Path) -> None:
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=1)
     try:
-        policy = Model(Layout(), threads=1, trainer=TrainerConfig(row_tokens=64))
+        policy = ModelGroup(Layout(), threads=1, trainer=TrainerConfig(row_tokens=64))
         with pytest.raises(WorkerFailed, match=r"(?s)policy 0: .*BadCheckpoint.*nothing holds no checkpoint") as caught:
             gather(policy.start(tmp_path / "nothing", "float32", OptimizerConfig(), 1.0))
         assert "\x1b" not in str(caught.value)

@@ -16,8 +16,8 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.groups import Groups
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder, read_text_files
 from lockstep.model.loading import build, transformer_of
+from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.sampling import SamplingConfig
 from tests.cluster.commands import lockstep, refused
 
 OPTIONS = ("--dtype", "float32", "--max-new-tokens", "8", "--temperature", "0.9", "--seed", "4")
@@ -27,7 +27,7 @@ OPTIONS = ("--dtype", "float32", "--max-new-tokens", "8", "--temperature", "0.9"
 def answerer(tiny_folder: Path, groups: Groups) -> Answerer:
     source, tokenizer = HuggingFaceFolder(tiny_folder), Tokenizer(read_text_files(tiny_folder))
     transformer = transformer_of(build(source.config, groups, torch.float32, source))
-    sampling = SamplingConfig(max_new_tokens=20, logit_bias={2: -100.0})
+    sampling = SamplingParams(max_new_tokens=20, logit_bias={2: -100.0})
     return Answerer(RolloutEngine(transformer, decode=tokenizer.decode), tokenizer, sampling, seed=3)
 
 

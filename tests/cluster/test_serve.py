@@ -19,9 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.model.transformer import Transformer
+from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.rollout.sequence import Request, Token
+from lockstep.rl.rollout.protocol import Request, TokenOutput
 from tests.cluster.commands import Command, refused, until
 from tests.cluster.servers import MODEL, Running, serving
 
@@ -45,10 +45,10 @@ def drawn(
     transformer: Transformer,
     tokenizer: Tokenizer,
     prompt: str,
-    sampling: SamplingConfig,
+    sampling: SamplingParams,
     seed: int,
     sample: int = 0,
-) -> list[Token]:
+) -> list[TokenOutput]:
     """What an engine of its own draws."""
     engine = RolloutEngine(transformer, decode=tokenizer.decode)
     engine.add(Request("it", tuple(tokenizer.encode(prompt)), sampling, seed, sample))
@@ -86,7 +86,7 @@ def test_a_completion_is_what_the_engine_draws(client: OpenAI, transformer: Tran
     answer = client.completions.create(
         model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0.8, top_p=0.9, seed=5, n=3, extra_body={"top_k": 40}
     )
-    sampling = SamplingConfig(temperature=0.8, top_p=0.9, top_k=40, max_new_tokens=20)
+    sampling = SamplingParams(temperature=0.8, top_p=0.9, top_k=40, max_new_tokens=20)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert answer.usage is not None
     total = 0
@@ -160,7 +160,7 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(client: OpenAI) -> No
 
 
 def test_log_probabilities_are_the_engines(client: OpenAI, transformer: Transformer, tokenizer: Tokenizer) -> None:
-    sampling = SamplingConfig(temperature=0.7, max_new_tokens=12, logprobs=4)
+    sampling = SamplingParams(temperature=0.7, max_new_tokens=12, logprobs=4)
     asked: dict[str, Any] = dict(model=MODEL, max_tokens=12, temperature=0.7, seed=2)
     tokens = drawn(transformer, tokenizer, PROMPT, sampling, 2)
     found = client.completions.create(prompt=PROMPT, logprobs=4, **asked).choices[0].logprobs

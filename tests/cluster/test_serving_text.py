@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.cluster.serving.text import TextStream
-from lockstep.rl.rollout.stopping import before_stop
+from lockstep.rl.rollout.detokenizer import before_stop
 
 
 def decode(tokens: Sequence[int]) -> str:

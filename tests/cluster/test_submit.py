@@ -22,7 +22,7 @@ def changed(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for file, old, new in (
         ("cluster/phases.py", '"measuring held-out', 'f"sent to {__file__}: measuring held-out'),
-        ("rl/policy.py", 'info("ready with', 'info("sent, and ready with'),
+        ("rl/workers/model_worker.py", 'info("ready with', 'info("sent, and ready with'),
     ):
         text = (copy / file).read_text().replace(f"f{old}", old)
         assert old in text

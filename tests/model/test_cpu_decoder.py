@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lockstep.cluster.checks.mismatch import compare, reported, rescored
 from lockstep.distributed.groups import Groups
 from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span
 from lockstep.model.attention.paged_kernel import BLOCK
@@ -18,11 +19,10 @@ from lockstep.model.loading import build, transformer_of
 from lockstep.model.ops.cpu import kernels, library
 from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.mismatch import compare, reported, rescored
+from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.sync import shards_of
 from lockstep.rl.types import Prompt
+from lockstep.rl.weight_sync.shards import shards_of
 
 LLAMA = ModelConfig(layers=3, width=96, heads=6, kv_heads=2, head_dim=32, intermediate=160, vocabulary=301, context=200)
 TILED = sorted({False, kernels.tiled(torch.bfloat16, torch.device("cpu"))})
@@ -146,7 +146,7 @@ def test_an_engine_decodes_with_it_and_with_new_weights(groups: Groups, prompts:
         if stage is policy:
             other = build(LLAMA, groups, torch.bfloat16, weights)
             engine.receive(1, shards_of(transformer_of(policy)))
-        rollouts = list(engine.generate(asked, SamplingConfig(max_new_tokens=30), samples=2, seed=0))
+        rollouts = list(engine.generate(asked, SamplingParams(max_new_tokens=30), samples=2, seed=0))
         same, different = (compare(reported(rollouts), rescored(s, groups, rollouts, 1.0)) for s in (stage, other))
         assert same.tokens > 50 * prompts
         assert same.mean < 0.02
@@ -162,7 +162,7 @@ def test_in_exact_numerics_its_bits_are_the_trainers(groups: Groups, change: dic
     engine = RolloutEngine(transformer_of(stage), decode=lambda tokens: "", length=150)
     asked = [Prompt(i, "", tuple(range(3, 9 + 30 * i)), "") for i in range(4)]
     torch.set_num_threads(2)
-    rollouts = list(engine.generate(asked, SamplingConfig(temperature=0.8, max_new_tokens=30), samples=3, seed=0))
+    rollouts = list(engine.generate(asked, SamplingParams(temperature=0.8, max_new_tokens=30), samples=3, seed=0))
     torch.set_num_threads(1)
     assert isinstance(engine._decoder, CpuDecoder)
     found = compare(reported(rollouts), rescored(stage, groups, rollouts, 0.8))

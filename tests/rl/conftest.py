@@ -9,16 +9,16 @@ import pytest
 
 if TYPE_CHECKING:
     from lockstep.data.tokenizer import Tokenizer
-    from lockstep.rl.actors import Model, Rollouts, Verifiers
+    from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, VerifierGroup
 
 
 @dataclass(frozen=True)
 class Actors:
     """One rank of a policy, two rollout workers, a verifier, and what the model reads."""
 
-    policy: "Model"
-    rollouts: "Rollouts"
-    verifiers: "Verifiers"
+    policy: "ModelGroup"
+    rollouts: "RolloutGroup"
+    verifiers: "VerifierGroup"
     tokenizer: "Tokenizer"
     checkpoint: Path
 
@@ -33,17 +33,17 @@ def actors(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     from lockstep.distributed.checkpoint.manager import Checkpoint
     from lockstep.distributed.layout import Layout
     from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-    from lockstep.rl.actors import Model, Rollouts, Verifiers
-    from lockstep.rl.calls import gather
-    from lockstep.rl.rollout.limits import RolloutLimits
-    from lockstep.rl.verifiers.recipes import VerifierConfig
+    from lockstep.rl.remote import gather
+    from lockstep.rl.rollout.config import RolloutConfig
+    from lockstep.rl.verifiers.config import VerifierConfig
+    from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, VerifierGroup
 
     checkpoint = to_lockstep(str(tiny_folder), tmp_path_factory.mktemp("actors"))
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=1)
     try:
-        policy = Model(Layout(), threads=1, trainer=TrainerConfig(row_tokens=256))
-        rollouts = Rollouts(RolloutLimits(workers=2, sequences=4, length=64, bucket_mib=0.01), threads=1)
-        verifiers = Verifiers(VerifierConfig())
+        policy = ModelGroup(Layout(), threads=1, trainer=TrainerConfig(row_tokens=256))
+        rollouts = RolloutGroup(RolloutConfig(workers=2, sequences=4, length=64, bucket_mib=0.01), threads=1)
+        verifiers = VerifierGroup(VerifierConfig())
         calls = rollouts.start(checkpoint, "float32")
         gather(policy.start(checkpoint, "float32", OptimizerConfig(), 1.0) + calls)
         yield Actors(policy, rollouts, verifiers, Tokenizer(Checkpoint(checkpoint).files), checkpoint)

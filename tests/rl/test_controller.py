@@ -10,18 +10,16 @@ from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-from lockstep.rl.actors import PASSES, Model, Rollouts
-from lockstep.rl.batching import teaches
-from lockstep.rl.calls import Member, gather
+from lockstep.rl.algorithms.config import FlowConfig, ReferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.rewards import FormatTerm, RewardConfig
+from lockstep.rl.algorithms.samples import teaches
 from lockstep.rl.controller import Controller, StepRecord
-from lockstep.rl.flow import FlowConfig
 from lockstep.rl.learner import Models
-from lockstep.rl.recipes import ReferenceConfig, RLConfig, SupervisedConfig
-from lockstep.rl.rollout.limits import RolloutLimits
-from lockstep.rl.rollout.sampling import SamplingConfig
-from lockstep.rl.rollout.sequence import Order
+from lockstep.rl.remote import ActorHandle, gather
+from lockstep.rl.rollout.config import RolloutConfig, SamplingParams
+from lockstep.rl.rollout.output_processor import RolloutRequest
 from lockstep.rl.types import Prompt, Rollout, Scored
-from lockstep.rl.verifiers.rewards import FormatTerm, RewardConfig
+from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
 from tests.rl.conftest import Actors
 
 GROUPS, SAMPLES = 3, 4
@@ -62,7 +60,7 @@ def controller(actors: Actors) -> Controller:
 
 
 def config(flow: FlowConfig, steps: int = 5) -> RLConfig:
-    sampling = SamplingConfig(max_new_tokens=6)
+    sampling = SamplingParams(max_new_tokens=6)
     return RLConfig(steps=steps, prompts_per_step=GROUPS, group_size=SAMPLES, flow=flow, sampling=sampling)
 
 
@@ -129,7 +127,7 @@ def test_groups_that_teach_nothing_are_replaced(controller: Controller) -> None:
     assert sum(record.metrics["replaced_groups"] for record in records) > 0
 
 
-def kill(member: Member) -> None:
+def kill(member: ActorHandle) -> None:
     os.kill(gather([member.call("pid")])[0], signal.SIGKILL)
 
 
@@ -162,7 +160,7 @@ def test_weights_that_were_given_back_come_again_when_nothing_was_learned(actors
 
 
 def test_a_critic_learns_beside_the_policy_in_several_updates_a_step(controller: Controller, actors: Actors) -> None:
-    critic = Model(Layout(), threads=1, trainer=TrainerConfig(row_tokens=256), role="critic")
+    critic = ModelGroup(Layout(), threads=1, trainer=TrainerConfig(row_tokens=256), role="critic")
     gather(critic.start(actors.checkpoint, "float32", OptimizerConfig(), 1.0, "fast", "value"))
     rate = OptimizerConfig(learning_rate=3e-3)
     teacher = ReferenceConfig(kind="average", decay=0.5)
@@ -177,7 +175,7 @@ def test_a_critic_learns_beside_the_policy_in_several_updates_a_step(controller:
         proximal="trainer",
         reference=teacher,
         optimizer=OptimizerConfig(learning_rate=1e-5),
-        sampling=SamplingConfig(max_new_tokens=6),
+        sampling=SamplingParams(max_new_tokens=6),
     )
     taught = controller_of(actors, Models(critic=critic, critic_optimizer=rate))
     records = list(taught.reinforce(ppo))
@@ -204,21 +202,21 @@ def test_evaluation_is_greedy_and_in_order(controller: Controller) -> None:
 
 
 @pytest.fixture(scope="module")
-def teams(actors: Actors) -> Iterator[Rollouts]:
+def teams(actors: Actors) -> Iterator[RolloutGroup]:
     """Two teams that get weights by broadcasts."""
-    limits = RolloutLimits(workers=2, sequences=4, length=64, bucket_mib=0.05, transport="broadcast")
-    rollouts = Rollouts(limits, threads=1)
+    limits = RolloutConfig(workers=2, sequences=4, length=64, bucket_mib=0.05, transport="broadcast")
+    rollouts = RolloutGroup(limits, threads=1)
     gather(rollouts.start(actors.checkpoint, "float32"))
     yield rollouts
     for number in range(2):
         rollouts.end(number)
 
 
-def written(team: list[Member]) -> Rollout:
+def written(team: list[ActorHandle]) -> Rollout:
     """What a team writes, greedily."""
     tokens = (1, 5, 3, 8)
     prompt = Prompt(index=0, text="", tokens=tokens, answer="")
-    orders = [Order(0, prompt, SamplingConfig(temperature=0, max_new_tokens=8), 0)]
+    orders = [RolloutRequest(0, prompt, SamplingParams(temperature=0, max_new_tokens=8), 0)]
     while True:
         found: list[Rollout] = gather([member.call("work", orders, PASSES) for member in team])[0]
         if found:
@@ -226,7 +224,7 @@ def written(team: list[Member]) -> Rollout:
         orders = []
 
 
-def test_teams_get_weights_by_broadcasts_and_go_on_without_one_that_died(teams: Rollouts, actors: Actors) -> None:
+def test_teams_get_weights_by_broadcasts_and_go_on_without_one_that_died(teams: RolloutGroup, actors: Actors) -> None:
     first, second = teams.teams
     assert teams.receive(actors.policy) == []
     assert written(first) == written(second)
@@ -240,7 +238,7 @@ def test_teams_get_weights_by_broadcasts_and_go_on_without_one_that_died(teams: 
     assert [written(team).weight_version for team in teams.teams] == [3, 3]
 
 
-def test_broadcasts_bring_what_shared_memory_does(teams: Rollouts, actors: Actors) -> None:
+def test_broadcasts_bring_what_shared_memory_does(teams: RolloutGroup, actors: Actors) -> None:
     for rollouts in (teams, actors.rollouts):
         assert rollouts.receive(actors.policy) == []
     one, other = written(teams.teams[1]), written(actors.rollouts.teams[0])

@@ -10,7 +10,7 @@ from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import TaskConfig, draw_shots, make_split
 from lockstep.data.tokenizer import Tokenizer, train_tokenizer
 from lockstep.rl.prompts import demonstration, make_prompt
-from lockstep.rl.verifiers import gym
+from lockstep.rl.verifiers import reasoning_gym
 from tests.conftest import TEMPLATE
 
 DATASETS = Path(__file__).parents[3] / "shared" / "datasets"
@@ -74,8 +74,8 @@ def test_gym_scores_need_the_whole_entry(words: Tokenizer) -> None:
     for problem in make_split(task, 0).train:
         prompt = make_prompt(problem, task, words)
         assert prompt.demonstration == problem.answer
-        assert gym.grade(f"<answer>{problem.answer}</answer>", prompt.answer).reward == 1.0
-        assert gym.grade("<answer>no number</answer>", prompt.answer).reward != 1.0
+        assert reasoning_gym.grade(f"<answer>{problem.answer}</answer>", prompt.answer).reward == 1.0
+        assert reasoning_gym.grade("<answer>no number</answer>", prompt.answer).reward != 1.0
     with pytest.raises(ValueError, match="scores what reasoning-gym made"):
         TaskConfig(generator="sums.jsonl", grader="gym")
 

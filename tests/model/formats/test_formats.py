@@ -24,8 +24,9 @@ from lockstep.model.formats.huggingface.families.registry import from_huggingfac
 from lockstep.model.formats.huggingface.families.registry import to_huggingface as to_huggingface_config
 from lockstep.model.formats.huggingface.reader import BadFolder, HuggingFaceFolder, read_text_files
 from lockstep.model.layers.logprobs import local_logits
-from lockstep.rl.rollout.engine import RolloutEngine, load_rollout_engine
-from lockstep.rl.rollout.sampling import SamplingConfig
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.loading import load_rollout_engine
 from lockstep.rl.types import Prompt
 
 
@@ -201,7 +202,7 @@ def test_gguf_speaks_greedily_as_transformers_does(ours: tuple[RolloutEngine, To
     engine, tokenizer = ours
     encoded = [tokenizer.encode(text) for text in chats(tokenizer)]
     prompts = [Prompt(i, "", tuple(tokens), "") for i, tokens in enumerate(encoded)]
-    sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
+    sampling = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
     rollouts = {r.prompt.index: r for r in engine.generate(prompts, sampling, samples=1, seed=0)}
     eos = engine.transformer.model.eos_tokens
     width = max(map(len, encoded))

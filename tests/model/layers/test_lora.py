@@ -19,14 +19,15 @@ from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
 from lockstep.model.loading import DTYPES, build
 from lockstep.model.objectives.objective import LossInputs
 from lockstep.model.objectives.token_loss import nll
-from lockstep.model.state_dict import held_pieces, pieces
+from lockstep.model.state_dict import Held, held_pieces, pieces
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.model.training.trainable import NothingLearns, TrainableConfig
 from lockstep.model.training.trainer import Trainer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.lora import merged, with_adapters
 from lockstep.model.weights.names import VALUE, is_adapter
-from lockstep.rl.sync import Held, messages_of, receive, shards_of, signed
+from lockstep.rl.weight_sync.receiver import receive
+from lockstep.rl.weight_sync.shards import messages_of, shards_of, signed
 from tests.distributed.test_parity import assembled, global_batch
 from tests.parameters import every
 

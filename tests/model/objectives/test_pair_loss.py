@@ -12,7 +12,7 @@ from torch import Tensor
 from lockstep.data.batch import Sample, documents, pack
 from lockstep.model.objectives.objective import columns_of
 from lockstep.model.objectives.pair_loss import PairLoss
-from lockstep.rl.batching import preference_samples
+from lockstep.rl.algorithms.samples import preference_samples
 from tests.rl.drawn import floats, total
 
 BETA = 0.3

@@ -1,0 +1,205 @@
+"""Phases of training as a recipe has them: what each optimises, and with which batch."""
+
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lockstep.model.objectives.kl import adapted
+from lockstep.model.objectives.pair_loss import PairLoss
+from lockstep.model.objectives.token_loss import TokenLoss
+from lockstep.model.training.config import OptimizerConfig
+from lockstep.rl.algorithms.methods import DPO, IPO, METHODS, RANKING_MODEL, REWARD_MODEL, Method, Score
+from lockstep.rl.rollout.config import SamplingParams
+
+
+class FlowConfig(BaseModel):
+    """How rollouts and learning take turns."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["synchronous", "one_step_off", "asynchronous"] = Field(
+        "synchronous", description="write, then learn; write the next batch while learning; or write on through it all"
+    )
+    max_staleness: int = Field(
+        4, ge=1, description="versions between the weights behind a sample and those that learn from it, asynchronous"
+    )
+
+    dynamic_sampling: bool = Field(
+        False, description="ask for other prompts in the place of those whose completions all fare alike"
+    )
+    most: float = Field(
+        4.0, ge=1, description="with dynamic_sampling, prompts that a step asks for at most, in prompts_per_step"
+    )
+
+    release: bool = Field(
+        False, description="between writing and learning, give memory back to the other: for roles that share devices"
+    )
+
+    @property
+    def staleness(self) -> int:
+        """The bound, in versions."""
+        return {"synchronous": 0, "one_step_off": 1, "asynchronous": self.max_staleness}[self.mode]
+
+    @model_validator(mode="after")
+    def _releases_between_phases(self) -> "FlowConfig":
+        if self.release and self.mode != "synchronous":
+            raise ValueError(
+                f"with mode={self.mode} rollouts and learning use memory at the same time: set release=false"
+            )
+        return self
+
+    @property
+    def in_waves(self) -> bool:
+        """Whether new groups are asked for only when all before have been written, so that no timing matters."""
+        return self.mode != "asynchronous"
+
+
+class SupervisedConfig(BaseModel):
+    """A supervised stage: the answers to training problems, in the form that task.completion gives."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(10, ge=0)
+    problems_per_step: int = Field(32, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class PreferenceConfig(BaseModel):
+    """A stage that learns from pairs or rankings of answers: of a file, or of the policy's own by their verdicts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["dpo", "ipo", "reward_model", "ranking_model"] = "dpo"
+    steps: int = Field(100, ge=0)
+    groups_per_step: int = Field(32, ge=1, description="prompts, each with the answers that are compared")
+    beta: float = Field(0.1, gt=0, description="weight of the KL that dpo and ipo are regularised by")
+    smoothing: float = Field(0.0, ge=0, lt=0.5, description="of dpo: the probability that a preference is wrong")
+    source: str = Field("", description="a file of preferences; empty for pairs of the policy's own completions")
+    chat: bool = Field(True, description="put the prompts of source into the tokenizer's chat template")
+    prompts: int = Field(256, ge=1, description="without source: training problems that the policy answers")
+    completions: int = Field(8, ge=2, description="without source: of each")
+    pairs: int = Field(1, ge=1, description="without source: a correct and an incorrect completion, of each at most")
+    sampling: SamplingParams = SamplingParams()
+    held_out: int = Field(32, ge=0, description="comparisons that are not learned from; accuracy is measured on them")
+    evaluate_every: int = Field(0, ge=0, description="steps between these measurements; 0 for the last step alone")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _ranks_what_it_can(self) -> "PreferenceConfig":
+        if self.method == "ipo" and self.smoothing:
+            raise ValueError("smoothing is of dpo, and method='ipo': leave it out")
+        return self
+
+    def measures_at(self, step: int) -> bool:
+        """Whether the held-out comparisons are measured after this step."""
+        return step == self.steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
+
+    @property
+    def judged(self) -> bool:
+        """Whether a reward model is trained, by the value at the last token, and not a policy beside its reference."""
+        return self.method in ("reward_model", "ranking_model")
+
+    @property
+    def phase(self) -> str:
+        """What records call it: it is the policy that changes, or a reward model."""
+        return "reward" if self.judged else "preference"
+
+    @property
+    def objective(self) -> PairLoss:
+        """The loss of this recipe."""
+        chosen = {"dpo": DPO, "ipo": IPO, "reward_model": REWARD_MODEL, "ranking_model": RANKING_MODEL}[self.method]
+        return chosen if self.judged else replace(chosen, beta=self.beta, smoothing=self.smoothing)
+
+
+class ReferenceConfig(BaseModel):
+    """The policy that another is kept near to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["none", "version", "average"] = Field("version", description="a version of the policy, or an average")
+    every: int = Field(0, ge=0, description="steps after which the version is a new one; 0 for that of the start")
+    decay: float = Field(0.99, gt=0, lt=1, description="what the average keeps of itself at each step")
+
+    @property
+    def moves(self) -> bool:
+        """Whether it ever changes."""
+        return self.kind == "average" or (self.kind == "version" and self.every > 0)
+
+
+class RLConfig(Method):
+    """Reinforcement learning by any method: its name gives the defaults of the keys of `Method`."""
+
+    method: Literal[
+        "grpo",
+        "dr_grpo",
+        "rloo",
+        "reinforce_pp",
+        "reinforce_pp_baseline",
+        "gspo",
+        "cispo",
+        "dapo",
+        "ppo",
+        "rsft",
+        "distill",
+    ] = "grpo"
+    steps: int = Field(100, ge=0)
+    prompts_per_step: int = Field(32, ge=1)
+    group_size: int = Field(8, ge=1, description="completions of each prompt")
+    epochs: int = Field(1, ge=1, description="how often a step learns from its samples")
+    minibatches: int = Field(1, ge=1, description="updates of an epoch")
+    reference: ReferenceConfig = ReferenceConfig()
+    flow: FlowConfig = FlowConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sampling: SamplingParams = SamplingParams()
+
+    @model_validator(mode="after")
+    def _method_gives_defaults(self) -> "RLConfig":
+        chosen = METHODS[self.method]
+        vars(self).update({k: getattr(chosen, k) for k in Method.model_fields if k not in self.model_fields_set})
+        self._check()
+        return self
+
+    def _check(self) -> None:
+        compares = self.advantage in ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
+        if compares and self.group_size < 2:
+            raise ValueError(
+                f"advantage={self.advantage!r} compares completions of a prompt, and group_size={self.group_size}: "
+                "make it 2 or more"
+            )
+        needs_reference = self.kl.beta or self.kl_target or self.advantage == "teacher"
+        if needs_reference and self.reference.kind == "none":
+            raise ValueError(
+                "reference.kind='none' leaves nothing to measure a KL to: set kl_beta=0, or keep a reference"
+            )
+
+    @property
+    def one_update(self) -> bool:
+        """Whether a step's samples are learned from once."""
+        return self.epochs == self.minibatches == 1
+
+    @property
+    def scores(self) -> frozenset[Score]:
+        """What models have to say of each token before samples are made of rollouts."""
+        needed: set[Score] = set()
+        if self.proximal == "trainer" and not self.one_update:
+            needed.add("proximal")
+        if self.kl.in_reward or self.advantage == "teacher":
+            needed.add("reference")
+        if self.advantage == "gae":
+            needed.add("value")
+        return frozenset(needed)
+
+    @property
+    def objective(self) -> TokenLoss:
+        """The loss of the policy."""
+        now = self.proximal == "trainer" and self.one_update
+        return replace(
+            self.policy_loss, proximal="now" if now else "column", has_reference=self.reference.kind != "none"
+        )
+
+    def adapted(self, measured_kl: float) -> "RLConfig":
+        """The recipe of the next step, whose kl_beta follows the KL of this one where there is a target."""
+        if self.kl_target is None:
+            return self
+        return self.model_copy(update={"kl_beta": adapted(self.kl_beta, measured_kl, self.kl_target)})

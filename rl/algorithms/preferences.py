@@ -1,0 +1,124 @@
+"""Comparisons of completions, by which `pair_loss` tunes a policy or a reward model: where they come from, and which
+are kept to measure with.
+
+A policy is compared with what it was when the phase began. So its log-probabilities of all completions are asked for
+once, before the first update, and travel with the comparisons; no second model is held.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lockstep.data.batch import Floats, Sample
+from lockstep.data.preferences import RankedTokens, read, tokenized
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.algorithms.config import PreferenceConfig
+from lockstep.rl.algorithms.samples import preference_samples
+from lockstep.rl.types import Scored
+from lockstep.rl.verdict import Outcome
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Completions of one prompt, best first, and what the reference says of each one's tokens."""
+
+    ranked: RankedTokens
+    reference_logp: tuple[Floats, ...] | None = None
+    """None for a reward model, which has no reference."""
+
+    def row(self) -> dict[str, Any]:
+        """Of a table."""
+        return asdict(self.ranked) | {"reference_logp": self.reference_logp}
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Comparison":
+        """What became a row."""
+        logp = row["reference_logp"]
+        return cls(
+            RankedTokens(row["index"], tuple(row["prompt"]), tuple(map(tuple, row["completions"]))),
+            None if logp is None else tuple(np.array(each, np.float32) for each in logp),
+        )
+
+
+class TooFewComparisons(ValueError):
+    """There is nothing to learn from, or nothing to measure with."""
+
+
+def read_comparisons(config: PreferenceConfig, tokenizer: Tokenizer) -> list[Comparison]:
+    """All of a recipe's file.
+
+    Raises:
+        BadRow: names file, line and field.
+    """
+    return [Comparison(tokenized(row, tokenizer, chat=config.chat)) for row in read(config.source)]
+
+
+def by_verdict(groups: Iterable[Sequence[Scored]], pairs: int) -> list[Comparison]:
+    """Correct before incorrect completions of a prompt, token by token as they were written.
+
+    Completions that are alike count once, each is in one pair at most, and the ungradable and the empty are in none.
+
+    Args:
+        pairs: of each prompt, at most.
+    """
+    found = []
+    for group in groups:
+        sides = (_distinct(group, outcome) for outcome in (Outcome.correct, Outcome.incorrect))
+        prompt = group[0].rollout.prompt
+        for pair in list(zip(*sides, strict=False))[:pairs]:
+            found.append(Comparison(RankedTokens(prompt.index, prompt.tokens, pair)))
+    return found
+
+
+def apart(comparisons: Sequence[Comparison], held_out: int, seed: int) -> tuple[list[Comparison], list[Comparison]]:
+    """Comparisons to learn from and others to measure with, in an order that the seed decides.
+
+    No prompt is on both sides: all comparisons of a held-out prompt are held out, so that there may be a few more.
+
+    Raises:
+        TooFewComparisons: when nothing is left to learn from.
+    """
+    order = np.random.default_rng([seed, *b"preference"]).permutation(len(comparisons))
+    shuffled = [comparisons[place] for place in order]
+    kept = {c.ranked.prompt for c in shuffled[:held_out]}
+    train = [c for c in shuffled if c.ranked.prompt not in kept]
+    if not train:
+        raise TooFewComparisons(
+            f"{len(comparisons)} comparisons were found and preference.held_out={held_out} keeps all of them to "
+            "measure with: lower it, give more of them, or sample more prompts"
+        )
+    return train, [c for c in shuffled if c.ranked.prompt in kept]
+
+
+def samples_to_compare(chosen: Sequence[Comparison], *, judged: bool) -> list[Sample]:
+    """The global batch of these comparisons, each a group of its own; see `preference_samples`."""
+    found = []
+    for number, comparison in enumerate(chosen):
+        completions = comparison.ranked.completions
+        found += preference_samples(
+            comparison.ranked.prompt,
+            completions,
+            range(len(completions), 0, -1),
+            group=number,
+            groups=len(chosen),
+            judged=judged,
+            reference_logp=comparison.reference_logp,
+        )
+    return found
+
+
+def completions_of(comparisons: Sequence[Comparison]) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Prompt and completion, one by one."""
+    return [(c.ranked.prompt, completion) for c in comparisons for completion in c.ranked.completions]
+
+
+def with_reference(comparisons: Sequence[Comparison], logp: Iterable[Floats]) -> list[Comparison]:
+    """The comparisons with log-probabilities in the order of `completions_of`."""
+    columns = iter(logp)
+    return [replace(c, reference_logp=tuple(next(columns) for _ in c.ranked.completions)) for c in comparisons]
+
+
+def _distinct(group: Sequence[Scored], outcome: Outcome) -> list[tuple[int, ...]]:
+    return list(dict.fromkeys(s.rollout.tokens for s in group if s.verdict.outcome is outcome and s.rollout.tokens))

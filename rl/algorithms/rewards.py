@@ -1,0 +1,138 @@
+"""Rewards as sums of named, weighted terms, each of them reported.
+
+Correctness, or the score of a reward model, is one term; the others look at the completion alone: its form, its length,
+its language. A rollout whose verdict is ungradable has no reward, whatever its other terms say.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from lockstep.rl.algorithms.advantage import overlong
+from lockstep.rl.types import Reward, Scored
+
+Script = Literal[
+    "latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "hangul", "japanese", "chinese"
+]
+
+_NAMES: dict[Script, tuple[str, ...]] = {
+    "hangul": ("HANGUL", "CJK"),
+    "japanese": ("HIRAGANA", "KATAKANA", "CJK"),
+    "chinese": ("CJK",),
+}
+"""Where Unicode's names of a script's letters do not begin with its own."""
+
+
+class _Term(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FormatTerm(_Term):
+    """1 for a completion that has a form, 0 for others."""
+
+    weight: float = Field(0.0, allow_inf_nan=False)
+    pattern: str = Field(
+        r"(?s)<think>.*</think>\s*<answer>.*</answer>\s*", description="a regular expression for the whole completion"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"it is no regular expression: {error}") from error
+        return pattern
+
+
+class OverlongTerm(_Term):
+    """DAPO's soft overlong punishment: 0 up to maximum − cache tokens, then down to −1; see `advantage.overlong`."""
+
+    weight: float = Field(0.0, allow_inf_nan=False)
+    maximum: int = Field(20480, ge=1, description="tokens at which the punishment is −1")
+    cache: int = Field(4096, ge=1, description="tokens over which it grows")
+
+    @model_validator(mode="after")
+    def _cache_fits(self) -> "OverlongTerm":
+        if self.cache > self.maximum:
+            raise ValueError(f"cache={self.cache} is above maximum={self.maximum}: it is the last part of it")
+        return self
+
+
+class LengthTerm(_Term):
+    """1 for a completion between two lengths, 0 outside of them."""
+
+    weight: float = Field(0.0, allow_inf_nan=False)
+    low: int = Field(0, ge=0, description="tokens at least")
+    high: int = Field(1 << 30, ge=0, description="tokens at most")
+
+
+class LanguageTerm(_Term):
+    """The share of a completion's letters that belong to a script; 1 where it has no letters."""
+
+    weight: float = Field(0.0, allow_inf_nan=False)
+    script: Script = "latin"
+
+
+class RewardConfig(BaseModel):
+    """What a completion earns: the sum of these terms, each times its weight. Those of weight 0 are left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    correctness: float = Field(
+        1.0, allow_inf_nan=False, description="weight of the verdict's reward, or of a reward model's score"
+    )
+    format: FormatTerm = FormatTerm()
+    overlong: OverlongTerm = OverlongTerm()
+    length: LengthTerm = LengthTerm()
+    language: LanguageTerm = LanguageTerm()
+
+
+CORRECTNESS = RewardConfig()
+"""Nothing but the verdict."""
+
+
+def rewarded(group: Sequence[Scored], config: RewardConfig) -> list[Scored]:
+    """The group with what each of it earns."""
+    return [replace(scored, earned=reward_of(scored, config)) for scored in group]
+
+
+def reward_of(scored: Scored, config: RewardConfig) -> Reward:
+    """What a rollout earns; a reward model's score, where there is one, stands in the place of the verdict's reward."""
+    rollout = scored.rollout
+    length = len(rollout.tokens)
+    terms = {
+        name: weight * value
+        for name, weight, value in (
+            ("correctness" if scored.score is None else "score", config.correctness, scored.judged),
+            ("format", config.format.weight, _has_form(rollout.text, config.format.pattern)),
+            ("overlong", config.overlong.weight, overlong(length, config.overlong.maximum, config.overlong.cache)),
+            ("length", config.length.weight, float(config.length.low <= length <= config.length.high)),
+            ("language", config.language.weight, share_of_script(rollout.text, config.language.script)),
+        )
+        if weight and value is not None
+    }
+    return Reward(None if scored.judged is None else sum(terms.values()), terms)
+
+
+def means(rewards: Sequence[Reward]) -> dict[str, float]:
+    """The mean of each term over the rewards that have a total, as metrics: `reward/format` and so on."""
+    graded = [reward.terms for reward in rewards if reward.total is not None]
+    names = dict.fromkeys(name for terms in graded for name in terms)
+    return {f"reward/{name}": float(np.mean([terms[name] for terms in graded])) for name in names}
+
+
+def share_of_script(text: str, script: Script) -> float:
+    """The share of text's letters that belong to a script, from 0 to 1; 1 where there are none."""
+    letters = [unicodedata.name(character, "") for character in text if character.isalpha()]
+    names = _NAMES.get(script, (script.upper(),))
+    return sum(name.startswith(names) for name in letters) / len(letters) if letters else 1.0
+
+
+def _has_form(text: str, pattern: str) -> float:
+    return float(re.fullmatch(pattern, text) is not None)

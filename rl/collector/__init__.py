@@ -1,0 +1,1 @@
+"""Keeps judged groups of completions coming while the learner works."""

@@ -1,0 +1,66 @@
+"""What makes the environments that a recipe names, and holds what they share."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+
+from lockstep.rl.environments.config import EnvironmentConfig
+from lockstep.rl.environments.prime_verifiers import PrimeEnvironment, is_foreign
+from lockstep.rl.environments.protocol import Opening
+from lockstep.rl.environments.python_tool import PYTHON, python_tool
+from lockstep.rl.environments.reasoning_gym import ReasoningGymEnvironment
+from lockstep.rl.environments.tool_calls import described
+from lockstep.rl.environments.tools import CALCULATOR, Tool, ToolEnvironment
+from lockstep.rl.verifiers.answer_pool import AnswerPool
+from lockstep.rl.verifiers.code_pool import CodePool
+from lockstep.rl.verifiers.judge import grader_of
+
+
+class NoEnvironment(ValueError):
+    """An environment of one's own that is not there, in one sentence."""
+
+
+@contextmanager
+def opened(config: EnvironmentConfig) -> Iterator[Opening]:
+    """Environments of a recipe's kind; what they share ends with the context.
+
+    Raises:
+        NoEnvironment: when there is none of one's own under the name.
+        SandboxError: when programs are to run and this machine cannot keep them in.
+    """
+    with ExitStack() as stack:
+        if config.kind == "tools":
+            tools = [_tool(name, config, stack) for name in config.tools]
+            yield lambda: ToolEnvironment(tools)
+        elif config.kind == "gym":
+            graders = stack.enter_context(AnswerPool(config.processes, config.deadline, grader_of("gym"), examples=()))
+            yield lambda: ReasoningGymEnvironment(graders)
+        else:
+            yield _own(config)
+
+
+def told(config: EnvironmentConfig) -> str:
+    """What the system message says of an environment; empty where the task says it all."""
+    if config.kind != "tools":
+        return ""
+    known = {"calculator": CALCULATOR.signature, "python": PYTHON}
+    return described([known[name].schema for name in config.tools])
+
+
+def _tool(name: str, config: EnvironmentConfig, stack: ExitStack) -> Tool:
+    if name == "calculator":
+        return CALCULATOR
+    return python_tool(stack.enter_context(CodePool(config.processes)))
+
+
+def _own(config: EnvironmentConfig) -> Opening:
+    """Each episode has an object of its own; one of `verifiers` serves all."""
+    module, _, name = config.kind.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise NoEnvironment(f"environment.kind={config.kind!r} cannot be loaded ({error}): name a class") from error
+    first = found(**config.settings)
+    if is_foreign(first):
+        return lambda: PrimeEnvironment(first)
+    return lambda: found(**config.settings)

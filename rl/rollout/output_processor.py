@@ -1,0 +1,90 @@
+"""Completions that are asked for one by one, put together from the tokens that an engine says pass by pass."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.detokenizer import before_stop
+from lockstep.rl.rollout.protocol import Request, TokenOutput
+from lockstep.rl.types import Prompt, Rollout, continued
+
+if TYPE_CHECKING:
+    from lockstep.rl.rollout.engine import RolloutEngine
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """A completion that is wanted."""
+
+    number: int
+    """Its name; with the seed and the position it decides what is drawn."""
+    prompt: Prompt
+    sampling: SamplingParams
+    seed: int
+    begun: Rollout | None = None
+    """What there is of it already, of earlier turns and their answers; behind that it goes on."""
+
+    @property
+    def request(self) -> Request:
+        """What the engine is asked for."""
+        if self.begun is None:
+            return Request(self.number, self.prompt.tokens, self.sampling, self.seed, self.number)
+        before, limits = len(self.begun.tokens), self.sampling
+        left = {
+            "max_new_tokens": limits.max_new_tokens - before,
+            "min_new_tokens": max(0, limits.min_new_tokens - before),
+        }
+        tokens = self.prompt.tokens + self.begun.tokens
+        return Request(self.number, tokens, limits.model_copy(update=left), self.seed, self.number, before)
+
+
+class OutputProcessor:
+    """The orders that an engine works on, and what each has so far."""
+
+    def __init__(self, engine: "RolloutEngine") -> None:
+        self._engine = engine
+        self._orders: dict[int, RolloutRequest] = {}
+        self._parts: dict[str | int, list[TokenOutput]] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether an order is not complete."""
+        return bool(self._orders)
+
+    def add(self, order: RolloutRequest) -> None:
+        """Take an order.
+
+        Raises:
+            PromptTooLong, ValueError: see `RolloutEngine.add`.
+        """
+        self._engine.add(order.request)
+        self._orders[order.number], self._parts[order.number] = order, []
+
+    def step(self) -> list[Rollout]:
+        """One forward pass; the completions that ended with it or were cancelled before."""
+        for token in self._engine.step():
+            self._parts[token.key].append(token)
+        return [self._completed(number) for number in list(self._orders) if not self._engine.holds(number)]
+
+    def drop(self) -> None:
+        """Forget all orders."""
+        for number in self._orders:
+            self._engine.cancel(number)
+        self._orders, self._parts = {}, {}
+
+    def _completed(self, number: int) -> Rollout:
+        order, tokens = self._orders.pop(number), self._parts.pop(number)
+        ids = tuple(t.token for t in tokens)
+        text, reason = self._engine.decode(list(ids)), (tokens and tokens[-1].finish_reason) or "abort"
+        written = Rollout(
+            prompt=order.prompt,
+            sample=number,
+            tokens=ids,
+            logp=tuple(t.logp for t in tokens),
+            text=before_stop(text, order.sampling.stop) if reason == "stop" else text,
+            finish_reason=reason,
+            weight_versions=tuple(t.weight_version for t in tokens),
+            sampling_logp=tuple(t.sampling_logp for t in tokens),
+            supports=tuple(t.support for t in tokens) if any(t.support for t in tokens) else (),
+        )
+        return written if order.begun is None else continued(order.begun, written, self._engine.decode)

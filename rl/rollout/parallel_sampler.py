@@ -1,0 +1,97 @@
+"""The next tokens of running sequences, agreed on by all ranks of a tensor group."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lockstep.model.layers.logprobs import local_logits, reduced
+from lockstep.model.ops.exact.reductions import gathered
+from lockstep.model.transformer import Transformer
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.sampler import Row, draw, likeliest, uniforms
+from lockstep.rl.rollout.scheduler import SequenceState as Running
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token, and what `Token` says of how it was drawn."""
+
+    token: int
+    logp: float
+    sampling_logp: float
+    top: tuple[tuple[int, float], ...]
+    support: tuple[int, ...]
+
+
+class ParallelSampler:
+    """Draws from a transformer's logits; the ranks of its tensor group make the same calls."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self._transformer, self._group = transformer, transformer.groups.tensor
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """Of this tensor rank's part of the vocabulary [B, V/tensor]."""
+        model, weight = self._transformer.model, self._transformer.inference_head
+        numerics = self._transformer.numerics
+        return local_logits(hidden_BD, weight, self._first_row, model.vocabulary, model.logit_cap, numerics)
+
+    def __call__(self, sequences: Sequence[Running], local_BV: Tensor) -> list[Drawn]:
+        """A token for each sequence, from a row of logits each."""
+        whole_BV = self._whole(local_BV)
+        requests = [s.request for s in sequences]
+        places = [s.request.begun + len(s.tokens) for s in sequences]
+        numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], places)
+        rows = [self._row(s, number) for s, number in zip(sequences, numbers.tolist(), strict=True)]
+        drawn = draw(whole_BV, rows)
+        tokens_B = self._agreed(drawn.tokens)
+        logp, log_sums = self._policy(local_BV, tokens_B, [row.policy_temperature for row in rows])
+        sampling_logp = torch.where(drawn.sampling_logp.isnan(), logp, drawn.sampling_logp)
+        top = [
+            likeliest(whole, log_sum, row) if row.sampling.logprobs else ()
+            for whole, log_sum, row in zip(whole_BV, log_sums, rows, strict=True)
+        ]
+        columns = tokens_B.tolist(), logp.tolist(), sampling_logp.tolist(), top, drawn.supports
+        return [Drawn(*each) for each in zip(*columns, strict=True)]
+
+    def ends(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        return (*self._transformer.model.eos_tokens, *sampling.stop_tokens)
+
+    @property
+    def _first_row(self) -> int:
+        """Of the vocabulary on this rank."""
+        return self._transformer.groups.tensor_rank * len(self._transformer.head_weight)
+
+    def _row(self, sequence: Running, number: float) -> Row:
+        request = sequence.request
+        early = len(sequence.tokens) < request.sampling.min_new_tokens
+        forbidden = self.ends(request.sampling) if early and not request.sampling.exact_lengths else ()
+        begun = request.tokens[len(request.tokens) - request.begun :]
+        completion = [*begun, *sequence.tokens] if begun else sequence.tokens
+        return Row(request.sampling, number, request.tokens, completion, forbidden)
+
+    def _whole(self, local_BV: Tensor) -> Tensor:
+        """Logits of the whole vocabulary, on all tensor ranks."""
+        if self._group.size() > 1:
+            local_BV = torch.cat(gathered(local_BV, self._group), dim=1)
+        return local_BV[:, : self._transformer.model.vocabulary]
+
+    def _agreed(self, tokens_B: Tensor) -> Tensor:
+        """The first tensor rank's draws: others' processors might round in other ways."""
+        if self._group.size() > 1:
+            dist.broadcast(tokens_B, dist.get_global_rank(self._group, 0), group=self._group)
+        return tokens_B
+
+    def _policy(self, local_BV: Tensor, tokens_B: Tensor, temperatures: list[float]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of tokens under the policy and the log-sum-exp below them, [B] each, as in training."""
+        local_tokens = tokens_B - self._first_row
+        logp, log_sums = (torch.empty(len(tokens_B), device=local_BV.device) for _ in range(2))
+        for temperature in dict.fromkeys(temperatures):
+            rows = [i for i, t in enumerate(temperatures) if t == temperature]
+            part = local_BV if len(rows) == len(local_BV) else local_BV[rows]
+            log_sum, at_target = reduced(part, local_tokens[rows], temperature, self._group, self._transformer.numerics)
+            logp[rows], log_sums[rows] = at_target - log_sum, log_sum
+        return logp, log_sums

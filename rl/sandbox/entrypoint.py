@@ -1,0 +1,122 @@
+"""How a keeper's process starts: warm, then in namespaces of its own where the kernel grants them, else without."""
+
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from lockstep.rl.sandbox import syscalls
+from lockstep.rl.sandbox.isolation import Isolation, SandboxLimits
+from lockstep.rl.sandbox.jail import build_root, map_users, unshare_all
+from lockstep.rl.sandbox.zygote import Zygote
+
+# fmt: off
+_WARM = (
+    "abc", "array", "atexit", "base64", "binascii", "bisect", "builtins", "calendar", "cmath", "collections",
+    "collections.abc", "contextlib", "copy", "csv", "datetime", "decimal", "enum", "fractions", "functools",
+    "hashlib", "heapq", "inspect", "io", "itertools", "json", "keyword", "locale", "math", "numbers", "operator",
+    "os", "pickle", "platform", "pprint", "queue", "random", "re", "secrets", "signal", "statistics", "string",
+    "struct", "sys", "textwrap", "threading", "time", "timeit", "traceback", "types", "typing", "unittest",
+    "unittest.mock", "urllib.parse", "uuid", "weakref", "zlib",
+)
+# fmt: on
+"""What programs import, loaded once."""
+_DESCRIPTORS = 256
+
+
+def serve(connection: int, uses: Isolation, limits: SandboxLimits) -> None:
+    """The keeper's life: builds its walls, says which stand, then judges item by item until the pool's end closes."""
+    control = socket.socket(fileno=connection)
+    _settle()
+    refused = ""
+    if uses.namespaces:
+        refused = _enter_namespaces(lambda: Zygote(control, uses, limits).keep(), limits.folder_bytes)
+    Zygote(control, replace(uses, namespaces=False), limits).keep(refused)
+
+
+def _settle() -> None:
+    """Warm modules, few descriptors, and the first place among those that are killed when memory is short."""
+    for name in _WARM:
+        importlib.import_module(name)
+    sys.argv = ["program.py"]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, _DESCRIPTORS))
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    os.umask(0o022)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def _enter_namespaces(keep: Callable[[], None], folder_bytes: int) -> str:
+    """Never returns where the kernel grants namespaces: a grandchild keeps in them. Else what was refused."""
+    (ready, say_ready), (go, say_go), (trouble, say_trouble) = os.pipe(), os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        _live(lambda: _unshared(keep, folder_bytes, (say_ready, go, say_trouble)), say_trouble)
+    for descriptor in (say_ready, go, say_trouble):
+        os.close(descriptor)
+    with suppress(OSError):
+        if os.read(ready, 1):
+            map_users(child)
+            os.write(say_go, b"m")
+    os.close(say_go)
+    os.close(ready)
+    with open(trouble) as report:
+        problem = report.read()
+    status = os.waitpid(child, 0)[1]
+    if not problem:
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    return problem
+
+
+def _unshared(keep: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
+    """The process between: in the new namespaces but for that of processes, whose first process is its child."""
+    say_ready, go, say_trouble = pipes
+    syscalls.die_with_parent(signal.SIGKILL)
+    unshare_all(say_ready, go)
+    child = os.fork()
+    if child == 0:
+        _live(lambda: _first_inside(keep, folder_bytes, pipes), say_trouble)
+    os.close(say_trouble)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
+
+
+def _first_inside(keep: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
+    syscalls.die_with_parent(signal.SIGKILL)
+    build_root(folder_bytes)
+    for descriptor in pipes:
+        os.close(descriptor)
+    try:
+        keep()
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _live(life: Callable[[], int], say_trouble: int) -> NoReturn:
+    """All that a forked process does; what it raises goes to those who wait for trouble."""
+    code = 70
+    try:
+        code = life()
+    except Exception as error:
+        os.write(say_trouble, str(error).encode())
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    """A keeper as a program of its own: its connection and its settings are the arguments."""
+    connection, settings = int(sys.argv[1]), json.loads(sys.argv[2])
+    serve(connection, Isolation(**settings["uses"]), SandboxLimits(**settings["limits"]))

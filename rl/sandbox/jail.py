@@ -1,0 +1,197 @@
+"""The walls of the sandbox: what stands once (a root with only Python) and what each process puts on for good."""
+
+import fcntl
+import math
+import os
+import resource
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from lockstep.rl.sandbox import syscalls
+from lockstep.rl.sandbox.isolation import Isolation, SandboxLimits
+from lockstep.rl.sandbox.seccomp import filter_program
+
+_FOLDERS = "/work"
+FOLDER = f"{_FOLDERS}/program"
+"""Landlock allows what lies beneath the first, so that the second may be replaced."""
+_ROOT = "/proc"
+"""Where the new root is put together; that it hides the old /proc meanwhile does not matter."""
+_NOBODY = 65534
+_INSIDE_USER = 1
+_NAMESPACES = (
+    syscalls.NEW_USER
+    | syscalls.NEW_MOUNTS
+    | syscalls.NEW_PIDS
+    | syscalls.NEW_NET
+    | syscalls.NEW_IPC
+    | syscalls.NEW_NAME
+)
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+_OPEN_FILES = 64
+_KEEPERS = 4
+"""Processes of the same user that stand around a program."""
+_READ_AND_WRITE = 0b110
+_READ = 0b1101
+"""Landlock: execute, read files, read folders (linux/landlock.h)."""
+_FILE_ACCESSES = {1: 13, 2: 14, 3: 15, 5: 16}
+"""Number of file accesses from a version on."""
+
+
+def unshare_all(ready: int, go: int) -> None:
+    """New namespaces for this process, and a process tree for its next child; its parent maps users when it says so.
+
+    ready, go: descriptors on which this process says that it waits, and is told to go on.
+    """
+    syscalls.unshare(_NAMESPACES)
+    os.write(ready, b"u")
+    if os.read(go, 1) != b"m":
+        raise OSError("the parent could not map users into the namespace")
+
+
+def map_users(pid: int) -> None:
+    """Maps this user into the namespace of process pid as 0, and for root also nobody, as whom programs then run."""
+    user, group = os.geteuid(), os.getegid()
+    if user == 0:
+        with suppress(OSError):
+            _write_maps(pid, f"0 0 1\n{_INSIDE_USER} {_NOBODY} 1", f"0 {group} 1\n{_INSIDE_USER} {_NOBODY} 1")
+            return
+    with suppress(OSError):
+        Path(f"/proc/{pid}/setgroups").write_text("deny")
+    _write_maps(pid, f"0 {user} 1", f"0 {group} 1")
+
+
+def _write_maps(pid: int, users: str, groups: str) -> None:
+    Path(f"/proc/{pid}/uid_map").write_text(users)
+    Path(f"/proc/{pid}/gid_map").write_text(groups)
+
+
+def build_root(folder_bytes: int) -> None:
+    """Makes this process's root a file system with Python's libraries, to read, three devices and an empty folder."""
+    syscalls.mount("none", "/", flags=syscalls.RECURSIVE | syscalls.PRIVATE)
+    sources = _library_folders()
+    hidden = [path for source in sources for path in source.glob("python*/*-packages")]
+    hidden += [path for source in sources for path in source.glob("*-packages")]
+    syscalls.mount("sandbox", _ROOT, "tmpfs", syscalls.NO_SUID, "size=1m,nr_inodes=4k,mode=755")
+    for source in sources:
+        _bind(str(source), syscalls.READ_ONLY | syscalls.NO_SUID | syscalls.NO_DEVICES)
+    for path in hidden:
+        syscalls.mount("sandbox", _ROOT + str(path), "tmpfs", syscalls.NO_SUID, "size=4k,nr_inodes=1,mode=755")
+        syscalls.protect_mount(_ROOT + str(path), syscalls.READ_ONLY)
+    for device in _DEVICES:
+        _bind(device, syscalls.NO_SUID)
+    os.makedirs(_ROOT + FOLDER)
+    os.makedirs(_ROOT + "/old")
+    syscalls.pivot_root(_ROOT, _ROOT + "/old")
+    os.chdir("/")
+    syscalls.unmount("/old")
+    os.rmdir("/old")
+    syscalls.protect_mount("/", syscalls.READ_ONLY)
+    renew_folder(folder_bytes, first=True)
+
+
+def _library_folders() -> list[Path]:
+    """Where Python and the libraries that it loads lie, none inside another."""
+    names = [os.path.dirname(os.__file__), f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib", *_LIBRARIES]
+    found = {Path(os.path.abspath(name)) for name in names if os.path.isdir(name)}
+    return sorted(path for path in found if not set(path.parents) & found)
+
+
+def _bind(source: str, attributes: int) -> None:
+    target = _ROOT + source
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+    syscalls.mount(os.path.realpath(source), target, flags=syscalls.BIND | syscalls.RECURSIVE)
+    syscalls.protect_mount(target, attributes, recursive=True)
+
+
+def renew_folder(folder_bytes: int, first: bool = False) -> None:
+    """An empty folder, unless it is one: what anybody left there goes."""
+    if not first:
+        status = os.stat(FOLDER)
+        if not os.listdir(FOLDER) and status.st_mode & 0o7777 == 0o777:
+            return
+        syscalls.unmount(FOLDER)
+    options = f"size={folder_bytes},nr_inodes=1k,mode=777"
+    syscalls.mount("program", FOLDER, "tmpfs", syscalls.NO_SUID | syscalls.NO_DEVICES, options)
+
+
+def landlock_rules(private_root: bool) -> int | None:
+    """A descriptor of the rules for programs, or None where the kernel has no Landlock."""
+    version = syscalls.landlock_version()
+    if version == 0:
+        return None
+    count = max(number for since, number in _FILE_ACCESSES.items() if since <= version)
+    files = (1 << count) - 1
+    ruleset = syscalls.landlock_ruleset(files, 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0)
+    for path in ["/"] if private_root else map(str, _library_folders()):
+        syscalls.landlock_allow(ruleset, path, _READ)
+    syscalls.landlock_allow(ruleset, os.devnull, _READ_AND_WRITE)
+    if private_root:
+        syscalls.landlock_allow(ruleset, _FOLDERS, files)
+    return ruleset
+
+
+class Jail:
+    """What each process of a keeper puts on before it runs anything of somebody else's."""
+
+    def __init__(self, wanted: Isolation, limits: SandboxLimits) -> None:
+        """`wanted.namespaces` says whether they stand around this process already."""
+        self._limits = limits
+        self._rules = landlock_rules(wanted.namespaces) if wanted.landlock else None
+        self._filters = {files: filter_program(files) if wanted.seccomp else None for files in (True, False)}
+        self.stand = replace(wanted, seccomp=self._filters[True] is not None, landlock=self._rules is not None)
+
+    def put_on(self, descriptors: list[int], writes: bool) -> None:
+        """For good: `descriptors` become 0, 1, 2 …, all others are closed; `writes` gives the folder, if any."""
+        writes = writes and self.stand.namespaces
+        os.chdir(FOLDER if writes else "/")
+        _keep_only(descriptors + ([] if self._rules is None else [self._rules]))
+        self._limit(writes)
+        if self.stand.namespaces:
+            _become_nobody()
+        syscalls.drop_capabilities()
+        syscalls.die_with_parent(signal.SIGKILL)
+        syscalls.gain_nothing()
+        if self._rules is not None:
+            syscalls.landlock_enforce(len(descriptors))
+            os.close(len(descriptors))
+        if rules := self._filters[writes]:
+            syscalls.install_filter(rules)
+
+    def _limit(self, writes: bool) -> None:
+        limits = self._limits
+        values = {
+            resource.RLIMIT_CPU: math.ceil(limits.seconds) + 1,
+            resource.RLIMIT_AS: limits.memory_bytes,
+            resource.RLIMIT_FSIZE: limits.folder_bytes if writes else 0,
+            resource.RLIMIT_NOFILE: _OPEN_FILES,
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_MEMLOCK: 0,
+            resource.RLIMIT_MSGQUEUE: 0,
+        }
+        if self.stand.namespaces:  # elsewhere all processes of the user count, on the whole machine
+            values[resource.RLIMIT_NPROC] = _KEEPERS + limits.threads
+        for name, value in values.items():
+            resource.setrlimit(name, (value, value))
+
+
+def _keep_only(descriptors: list[int]) -> None:
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _OPEN_FILES) for descriptor in descriptors]
+    for place, descriptor in enumerate(high):
+        os.dup2(descriptor, place)
+    os.closerange(len(high), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def _become_nobody() -> None:
+    """Root's programs run as nobody, where the namespace has one; elsewhere there is one user only."""
+    with suppress(OSError):
+        os.setgroups([])
+        os.setresgid(_INSIDE_USER, _INSIDE_USER, _INSIDE_USER)
+        os.setresuid(_INSIDE_USER, _INSIDE_USER, _INSIDE_USER)

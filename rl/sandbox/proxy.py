@@ -1,0 +1,183 @@
+"""An untrusted object, seen from the tests."""
+
+import builtins
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from lockstep.rl.sandbox.wire import Channel, ClosedError, MalformedError, decode, encode
+
+Start = Callable[[list[int]], Callable[[], str]]
+"""Starts a run of the program with these descriptors (input, output, errors, and a channel for functions); the result
+waits for its end and says how that was, empty for exit code 0. Descriptor 0 of the examiner is /dev/null."""
+SHOWN = 200
+"""Characters of a value in a reason."""
+
+
+class ProgramFailed(BaseException):
+    """Ends the tests whatever they catch; the session remembers it where they catch even this."""
+
+
+class Unusable(BaseException):
+    """The tests ask for what this examiner cannot do; remembered likewise."""
+
+
+class Session:
+    """One run of the program, and what went wrong in it."""
+
+    def __init__(self, start: Start, longest: int) -> None:
+        ours, theirs = socket.socketpair()
+        self._ended = start([0, 0, 0, theirs.fileno()])
+        theirs.close()
+        self._channel = Channel(ours, longest)
+        self._remotes: dict[int, Remote] = {}
+        self.failure = ""
+        self.unusable = ""
+        self.calls = 0
+
+    def ready(self) -> str:
+        """Empty once the program is loaded, else why it is not."""
+        try:
+            reply = self._channel.receive()
+        except MalformedError as error:
+            return f"the program answers with what is no value: {error}"
+        except ClosedError:
+            return f"the program {self._ended() or 'ended'} while it was loaded"
+        kind, *parts = reply if isinstance(reply, list) and reply else [None]
+        return "" if kind == "value" else f"the program raises when it is loaded: {str(parts[-1:])[2:-2][:SHOWN]}"
+
+    def ask(self, operation: str, target: int, *arguments: object) -> Any:
+        """The result of an operation in the program's process; raises what it raised there."""
+        if self.failure:
+            raise ProgramFailed
+        self.calls += operation == "call"
+        parts = [self._encoded(argument) for argument in arguments]
+        try:
+            self._channel.send([operation, target, *parts])
+            return self._result(self._channel.receive(), arguments if operation == "call" else ())
+        except ClosedError:
+            self.fail(f"the program {self._ended() or 'ended'} while the tests called it")
+        except (MalformedError, RecursionError) as error:
+            self.fail(f"the program answers with what is no value: {error}")
+
+    def fail(self, reason: str) -> NoReturn:
+        """Makes the verdict incorrect, whatever the tests do from here."""
+        self.failure = self.failure or reason
+        raise ProgramFailed(reason)
+
+    def _encoded(self, argument: object) -> Any:
+        try:
+            return encode(
+                argument, lambda item: object.__getattribute__(item, "_target") if type(item) is Remote else None
+            )
+        except (TypeError, RecursionError) as error:
+            self.unusable = f"the tests pass what cannot cross: {error}"
+            raise Unusable from None
+
+    def _result(self, reply: Any, arguments: tuple[object, ...]) -> Any:
+        match reply:
+            case ["value", result, changed]:
+                if changed is not None and result is None:
+                    _update(list(arguments), decode(changed, self._remote))
+                return decode(result, self._remote)
+            case ["raised", str(name), list(parts), str(text)]:
+                raise _exception(name, [decode(part, self._remote) for part in parts], text)
+        raise MalformedError("a message has no known form")
+
+    def _remote(self, number: int) -> "Remote":
+        return self._remotes.setdefault(number, Remote(self, number))
+
+
+class Remote:
+    """What stays with the program: to call, to read from and to go through. It is equal to itself alone."""
+
+    __slots__ = ("_session", "_target")
+
+    def __init__(self, session: Session, target: int) -> None:
+        object.__setattr__(self, "_session", session)
+        object.__setattr__(self, "_target", target)
+
+    def _ask(self, operation: str, *arguments: object) -> Any:
+        session: Session = object.__getattribute__(self, "_session")
+        return session.ask(operation, object.__getattribute__(self, "_target"), *arguments)
+
+    def __call__(self, *arguments: object, **named: object) -> Any:
+        return self._ask("call", list(arguments), named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"the tests read {name} of an object that stays with the program")
+        return self._ask("get", name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        self._ask("set", name, value)
+
+    def __getitem__(self, key: object) -> Any:
+        return self._ask("item", key)
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator: Iterator[Any] = self._ask("iter")
+        return iterator
+
+    def __next__(self) -> Any:
+        return self._ask("next")
+
+    def __len__(self) -> int:
+        return self._of(int, "len")
+
+    def __bool__(self) -> bool:
+        return self._of(bool, "bool")
+
+    def __str__(self) -> str:
+        return self._of(str, "str")
+
+    def __repr__(self) -> str:
+        return "<an object of the program>"
+
+    def _of(self, kind: type[Any], operation: str) -> Any:
+        result = self._ask(operation)
+        if type(result) is not kind:
+            raise TypeError(f"{operation} of an object of the program gave a {type(result).__name__}")
+        return result
+
+
+def _update(old: Any, new: Any) -> None:
+    """Gives mutable arguments the content that they have with the program, in place, level by level."""
+    if type(old) is not type(new):
+        return
+    match old:
+        case list() if len(old) == len(new):
+            old[:] = [_updated(one, other) for one, other in zip(old, new, strict=True)]
+        case list() | bytearray():
+            old[:] = new
+        case dict():
+            merged = {key: _updated(old[key], value) if key in old else value for key, value in new.items()}
+            old.clear()
+            old.update(merged)
+        case set():
+            old.clear()
+            old.update(new)
+        case tuple() if len(old) == len(new):
+            for one, other in zip(old, new, strict=True):
+                _update(one, other)
+        case _ if hasattr(old, "extend"):
+            old.clear()
+            old.extend(new)
+
+
+def _updated(old: Any, new: Any) -> Any:
+    if type(old) is type(new) and isinstance(old, (list, dict, set, tuple, bytearray)):
+        _update(old, new)
+        return old
+    return new
+
+
+def _exception(name: str, arguments: list[Any], text: str) -> Exception:
+    """A new exception of a builtin type; RuntimeError where there is none of that name."""
+    kind = getattr(builtins, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        return RuntimeError(text)
+    with suppress(TypeError, ValueError):
+        return kind(*arguments)
+    return RuntimeError(text)

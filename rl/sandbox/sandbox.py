@@ -1,0 +1,131 @@
+"""A sandbox: a keeper's process, seen from the pool. It judges one item at a time, and can be killed with all in it."""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import lockstep
+from lockstep.rl.sandbox.harness import Observation
+from lockstep.rl.sandbox.isolation import Isolation, SandboxError, SandboxLimits
+from lockstep.rl.sandbox.zygote import DEADLINE
+from lockstep.rl.verdict import Outcome, Verdict
+
+_START_LIMIT = 60.0
+_PATIENCE = 20.0
+"""Seconds beyond all deadlines of an item after which the keeper itself is taken for dead."""
+_LONGEST_VERDICT = 1 << 16
+
+
+class Sandbox:
+    """A keeper's process. Used by one thread at a time; started by a thread that lives as long as it."""
+
+    def __init__(self, limits: SandboxLimits, uses: Isolation) -> None:
+        """Starts the process, with as much of `uses` as the kernel grants; `await_ready` waits for it."""
+        if sys.platform != "linux":
+            raise SandboxError(f"code is judged behind walls that only Linux has, and this is {sys.platform}")
+        self._limits = limits
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        settings = json.dumps({"uses": asdict(uses), "limits": asdict(limits)})
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-S", "-s", "-X", "utf8", "-c", _program(), str(theirs.fileno()), settings],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env=_environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+        theirs.close()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can judge."""
+        return self._control.fileno() != -1
+
+    def await_ready(self) -> tuple[Isolation, str]:
+        """Which walls stand, and what the kernel refused. SandboxError if the process does not start."""
+        said = self._hear(_START_LIMIT)
+        if not said:
+            raise SandboxError(f"a sandbox does not start (exit code {self.kill()}): its standard error says more")
+        told = json.loads(said)
+        return Isolation(**told["protection"]), told["refused"]
+
+    def judge(self, program: bytes, tests: bytes, runs: int) -> Verdict:
+        """The verdict of tests on a program in at most `runs` runs; ungradable if the sandbox itself fails."""
+        said, reply = self._told(program, tests, runs)
+        if said is None:
+            return Verdict(Outcome.ungradable, f"the sandbox failed (exit code {self.kill()})")
+        if reply:
+            outcome, reason = json.loads(reply)
+            return Verdict(Outcome(outcome), reason)
+        if said == DEADLINE:
+            return Verdict(Outcome.incorrect, f"deadline of {self._limits.seconds} s passed")
+        return Verdict(Outcome.ungradable, "the examiner ended without a verdict")
+
+    def run(self, program: bytes, stdin: str) -> Observation:
+        """What a program prints. SandboxError if the sandbox itself fails."""
+        said, reply = self._told(program, json.dumps(stdin).encode(), 1)
+        if said is None:
+            raise SandboxError(f"the sandbox failed (exit code {self.kill()})")
+        if not reply and said != DEADLINE:
+            raise SandboxError("the examiner ended without a word")
+        return (
+            Observation(*json.loads(reply)) if reply else Observation("", f"ran longer than {self._limits.seconds} s")
+        )
+
+    def _told(self, program: bytes, tests: bytes, runs: int) -> tuple[str | None, bytes]:
+        """What the keeper and the examiner say of a program."""
+        ours, theirs = os.pipe()
+        files = [_file(program), _file(tests), theirs]
+        try:
+            with suppress(OSError):
+                socket.send_fds(self._control, [b"item"], files)
+        finally:
+            for descriptor in files:
+                os.close(descriptor)
+        with open(ours, "rb") as reply:
+            said = self._hear((runs + 1) * self._limits.seconds + _PATIENCE)
+            return said, b"" if said is None else reply.read(_LONGEST_VERDICT)
+
+    def _hear(self, seconds: float) -> str | None:
+        """The keeper's next message; None if it says nothing in time, or has ended."""
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        if not poll.poll(seconds * 1000):
+            return None
+        with suppress(OSError):
+            return self._control.recv(_LONGEST_VERDICT).decode() or None
+        return None
+
+    def kill(self) -> int:
+        """Ends the process and all in it; its exit code, minus the signal's number if a signal ended it."""
+        self._control.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        return self._process.wait()
+
+
+def _file(content: bytes) -> int:
+    descriptor = os.memfd_create("item")
+    os.write(descriptor, content)
+    return descriptor
+
+
+def _environment() -> dict[str, str]:
+    """Nothing of ours but where libraries lie; strings hash alike, so that a verdict can be had twice."""
+    libraries = os.environ.get("LD_LIBRARY_PATH")
+    return {"PYTHONHASHSEED": "0"} | ({"LD_LIBRARY_PATH": libraries} if libraries else {})
+
+
+def _program() -> str:
+    """The keeper's source. It imports from where we lie, and programs then from Python's own library alone."""
+    room = str(Path(lockstep.__file__).absolute().parents[1])
+    imports = "from lockstep.rl.sandbox.entrypoint import main"
+    return f"import sys; sys.path.insert(0, {room!r}); {imports}; sys.path.remove({room!r}); main()"

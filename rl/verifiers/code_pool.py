@@ -1,0 +1,134 @@
+"""Judges completions of code problems in parallel sandboxes, each warm and each at one item.
+
+A completion is correct where the tests say so from outside of its process (see `examiner`), incorrect where they fail
+or where it overruns its limits or ends, and ungradable where the tests or the sandbox fail. Sandboxes are started by
+the pool's own threads only, as `VerifierPool`'s children are.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+from lockstep.data.tasks.code_tests import CodeTests
+from lockstep.rl.sandbox.harness import Observation
+from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxError, SandboxLimits
+from lockstep.rl.sandbox.sandbox import Sandbox
+from lockstep.rl.verdict import Verdict
+from lockstep.rl.verifiers.process_pool import ProcessPool
+
+
+class CodePool(ProcessPool[Sandbox]):
+    """`workers` sandboxes that judge (completion, tests), each of them within `limits`.
+
+    requires: walls without which the pool refuses to start. uses: walls that it tries to build, for machines on which
+    one of them misbehaves. Threads may share a pool. Close it, or use it as a context manager.
+    """
+
+    failure = SandboxError
+
+    def __init__(
+        self,
+        workers: int,
+        limits: SandboxLimits | None = None,
+        requires: Isolation = USUAL,
+        uses: Isolation | None = None,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"a pool needs workers >= 1, not {workers}")
+        self._limits, self._uses = limits or SandboxLimits(), uses or Isolation()
+        super().__init__(workers, "code-pool")
+        try:
+            started = [self._threads.submit(self._new) for _ in range(workers)]
+            self.protection, refused = [one.result() for one in started].pop()
+            self._check(requires, refused)
+        except BaseException:
+            self.close()
+            raise
+
+    def grade(self, items: Sequence[tuple[str, CodeTests]]) -> list[Verdict]:
+        """One verdict for each (completion, tests), in order; `extracted` is the code that was judged.
+
+        Raises SandboxError if sandboxes cannot start, or if the pool is closed before the last verdict.
+        """
+        return self._each(self._grade_one, items, "it was grading")
+
+    def run(self, code: str, stdin: str = "") -> Observation:
+        """What a program prints: at most `keeper.SHOWN` characters of it.
+
+        Raises SandboxError if a sandbox fails, or if the pool is closed.
+        """
+        return self._each(self._run_one, [(code, stdin)], "a program ran")[0]
+
+    def _new(self) -> tuple[Isolation, str]:
+        sandbox = Sandbox(self._limits, self._uses)
+        self._idle.put(sandbox)
+        return sandbox.await_ready()
+
+    def _check(self, requires: Isolation, refused: str) -> None:
+        if missing := self.protection.lacks(requires):
+            why = f" ({refused})" if refused else ""
+            raise SandboxError(
+                f"programs would run without {' and '.join(missing)}{why}, which this pool requires: "
+                "run where the kernel grants them, or require less"
+            )
+
+    def _grade_one(self, item: tuple[str, CodeTests]) -> Verdict:
+        completion, tests = item
+        code = code_of(completion)
+        program = {"prefix": tests.prefix, "completion": code, "entry_point": tests.entry_point}
+        sandbox = self._ready()
+        try:
+            verdict = sandbox.judge(_packed(program), _packed(asdict(tests)), len(tests.cases) + 1)
+        finally:
+            self._idle.put(sandbox)
+        return Verdict(verdict.outcome, verdict.reason, code)
+
+    def _run_one(self, program: tuple[str, str]) -> Observation:
+        code, stdin = program
+        sandbox = self._ready()
+        try:
+            return sandbox.run(_packed({"prefix": "", "completion": code, "entry_point": ""}), stdin)
+        finally:
+            self._idle.put(sandbox)
+
+    def _ready(self) -> Sandbox:
+        """An idle sandbox; one that died is replaced, so that no item pays for an earlier death."""
+        sandbox = self._idle.get()
+        if sandbox.alive:
+            return sandbox
+        sandbox = Sandbox(self._limits, self._uses)
+        standing, refused = sandbox.await_ready()
+        if lost := standing.lacks(self.protection):
+            sandbox.kill()
+            raise SandboxError(f"a sandbox that was started again has no {' and '.join(lost)} ({refused})")
+        return sandbox
+
+
+def _packed(content: Mapping[str, object]) -> bytes:
+    return json.dumps(content).encode()
+
+
+_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n", re.MULTILINE)
+_PYTHON = ("python", "py", "python3", "")
+
+
+def code_of(completion: str) -> str:
+    """The code that a completion offers.
+
+    A block begins with a line of three or more backticks or tildes and ends with a line of as many; one that never
+    ends, as where the completion was cut off, goes to the end of the text. Of blocks that are named python, py, python3
+    or nothing the last counts; where there is none, the whole text is the code, as base models write it.
+    """
+    found = None
+    position = 0
+    while opening := _FENCE.search(completion, position):
+        fence, language = opening.groups()
+        closing = re.compile(rf"^ {{0,3}}{re.escape(fence)}{re.escape(fence[0])}*[ \t]*$", re.MULTILINE)
+        end = closing.search(completion, opening.end())
+        if language.lower() in _PYTHON:
+            found = completion[opening.end() : end.start() if end else None]
+        if end is None:
+            break
+        position = end.end()
+    return completion if found is None else found

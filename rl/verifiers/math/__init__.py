@@ -1,0 +1,1 @@
+"""Grades the final answer of a mathematical response against a reference answer."""

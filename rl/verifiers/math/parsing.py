@@ -1,0 +1,119 @@
+r"""How an answer is taken: as a number, as words or as a formula, before any algebra.
+
+Words are compared as words ("cat" is not c·a·t), formulas by sympy, numbers exactly. An "and" or "or" between formulas
+is the comma of a list, one \pm in a formula stands for two, and of an equation the side counts that is the answer.
+"""
+
+import re
+from dataclasses import dataclass
+
+from lockstep.rl.verifiers.math.normalize import clean
+from lockstep.rl.verifiers.math.numbers import FUNCTIONS, Number, is_prose, number_of
+from lockstep.rl.verifiers.math.units import canonical, split_unit
+
+EQUALS = re.compile(r"(?<![<>!=:\\])=(?!=)")
+ARITHMETIC = re.compile(r"[0-9)}]\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*[0-9({\\]")
+_APPROXIMATES = re.compile(r"\\(?:approx|simeq|sim)(?![a-z])")
+_LONGEST = 10_000
+_NAME = re.compile(r"\s*[a-zA-Z](?:_\{?\w+\}?)?\s*|\s*[a-zA-Z]{2,}\s*")
+_WORD = re.compile(r"[^\W\d_]{3,}|\b(?:or|no|to|of|is)\b")
+_LATEX_NAME = re.compile(rf"\\(?:begin|end)\{{[a-z]*\}}|\\[a-zA-Z]+|\b(?:sqrt|{FUNCTIONS})\b")
+_JUXTAPOSED = re.compile(r"(?<![_^0-9])[0-9]+\s+[0-9]|[0-9]\s*:\s*[0-9]")
+_LIST_WORD = re.compile(r"\s*(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])\s*|\s*,\s*,\s*")
+_OPTION = re.compile(r"\(([A-J])\)(?::|\s|$)|([A-J])(?:[.):]\s+)(?=\S)")
+_TEXT_UNIT = re.compile(
+    r"(?<=\S)\s*\\(?:text|mathrm|textrm|mbox|rm)\s*\{([^{}]*)\}\s*(\^\s*\{?\s*[23]\s*\}?)?[\s$.\\)\]]*$"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A final answer as text in one spelling; as a number, if it is a plain one; as a formula, if it is one."""
+
+    text: str
+    number: Number | None
+    formula: str | None
+    unit: str = ""
+    """Canonical; empty where none was written."""
+
+    @property
+    def understood(self) -> bool:
+        """Whether it can be compared without algebra: formulas have yet to show that they can be read."""
+        return self.number is not None or (len(self.text) <= _LONGEST and is_words(self.text))
+
+
+def read(raw: str) -> Reading:
+    """An answer, however it is written; one of more than 10,000 characters is read as words."""
+    if len(raw) > _LONGEST:
+        return Reading(raw, None, None)
+    body, unit = _without_text_unit(raw)
+    text = clean(body)
+    number = number_of(text)
+    if number is None:
+        text, own = split_unit(text)
+        unit = unit or own
+        number = number_of(text)
+    unit = unit or (number.unit if number else "")
+    formula = _listed(text)
+    is_formula = number is None and formula != "" and not is_words(formula)
+    return Reading(text if is_formula or number else clean(raw), number, formula if is_formula else None, unit)
+
+
+def is_words(text: str) -> bool:
+    """Whether clean text has words, or numbers side by side, which algebra would multiply."""
+    bare = _LATEX_NAME.sub("|", text)
+    return number_of(text) is None and (_WORD.search(bare) is not None or _JUXTAPOSED.search(bare) is not None)
+
+
+def is_list(text: str) -> bool:
+    """Whether clean text has several answers: commas outside of all brackets."""
+    return len(parts(text)) > 1
+
+
+def parts(text: str) -> list[str]:
+    """What stands between the commas of clean text that no bracket holds; one for a number with separators."""
+    depth, found, start = 0, [], 0
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            found.append(text[start:place].strip())
+            start = place + 1
+    return [*found, text[start:].strip()]
+
+
+def option_of(text: str) -> tuple[str, str] | None:
+    """The letter and the text of a choice, as in "(C) 18"."""
+    match = _OPTION.match(text)
+    return (match[1] or match[2], text[match.end() :].strip()) if match else None
+
+
+def answer_side(text: str) -> str:
+    """Of an equation or a chain the last side, unless it is one of several; of x ≈ y the exact one."""
+    sides = EQUALS.split(text)
+    side = sides[-1] if sides[-1].strip() and not is_list(_listed(clean(text))) else text
+    exact, *rounded = _APPROXIMATES.split(side)
+    if not rounded or not exact.strip():
+        return side
+    return rounded[-1] if _NAME.fullmatch(clean(exact)) else exact
+
+
+def _listed(text: str) -> str:
+    r"""Clean text with commas for "and" and "or", and two formulas for one with a \pm."""
+    joined = _LIST_WORD.sub(", ", text).strip(" ,")
+    if r"\pm" not in joined:
+        return joined
+    return ", ".join(side for part in parts(joined) for side in _both_signs(part))
+
+
+def _both_signs(part: str) -> list[str]:
+    if len(re.findall(r"\\pm(?![a-z])", part)) != 1:
+        return [part]
+    return [re.sub(r"\\pm(?![a-z])", sign, part) for sign in "+-"]
+
+
+def _without_text_unit(raw: str) -> tuple[str, str]:
+    r"""An answer and the unit that LaTeX marks as text at its end, as in 2\sqrt{3}\text{ m}."""
+    match = _TEXT_UNIT.search(raw)
+    if not match or not clean(raw[: match.start()]) or not is_prose(match[1]) or not match[1].strip(" .,"):
+        return raw, ""
+    return raw[: match.start()], canonical(match[1] + (match[2] or ""))

@@ -1,0 +1,5 @@
+"""WeightSyncConfig: bucket size, transport."""
+
+from typing import Literal
+
+Transport = Literal["auto", "memory", "broadcast"]

@@ -1,0 +1,89 @@
+"""Weights from the policy to the rollout workers, as numbered versions that both sides sign with digests."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ml_dtypes import bfloat16
+from numpy.typing import NDArray
+
+from lockstep.distributed.checkpoint.tensors import Box, digest, to_numpy
+from lockstep.model.state_dict import Served, served
+from lockstep.model.transformer import Transformer
+
+
+class WeightsDiffer(RuntimeError):
+    """A rollout worker does not hold the weights that the policy sent."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a logical tensor on its way; bfloat16 travels as its 16-bit patterns."""
+
+    name: str
+    box: Box
+    bits: NDArray[Any]
+    is_bfloat16: bool
+    digest: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the piece."""
+        return tuple(stop - start for start, stop in self.box)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.bits.dtype.itemsize
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The piece in its own dtype, without a copy."""
+        return self.bits.view(bfloat16) if self.is_bfloat16 else self.bits
+
+
+def shards_of(transformer: Transformer) -> list[Shard]:
+    """The pieces that this rank owns, signed; adapters are in them."""
+    return [signed_rows((each, 0, len(each))) for each in served(transformer) if each.piece.owned]
+
+
+Part = tuple[Served, int, int]
+"""Rows of a piece, on its first dim, with its adapter merged."""
+
+
+def messages_of(transformer: Transformer, size: int) -> list[list[Part]]:
+    """What this rank owns in messages of at most `size` bytes; a larger piece is cut between rows, a row never."""
+    messages: list[list[Part]] = []
+    filled = size
+    for each in served(transformer):
+        if not each.piece.owned:
+            continue
+        row = each.parameter.element_size() * math.prod(b - a for a, b in each.piece.box[1:])
+        step = max(1, size // row)
+        for first in range(0, len(each), step):
+            last = min(first + step, len(each))
+            if filled + (last - first) * row > size:
+                messages, filled = [*messages, []], 0
+            messages[-1].append((each, first, last))
+            filled += (last - first) * row
+    return messages
+
+
+def signed(message: Sequence[Part]) -> list[Shard]:
+    """The shards of a message."""
+    return [signed_rows(part) for part in message]
+
+
+def signed_rows(part: Part) -> Shard:
+    """A part as a shard."""
+    each, first, last = part
+    (start, _), *rest = each.piece.box
+    return _signed(each.piece.name, ((start + first, start + last), *rest), to_numpy(each.rows(first, last)))
+
+
+def _signed(name: str, box: Box, array: NDArray[Any]) -> Shard:
+    is_bfloat16 = array.dtype == bfloat16
+    bits = array.view(np.uint16) if is_bfloat16 else array
+    return Shard(name, box, bits, is_bfloat16, digest(bits))

@@ -1,0 +1,134 @@
+"""The environments' process: episodes of many rollouts at a time, on an event loop of their own.
+
+The loop that is asked stands apart from the loop that episodes run on, so that one that blocks its loop meets the
+deadline like one that is only slow. Whatever an environment does wrong is a reason why a rollout cannot be graded.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import replace
+from threading import Thread
+from typing import Any, TypeVar
+
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.environments.config import EnvironmentConfig
+from lockstep.rl.environments.factory import opened
+from lockstep.rl.environments.protocol import Environment, EnvironmentResponse, Message, Turn
+from lockstep.rl.environments.tool_calls import ChatForm
+from lockstep.rl.types import Rollout, last_turn, turns
+from lockstep.rl.verdict import Outcome, Verdict
+from lockstep.rl.workers.base import Worker
+
+_Result = TypeVar("_Result")
+
+
+class EpisodeLost(RuntimeError):
+    """A rollout whose episode began in a process that is gone."""
+
+
+class EnvironmentWorker(Worker):
+    """Answers turns; each episode goes on until it ends, fails or is dropped, and is closed then."""
+
+    role = "environment"
+
+    def __init__(self, rank: int, config: EnvironmentConfig, files: dict[str, str], chat: bool) -> None:
+        """
+        Args:
+            files: of the policy's tokenizer.
+            chat: whether prompts are in its chat template.
+
+        Raises:
+            BadTokenizer, NoEnvironment, SandboxError: where no episode could begin.
+        """
+        super().__init__(rank)
+        self._config, self._tokenizer = config, Tokenizer(files)
+        self._form = ChatForm(self._tokenizer, chat=chat)
+        self._form.answer((), [Message("tool", "")])
+        self._shared = ExitStack()
+        self._open = self._shared.enter_context(opened(config))
+        self._episodes: dict[int, Environment] = {}
+        self._loop = asyncio.new_event_loop()
+        self._running: set[Future[Any]] = set()
+        Thread(target=self._loop.run_forever, daemon=True, name="episodes").start()
+
+    async def answer(self, rollout: Rollout, most: int) -> EnvironmentResponse:
+        """What follows a rollout's last turn, within the deadline.
+
+        Args:
+            most: tokens that the whole completion may have.
+        """
+        try:
+            answer = await self._inside(self._answered(rollout, most))
+        except TimeoutError:
+            answer = _failed(f"the environment did not answer within {self._config.deadline} s")
+        except asyncio.CancelledError:
+            answer = _failed("the rollout was dropped")
+        except Exception as error:
+            answer = _failed(f"the environment raised {type(error).__name__}: {error}")
+        if not answer.tokens:
+            await self._close(rollout.sample)
+        return answer
+
+    async def drop(self) -> None:
+        """Cancel what runs and close all episodes."""
+        for future in list(self._running):
+            future.cancel()
+        await asyncio.gather(*map(self._close, list(self._episodes)))
+
+    async def close(self) -> None:
+        """Drop all, and end what episodes share."""
+        await self.drop()
+        self._shared.close()
+
+    async def _inside(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """The result of work on the episodes' loop. TimeoutError where it takes longer than the deadline."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._running.add(future)
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._config.deadline)
+        finally:
+            self._running.discard(future)
+
+    async def _answered(self, rollout: Rollout, most: int) -> EnvironmentResponse:
+        said, number = last_turn(rollout), turns(rollout)
+        turn = Turn(
+            self._tokenizer.decode(said),
+            number,
+            last=number >= self._config.turns,
+            whole=rollout.finish_reason == "stop",
+        )
+        reply = await (await self._episode(rollout, number)).step(turn)
+        ended = EnvironmentResponse(verdict=reply.verdict, final=turn.text)
+        if not reply.messages or not turn.whole:
+            return ended
+        if turn.last:
+            return replace(ended, finish_reason="turns")
+        tokens = tuple(self._form.answer(said, reply.messages))
+        return (
+            EnvironmentResponse(tokens)
+            if len(rollout.tokens) + len(tokens) < most
+            else replace(ended, finish_reason="length")
+        )
+
+    async def _episode(self, rollout: Rollout, number: int) -> Environment:
+        if number > 1:
+            if rollout.sample not in self._episodes:
+                raise EpisodeLost("its episode was in a process that died")
+            return self._episodes[rollout.sample]
+        self._episodes[rollout.sample] = environment = self._open()
+        await environment.reset(rollout.prompt)
+        return environment
+
+    async def _close(self, number: int) -> None:
+        environment = self._episodes.pop(number, None)
+        if environment is not None:
+            try:
+                await self._inside(environment.close())
+            except Exception as error:
+                self.log.warning("an environment did not close: %s: %s", type(error).__name__, error)
+
+
+def _failed(reason: str) -> EnvironmentResponse:
+    return EnvironmentResponse(verdict=Verdict(Outcome.ungradable, reason[:500]))

@@ -1,0 +1,82 @@
+"""The policy that another is kept near to, beside it in the same ranks: a version of it, or a moving average.
+
+An average is kept in fp32: in bf16 what one step adds to it would be rounded away.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lockstep.distributed.checkpoint.arrays import Chunk
+from lockstep.distributed.checkpoint.reshard import Kept, whole_chunks
+from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, read_tensor, state_name
+from lockstep.distributed.optimizer.parameter_marks import is_expert
+from lockstep.distributed.pipeline import Stage
+from lockstep.model.loading import transformer_of
+from lockstep.model.state_dict import held_pieces, pieces
+from lockstep.model.transformer import Transformer
+from lockstep.rl.algorithms.config import ReferenceConfig
+
+KIND = "reference"
+"""What a checkpoint of the policy calls the tensors of a reference that moves: those of an average in fp32."""
+
+
+class Saved(WeightsOnly):
+    """A `Source` over the reference in a checkpoint of the policy."""
+
+    def __init__(self, checkpoint: Source) -> None:
+        self._checkpoint = checkpoint
+
+    def read(self, name: str, box: Box) -> NDArray[Any]:
+        """See `Source`."""
+        return self._checkpoint.read(state_name(KIND, name), box)
+
+
+class ReferenceModel:
+    """A model in the layout of the policy, which follows it."""
+
+    def __init__(self, stage: Stage, config: ReferenceConfig, saved: Source | None = None) -> None:
+        """
+        Args:
+            stage: of a model with the policy's weights, or with those of `saved`.
+            saved: see `Saved`, where an average goes on.
+        """
+        self.stage, self._config = stage, config
+        self._transformer = transformer_of(stage)
+        self._parameters = dict(self._transformer.named_parameters())
+        kept = self._parameters if config.kind == "average" else {}
+        self._average: dict[str, Tensor] = {name: p.detach().float().clone() for name, p in kept.items()}
+        if saved and self._average:
+            of = {parameter: self._average[name] for name, parameter in self._parameters.items()}
+            for parameter, piece in pieces(self._transformer):
+                read_tensor(saved, piece.name, piece.box, piece.view(of[parameter]))
+
+    @torch.no_grad()
+    def follow(self, policy: Transformer, step: int) -> None:
+        """Take note of the policy after a step, numbered from 1; its weights are whole."""
+        if self._average:
+            for name, parameter in policy.named_parameters():
+                self._average[name].lerp_(parameter.float(), 1 - self._config.decay)
+                self._parameters[name].copy_(self._average[name])
+        elif self.moves and step % self._config.every == 0:
+            for name, parameter in policy.named_parameters():
+                self._parameters[name].copy_(parameter)
+
+    def chunks(self) -> list[Chunk]:
+        """What this rank writes of it into a checkpoint of the policy; all ranks call this together."""
+        return whole_chunks(self._kept(), held_pieces(self._transformer))
+
+    def _kept(self) -> Iterator[Kept]:
+        groups = self._transformer.groups
+        for name, parameter in self._parameters.items():
+            values = self._average.get(name, parameter.detach()).view(-1)
+            replicas = groups.expert_replicas if is_expert(parameter) else groups.replicas
+            yield Kept(parameter, parameter.shape, (0, values.numel()), replicas, {KIND: values})
+
+    @property
+    def moves(self) -> bool:
+        """Whether it ever changes."""
+        return self._config.moves

@@ -1,0 +1,129 @@
+"""Advantages against their formulas; a grader that failed says nothing about anybody."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lockstep.rl.algorithms.advantage import best, centred, generalised, leave_one_out, overlong, whitened
+from lockstep.rl.algorithms.config import RLConfig
+from lockstep.rl.algorithms.samples import teaches, with_advantages
+from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.verdict import Outcome, Verdict
+
+METHODS = {True: RLConfig(), False: RLConfig(method="dr_grpo")}
+"""By whether they scale by the deviation."""
+
+outcomes = st.lists(st.sampled_from(Outcome), max_size=10)
+
+
+def group(results: list[Outcome]) -> list[Scored]:
+    prompt = Prompt(0, "1 + 1 =", (1, 2), "2")
+    return [
+        Scored(Rollout(prompt, i, (3,), (-0.5,), "2", "stop", (0,)), Verdict(outcome))
+        for i, outcome in enumerate(results)
+    ]
+
+
+@given(st.lists(st.floats(-10, 10), max_size=12), st.booleans())
+def test_centred_equals_its_formula(rewards: list[float], scale: bool) -> None:
+    found = centred(rewards, scale_by_deviation=scale)
+    mean = statistics.fmean(rewards) if rewards else 0.0
+    deviation = statistics.pstdev(rewards) if rewards else 0.0
+    expected = [(r - mean) / (deviation + 1e-6 if scale else 1) for r in rewards]
+    assert len(found) == len(rewards)
+    assert all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-8) for a, b in zip(found, expected, strict=True))
+
+
+@given(outcomes, st.booleans())
+def test_ungradable_rollouts_are_left_out(results: list[Outcome], scale: bool) -> None:
+    scored = with_advantages(group(results), METHODS[scale])
+    graded = [1.0 if o is Outcome.correct else 0.0 for o in results if o is not Outcome.ungradable]
+    expected = iter(centred(graded, scale_by_deviation=scale))
+    assert [s.rollout.sample for s in scored] == list(range(len(results)))
+    for one, outcome in zip(scored, results, strict=True):
+        assert one.verdict.outcome is outcome
+        assert one.advantage == (None if outcome is Outcome.ungradable else next(expected))
+
+
+@given(outcomes, st.booleans())
+def test_a_group_teaches_where_its_rewards_differ(results: list[Outcome], scale: bool) -> None:
+    scored = with_advantages(group(results), METHODS[scale])
+    assert teaches(scored, METHODS[scale]) == ({Outcome.correct, Outcome.incorrect} <= set(results))
+    assert math.isclose(sum(s.advantage or 0.0 for s in scored), 0, abs_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("scale", "right", "wrong"),
+    [(False, 0.75, -0.25), (True, math.sqrt(3), -1 / math.sqrt(3))],
+    ids=["dr_grpo", "grpo"],
+)
+def test_one_right_of_four(scale: bool, right: float, wrong: float) -> None:
+    results = [Outcome.incorrect, Outcome.correct, Outcome.ungradable, Outcome.incorrect, Outcome.incorrect]
+    found = [s.advantage for s in with_advantages(group(results), METHODS[scale])]
+    assert found[2] is None
+    assert [f for f in found if f is not None] == pytest.approx([wrong, right, wrong, wrong], rel=1e-5)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_equal_rewards_have_no_advantage(reward: float, size: int) -> None:
+    assert centred([reward] * size, scale_by_deviation=True) == pytest.approx([0.0] * size, abs=1e-9)
+
+
+numbers = st.floats(-10, 10)
+
+
+@given(st.lists(numbers, max_size=8))
+def test_leave_one_out_equals_its_formula(rewards: list[float]) -> None:
+    others = [[r for j, r in enumerate(rewards) if j != i] for i in range(len(rewards))]
+    expected = [r - statistics.fmean(rest) if rest else 0.0 for r, rest in zip(rewards, others, strict=True)]
+    assert leave_one_out(rewards) == pytest.approx(expected, abs=1e-9)
+
+
+def test_best_is_the_first_of_the_highest_above_the_bound() -> None:
+    assert best([0.0, 1.0, 1.0], 0.0) == [None, 1.0, None]
+    assert best([0.0, 0.0], 0.0) == [None, None]
+    assert best([-2.0, -1.0], -math.inf) == [None, 1.0]
+    assert best([], 0.0) == []
+
+
+def test_advantages_of_three_steps_by_hand() -> None:
+    """γ = λ = ½, so that δ_t counts ¼ a step later."""
+    advantages, goals = generalised(np.array([0.0, 0.0, 1.0]), np.array([0.5, 0.25, 0.75]), discount=0.5, trace=0.5)
+    last = 1 - 0.75
+    middle = 0.5 * 0.75 - 0.25 + 0.25 * last
+    first = 0.5 * 0.25 - 0.5 + 0.25 * middle
+    assert advantages.tolist() == [first, middle, last]
+    assert goals.tolist() == [first + 0.5, middle + 0.25, 1.0]
+
+
+@given(st.lists(st.lists(numbers, min_size=1, max_size=5), min_size=2, max_size=4), st.booleans())
+def test_whitened_numbers_have_a_deviation_of_one(parts: list[list[float]], shift: bool) -> None:
+    every = [n for part in parts for n in part]
+    found = whitened([np.array(part) for part in parts], shift=shift)
+    assert [len(part) for part in found] == [len(part) for part in parts]
+    if statistics.pstdev(every) > 0.01:
+        flat = [n for part in found for n in part.tolist()]
+        assert statistics.pstdev(flat) == pytest.approx(1, rel=1e-3)
+        assert statistics.fmean(flat) == pytest.approx(0 if shift else statistics.fmean(every), abs=1e-6)
+
+
+@pytest.mark.parametrize(("length", "loss"), [(1, 0.0), (80, 0.0), (85, -0.25), (90, -0.5), (100, -1.0), (101, -1.0)])
+def test_the_last_fifth_of_the_limit_costs_up_to_one(length: int, loss: float) -> None:
+    assert overlong(length, 100, 20) == pytest.approx(loss)
+
+
+@given(st.integers(0, 300), st.integers(1, 200), st.data())
+def test_soft_overlong_punishment_is_the_papers_three_cases(tokens: int, maximum: int, data: st.DataObject) -> None:
+    cache = data.draw(st.integers(1, maximum))
+    if tokens <= maximum - cache:
+        wanted = 0.0
+    elif tokens <= maximum:
+        wanted = ((maximum - cache) - tokens) / cache
+    else:
+        wanted = -1.0
+    assert overlong(tokens, maximum, cache) == pytest.approx(wanted, abs=1e-12)

@@ -1,0 +1,96 @@
+"""A reward is the sum of its terms; each is reported, and what could not be graded earns nothing."""
+
+import pytest
+from pydantic import ValidationError
+
+from lockstep.rl.algorithms.rewards import RewardConfig, means, reward_of, rewarded, share_of_script
+from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.verdict import Outcome, Verdict, of_credit
+
+PROMPT = Prompt(0, "1 + 1?", (1, 2), "2")
+ALL = RewardConfig.model_validate(
+    {
+        "correctness": 2.0,
+        "format": {"weight": 0.5, "pattern": r"(?s)<think>.*</think>.*"},
+        "overlong": {"weight": 1.0, "maximum": 100, "cache": 40},
+        "length": {"weight": 0.25, "low": 10, "high": 90},
+        "language": {"weight": 0.1, "script": "latin"},
+    }
+)
+
+
+def scored(text: str, length: int, verdict: Verdict, score: float | None = None) -> Scored:
+    rollout = Rollout(PROMPT, 0, (1,) * length, (-0.5,) * length, text, "stop", (0,) * length)
+    return Scored(rollout, verdict, score=score)
+
+
+def test_the_plain_reward_is_the_verdicts() -> None:
+    for verdict in (Verdict(Outcome.correct), Verdict(Outcome.incorrect), of_credit(0.25)):
+        reward = reward_of(scored("2", 3, verdict), RewardConfig())
+        assert reward.total == verdict.reward
+        assert reward.terms == {"correctness": verdict.reward}
+
+
+def test_terms_are_named_weighted_and_add_up() -> None:
+    reward = reward_of(scored("<think>да</think>no", 80, of_credit(0.5)), ALL)
+    assert reward.terms == pytest.approx(
+        {"correctness": 1.0, "format": 0.5, "overlong": -0.5, "length": 0.25, "language": 0.1 * 12 / 14}
+    )
+    assert reward.total == pytest.approx(sum(reward.terms.values()))
+
+
+def test_what_could_not_be_graded_has_terms_but_no_reward_and_no_part_in_the_means() -> None:
+    lost = reward_of(scored("<think></think>", 95, Verdict(Outcome.ungradable, "the grader died")), ALL)
+    assert lost.total is None
+    assert "correctness" not in lost.terms
+    kept = [reward_of(scored("no", 20, Verdict(outcome)), ALL) for outcome in (Outcome.correct, Outcome.incorrect)]
+    assert means([*kept, lost]) == pytest.approx(
+        {
+            "reward/correctness": 1.0,
+            "reward/format": 0.0,
+            "reward/overlong": 0.0,
+            "reward/length": 0.25,
+            "reward/language": 0.1,
+        }
+    )
+    assert means([lost]) == {}
+
+
+def test_a_reward_models_score_takes_the_place_of_the_verdict_and_the_other_terms_stay() -> None:
+    group = [
+        scored("<think></think>", 20, Verdict(Outcome.correct)),
+        scored("<think></think>", 20, Verdict(Outcome.correct), score=-1.5),
+        scored("<think></think>", 20, Verdict(Outcome.ungradable), score=-1.5),
+    ]
+    judged, *by_model = rewarded(group, ALL)
+    assert judged.reward == pytest.approx(2.0 + 0.5 + 0.25 + 0.1 * 1)
+    for one in by_model:
+        assert one.earned is not None
+        assert one.earned.terms == pytest.approx(
+            {"score": -3.0, "format": 0.5, "overlong": 0, "length": 0.25, "language": 0.1}
+        )
+        assert one.reward == pytest.approx(-2.15)
+    assert group[1].reward == -1.5
+
+
+def test_the_language_is_that_of_the_letters() -> None:
+    assert share_of_script("x = 1, 2, 3", "latin") == 1.0
+    assert share_of_script("12 + 34 = 46", "cyrillic") == 1.0
+    assert share_of_script("ab де", "latin") == 0.5
+    assert share_of_script("答えは42です", "japanese") == 1.0
+    assert share_of_script("答えは42です", "chinese") == 0.2
+    assert share_of_script("नमस्ते", "devanagari") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"format": {"pattern": "("}}, "no regular expression"),
+        ({"overlong": {"maximum": 10, "cache": 11}}, "cache=11 is above maximum=10"),
+        ({"correctness": float("nan")}, "finite"),
+        ({"langauge": {}}, "Extra inputs"),
+    ],
+)
+def test_a_bad_reward_is_refused(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        RewardConfig.model_validate(values)
