@@ -18,9 +18,10 @@ import numpy as np
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from lockstep.cluster.charts import Series, line_chart
 from lockstep.cluster.checks.mismatch import reported, rescored
-from lockstep.cluster.config import Recipe, load_recipe
+from lockstep.cluster.recipe.load import load_recipe
+from lockstep.cluster.recipe.schema import Recipe
+from lockstep.cluster.records.svg import Series, line_chart
 from lockstep.data.tasks.task import make_split
 from lockstep.distributed.checkpoint.manager import Checkpoint, find, saved
 from lockstep.distributed.groups import Groups, alone, leave

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 
 from lockstep.cluster.checks.mismatch import compare, reported, rescored
-from lockstep.cluster.convert import to_lockstep
-from lockstep.cluster.sources import QUICKSTART_MODEL
 from lockstep.data.batch import RowRules, rows_for_ranks, sample
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import Source
@@ -32,6 +30,7 @@ from lockstep.distributed.pipeline import run_forward_backward
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics
+from lockstep.model.formats.registry import QUICKSTART_MODEL
 from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.objectives.token_loss import nll
 from lockstep.model.training.device_batch import DeviceBatch, rows_of
@@ -39,6 +38,7 @@ from lockstep.model.training.forward import scorer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.loading import to_lockstep
 from lockstep.rl.rollout.protocol import Request
 from lockstep.rl.types import Prompt, Rollout
 

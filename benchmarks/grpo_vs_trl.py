@@ -19,18 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.cluster.convert import to_lockstep
-from lockstep.cluster.jobs import ray_cluster
-from lockstep.cluster.sources import QUICKSTART_MODEL
+from lockstep.cluster.launch.ray_session import ray_cluster
 from lockstep.data.batch import sample
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
+from lockstep.model.formats.registry import QUICKSTART_MODEL
 from lockstep.model.objectives.token_loss import TokenLoss
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.collector.collector import Collector
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import RolloutConfig, SamplingParams
+from lockstep.rl.rollout.loading import to_lockstep
 from lockstep.rl.types import Prompt
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, VerifierGroup, threads_for

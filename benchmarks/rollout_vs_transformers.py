@@ -22,14 +22,14 @@ from typing import Any, get_args
 
 import torch
 
-from lockstep.cluster.convert import to_huggingface, to_lockstep
-from lockstep.cluster.sources import QUICKSTART_MODEL
+from lockstep.cluster.conversion.convert import to_huggingface
 from lockstep.model.config import Numerics
+from lockstep.model.formats.registry import QUICKSTART_MODEL
 from lockstep.model.ops.linear import PackedWeight, packed
 from lockstep.rl.remote import ENVIRONMENT
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.loading import load_rollout_engine
+from lockstep.rl.rollout.loading import load_rollout_engine, to_lockstep
 from lockstep.rl.rollout.protocol import Request
 
 MANY, ALONE = 64, 64

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.cluster.convert import to_lockstep
-from lockstep.cluster.jobs import ray_cluster
-from lockstep.cluster.sources import QUICKSTART_MODEL
+from lockstep.cluster.launch.ray_session import ray_cluster
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
+from lockstep.model.formats.registry import QUICKSTART_MODEL
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import RolloutConfig
+from lockstep.rl.rollout.loading import to_lockstep
 from lockstep.rl.weight_sync.config import Transport
 from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, threads_for
 

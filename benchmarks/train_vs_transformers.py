@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from lockstep.cluster.convert import to_huggingface
-from lockstep.cluster.sources import QUICKSTART_MODEL, open_source
+from lockstep.cluster.conversion.convert import to_huggingface
 from lockstep.data.batch import RowRules, rows_for_ranks, sample
 from lockstep.distributed.groups import alone
+from lockstep.model.formats.registry import QUICKSTART_MODEL, open_source
 from lockstep.model.loading import build
 from lockstep.model.objectives.token_loss import nll
 from lockstep.model.training.config import OptimizerConfig

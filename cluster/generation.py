@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
-from lockstep.cluster.serving.text import TextStream
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.detokenizer import TextStream
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.protocol import Request
 from lockstep.rl.types import Prompt, Rollout

@@ -14,15 +14,14 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from lockstep.cluster.serving.bodies import Body, ChatBody, CompletionBody
+from lockstep.cluster.serving.async_engine import AsyncEngine, Busy, Ended, EngineFailed
+from lockstep.cluster.serving.engine_requests import EngineRequests, RequestMaker
 from lockstep.cluster.serving.errors import Refused
-from lockstep.cluster.serving.jobs import Job, JobMaker
 from lockstep.cluster.serving.metrics import Metrics
-from lockstep.cluster.serving.replies import ChatReply, Choice, CompletionReply, Piece, Reply, Usage, merged
-from lockstep.cluster.serving.service import Busy, Ended, EngineFailed, EngineService
-from lockstep.cluster.serving.text import TextStream
+from lockstep.cluster.serving.protocol import Body, ChatBody, CompletionBody
+from lockstep.cluster.serving.responses import ChatReply, Choice, CompletionReply, Piece, Reply, Usage, merged
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.rl.rollout.detokenizer import Decode
+from lockstep.rl.rollout.detokenizer import Decode, TextStream
 from lockstep.rl.rollout.protocol import PromptTooLong, TokenOutput
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 class Server:
     """What the endpoints share."""
 
-    service: EngineService
+    service: AsyncEngine
     tokenizer: Tokenizer
     name: str
     """Of the model."""
@@ -125,9 +124,9 @@ class Answers:
         return partial(self.server.tokenizer.decode, skip_special=False)
 
     @property
-    def _maker(self) -> JobMaker:
+    def _maker(self) -> RequestMaker:
         service = self.server.service
-        return JobMaker(self.server.tokenizer, service.longest, service.places)
+        return RequestMaker(self.server.tokenizer, service.longest, service.places)
 
     async def _body(self, request: web.Request, kind: type[AnyBody]) -> AnyBody:
         if request.content_type != "application/json":
@@ -136,7 +135,7 @@ class Answers:
         self.server.check_model(body.model)
         return body
 
-    async def _answer(self, request: web.Request, body: Body, reply: Reply, job: Job) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, body: Body, reply: Reply, job: EngineRequests) -> web.StreamResponse:
         began = time.monotonic()
         requests = job.requests(reply.id)
         async with self.server.service.completions(requests) as tokens:
@@ -155,7 +154,7 @@ class Answers:
 class Answer:
     """All choices of a request while their tokens come."""
 
-    def __init__(self, job: Job, keys: Sequence[str | int], tokenizer: Tokenizer) -> None:
+    def __init__(self, job: EngineRequests, keys: Sequence[str | int], tokenizer: Tokenizer) -> None:
         befores = [echo for echo in job.echoes for _ in range(job.samples)] or [""] * len(keys)
         self._choices = {
             key: Choice(i, TextStream(tokenizer.decode, job.sampling.stop), before)

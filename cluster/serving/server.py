@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from lockstep.cluster.serving.app import Server
-from lockstep.cluster.serving.service import EngineService
+from lockstep.cluster.serving.async_engine import AsyncEngine
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.engine import RolloutEngine
 
@@ -40,7 +40,7 @@ async def _served(
     engine: RolloutEngine, tokenizer: Tokenizer, door: socket.socket, settings: Settings, say: Callable[[str], None]
 ) -> None:
     asked, again = _signals()
-    async with EngineService(engine, places=settings.places) as service:
+    async with AsyncEngine(engine, places=settings.places) as service:
         server = Server(service, tokenizer, settings.name, settings.api_key)
         runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await runner.setup()
@@ -57,7 +57,7 @@ async def _served(
         await runner.cleanup()
 
 
-async def _until_idle(service: EngineService, grace: float, at_once: asyncio.Event) -> None:
+async def _until_idle(service: AsyncEngine, grace: float, at_once: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + grace
     while not service.is_idle and loop.time() < deadline and not at_once.is_set():

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lockstep.model.config import ModelConfig
+from lockstep.model.formats.recast import Recast
+
 LARGEST_PART = 64 << 20
 """Bytes of a part at most: large enough that disks do not notice, small enough that memory does not."""
 
@@ -61,3 +64,16 @@ def split(tensor: str, shape: Sequence[int], item_bytes: int, limit: int) -> Ite
     for start in range(0, shape[0], rows):
         stop = min(start + rows, shape[0])
         yield Part(tensor, start, stop, (stop - start) * row_bytes)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a target is made of, and how."""
+
+    model: ModelConfig
+    source: Recast
+    files: Mapping[str, str]
+    shard_bytes: int
+    part_bytes: int
+    origin: str = ""
+    """Where the model comes from."""

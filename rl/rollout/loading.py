@@ -1,13 +1,20 @@
 """An engine over a checkpoint of any format."""
 
 import gc
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lockstep.data.tokenizer import Tokenizer
+from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.distributed.groups import Groups, alone
+from lockstep.distributed.groups import Groups, alone, leave
 from lockstep.model.config import ModelConfig, Numerics, UnknownModel
+from lockstep.model.formats.lockstep import write_checkpoint
+from lockstep.model.formats.recast import Recast
+from lockstep.model.formats.registry import open_source
 from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.weights.lora import merged
 from lockstep.rl.rollout.config import OnUpdate
@@ -45,3 +52,35 @@ def load_rollout_engine(
         on_update=on_update,
     )
     return engine, tokenizer
+
+
+def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:
+    """A model as our sharded checkpoint `destination/step-000000`."""
+    source, model, files = open_source(name)
+    return write_checkpoint(Recast(source, model, dtype, states=False), model, files, destination)
+
+
+def as_lockstep(name: str, folder: Path) -> Path | Storage:
+    """A checkpoint of ours: the one of this name, or what another format holds, written to a folder."""
+    source, _, _ = open_source(name)
+    return source.place if isinstance(source, manager.Checkpoint) else to_lockstep(name, folder)
+
+
+@contextmanager
+def open_engine(
+    name: str, dtype: str, *, sequences: int, length: int = 1 << 20, cache_gib: float = 1.0
+) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
+    """A rollout engine over a checkpoint of any format; other formats pass through a temporary checkpoint of ours.
+
+    Raises:
+        ValueError: one sentence on what cannot be opened.
+    """
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype {dtype!r} is not supported: use bfloat16 or float32")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            ours = as_lockstep(name, Path(folder))
+            opened = load_rollout_engine(ours, dtype=dtype, sequences=sequences, length=length, cache_gib=cache_gib)
+        yield opened
+    finally:
+        leave()

@@ -10,7 +10,7 @@ from aiohttp import web
 from openai import OpenAI
 
 from lockstep.cluster.serving.app import Server
-from lockstep.cluster.serving.service import EngineService
+from lockstep.cluster.serving.async_engine import AsyncEngine
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.engine import RolloutEngine
 
@@ -43,7 +43,7 @@ def serving(
     ports: list[int] = []
 
     async def serve() -> None:
-        async with EngineService(engine, places=places) as service:
+        async with AsyncEngine(engine, places=places) as service:
             app = Server(service, tokenizer, MODEL, api_key).app()
             runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
             await runner.setup()

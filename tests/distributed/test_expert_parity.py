@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from lockstep.cluster.convert import to_huggingface
+from lockstep.cluster.conversion.convert import to_huggingface
 from lockstep.data.batch import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, LayoutError, check_divides

@@ -28,13 +28,13 @@ def actors(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Actors that all tests of a process share, on a cluster of their own."""
     import ray
 
-    from lockstep.cluster.convert import to_lockstep
     from lockstep.data.tokenizer import Tokenizer
     from lockstep.distributed.checkpoint.manager import Checkpoint
     from lockstep.distributed.layout import Layout
     from lockstep.model.training.config import OptimizerConfig, TrainerConfig
     from lockstep.rl.remote import gather
     from lockstep.rl.rollout.config import RolloutConfig
+    from lockstep.rl.rollout.loading import to_lockstep
     from lockstep.rl.verifiers.config import VerifierConfig
     from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, VerifierGroup
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 
-from lockstep.cluster.convert import to_huggingface, to_lockstep
-from lockstep.cluster.partial import BadTarget
+from lockstep.cluster.conversion.convert import to_huggingface
+from lockstep.cluster.conversion.staging import BadTarget
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.groups import leave
@@ -26,7 +26,7 @@ from lockstep.model.formats.huggingface.reader import BadFolder, HuggingFaceFold
 from lockstep.model.layers.logprobs import local_logits
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.loading import load_rollout_engine
+from lockstep.rl.rollout.loading import load_rollout_engine, to_lockstep
 from lockstep.rl.types import Prompt
 
 

@@ -10,20 +10,21 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lockstep.cluster.contents import plan
-from lockstep.cluster.conversion import BadConversion, Conversion
-from lockstep.cluster.convert import convert, to_lockstep
-from lockstep.cluster.sources import open_source
-from lockstep.cluster.verify import verify
+from lockstep.cluster.checks.verify import verify_checkpoint
+from lockstep.cluster.conversion.convert import convert_checkpoint
+from lockstep.cluster.conversion.inspection import plan
+from lockstep.cluster.conversion.plan import BadConversion, Conversion
 from lockstep.data.batch import rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import UnknownModel
 from lockstep.model.formats.huggingface.reader import BadFolder
 from lockstep.model.formats.peft import PeftFolder
+from lockstep.model.formats.registry import open_source
 from lockstep.model.loading import build
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.model.training.trainable import TrainableConfig
 from lockstep.model.training.trainer import Trainer
+from lockstep.rl.rollout.loading import to_lockstep
 
 TEXT = [5, 9, 2, 7, 7, 1, 44, 8]
 TARGETS = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]
@@ -76,17 +77,17 @@ def test_logits_equal_those_of_peft_both_ways(folder: Path, tiny_folder: Path, g
 
     ours = to_lockstep(str(folder), tmp_path / "ours")
     np.testing.assert_allclose(our_logp(groups, ours), expected, rtol=1e-4, atol=1e-4)
-    convert(Conversion(str(ours), tmp_path / "again", "peft"))
+    convert_checkpoint(Conversion(str(ours), tmp_path / "again", "peft"))
     np.testing.assert_array_equal(peft_logp(tiny_folder, tmp_path / "again"), expected)
     written, given = (PeftFolder(path) for path in (tmp_path / "again", folder))
     assert written.lora == given.lora
     assert written.base == str(ours)
 
     assert "its adapters of rank 4: go into the weights" in plan(Conversion(str(ours), tmp_path / "merged", "hf"))
-    convert(Conversion(str(ours), tmp_path / "merged", "hf"))
+    convert_checkpoint(Conversion(str(ours), tmp_path / "merged", "hf"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     np.testing.assert_allclose(logp_of(merged), expected, rtol=1e-4, atol=1e-4)
-    found = verify(str(tmp_path / "merged"), str(ours))
+    found = verify_checkpoint(str(tmp_path / "merged"), str(ours))
     assert not found.faults
     assert found.tensors > 30
 
@@ -106,7 +107,7 @@ def test_adapters_of_a_reward_model_bring_its_head(tiny_folder: Path, groups: Gr
     rows = rows_for_ranks([sample(TEXT[:1], [*TEXT[1:], 0], weight=last)], row_rules(groups.layout, 64))[0]
     np.testing.assert_allclose(trainer.score(rows)[0].numpy(), expected, rtol=1e-4, atol=1e-5)
     ours = to_lockstep(str(tmp_path / "adapters"), tmp_path / "ours")
-    convert(Conversion(str(ours), tmp_path / "again", "peft"))
+    convert_checkpoint(Conversion(str(ours), tmp_path / "again", "peft"))
     again = PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1, dtype=torch.float32),
         tmp_path / "again",
@@ -114,7 +115,7 @@ def test_adapters_of_a_reward_model_bring_its_head(tiny_folder: Path, groups: Gr
     with torch.no_grad():
         np.testing.assert_allclose(again.eval()(torch.tensor([TEXT])).logits[0].numpy(), expected, rtol=1e-6)
     with pytest.raises(BadConversion, match="has no place for a value head: convert to lockstep or hf"):
-        convert(Conversion(str(ours), tmp_path / "megatron", "megatron"))
+        convert_checkpoint(Conversion(str(ours), tmp_path / "megatron", "megatron"))
 
 
 @pytest.mark.parametrize(
@@ -142,4 +143,4 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> 
 
 def test_a_model_without_adapters_cannot_be_written_as_adapters(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownModel, match="has no adapters: give a checkpoint"):
-        convert(Conversion(str(tiny_folder), tmp_path / "out", "peft"))
+        convert_checkpoint(Conversion(str(tiny_folder), tmp_path / "out", "peft"))

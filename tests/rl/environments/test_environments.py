@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lockstep.cluster.checks.mismatch import compare, rescored
-from lockstep.cluster.config import RecipeError, parse
+from lockstep.cluster.recipe.errors import RecipeError
+from lockstep.cluster.recipe.load import parse
 from lockstep.data.tasks.problem import Problem, entry_text
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer

@@ -1,0 +1,1 @@
+"""The subcommands of `lockstep`; the only place that knows command-line flags."""

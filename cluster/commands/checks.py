@@ -1,0 +1,76 @@
+"""Parity, mismatch."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lockstep.cluster.commands.console import err, out, sentences
+from lockstep.cluster.commands.options import Overrides, check_choice
+
+if TYPE_CHECKING:
+    from lockstep.model.config import Numerics
+
+
+@sentences
+def parity(
+    recipe: Annotated[Path, typer.Argument(help="A recipe that trains on text, as recipes/parity-tiny.toml.")],
+    layouts: Annotated[list[str], typer.Option("--layouts", help='A layout, as "tensor=2,zero=2"; more may follow.')],
+    more: Annotated[list[str] | None, typer.Argument(metavar="[LAYOUT]...", help="More layouts.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to compare.")] = 20,
+    overrides: Overrides = None,
+) -> None:
+    """Train in each layout and compare with one process; the exit code is 1 where a layout computes something else.
+
+    Example: lockstep parity recipes/parity-tiny.toml --layouts "tensor=2,sequence=true" "pipeline=2,virtual=2"
+    """
+    from lockstep.cluster.checks.parity import compare, table
+    from lockstep.cluster.recipe.load import load_recipe
+
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that are started
+    resolved = load_recipe(recipe, overrides or [])
+    found = compare(resolved, [*layouts, *(more or [])], steps, lambda line: err.print(line, markup=False))
+    out.print(table(found))
+    if not found.holds:
+        raise typer.Exit(1)
+
+
+@sentences
+def mismatch(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
+    numerics: Annotated[str, typer.Option(help="fast or exact.")] = "fast",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor degree, of rollouts and training alike.")] = 1,
+    prompts: Annotated[
+        Path | None, typer.Option(help='A file of prompts, one a line, or JSON lines with a "prompt"; sums otherwise.')
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts at most.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Compare the log-probabilities of rollouts with the trainer's; in exact numerics a differing bit is exit code 1.
+
+    Example: lockstep mismatch runs/quickstart --numerics exact
+    """
+    from lockstep.cluster.checks.mismatch import Work, measure_mismatch, table
+    from lockstep.rl.rollout.config import SamplingParams
+
+    check_choice("--numerics", numerics, ("fast", "exact"))
+    check_choice("--dtype", dtype, ("bfloat16", "float32"))
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that are started
+    sampling = SamplingParams(temperature=temperature, max_new_tokens=max_new_tokens)
+    chosen: Numerics = "exact" if numerics == "exact" else "fast"
+    work = Work(sampling, dtype, chosen, tensor, prompts, count, samples, seed)
+    found = measure_mismatch(checkpoint, work)
+    if as_json:
+        print(json.dumps(asdict(found) | {"numerics": numerics, "dtype": dtype, "tensor": tensor}))
+    else:
+        out.print(table(found, work))
+    if numerics == "exact" and found.differing_bits:
+        raise typer.Exit(1)

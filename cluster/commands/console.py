@@ -1,0 +1,72 @@
+"""What the commands share: where they print, and how an error of the user ends as one sentence."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from lockstep.cluster.records.progress import duration
+
+out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def sentences(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors of the user are printed as one sentence, with exit code 2; Ctrl-C ends with 130."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            err.print(f"[red]error:[/red] {_plain(error)}")
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            err.print("interrupted")
+            raise typer.Exit(130) from error
+
+    return wrapped
+
+
+def _plain(error: Exception) -> str:
+    return escape(" ".join(str(error).split()))
+
+
+LINE_S = 10.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function that is told what is done and all there is: a bar on a terminal, else a line now and then."""
+    if not err.is_terminal:
+        yield _Lines(what)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Lines:
+    """Progress as lines with the time that is left, at the mean pace since the first call."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._first = what, (time.monotonic(), 0)
+        self._said: float | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._said is None:
+            self._said, self._first = now, (now, done)
+        if now - self._said < LINE_S:
+            return
+        self._said = now
+        began, before = self._first
+        left = (now - began) * (total - done) / max(1, done - before)
+        err.print(f"{self._what}: {done / total:.0%}, {duration(left)} left", markup=False)

@@ -1,0 +1,166 @@
+"""The commands that let a model speak: `lockstep generate` for a person and `lockstep serve` for programs."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from lockstep.cluster.commands.console import err, sentences
+from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, sampling_of
+
+if TYPE_CHECKING:
+    from lockstep.cluster.generation import Question
+
+TALK_TOKENS = 1024
+"""Of an answer in a talk, unless it is said."""
+
+
+@sentences
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk in turns: Ctrl-C stops an answer, Ctrl-D ends.")] = False,
+    input_file: Annotated[
+        str | None,
+        typer.Option("--input", help="Prompts, one a line, or JSON lines with prompt or messages; - for stdin."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON lines here, in the order of the prompts.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt; several come as JSON lines.")] = 1,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="A message to the model that stands before all others.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw from tokens this likely relative to the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Divides logits of tokens seen, the prompt's too.")] = 1.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Taken from a logit for each time it was written.")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken from the logits of tokens written.")] = 0.0,
+    logit_bias: Annotated[list[str] | None, typer.Option(help="TOKEN=BIAS, added to a logit; may be repeated.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="128; in a talk 1024.")] = None,
+    min_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens before the model may end.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    stop_token: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: Dtype = "bfloat16",
+    cache_gib: CacheGib = 1.0,
+) -> None:
+    """Answer a prompt as it is drawn, a file of prompts, or turn by turn.
+
+    Example: lockstep generate runs/quickstart "What is 12 + 34?" --top-p 0.9
+    """
+    if (prompt is not None) + (input_file is not None) + chat != 1:
+        raise ValueError("what to answer comes from one place: give a prompt, --input or --chat")
+    if chat and (raw or output or samples > 1):
+        raise ValueError("--chat talks at this terminal: leave out --raw, --output and --samples")
+    sampling = sampling_of(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        logit_bias=_biases(logit_bias or ()),
+        max_new_tokens=max_new_tokens or (TALK_TOKENS if chat else 128),
+        min_new_tokens=min_new_tokens,
+        stop=tuple(stop or ()),
+        stop_tokens=tuple(stop_token or ()),
+    )
+    from lockstep.cluster.generation import Answerer, Question, conversation, talk
+    from lockstep.rl.rollout.loading import open_engine
+
+    if prompt is not None:
+        messages = () if raw else conversation(prompt, system)
+        questions = [Question({"prompt": prompt}, messages, prompt)]
+    else:
+        questions = [] if chat else _questions(input_file or "-", raw=raw, system=system)
+    with open_engine(checkpoint, dtype, sequences=1 if chat else 64, cache_gib=cache_gib) as (engine, tokenizer):
+        answerer = Answerer(engine, tokenizer, sampling, seed)
+        if chat:
+            _edit_lines()
+            talk(answerer, _turn, _show, lambda sentence: err.print(sentence, markup=False), system=system)
+        elif prompt is not None and samples == 1 and output is None:
+            for piece in answerer.stream(answerer.tokens(questions[0])):
+                _show(piece)
+            _show("\n")
+        else:
+            with _opened(output) as file:
+                for row in answerer.rows(questions, samples):
+                    print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+
+
+@sentences
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[str, typer.Option(help="Other machines are let in with a key only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LOCKSTEP_API_KEY", help="That clients have to give.", show_default=False)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model; the checkpoint's otherwise.")] = None,
+    dtype: Dtype = "bfloat16",
+    cache_gib: CacheGib = 1.0,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt with its completion.")] = 1 << 20,
+    sequences: Annotated[int, typer.Option(min=1, help="Completions that are computed at the same time.")] = 64,
+    waiting: Annotated[int, typer.Option(min=0, help="Completions that may wait; more are told to come again.")] = 512,
+    grace: Annotated[float, typer.Option(min=0.0, help="Seconds that completions have when the server ends.")] = 10.0,
+) -> None:
+    """Serve OpenAI's endpoints /v1/completions and /v1/chat/completions until Ctrl-C.
+
+    Example: lockstep serve runs/quickstart --port 8000
+    """
+    from lockstep.cluster.serving.bind import bound
+
+    with bound(host, port, has_key=bool(api_key)) as door:
+        from lockstep.cluster.serving.server import Settings, serve
+        from lockstep.rl.rollout.loading import open_engine
+
+        settings = Settings(name or Path(checkpoint).resolve().name, api_key or None, sequences + waiting, grace)
+        opened = open_engine(checkpoint, dtype, sequences=sequences, length=length, cache_gib=cache_gib)
+        with opened as (engine, tokenizer):
+            serve(engine, tokenizer, door, settings, lambda line: err.print(line, markup=False, highlight=False))
+
+
+def _biases(pairs: Iterable[str]) -> dict[int, float]:
+    try:
+        return {int(token): float(bias) for token, bias in (pair.split("=") for pair in pairs)}
+    except ValueError as error:
+        raise ValueError("--logit-bias is a token's number and what is added, as in --logit-bias 17=-2.5") from error
+
+
+def _questions(name: str, *, raw: bool, system: str | None) -> "list[Question]":
+    from lockstep.cluster.generation import read_questions
+
+    if name == "-":
+        return read_questions(sys.stdin, raw=raw, system=system)
+    with Path(name).open(encoding="utf-8") as lines:
+        return read_questions(lines, raw=raw, system=system)
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO]:
+    """A file for lines, or stdout."""
+    if path is None:
+        yield sys.stdout
+        return
+    with path.open("w", encoding="utf-8") as file:
+        yield file
+
+
+def _show(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _edit_lines() -> None:
+    """Arrows and history at the prompt, where Python was built with them."""
+    with suppress(ImportError):
+        import readline  # noqa: F401
+
+
+def _turn() -> str:
+    """What a person says next; only a terminal is asked for it, so that stdout has answers and nothing else."""
+    return input("> " if sys.stdin.isatty() else "")

@@ -1,0 +1,1 @@
+"""Checkpoint conversion: planned in small parts, written by several processes, resumable."""

@@ -1,0 +1,124 @@
+"""What a checkpoint holds, and what a conversion would make of it; only names and shapes are read."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lockstep.cluster.conversion.memory import in_words
+from lockstep.cluster.conversion.plan import Conversion, chosen, target_of
+from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.tensors import STATES, Box, Source, WeightsOnly
+from lockstep.model.config import ModelConfig
+from lockstep.model.formats.huggingface import reader
+from lockstep.model.formats.recast import DTYPES, Recast
+from lockstep.model.formats.registry import TARGETS, OpenModel, locate, recognise
+
+
+class ConfigurationAlone(WeightsOnly):
+    """A `Source` of a model that has a configuration and no weights yet: it says dtypes, and cannot be read."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = DTYPES[dtype]
+
+    def read(self, name: str, box: Box) -> NDArray[Any]:
+        """An empty array of the dtype, for an empty box."""
+        assert any(start == stop for start, stop in box)
+        return np.empty([stop - start for start, stop in box], self._dtype)
+
+
+def outlined(name: str) -> OpenModel:
+    """A model to be described: its weights may be missing, if it is a Hugging Face configuration.
+
+    Raises:
+        BadSource: says what was given and what can be given.
+    """
+    path = locate(name)
+    known = recognise(path)
+    if not isinstance(path, Path) or known.name != "hf" or reader.has_weights(path):
+        return known.open(path)
+    words = reader.read_words(path)
+    dtype = words.get("dtype") or words.get("torch_dtype") or "float32"
+    model = reader.read_config(path)
+    return ConfigurationAlone(dtype if dtype in DTYPES else "float32"), model, reader.read_text_files(path)
+
+
+def plan(conversion: Conversion) -> Iterator[str]:
+    """What a conversion will do, a sentence a line."""
+    opened = outlined(conversion.source)
+    source, model, files = chosen(conversion, opened)
+    target, recast = target_of(conversion, opened, Path())
+    form, sizes = TARGETS[conversion.to], [part.size for part in target.parts]
+    yield f"{conversion.source}: {recognise(locate(conversion.source)).title}, {_shape(model)}"
+    yield f"{conversion.destination}: {form.title}, {in_words(sum(sizes))}, {_dtypes(recast)}"
+    merges = model.lora is not None and form.adapters == "merged"
+    yield _of_optimizer(source, recast, form.title, form.has_states and not merges)
+    if model.lora:
+        yield f"its adapters of rank {model.lora.rank}: {_ADAPTERS[form.adapters]}"
+    if recast.takes_masters:
+        yield "the weights are the optimizer's fp32 masters, from which the source's own were rounded"
+    yield from getattr(opened[0], "notes", ())
+    yield f"beside the weights: {', '.join(sorted(files)) or 'nothing, the source has no tokenizer'}"
+
+
+_ADAPTERS = {
+    "kept": "stay beside the weights",
+    "merged": "go into the weights",
+    "alone": "are written, and the weights are not",
+}
+
+
+def _shape(model: ModelConfig) -> str:
+    return f"{model.family}, {model.parameters:,} parameters in {model.layers} layers"
+
+
+def _dtypes(recast: Recast) -> str:
+    """How many tensors have which dtype."""
+    names = [dtype.name for _, dtype in recast.tensors.values()]
+    return " and ".join(f"{names.count(name)} tensors in {name}" for name in sorted(set(names)))
+
+
+def _of_optimizer(source: Source, recast: Recast, title: str, has_place: bool) -> str:
+    if not source.states:
+        return "no optimizer state comes along: the source has none, or its weights alone are wanted"
+    held = source.states if not has_place else recast.states
+    kinds = ", ".join(kind for kind in STATES if any(name.startswith(f"{kind}/") for name in held))
+    state = f"the optimizer's state after {source.updates} updates ({kinds})"
+    return f"{state} comes along" if has_place else f"{state} is left out: {title} has no place for it"
+
+
+def inspect_checkpoint(name: str) -> dict[str, Any]:
+    """What a checkpoint holds: shape in elements, size in bytes."""
+    path = locate(name)
+    known = recognise(path)
+    source, model, files = outlined(name)
+    recast = Recast(source, model, None)
+    manifest = source.manifest if isinstance(source, Checkpoint) else {}
+    return {
+        "path": str(known.root(path)),
+        "format": known.title,
+        "family": model.family,
+        "parameters": model.parameters,
+        "step": manifest.get("step"),
+        "updates": source.updates if source.states else None,
+        "layout": manifest.get("layout"),
+        "files": sorted(files),
+        "tensors": [
+            {"name": n, "shape": list(shape), "dtype": dtype.name, "bytes": math.prod(shape) * dtype.itemsize}
+            for n, (shape, dtype) in recast.tensors.items()
+        ],
+    }
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """The same for people: a line about the whole, then one a tensor."""
+    rows = [(t["name"], str(t["shape"]), t["dtype"], in_words(t["bytes"])) for t in found["tensors"]]
+    size = in_words(sum(tensor["bytes"] for tensor in found["tensors"]))
+    yield f"{found['path']}: {found['format']}, {found['family']}, {found['parameters']:,} parameters, {size}"
+    yield from (f"{key} {found[key]}" for key in ("step", "updates", "layout") if found[key] is not None)
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for name, shape, dtype, held in rows:
+        yield f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  {held:>{widths[3]}}"

@@ -1,0 +1,33 @@
+"""The parts of a conversion as tasks of a Ray cluster, whose hosts share the folders of source and destination."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayTaskError
+
+from lockstep.cluster.conversion.local_workers import Worked, work
+from lockstep.cluster.conversion.plan import Conversion
+from lockstep.distributed.checkpoint.storage import Storage
+
+
+def ray_tasks(address: str, conversion: Conversion, folder: Path | Storage, tasks: Sequence[int]) -> Iterator[Worked]:
+    """`Workers` of the cluster at an address: so many tasks at a time as the conversion has workers."""
+    ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
+    if (source := Path(conversion.source)).exists():
+        conversion = replace(conversion, source=str(source.absolute()))
+    folder = folder.absolute() if isinstance(folder, Path) else folder
+    remote, left = partial(ray.remote(work).remote, conversion, folder), iter(tasks)
+    try:
+        running = [remote(task) for task in islice(left, conversion.workers)]
+        while running:
+            (done, *_), running = ray.wait(running)
+            yield ray.get(done)
+            running += [remote(task) for task in islice(left, 1)]
+    except RayTaskError as error:
+        raise error.cause from error
+    finally:
+        ray.shutdown()

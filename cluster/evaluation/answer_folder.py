@@ -1,0 +1,99 @@
+"""Completions with their verdicts, as JSON lines in a folder: what an evaluation leaves, and goes on from when killed.
+
+Lines are appended as completions end, and put in order when all have. Settings that the completions depend on lie
+beside them, so that an evaluation never goes on from another's.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lockstep.cluster.atomic_files import cut_half_line, replace_file
+from lockstep.data.row_reader import read_rows
+
+SETTINGS, COMPLETIONS, COUNTS, SUMMARY = "settings.json", "completions.jsonl", "problems.jsonl", "summary.json"
+
+Answer = Mapping[str, Any]
+"""A line: `mode`, `problem` and `sample` say which completion it is."""
+
+
+class OtherSettings(ValueError):
+    """A folder that holds the completions of another evaluation, or something else."""
+
+
+class AnswerFolder:
+    """The folder of one evaluation."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Begin in an empty or new folder, or go on in one that was begun with the same settings.
+
+        Raises:
+            OtherSettings: names the first setting that differs.
+            BadRow: for a broken line, with its file and number.
+        """
+        self.path = path
+        self._begin(json.loads(json.dumps(settings)))
+        cut_half_line(path / COMPLETIONS)
+        rows = read_rows(str(path / COMPLETIONS)) if (path / COMPLETIONS).exists() else ()
+        self._answers = {_place(row.values): row.values for row in rows}
+
+    def __len__(self) -> int:
+        """Completions that are there."""
+        return len(self._answers)
+
+    def has(self, mode: str, problem: int, sample: int) -> bool:
+        """Whether this completion is there."""
+        return (mode, problem, sample) in self._answers
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        """Append completions; those that are there already are left out."""
+        new = {_place(a): a for a in answers if _place(a) not in self._answers}
+        with (self.path / COMPLETIONS).open("a", encoding="utf-8") as file:
+            file.write(_lines(new.values()))
+        self._answers |= new
+
+    def of(self, mode: str) -> Iterator[tuple[int, list[Answer]]]:
+        """Each problem with its completions, in order."""
+        found: dict[int, list[Answer]] = {}
+        for place in sorted(self._answers):
+            if place[0] == mode:
+                found.setdefault(place[1], []).append(self._answers[place])
+        return iter(found.items())
+
+    def finish(self, counts: Sequence[Answer], summary: Mapping[str, Any]) -> None:
+        """Put the completions in order, and write what they say beside them."""
+        ordered = [self._answers[place] for place in sorted(self._answers)]
+        replace_file(self.path / COMPLETIONS, _lines(ordered).encode())
+        replace_file(self.path / COUNTS, _lines(counts).encode())
+        replace_file(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+    def _begin(self, settings: dict[str, Any]) -> None:
+        file = self.path / SETTINGS
+        if not file.exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise OtherSettings(f"{self.path} is there and holds no evaluation: give --output another folder")
+            replace_file(file, (json.dumps(settings, indent=2) + "\n").encode())
+            return
+        there, here = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(settings)
+        for key in here | there:
+            if there.get(key) != here.get(key):
+                raise OtherSettings(
+                    f"{self.path} was begun with {key}={there.get(key)!r}, and now it is {here.get(key)!r}: make them "
+                    "equal to go on, or give --output another folder"
+                )
+
+
+def _place(answer: Answer) -> tuple[str, int, int]:
+    return answer["mode"], answer["problem"], answer["sample"]
+
+
+def _lines(rows: Iterable[Answer]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

@@ -1,0 +1,213 @@
+"""What `lockstep eval` does: a model answers held-out problems of a task, greedily and by drawing, and is judged."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from lockstep.cluster.evaluation.accuracy import Estimate, Tally, accuracy, mean_pass_at_k, tally
+from lockstep.cluster.evaluation.answer_folder import Answer, AnswerFolder
+from lockstep.data.tasks.task import Split, TaskConfig, held_out_problems, make_split
+from lockstep.distributed.checkpoint.tensors import digest, to_numpy
+from lockstep.rl.prompts import make_prompt
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.loading import open_engine
+from lockstep.rl.types import Prompt, Rollout
+from lockstep.rl.verifiers.config import VerifierConfig
+from lockstep.rl.verifiers.judge import Judge, Note
+
+GREEDY, SAMPLED = "greedy", "sampled"
+TOGETHER = 16
+"""Completions that are judged and saved together."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked of a checkpoint, and how."""
+
+    checkpoint: str
+    task: TaskConfig
+    seed: int
+    sampling: SamplingParams
+    """How samples are drawn; greedy completions take its longest length only."""
+    verifier: VerifierConfig
+    """Of which one worker judges."""
+    samples: int = 0
+    """Completions of each problem beside the greedy one."""
+    ks: tuple[int, ...] = ()
+    """For which pass@k is estimated, each at most `samples`."""
+    dtype: str = "bfloat16"
+    cache_gib: float = 1.0
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation found."""
+
+    greedy: Estimate
+    correct: int
+    problems: int
+    pass_at: dict[int, Estimate]
+    samples: int
+    ungradable: int
+    """Completions of both kinds without a verdict."""
+    overlap: int | None
+    """Held-out problems that stand among the training problems, where those were read."""
+
+    @property
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        said = [f"{self.correct} of {self.greedy.problems} correct: {_interval(self.greedy)}"]
+        for k, estimate in self.pass_at.items():
+            said.append(f"pass@{k}: {_interval(estimate)} of {estimate.problems} problems, {self.samples} samples each")
+        if self.ungradable:
+            said.append(f"ungradable and left out: {self.ungradable} completions")
+        if self.overlap:
+            said.append(f"of the held-out problems {self.overlap} stand among the training problems, too")
+        return said
+
+
+def evaluate_checkpoint(work: Evaluation, folder: Path, progress: Callable[[int, int], None], note: Note) -> Findings:
+    """Answer and judge every problem that the folder has no completions of, and say what all of them show.
+
+    Args:
+        progress: told of completions that are there, and of all that there will be.
+        note: takes a sentence on what programs are kept in by.
+
+    Raises:
+        ValueError: one sentence on what does not fit, before anything is written.
+    """
+    split = _problems(work.task, work.seed)
+    with open_engine(work.checkpoint, work.dtype, sequences=64, cache_gib=work.cache_gib) as (engine, tokenizer):
+        prompts = [make_prompt(problem, work.task, tokenizer, split.shots) for problem in split.held_out]
+        answers = AnswerFolder(folder, _settings(work, prompts, engine))
+        with Judge(work.verifier, work.task.grader, note) as judge:
+            sitting = _Sitting(work, prompts, engine, judge, answers)
+            for done in sitting.answer():
+                progress(done, len(prompts) * (1 + work.samples))
+    findings = _findings(work, split, answers)
+    answers.finish(_counts(answers), _summary(findings))
+    return findings
+
+
+@dataclass(frozen=True)
+class _Sitting:
+    """A model, its questions, its judge, and where its answers go."""
+
+    work: Evaluation
+    prompts: Sequence[Prompt]
+    engine: RolloutEngine
+    judge: Judge
+    answers: AnswerFolder
+
+    def answer(self) -> Iterator[int]:
+        """Answer everything that has no answer yet; how many there are, now and then."""
+        longest, stop = self.work.sampling.max_new_tokens, self.work.sampling.stop
+        greedy = SamplingParams(temperature=0, max_new_tokens=longest, stop=stop)
+        passes = [(GREEDY, greedy, 1), (SAMPLED, self.work.sampling, self.work.samples)]
+        yield len(self.answers)
+        for mode, sampling, samples in passes:
+            for some in _bundles(self._rollouts(mode, sampling, samples)):
+                self.answers.add(self._judged(mode, samples, some))
+                yield len(self.answers)
+
+    def _rollouts(self, mode: str, sampling: SamplingParams, samples: int) -> Iterator[Rollout]:
+        """Completions of the problems of which some are missing; those that are there are drawn alike again."""
+        has = self.answers.has
+        missing = [p for p in self.prompts if not all(has(mode, p.index, s) for s in range(samples))]
+        return self.engine.generate(missing, sampling, samples=samples, seed=self.work.seed)
+
+    def _judged(self, mode: str, samples: int, rollouts: Sequence[Rollout]) -> Iterator[Answer]:
+        verdicts = self.judge.grade([(r.text, r.prompt) for r in rollouts])
+        for rollout, verdict in zip(rollouts, verdicts, strict=True):
+            yield {
+                "mode": mode,
+                "problem": rollout.prompt.index,
+                "sample": rollout.sample - rollout.prompt.index * samples,
+                "outcome": str(verdict.outcome),
+                "reward": verdict.reward,
+                "reason": verdict.reason,
+                "extracted": verdict.extracted,
+                "answer": rollout.prompt.answer,
+                "finish_reason": rollout.finish_reason,
+                "tokens": len(rollout.tokens),
+                "prompt": rollout.prompt.text,
+                "completion": rollout.text,
+            }
+
+
+def _bundles(rollouts: Iterable[Rollout]) -> Iterator[list[Rollout]]:
+    """A few at a time, so that little is lost when the process is killed."""
+    some: list[Rollout] = []
+    for rollout in rollouts:
+        some.append(rollout)
+        if len(some) == TOGETHER:
+            yield some
+            some = []
+    if some:
+        yield some
+
+
+def _problems(task: TaskConfig, seed: int) -> Split:
+    """Training problems are read only where the task needs them."""
+    if task.shots or not task.held_out_from:
+        return make_split(task, seed)
+    return Split((), held_out_problems(task, seed), "")
+
+
+def _settings(work: Evaluation, prompts: Sequence[Prompt], engine: RolloutEngine) -> dict[str, Any]:
+    """All that completions and verdicts depend on; weights and problems by their digests."""
+    asked = "".join(f"{p.text}\0{p.answer}\0{p.tests}\0" for p in prompts)
+    weights = np.array([digest(to_numpy(p)) for p in engine.transformer.parameters()])
+    return {
+        "checkpoint": work.checkpoint,
+        "weights": digest(weights),
+        "dtype": work.dtype,
+        "task": work.task.model_dump(mode="json"),
+        "problems": xxhash.xxh3_64_hexdigest(asked.encode("utf-8", "surrogatepass")),
+        "seed": work.seed,
+        "samples": work.samples,
+        "sampling": work.sampling.model_dump(mode="json"),
+    }
+
+
+def _findings(work: Evaluation, split: Split, answers: AnswerFolder) -> Findings:
+    tallies = {mode: [_tally(some) for _, some in answers.of(mode)] for mode in (GREEDY, SAMPLED)}
+    return Findings(
+        greedy=accuracy(tallies[GREEDY]),
+        correct=sum(t.correct for t in tallies[GREEDY]),
+        problems=len(split.held_out),
+        pass_at={k: mean_pass_at_k(tallies[SAMPLED], k, work.seed) for k in work.ks},
+        samples=work.samples,
+        ungradable=sum(t.ungradable for some in tallies.values() for t in some),
+        overlap=split.overlap if split.train else None,
+    )
+
+
+def _tally(answers: Sequence[Answer]) -> Tally:
+    return tally([answer["outcome"] for answer in answers])
+
+
+def _counts(answers: AnswerFolder) -> list[Answer]:
+    """Verdicts of each problem, counted."""
+    found: dict[int, dict[str, Any]] = {}
+    for mode in (GREEDY, SAMPLED):
+        for problem, some in answers.of(mode):
+            found.setdefault(problem, {"problem": problem})[mode] = asdict(_tally(some))
+    return list(found.values())
+
+
+def _summary(findings: Findings) -> dict[str, Any]:
+    """As JSON, which has no NaN: an estimate of nothing is null."""
+    plain = asdict(findings)
+    for estimate in (plain["greedy"], *plain["pass_at"].values()):
+        estimate["value"] = estimate["value"] if estimate["problems"] else None
+    return plain
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.1%} (95% interval {estimate.low:.1%} to {estimate.high:.1%})"

@@ -1,0 +1,79 @@
+"""A Ray cluster, joined or started; Ctrl-C."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import psutil
+import ray
+
+SHUTDOWN_S = 5.0
+"""How long processes may take to end by themselves when a run ends."""
+
+
+class Interruption:
+    """The first Ctrl-C or SIGTERM ends a run as KeyboardInterrupt; later ones are ignored, so that cleaning up ends."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> "Interruption":
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self._interrupted = False
+        self.listen()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Take the signals over; again after something else took them, as `ray.init` does."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, *_: object) -> None:
+        if not self._interrupted:
+            self._interrupted = True
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """A connection to the Ray cluster at `address`, or to one that is started here and stopped at the end."""
+    joined = address or os.environ.get("RAY_ADDRESS")
+    try:
+        _connect(joined)
+        yield
+    finally:
+        started = [] if joined else psutil.Process().children(recursive=True)
+        ray.shutdown()
+        _end(started)
+
+
+def _connect(address: str | None) -> None:
+    """`ray.init`; once more where a busy machine does not start a cluster within the 30 s that Ray grants it."""
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False if address is None else None,
+                log_to_driver=True,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
+            return
+        except Exception as error:
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    """Wait for processes, then kill those that stay: actors may outlive the daemons that started them."""
+    _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_S)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=SHUTDOWN_S)

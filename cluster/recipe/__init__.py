@@ -1,0 +1,1 @@
+"""Recipes: TOML files that configure a run, their schema and their errors."""

@@ -1,0 +1,82 @@
+"""What is wrong, in one sentence, with the nearest key."""
+
+import difflib
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from lockstep.cluster.recipe.schema import Recipe
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run, in one sentence."""
+
+
+def validation_sentence(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first thing that is wrong, as one sentence; it names the key, what was given and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        return f"{key} is not a key of this recipe{_nearest(place, model)}"
+    reason = str(first.get("ctx", {}).get("error", "")) or first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] in ("model_type", "model_attributes_type"):
+        reason = f"it is a section with the keys {', '.join(_siblings([*place, ''], model))}"
+    return f"{key}={json.dumps(first['input'], default=str)} is not allowed: {reason}" if place else reason
+
+
+def _nearest(place: Sequence[str], model: type[BaseModel]) -> str:
+    """The key that was probably meant: the fewest edits of its last part, then the longest way in common."""
+
+    def distance(key: str) -> tuple[int, int, int, float]:
+        parts = key.split(".")
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, place, strict=False)))
+        likeness = difflib.SequenceMatcher(None, parts[-1], place[-1]).ratio()
+        return _edits(parts[-1], place[-1]), -common, abs(len(parts) - len(place)), -likeness
+
+    siblings = _siblings(place, model)
+    return f"; the nearest is {min(_keys(model), key=distance)}" + (
+        f", and keys here are {', '.join(siblings)}" if siblings else ""
+    )
+
+
+def _edits(a: str, b: str) -> int:
+    """Levenshtein's distance: letters to insert, drop or replace."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
+
+
+def _siblings(place: Sequence[str], model: type[BaseModel]) -> list[str]:
+    return [key for key in _keys(model) if key.split(".")[:-1] == list(place[:-1])]
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    """Every key and every section, dotted."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        inner = _section_type(field.annotation)
+        if inner is not None:
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def annotation(place: Sequence[str]) -> Any:
+    """The type of a key; None where there is no such key."""
+    model: type[BaseModel] | None = Recipe
+    annotation: Any = None
+    for part in place:
+        field = model.model_fields.get(part) if model else None
+        annotation = field.annotation if field else None
+        model = _section_type(annotation)
+    return annotation
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

@@ -1,0 +1,103 @@
+"""TOML and --set ? Recipe."""
+
+import copy
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from lockstep.cluster.recipe.errors import RecipeError, annotation, validation_sentence
+from lockstep.cluster.recipe.schema import Recipe
+from lockstep.distributed.layout import Layout
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides.
+
+    Raises:
+        RecipeError: one sentence on what is wrong.
+    """
+    if not path.is_file():
+        raise RecipeError(
+            f"there is no recipe {path}: give the path of a .toml file, for example recipes/quickstart.toml"
+        )
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}): give a recipe that can") from error
+    except ValueError as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+    return parse(values, overrides)
+
+
+def parse(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from plain values and `key=value` overrides.
+
+    Raises:
+        RecipeError: one sentence on the first thing that is wrong.
+    """
+    values = copy.deepcopy(values)
+    for override in overrides:
+        _apply(values, override)
+    for key, value in _leaves(values):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"{key}={value} is not allowed: give a finite number")
+    try:
+        return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise RecipeError(validation_sentence(error, Recipe)) from error
+
+
+def parse_layout(text: str) -> Layout:
+    """A layout from its keys, as in "tensor=2,sequence=true".
+
+    Raises:
+        RecipeError: one sentence on what is wrong.
+    """
+    values: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, re.split(r",(?![^\[]*\])", text))):  # not at the commas of a list
+        _apply(values, part)
+    try:
+        return Layout.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise RecipeError(f"--layouts {text!r}: {validation_sentence(error, Layout)}") from error
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out."""
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    *sections, last = (part.strip() for part in name.split("."))
+    if not separator or not all([*sections, last]):
+        raise RecipeError(f"--set {override!r} is not of the form section.key=value, for example --set rl.group_size=8")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {override!r}: {section} is a value, not a section")
+    values[last] = _value(text.strip(), wants_text=annotation([*sections, last]) is str)
+
+
+def _value(text: str, *, wants_text: bool) -> Any:
+    """TOML where it parses, else the text itself, so that strings need no quotes."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return text if wants_text and not isinstance(value, str) else value
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

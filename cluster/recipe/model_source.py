@@ -1,0 +1,37 @@
+"""SourceConfig and the model it means."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lockstep.model.config import ModelConfig, Numerics
+from lockstep.model.formats.registry import QUICKSTART_MODEL, OpenModel, open_source, tokenizer_files
+from lockstep.model.weights.initialization import RandomWeights
+
+
+class SourceConfig(BaseModel):
+    """The model to start from, the dtype to compute in, and the order of sums."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(
+        QUICKSTART_MODEL, description="a checkpoint or its URL, a Hugging Face folder or Hub name, or a .gguf file"
+    )
+    config: ModelConfig | None = Field(None, description="start from random weights of this shape instead")
+    tokenizer: str | None = Field(None, description="for random weights: a folder, checkpoint or .gguf file with one")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    numerics: Numerics = Field(
+        "fast", description="exact: log-probabilities are the same bits in rollouts and training, at a cost"
+    )
+
+
+def starting_point(config: SourceConfig, seed: int) -> OpenModel:
+    """The model that a recipe starts from: one that exists, or random weights of a given shape.
+
+    Raises:
+        BadSource: says what was given and what can be given.
+    """
+    if config.config is None:
+        return open_source(config.source)
+    files = tokenizer_files(config.tokenizer) if config.tokenizer else {}
+    return RandomWeights(config.config, seed), config.config, files

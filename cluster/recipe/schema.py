@@ -1,0 +1,106 @@
+"""A recipe: one TOML file, composed of the configurations that stand beside the code they configure.
+
+Any key can be overridden as `section.key=value`. What is wrong is said in one sentence that names the key, what was
+given, what is allowed and the nearest valid key.
+"""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lockstep.cluster.recipe.model_source import SourceConfig
+from lockstep.cluster.recipe.roles import RolesConfig
+from lockstep.data.tasks.task import TaskConfig
+from lockstep.distributed.checkpoint.saver import CheckpointConfig
+from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
+from lockstep.distributed.layout import Layout
+from lockstep.model.training.config import PretrainConfig, TrainerConfig
+from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.rewards import RewardConfig
+from lockstep.rl.environments.config import EnvironmentConfig
+from lockstep.rl.rollout.config import RolloutConfig
+from lockstep.rl.verifiers.config import VerifierConfig
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EvaluationConfig(_Section):
+    """Greedy exact match on held-out problems, before and after each phase."""
+
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class Recipe(_Section):
+    """Everything that a run depends on."""
+
+    name: str = "run"
+    seed: int = Field(0, ge=0)
+    run: str = Field("runs/{name}", description="the folder that the run leaves; {name} stands for the recipe's name")
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    model: SourceConfig = SourceConfig()
+    task: TaskConfig = TaskConfig()
+    layout: Layout = Layout()
+    trainer: TrainerConfig = TrainerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    roles: RolesConfig = RolesConfig()
+    verifier: VerifierConfig = VerifierConfig()
+    reward: RewardConfig = RewardConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    pretrain: PretrainConfig | None = None
+    supervised: SupervisedConfig | None = None
+    preference: PreferenceConfig | None = None
+    rl: RLConfig | None = None
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_training(self) -> "Recipe":
+        if self.pretrain and (self.supervised or self.preference or self.rl):
+            raise ValueError(
+                "a recipe trains on text, with [pretrain], or on problems, with [supervised], [preference] and [rl]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_order_of_sums(self) -> "Recipe":
+        exact, degrees = self.model.numerics == "exact", (self.rollout.tensor, self.layout.tensor)
+        if exact and self.trainer.compile:
+            raise ValueError(
+                "trainer.compile=true lets a compiler order sums, which model.numerics='exact' fixes: set one of them"
+            )
+        if exact and self.rl and degrees[0] != degrees[1]:
+            raise ValueError(
+                f"rollout.tensor={degrees[0]} and layout.tensor={degrees[1]} add up other parts, "
+                "and model.numerics='exact' needs the same ones: make them equal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _punishes_length_once(self) -> "Recipe":
+        if self.rl and self.rl.overlong_share and self.reward.overlong.weight:
+            raise ValueError(
+                f"rl.overlong_share={self.rl.overlong_share} and reward.overlong.weight="
+                f"{self.reward.overlong.weight} punish the same length twice: make one of them 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_entries_to_score(self) -> "Recipe":
+        if self.environment.kind == "gym" and self.task.grader != "gym":
+            raise ValueError(
+                f"environment.kind='gym' scores entries of reasoning-gym, and task.grader={self.task.grader!r} gives "
+                "answers: set task.grader='gym'"
+            )
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the run goes."""
+        return Path(self.run.replace("{name}", self.name))
+
+    @property
+    def saves(self) -> Storage:
+        """Where its checkpoints go."""
+        at = self.checkpoints.at
+        return storage_of(at) if is_url(at) else Folder((Path(at) if at else self.folder / "checkpoints").absolute())

@@ -1,0 +1,1 @@
+"""What a run leaves on disk: metrics, tables, the report and its charts."""

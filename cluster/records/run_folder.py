@@ -1,0 +1,304 @@
+"""A run is a folder: everything a run leaves lies there in open formats, readable while it runs and after a crash.
+
+Lines are appended and flushed, whole files are written beside their place and renamed into it. So a reader sees each
+file complete or not at all, and a killed run loses at most the line that it was writing.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lockstep.cluster.atomic_files import cut_half_line, replace_file
+from lockstep.cluster.records.tables import (
+    COMPARISON_COLUMNS,
+    EVALUATION_COLUMNS,
+    ROLLOUT_COLUMNS,
+    Record,
+    Row,
+    parquet_files,
+    read_rows,
+    write_table,
+)
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+RECIPE, SUMMARY, METRICS = "recipe.toml", "summary.json", "metrics.jsonl"
+COMPARISONS = "comparisons.parquet"
+STAGES = ("before", "supervised", "preferred", "after")
+STATUSES = ("running", "finished", "interrupted", "failed")
+
+
+class RunError(ValueError):
+    """A path or a file that is not what a run folder holds; the sentence says what to change."""
+
+
+class RunFolder:
+    """One run's folder, for writing (`create`, `resume`) and for reading (`open`)."""
+
+    def __init__(self, path: Path, summary: Record, clock: Callable[[], float]) -> None:
+        """Use `create`, `resume` or `open`; clock gives seconds and need not start anywhere in particular."""
+        self.path = path
+        self.moved_aside: Path | None = None
+        self._summary = summary
+        self._clock = clock
+        self._began: float | None = None
+        self._lines: TextIO | None = None
+        self._writer: SummaryWriter | None = None
+
+    @classmethod
+    def create(cls, path: Path | str, recipe_toml: str, name: str, clock: Callable[[], float] = time.monotonic) -> Self:
+        """Start a run at path. A run that lies there moves to `<path>-1`, `-2`, …; see `moved_aside`.
+
+        Raises:
+            RunError: path is a file, or a folder that holds something other than a run.
+        """
+        path = Path(path)
+        aside = _clear(path)
+        path.mkdir(parents=True, exist_ok=True)
+        run = cls(path, _new_summary(name, aside), clock)
+        run.moved_aside = aside
+        run._began = clock()
+        replace_file(path / RECIPE, recipe_toml.encode())
+        (path / METRICS).touch()
+        run._save()
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str, clock: Callable[[], float] = time.monotonic) -> Self:
+        """The run at path, to read.
+
+        Raises:
+            RunError: path is no folder, or has no readable summary.json.
+        """
+        path = Path(path)
+        return cls(path, _read_summary(path), clock)
+
+    @classmethod
+    def resume(cls, path: Path | str, clock: Callable[[], float] = time.monotonic) -> Self:
+        """The run at path, to go on with: it is running again, and its time goes on from where it stopped.
+
+        Raises:
+            RunError: as `open`.
+        """
+        run = cls.open(path, clock)
+        run.update(status="running", error=None)
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close as finished, as interrupted (Ctrl-C, exit) or as failed with the error's own words."""
+        if self._summary["status"] != "running":
+            self._release()
+        elif error is None:
+            self.close("finished")
+        elif isinstance(error, Exception):
+            self.close("failed", f"{type(error).__name__}: {error}")
+        else:
+            self.close("interrupted")
+
+    def log(self, phase: str, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Append one line to metrics.jsonl and the numbers to TensorBoard as `<phase>/<name>`.
+
+        The line's own fields (phase, step, time) win over metrics of the same name. NaN and infinities, which JSON
+        lacks, are written as null.
+        """
+        values = {key: _plain(value) for key, value in metrics.items()}
+        line = {**values, "phase": phase, "step": int(step), "time": round(self.seconds(), 3)}
+        lines = self._metrics_file()
+        lines.write(json.dumps({key: _json_value(value) for key, value in line.items()}) + "\n")
+        lines.flush()
+        self._scalars(phase, step, values)
+
+    def rollouts(self, step: int, rows: Sequence[Row]) -> Path:
+        """Write the rollouts of one step; rows have ROLLOUT_COLUMNS, and may have more."""
+        return write_table(self.path / "rollouts" / f"step-{step:06d}.parquet", rows, ROLLOUT_COLUMNS)
+
+    def evaluation(self, stage: str, rows: Sequence[Row]) -> Path:
+        """Write one evaluation's completions; rows have EVALUATION_COLUMNS, and may have more."""
+        return write_table(self.path / "evals" / f"{stage}.parquet", rows, EVALUATION_COLUMNS)
+
+    def keep_comparisons(self, rows: Sequence[Row]) -> Path:
+        """Write the comparisons that a phase learns from; rows have COMPARISON_COLUMNS."""
+        return write_table(self.path / COMPARISONS, rows, COMPARISON_COLUMNS)
+
+    def comparisons(self) -> list[Record]:
+        """What `keep_comparisons` wrote.
+
+        Raises:
+            RunError: when there is none.
+        """
+        try:
+            rows: list[Record] = pq.read_table(self.path / COMPARISONS).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(f"{self.path / COMPARISONS} cannot be read, and a run goes on with it: {error}") from error
+        return rows
+
+    def update(self, **fields: object) -> None:
+        """Set fields of summary.json; the others stay."""
+        self._summary.update(fields)
+        self._save()
+
+    def close(self, status: str, error: str | None = None) -> None:
+        """Record how the run ended and let its files go. Logging again reopens them.
+
+        Raises:
+            RunError: status is none of STATUSES.
+        """
+        if status not in STATUSES:
+            raise RunError(f"a run cannot end as {status!r}: use one of {', '.join(STATUSES)}")
+        self._release()
+        self.update(status=status, error=error)
+
+    def seconds(self) -> float:
+        """Seconds since the run started, time spent stopped left out."""
+        if self._began is None:
+            self._began = self._clock() - self._spent()
+        return self._clock() - self._began
+
+    def summary(self) -> Record:
+        """A copy of summary.json's fields."""
+        return dict(self._summary)
+
+    def recipe(self) -> str | None:
+        """The resolved recipe's text, or None where the file is missing."""
+        path = self.path / RECIPE
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def metrics(self) -> list[Record]:
+        """All lines of metrics.jsonl, null read as NaN.
+
+        A half-written last line is left out. A resumed run repeats the steps after its last checkpoint; of two lines
+        of the same phase, step and stage the later one stands.
+
+        Raises:
+            RunError: a line other than the last cannot be read.
+        """
+        records: dict[tuple[object, ...], Record] = {}
+        for record in _parse_lines(self.path / METRICS):
+            key = (record.get("phase"), record.get("step"), record.get("stage"))
+            records.pop(key, None)
+            records[key] = record
+        return list(records.values())
+
+    def evaluations(self) -> dict[str, list[Record]]:
+        """Rows of each evaluation by stage: before, supervised, after, then any other by name."""
+        stages = {path.stem: path for path in parquet_files(self.path / "evals")}
+        order = sorted(stages, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
+        return {stage: read_rows(stages[stage]) for stage in order}
+
+    def last_rollouts(self, n: int = 1) -> list[Record]:
+        """Rows of the last n steps that have rollouts, oldest step first."""
+        files = parquet_files(self.path / "rollouts")
+        return [row for path in files[max(0, len(files) - n) :] for row in read_rows(path)]
+
+    def _spent(self) -> float:
+        times = [float(record.get("time", 0.0)) for record in _parse_lines(self.path / METRICS)]
+        return max([float(self._summary.get("seconds") or 0.0), *times])
+
+    def _save(self) -> None:
+        self._summary["seconds"] = round(self.seconds(), 3)
+        text = json.dumps(_json_value(self._summary), indent=2, ensure_ascii=False) + "\n"
+        replace_file(self.path / SUMMARY, text.encode())
+
+    def _metrics_file(self) -> TextIO:
+        if self._lines is None:
+            cut_half_line(self.path / METRICS)
+            self._lines = (self.path / METRICS).open("a", encoding="utf-8")
+        return self._lines
+
+    def _scalars(self, phase: str, step: int, values: Mapping[str, float | str]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import, and readers never need it
+
+            self._writer = SummaryWriter(str(self.path / "tensorboard"))
+        for key, value in values.items():
+            if not isinstance(value, str):
+                self._writer.add_scalar(f"{phase}/{key}", value, step)
+
+    def _release(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._lines = self._writer = None
+
+
+def _new_summary(name: str, aside: Path | None) -> Record:
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    summary: Record = {"name": name, "status": "running", "error": None, "started": started, "seconds": 0.0}
+    summary |= {"software": {}, "machine": {}, "split": {}, "rows": [], "speed": {}}
+    return summary if aside is None else summary | {"moved_aside": aside.name}
+
+
+def _read_summary(path: Path) -> Record:
+    if not path.is_dir():
+        raise RunError(f"{path} is not a folder: give the folder of a run, the one that holds {SUMMARY}")
+    if not (path / SUMMARY).is_file():
+        raise RunError(f"{path} holds no {SUMMARY}: give the folder of a run, such as runs/quickstart")
+    try:
+        summary = json.loads((path / SUMMARY).read_bytes())
+    except ValueError as error:
+        raise RunError(f"{path / SUMMARY} is not JSON ({error}): restore it, or run again") from error
+    if not isinstance(summary, dict):
+        raise RunError(f"{path / SUMMARY} holds a {type(summary).__name__}, not an object: restore it, or run again")
+    return {"name": path.name, "status": "running"} | summary
+
+
+def _clear(path: Path) -> Path | None:
+    """Make way for a new run at path; the place that the old one moved to, if there was one."""
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file, and a run needs a folder: choose another path")
+    if not path.exists() or not any(path.iterdir()):
+        return None
+    if not any((path / name).exists() for name in (SUMMARY, METRICS, RECIPE)):
+        raise RunError(f"{path} holds files that are not a run's: choose an empty or a new folder")
+    number = 1
+    while (aside := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def _plain(value: object) -> float | str:
+    """A metric as a Python number or text; NumPy's and torch's scalars become floats."""
+    if isinstance(value, str | int | float):
+        return value
+    return float(value)  # type: ignore[arg-type]
+
+
+def _json_value(value: object) -> object:
+    """Value with NaN and infinities as null, containers included."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    return [_json_value(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _parse_lines(path: Path) -> list[Record]:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise RunError(f"{path} line {number} is not JSON ({error}): remove or restore that line") from error
+        if record:
+            records.append({key: math.nan if value is None else value for key, value in record.items()})
+    return records

@@ -1,0 +1,102 @@
+"""Columns and rows of rollouts, evaluations, comparisons."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lockstep.rl.types import Scored, turns
+
+
+def answer_row(scored: Scored) -> dict[str, Any]:
+    rollout, verdict = scored.rollout, scored.verdict
+    return {
+        "problem": rollout.prompt.index,
+        "prompt": rollout.prompt.text,
+        "answer": rollout.prompt.answer,
+        "completion": rollout.text,
+        "outcome": str(verdict.outcome),
+        "reason": verdict.reason,
+    }
+
+
+def rollout_row(step: int, number: int, scored: Scored) -> dict[str, Any]:
+    rollout = scored.rollout
+    return answer_row(scored) | {
+        "step": step,
+        "group": rollout.prompt.index,
+        "sample": number,
+        "reward": scored.reward,
+        "weight_version": rollout.weight_version,
+        "weight_versions": list(rollout.weight_versions),
+        "finish_reason": rollout.finish_reason,
+        "prompt_tokens": len(rollout.prompt.tokens),
+        "completion_tokens": len(rollout.tokens),
+        "turns": turns(rollout),
+        "advantage": scored.advantage,
+    }
+
+
+Record: TypeAlias = dict[str, Any]
+Row: TypeAlias = Mapping[str, object]
+
+ROLLOUT_COLUMNS: dict[str, pa.DataType] = {
+    "step": pa.int64(),
+    "group": pa.int64(),
+    "sample": pa.int64(),
+    "prompt": pa.string(),
+    "completion": pa.string(),
+    "answer": pa.string(),
+    "reward": pa.float64(),
+    "outcome": pa.string(),
+    "reason": pa.string(),
+    "weight_version": pa.int64(),
+    "weight_versions": pa.list_(pa.int64()),
+    "finish_reason": pa.string(),
+    "prompt_tokens": pa.int64(),
+    "completion_tokens": pa.int64(),
+    "advantage": pa.float64(),
+}
+EVALUATION_COLUMNS: dict[str, pa.DataType] = {
+    "problem": pa.int64(),
+    "prompt": pa.string(),
+    "answer": pa.string(),
+    "completion": pa.string(),
+    "outcome": pa.string(),
+    "reason": pa.string(),
+}
+COMPARISON_COLUMNS: dict[str, pa.DataType] = {
+    "index": pa.int64(),
+    "prompt": pa.list_(pa.int64()),
+    "completions": pa.list_(pa.list_(pa.int64())),
+    "reference_logp": pa.list_(pa.list_(pa.float32())),
+}
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+def read_rows(path: Path) -> list[Record]:
+    rows: list[Record] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def write_table(path: Path, rows: Sequence[Row], columns: Mapping[str, pa.DataType]) -> Path:
+    names = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
+    table = pa.table({name: _column((row.get(name) for row in rows), columns.get(name)) for name in names})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)
+    return path
+
+
+def _column(values: Iterable[object], kind: pa.DataType | None) -> pa.Array:
+    """One column; text columns take anything that str can show, because answers may be numbers."""
+    if kind == pa.string():
+        return pa.array([None if value is None else str(value) for value in values], type=kind)
+    return pa.array(list(values), type=kind)

@@ -1,0 +1,1 @@
+"""Runs a recipe: its phases in order, pretraining, profiling, submission as a Ray job."""

@@ -1,0 +1,186 @@
+"""The phases of a run on problems: supervised steps, preferences, reinforcement, and held-out accuracy between them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lockstep.cluster.launch import actors as crews
+from lockstep.cluster.launch.actors import RunActors
+from lockstep.cluster.launch.placement import Placement
+from lockstep.cluster.launch.resume import Position, continued, position_of
+from lockstep.cluster.recipe.schema import Recipe
+from lockstep.cluster.records.progress import Progress
+from lockstep.cluster.records.run_folder import RunFolder
+from lockstep.cluster.records.tables import answer_row, rollout_row
+from lockstep.cluster.run.profiling import traced
+from lockstep.data.tasks.task import Split
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.model.formats.lockstep import write_checkpoint
+from lockstep.model.formats.registry import OpenModel
+from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.preferences import Comparison
+from lockstep.rl.controller import Controller, StepRecord
+from lockstep.rl.types import Scored
+from lockstep.rl.verdict import Outcome
+
+
+def run_phases(
+    recipe: Recipe,
+    start: OpenModel,
+    split: Split,
+    run: RunFolder,
+    progress: Progress,
+    traces: Path | None,
+    placement: Placement,
+    last: Checkpoint | None,
+) -> None:
+    """All phases, or what is left of them after a checkpoint."""
+    at = position_of(last)
+    folder = recipe.folder / "model"
+    if last is None:
+        progress.say(f"converting {recipe.model.source} into {folder}")
+        write_checkpoint(*start, folder)
+    first = manager.find(folder.resolve())
+    progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
+    crew = crews.start(recipe, first, last, at, split, placement)
+    controller = Controller(
+        crew.policy,
+        crew.rollouts,
+        crew.verifiers,
+        tokenizer=Tokenizer(Checkpoint(first).files),
+        task=recipe.task,
+        split=split,
+        seed=recipe.seed,
+        reward=recipe.reward,
+        models=crew.models,
+        environments=crew.environments,
+    )
+    if last:
+        progress.say(f"going on after step {at.steps}, which {last.place} holds")
+        manager.drop_after(recipe.saves, at.steps)
+        crew.resume(last, at)
+        controller.resume(at.version)
+    phases = _Phases(recipe, controller, crew, run, progress, traces, at)
+    phases.measure("before")
+    if recipe.supervised and recipe.supervised.steps and at.phase == "sft":
+        phases.supervise(recipe.supervised)
+    if recipe.preference and recipe.preference.steps and at.phase != "rl":
+        phases.prefer(recipe.preference)
+    if recipe.rl and recipe.rl.steps:
+        phases.reinforce(recipe.rl)
+    phases.save()
+    crew.close()
+
+
+class _Phases:
+    """Runs phases and writes down what they report."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        controller: Controller,
+        crew: RunActors,
+        run: RunFolder,
+        progress: Progress,
+        traces: Path | None,
+        at: Position,
+    ) -> None:
+        self._recipe, self._controller, self._crew = recipe, controller, crew
+        self._run, self._progress, self._traces = run, progress, traces
+        self._at = at
+        self._rows = [row for row in run.summary().get("rows") or [] if row["step"] <= at.steps]
+        self._saved: int | None = at.steps or None
+
+    @property
+    def steps(self) -> int:
+        """Taken so far, of all phases."""
+        return self._at.steps
+
+    def supervise(self, config: SupervisedConfig) -> None:
+        """The phase of demonstrations."""
+        self._run_all("sft", config.steps, self._controller.supervised(config, self._at.done("sft")))
+        self.measure("supervised")
+
+    def prefer(self, config: PreferenceConfig) -> None:
+        """The phase of comparisons, which a run that goes on has written down."""
+        done = self._at.done(config.phase)
+        if done:
+            comparisons = [Comparison.of(row) for row in self._run.comparisons()]
+        else:
+            self._progress.say("reading comparisons" if config.source else "writing completions to compare")
+            comparisons = self._controller.compare(config)
+            self._run.keep_comparisons([each.row() for each in comparisons])
+        self._run_all(config.phase, config.steps, self._controller.prefer(config, comparisons, done))
+        if config.judged:
+            self._crew.save_reward_model(self.steps, self._said())
+        else:
+            self.measure("preferred")
+
+    def reinforce(self, config: RLConfig) -> None:
+        """The phase of rewards."""
+        at = self._at
+        if at.phase != "rl":
+            self._crew.keep_reference(at.steps)
+        self._crew.load_reference()
+        self._run_all("rl", config.steps, self._controller.reinforce(at.adapted(config), at.done("rl"), at.group))
+        self.measure("after")
+
+    def _run_all(self, name: str, total: int, records: Iterator[StepRecord]) -> None:
+        """One phase, a record a step."""
+        self._progress.begin(name, total)
+        with traced(self._crew.policy, self._traces and self._traces / name, self._progress):
+            for record in records:
+                self._record(name, record)
+
+    def _record(self, name: str, record: StepRecord) -> None:
+        version = self._controller.version
+        self._at = Position(name, record.step, record.position, version, record.kl_beta, self.steps + 1)
+        self._run.log(name, record.step, record.metrics)
+        if record.scored:
+            self._run.rollouts(record.step, [rollout_row(record.step, i, s) for i, s in enumerate(record.scored)])
+        self._progress.step(name, record.step, record.metrics)
+        every = self._recipe.checkpoints.every
+        if every and self.steps % every == 0:
+            self.save()
+
+    def measure(self, stage: str) -> None:
+        """Greedy accuracy on the held-out problems, if it is not known."""
+        if any(row["stage"] == stage for row in self._rows):
+            return
+        self._progress.say(f"measuring held-out accuracy ({stage})")
+        scored = self._controller.evaluate(self._recipe.evaluation.max_new_tokens)
+        row = _evaluation(stage, self.steps, scored)
+        self._rows.append(row)
+        self._run.evaluation(stage, [answer_row(s) for s in scored])
+        self._run.log("eval", self.steps, row)
+        self._run.update(rows=self._rows)
+        self._progress.say(f"{stage}: {row['correct']} of {row['total']} correct")
+
+    def save(self) -> None:
+        """A checkpoint of who learns as they are."""
+        if self._saved == self.steps:
+            return
+        self._saved = self.steps
+        said = {key: value for key, _, value in continued(self._recipe)}
+        position = {key: value for key, value in asdict(self._at).items() if key != "steps"}
+        self._crew.save(said | self._said() | {"position": position}, self._at)
+
+    def _said(self) -> dict[str, Any]:
+        """What every manifest says of the run."""
+        return {"name": self._recipe.name, "seed": self._recipe.seed}
+
+
+def _evaluation(stage: str, step: int, scored: Sequence[Scored]) -> dict[str, Any]:
+    outcomes = [s.verdict.outcome for s in scored]
+    correct, ungradable = outcomes.count(Outcome.correct), outcomes.count(Outcome.ungradable)
+    return {
+        "stage": stage,
+        "accuracy": correct / len(scored),
+        "correct": correct,
+        "total": len(scored),
+        "ungradable": ungradable,
+        "step": step,
+    }

@@ -1,0 +1,244 @@
+"""The pretraining phase of a run: steps until the end, the held-out loss in between, speed in tokens and in FLOPs."""
+
+import math
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lockstep.cluster.recipe.schema import Recipe
+from lockstep.cluster.records.progress import Progress
+from lockstep.cluster.records.run_folder import RunFolder
+from lockstep.cluster.run.profiling import traced
+from lockstep.cluster.run.rewinds import Rewinds
+from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
+from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.step_result import StepResult
+from lockstep.model.formats.lockstep import write_checkpoint
+from lockstep.model.formats.registry import OpenModel
+from lockstep.model.training.config import PretrainConfig
+from lockstep.model.training.flops import training_flops
+from lockstep.rl.remote import Places, gather
+from lockstep.rl.workers.worker_groups import ModelGroup, threads_for
+
+
+class Diverged(RuntimeError):
+    """A run that no longer learns; the sentence says since when, what is saved, and where the batch is."""
+
+
+def run_pretraining(
+    recipe: Recipe,
+    start: OpenModel,
+    run: RunFolder,
+    progress: Progress,
+    traces: Path | None,
+    last: Checkpoint | None,
+    places: Places = (),
+) -> None:
+    """Train, measure, save.
+
+    Args:
+        traces: a folder for traces of the first steps, where they are wanted.
+        last: the checkpoint to go on from, where the run goes on.
+        places: of the trainer's processes.
+
+    Raises:
+        Diverged: after `pretrain.give_up_after` steps in a row without a finite gradient, or at a spike too many.
+    """
+    config = recipe.pretrain
+    assert config is not None
+    model = start[1]
+    data = config.text(model, recipe.folder / "random", recipe.seed)
+    done, samples = _position(config, last)
+    checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
+    progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
+    threads = threads_for(recipe.layout.processes)
+    policy = ModelGroup(recipe.layout, threads=threads, trainer=recipe.trainer, places=places)
+    gather(policy.start(checkpoint, recipe.model.dtype, config.optimizer, 1.0, recipe.model.numerics))
+    if last:
+        progress.say(f"going on after step {done}, which {last.place} holds")
+        policy.call("restore", checkpoint)
+    policy.call("open_text", config, data, recipe.seed, done, samples)
+    policy.call("open_checkpoints", recipe.saves, recipe.checkpoints)
+    flops, peak = training_flops(model, data.length), sum(policy.call("peak_flops"))
+    progress.say(
+        f"{model.parameters / 1e6:.1f}M parameters, {flops / 1e9:.3f} GFLOP a token (6 per weight in a product, and "
+        f"6 · layers · width · length for attention); measured peak {peak / 1e9:.0f} GFLOP/s"
+    )
+    run.update(speed={"flops_per_token": flops, "peak_flops": peak})
+    loop = _Loop(recipe, config, policy, run, progress, flops / peak, done, samples)
+    with traced(policy, traces, progress):
+        loop.run(data.length * config.samples_per_step)
+
+
+def _first_checkpoint(recipe: Recipe, start: OpenModel, progress: Progress) -> Path:
+    progress.say(f"writing the model of step 0 into {recipe.folder / 'model'}")
+    return write_checkpoint(*start, recipe.folder / "model")
+
+
+def _position(config: PretrainConfig, last: Checkpoint | None) -> tuple[int, SampleSchedule]:
+    """After which step the run is, and what it reads from there on."""
+    if last is None:
+        return 0, config.schedule
+    rewinds = tuple(Rewind(snapshot, spike) for snapshot, spike in last.manifest["rewinds"])
+    return int(last.manifest["step"]), replace(config.schedule, rewinds=rewinds)
+
+
+class _Loop:
+    """Steps and what is written down of them."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: PretrainConfig,
+        policy: ModelGroup,
+        run: RunFolder,
+        progress: Progress,
+        cost: float,
+        done: int,
+        samples: SampleSchedule,
+    ) -> None:
+        """
+        Args:
+            cost: seconds that a token takes at the measured peak.
+            done: the step that the weights are of.
+        """
+        self._recipe, self._config, self._policy = recipe, config, policy
+        self._run, self._progress, self._cost = run, progress, cost
+        losses, self._held_out = (
+            {m["step"]: m["loss"] for m in run.metrics() if m["phase"] == phase and m["step"] <= done}
+            for phase in ("pretrain", "held_out")
+        )
+        self._rewinds = Rewinds(config.spikes, samples, policy, [losses[step] for step in range(1, done + 1)])
+        self._done, self._saved = done, done or None
+        self._checkpoints = recipe.saves
+        self._spoilt = self._skipped = 0
+        self._speeds: list[float] = []
+
+    def run(self, tokens: int) -> None:
+        """All steps of so many tokens each."""
+        config = self._config
+        self._progress.begin("pretrain", config.steps)
+        step = self._done
+        if not step:
+            self.measure(0)
+        while step < config.steps:
+            step = self._advance(step + 1, tokens)
+        self.measure(config.steps)
+        self.save(config.steps)
+        self._policy.call("saved")
+        self._policy.call("text", "close")
+        if self._speeds:
+            speed = statistics.median(self._speeds)
+            self._progress.say(f"median {speed:,.0f} tokens/s, {speed * self._cost:.1%} of the measured peak")
+
+    def _advance(self, step: int, tokens: int) -> int:
+        """Take a step and do what is due after it, or go back; returns the step that the weights are of then."""
+        loss = self._step(step, tokens).values["loss"]
+        if self._rewinds.is_spike(loss):
+            return self._go_back(step, loss)
+        self._check_gradients(step)
+        self._rewinds.stand(loss)
+        if step < self._config.steps:
+            if _due(step, self._config.evaluate_every):
+                self.measure(step)
+            if _due(step, self._recipe.checkpoints.every):
+                self.save(step)
+        return step
+
+    def _step(self, step: int, tokens: int) -> StepResult:
+        began = time.perf_counter()
+        result: StepResult = self._policy.call("pretrain", step)[0]
+        seconds = time.perf_counter() - began
+        finite = math.isfinite(result.grad_norm) and math.isfinite(result.values["loss"])
+        self._spoilt = 0 if finite else self._spoilt + 1
+        self._skipped += not finite
+        self._speeds.append(tokens / seconds)
+        metrics: dict[str, Any] = result.values | {
+            "grad_norm": result.grad_norm,
+            "learning_rate": self._config.optimizer.rate(step, self._config.steps),
+            "tokens": step * tokens,
+            "train_tokens_per_second": tokens / seconds,
+            "mfu": tokens / seconds * self._cost,
+            "skipped": self._skipped,
+            "step_seconds": seconds,
+            **self._rewinds.metrics(),
+        }
+        self._run.log("pretrain", step, metrics)
+        self._progress.step("pretrain", step, metrics)
+        return result
+
+    def _check_gradients(self, step: int) -> None:
+        """End a run whose gradients are no numbers any more."""
+        if self._spoilt >= self._config.give_up_after:
+            self.save(step)
+            self._policy.call("saved")
+            batch = self._save_batch(step - self._spoilt + 1, step)
+            raise Diverged(
+                f"{self._spoilt} steps in a row, the last one {step}, had no finite loss and gradient: their updates "
+                f"were left out, the weights before them are saved, and what they read is in {batch}"
+            )
+
+    def _go_back(self, step: int, loss: float) -> int:
+        """Take steps back, from a spike to the last snapshot; returns its step."""
+        spike, left = f"the loss of step {step}, {loss:.4g}, is a spike", self._rewinds.left
+        batch = None if left else self._save_batch(step, step)
+        back = self._rewinds.take_back(step)
+        self._policy.call("saved")
+        manager.drop_after(self._checkpoints, back)
+        self._saved = None
+        self._held_out = {measured: loss for measured, loss in self._held_out.items() if measured <= back}
+        self._spoilt = 0
+        if batch:
+            self.save(back)
+            self._policy.call("saved")
+            raise Diverged(
+                f"{spike}, and the run went back as often as pretrain.spikes.rewinds allows: the weights of step "
+                f"{back} are saved, and what step {step} read is in {batch}"
+            )
+        self._run.log("rewind", step, {"loss": loss, "back_to": back, **self._rewinds.metrics()})
+        left_out = self._rewinds.samples.left_out[-1]
+        self._progress.say(
+            f"{spike}: back to step {back}, without samples {left_out.start} to {left_out.stop - 1}; {left - 1} more "
+            f"such rewinds may follow"
+        )
+        return back
+
+    def _save_batch(self, first: int, last: int) -> Path:
+        """Write down what these steps read; returns the file."""
+        file = self._recipe.folder / "batches" / f"step-{last:06d}.npz"
+        samples = self._rewinds.samples
+        read = range(samples.samples(first).start, samples.samples(last).stop)
+        self._policy.call("text", "save_batch", file.resolve(), read)
+        return file
+
+    def measure(self, step: int) -> None:
+        """The held-out loss, where documents are held out."""
+        loss = self._policy.call("text", "held_out_loss")[0]
+        if loss is not None:
+            self._held_out[step] = loss
+            self._run.log("held_out", step, {"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
+            self._progress.say(f"held-out loss after {step} steps: {loss:.4f} nats a token")
+
+    def save(self, step: int) -> None:
+        """A checkpoint of weights and optimizer as they are, which says what samples they have not learned from."""
+        if step == self._saved:
+            return
+        self._saved = step
+        samples = self._rewinds.samples
+        said = {
+            "name": self._recipe.name,
+            "seed": self._recipe.seed,
+            "optimizer": self._config.optimizer.kind,
+            "samples_per_step": self._config.samples_per_step,
+            "left_out": [[r.start, r.stop] for r in samples.left_out],
+            "rewinds": [[r.snapshot, r.spike] for r in samples.rewinds],
+        }
+        best = min(self._held_out, key=lambda measured: self._held_out[measured], default=None)
+        self._policy.call("save", step, said, True, step == best)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

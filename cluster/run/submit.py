@@ -1,0 +1,102 @@
+"""A recipe as a job on a running Ray head: thin, the same recipe and the same program over there.
+
+The package travels with the job. Paths in the recipe do not: they are made absolute, and mean the head's files.
+"""
+
+import asyncio
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import ray.job_submission as jobs
+from ray.exceptions import AuthenticationError
+from rich.console import Console
+
+import lockstep
+from lockstep.cluster.recipe.load import to_toml
+from lockstep.cluster.recipe.schema import Recipe
+
+
+class NoHead(ValueError):
+    """No Ray head answers at the address, or it takes no job."""
+
+
+def submit_recipe(recipe: Recipe, address: str, console: Console) -> int:
+    """Run `lockstep train` on the head and follow its log.
+
+    Returns:
+        0 when the job succeeded, 1 otherwise.
+
+    Raises:
+        NoHead: when nothing answers at the address, the head takes no jobs or wants a token that is not given.
+    """
+    client = _client(address)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "recipe.toml").write_text(to_toml(with_absolute_paths(recipe)), encoding="utf-8")
+        environment = {
+            "working_dir": folder,
+            "py_modules": [str(Path(lockstep.__file__).parent)],
+            "excludes": ["__pycache__"],
+        }
+        try:
+            job = client.submit_job(entrypoint=f"{_python()} -m lockstep train recipe.toml", runtime_env=environment)
+        except RuntimeError as error:
+            raise NoHead(
+                f"the Ray head at {address} took no job ({error}): where another Ray on its machine has the port of "
+                "its agent, start it with another --dashboard-agent-listen-port"
+            ) from error
+    console.print(f"job {job}")
+    try:
+        asyncio.run(_follow(client, job, console))
+    except KeyboardInterrupt:
+        client.stop_job(job)
+        raise
+    status = client.get_job_status(job)
+    console.print(f"job {job}: {status.value.lower()}")
+    return 0 if status is jobs.JobStatus.SUCCEEDED else 1
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with its run folder, and its model and problems where they are files here, as absolute paths."""
+    source, task = recipe.model.source, recipe.task
+    files = {key: _absolute(name) for key in ("generator", "held_out_from") if (name := getattr(task, key))}
+    return recipe.model_copy(
+        update={
+            "run": str(recipe.folder.resolve()),
+            "model": recipe.model.model_copy(update={"source": _absolute(source)}),
+            "task": task.model_copy(update=files),
+        }
+    )
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _client(address: str) -> jobs.JobSubmissionClient:
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(variable, None)  # Ray would prefer it to the address that was asked for
+    try:
+        return jobs.JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise NoHead(
+            f"the Ray head at {address} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the head's own"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise NoHead(
+            f"no Ray head answers at {address} ({error}): start one with `ray start --head`, or correct --address"
+        ) from error
+
+
+def _python() -> str:
+    """This interpreter where the head has it, too; elsewhere whatever `python` is there."""
+    here = shlex.quote(sys.executable)
+    return f"$([ -x {here} ] && echo {here} || echo python)"
+
+
+async def _follow(client: jobs.JobSubmissionClient, job: str, console: Console) -> None:
+    async for text in client.tail_job_logs(job):
+        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,195 @@
+"""The engine in a thread of its own, so that an event loop can talk to many clients while it computes.
+
+Requests go in through a queue and tokens come out on the event loop, all those of one forward pass together. What the
+loop knows (who listens, whether the engine failed) is changed on the loop only; the engine is touched by its thread
+only, except for its statistics.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Self
+
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.protocol import Request, Statistics, TokenOutput
+
+log = logging.getLogger(__name__)
+
+Command = Callable[[], None]
+
+
+class Busy(Exception):
+    """As many completions wait as may."""
+
+
+class Ended(Exception):
+    """The service was closed before a completion was."""
+
+
+class EngineFailed(Exception):
+    """The engine raised something that no request is to blame for."""
+
+
+class Outlet:
+    """Where the tokens of some requests come out."""
+
+    def __init__(self, keys: set[str | int]) -> None:
+        self.open = keys
+        """Requests that have not ended."""
+        self._unread = len(keys)
+        self._items: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
+
+    def put(self, item: TokenOutput | Exception) -> None:
+        """Hand over a token, or what ends all of them."""
+        if isinstance(item, TokenOutput) and item.finish_reason:
+            self.open.discard(item.key)
+        self._items.put_nowait(item)
+
+    async def tokens(self) -> AsyncIterator[TokenOutput]:
+        """In the order in which they are drawn, up to the last token of the last request."""
+        while self._unread:
+            item = await self._items.get()
+            if isinstance(item, Exception):
+                raise item
+            self._unread -= bool(item.finish_reason)
+            yield item
+
+
+class AsyncEngine:
+    """Completions of one engine for many tasks of one event loop, as an asynchronous context."""
+
+    def __init__(self, engine: RolloutEngine, *, places: int) -> None:
+        """
+        Args:
+            places: completions that may run and wait together.
+        """
+        self._engine, self.places = engine, places
+        self.failure: str | None = None
+        """What the engine failed with; it serves nobody from then on."""
+        self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._outlets: set[Outlet] = set()
+        self._by_key: dict[str | int, Outlet] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.accepts = True
+        """Whether new requests are taken."""
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End all completions, and the thread after its forward pass."""
+        self.accepts = False
+        self._tell_all(Ended("the server ended before the completion did"))
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the engine is doing."""
+        return self._engine.statistics
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and completion together."""
+        return self._engine.longest
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody listens."""
+        return not self._outlets
+
+    @property
+    def open(self) -> int:
+        """Completions that run or wait."""
+        return sum(len(outlet.open) for outlet in self._outlets)
+
+    @asynccontextmanager
+    async def completions(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[TokenOutput]]:
+        """The tokens of some requests; those that have not ended when the context is left are cancelled.
+
+        Raises:
+            Busy: when there is no place for all of them.
+            Ended, EngineFailed: also while tokens are read, as is what `RolloutEngine.add` raises.
+        """
+        if self.failure:
+            raise EngineFailed(self.failure)
+        if not self.accepts:
+            raise Ended("the server is about to end: ask another, or later")
+        if self.open + len(requests) > self.places:
+            raise Busy(f"{self.open} completions run or wait, and {self.places} may: try again later")
+        outlet = Outlet({request.key for request in requests})
+        self._outlets.add(outlet)
+        self._inbox.put(partial(self._add, requests, outlet))
+        try:
+            yield outlet.tokens()
+        finally:
+            self._outlets.remove(outlet)
+            self._inbox.put(partial(self._cancel, tuple(outlet.open)))
+
+    def _tell_all(self, error: Exception) -> None:
+        for outlet in self._outlets:
+            outlet.put(error)
+
+    def _failed(self, reason: str) -> None:
+        self.failure = f"the engine failed: {reason}"
+        self._tell_all(EngineFailed(self.failure))
+
+    def _run(self) -> None:
+        try:
+            while (commands := self._commands()) is not None:
+                for command in commands:
+                    command()
+                if self._engine.has_work:
+                    self._hand_out(self._engine.step())
+            self._cancel(tuple(self._by_key))
+        except Exception as error:
+            log.exception("the engine failed")
+            self._loop.call_soon_threadsafe(self._failed, f"{type(error).__name__}: {error}")
+
+    def _commands(self) -> list[Command] | None:
+        """All that are there; where there is nothing else to do, at least one. None once the service is closed."""
+        found: list[Command] = []
+        wait = not self._engine.has_work
+        while True:
+            try:
+                command = self._inbox.get(block=wait and not found)
+            except queue.Empty:
+                return found
+            if command is None:
+                return None
+            found.append(command)
+
+    def _add(self, requests: Sequence[Request], outlet: Outlet) -> None:
+        try:
+            for request in requests:
+                self._engine.add(request)
+                self._by_key[request.key] = outlet
+        except ValueError as error:
+            self._cancel([request.key for request in requests])
+            self._loop.call_soon_threadsafe(outlet.put, error)
+
+    def _cancel(self, keys: Sequence[str | int]) -> None:
+        for key in keys:
+            self._engine.cancel(key)
+            self._by_key.pop(key, None)
+
+    def _hand_out(self, tokens: Sequence[TokenOutput]) -> None:
+        pairs = [(self._by_key[token.key], token) for token in tokens]
+        for token in tokens:
+            if token.finish_reason:
+                del self._by_key[token.key]
+        self._loop.call_soon_threadsafe(_put_all, pairs)
+
+
+def _put_all(pairs: Sequence[tuple[Outlet, TokenOutput]]) -> None:
+    for outlet, token in pairs:
+        outlet.put(token)

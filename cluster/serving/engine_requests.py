@@ -1,0 +1,95 @@
+"""What a body asks of the engine: prompts as tokens, and how to draw; what cannot be asked is refused."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jinja2
+
+from lockstep.cluster.serving.errors import Refused
+from lockstep.cluster.serving.protocol import Body, ChatBody, CompletionBody
+from lockstep.data.tokenizer import BadTokenizer, Tokenizer
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.protocol import Request
+
+COMPLETION_TOKENS = 16
+"""OpenAI's default for completions; a chat's answer may fill the context."""
+
+
+@dataclass(frozen=True)
+class EngineRequests:
+    """What a body asks of the engine."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling: SamplingParams
+    samples: int
+    seed: int
+    echoes: Sequence[str] = ()
+    """Text before the completions of each prompt, where it is asked for."""
+
+    def requests(self, id: str) -> list[Request]:
+        """For the engine; those of one prompt follow each other, which lets it compute the prompt once."""
+        prompts = [tuple(prompt) for prompt in self.prompts for _ in range(self.samples)]
+        return [Request(f"{id}/{i}", prompt, self.sampling, self.seed, i) for i, prompt in enumerate(prompts)]
+
+
+@dataclass(frozen=True)
+class RequestMaker:
+    """Makes jobs for one engine."""
+
+    tokenizer: Tokenizer
+    longest: int
+    """Tokens of a prompt and its completion together."""
+    places: int
+    """Completions that may run and wait."""
+
+    def completion(self, body: CompletionBody) -> EngineRequests:
+        """Of `/v1/completions`.
+
+        Raises:
+            Refused: names the field that is wrong.
+        """
+        encode, decode = self.tokenizer.encode, partial(self.tokenizer.decode, skip_special=False)
+        prompts = [encode(p) if isinstance(p, str) else p for p in body.prompts]
+        for prompt in prompts:
+            self._check(prompt, "prompt")
+        limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        texts = [p if isinstance(p, str) else decode(p) for p in body.prompts] if body.echo else ()
+        return self._job(body, prompts, limit, body.logprobs or 0, texts)
+
+    def chat(self, body: ChatBody) -> EngineRequests:
+        """Of `/v1/chat/completions`.
+
+        Raises:
+            Refused: names the field that is wrong.
+        """
+        tokenizer = self.tokenizer
+        try:
+            prompt = tokenizer.encode(tokenizer.chat([message.plain for message in body.messages]))
+        except (jinja2.TemplateError, BadTokenizer) as error:
+            raise Refused(400, f"the chat template refuses these messages: {error}", param="messages") from error
+        self._check(prompt, "messages")
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        limit = self.longest - len(prompt) if asked is None else asked
+        return self._job(body, [prompt], limit, body.top_logprobs or 0)
+
+    def _check(self, prompt: Sequence[int], param: str) -> None:
+        if not prompt:
+            raise Refused(400, f"{param} has no tokens: give at least one", param=param)
+        if len(prompt) >= self.longest:
+            raise Refused(
+                400,
+                f"{param} has {len(prompt)} tokens, and it and its completion may have {self.longest}: shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _job(
+        self, body: Body, prompts: Sequence[Sequence[int]], limit: int, logprobs: int, echoes: Sequence[str] = ()
+    ) -> EngineRequests:
+        wanted = len(prompts) * body.samples
+        if wanted > self.places:
+            raise Refused(400, f"{wanted} completions are too many: {self.places} may run and wait", param="n")
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        return EngineRequests(prompts, body.sampling(limit, logprobs), body.samples, seed, echoes)

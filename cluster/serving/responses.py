@@ -1,0 +1,196 @@
+"""What clients receive: pieces of choices in the shapes of OpenAI's two endpoints, whole or as they come."""
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lockstep.rl.rollout.detokenizer import Decode, TextStream
+from lockstep.rl.rollout.protocol import TokenOutput
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A token of a choice, and where its text begins, in characters from the begin of the choice's text."""
+
+    token: TokenOutput
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of a choice that is certain, and the tokens that have come since the piece before."""
+
+    index: int
+    text: str
+    places: tuple[Place, ...]
+    is_first: bool
+    finish_reason: str | None
+
+
+def merged(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of a choice as one."""
+    return Piece(
+        pieces[0].index,
+        "".join(piece.text for piece in pieces),
+        tuple(place for piece in pieces for place in piece.places),
+        True,
+        pieces[-1].finish_reason,
+    )
+
+
+class Choice:
+    """One completion while its tokens come."""
+
+    def __init__(self, index: int, text: TextStream, before: str = "") -> None:
+        """
+        Args:
+            before: text that stands before the completion's own.
+        """
+        self._index, self._text, self._before = index, text, before
+        self._shift = len(before)
+        self._places: list[Place] = []
+        self._is_first = True
+
+    def add(self, token: TokenOutput) -> Piece | None:
+        """What can be said with one more token, if anything."""
+        self._places.append(Place(token, self._shift + self._text.length))
+        text = self._before + self._text.add(token.token, token.finish_reason)
+        if not text and not token.finish_reason:
+            return None
+        piece = Piece(self._index, text, tuple(self._places), self._is_first, token.finish_reason)
+        self._before, self._places, self._is_first = "", [], False
+        return piece
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of all prompts and completions of a request."""
+
+    prompt: int
+    completion: int
+
+    @property
+    def json(self) -> Json:
+        """As clients read it."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+        }
+
+
+def _now() -> int:
+    return int(time.time())
+
+
+@dataclass(frozen=True)
+class Reply(ABC):
+    """The shape of an answer."""
+
+    model: str
+    decode: Decode
+    logprobs: bool
+    created: int = field(default_factory=_now)
+    unique: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    @abstractmethod
+    def id(self) -> str:
+        """Of the answer; keys of the engine's requests begin with it."""
+
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> Json:
+        """All choices at once."""
+        shown = [self._choice(piece, streamed=False) for piece in choices]
+        return self._head(streamed=False) | {"choices": shown, "usage": usage.json}
+
+    def chunk(self, piece: Piece | None, usage: Usage | None, *, with_usage: bool) -> Json:
+        """An event of a stream: a piece of a choice, or, in the end, the usage.
+
+        Streams that end with their usage have the field in every event.
+        """
+        shown = [self._choice(piece, streamed=True)] if piece else []
+        said = {"usage": usage.json if usage else None} if with_usage else {}
+        return self._head(streamed=True) | {"choices": shown} | said
+
+    def _head(self, *, streamed: bool) -> Json:
+        return {"id": self.id, "object": self._kind(streamed), "created": self.created, "model": self.model}
+
+    @abstractmethod
+    def _kind(self, streamed: bool) -> str:
+        """OpenAI's name for the object."""
+
+    @abstractmethod
+    def _choice(self, piece: Piece, *, streamed: bool) -> Json: ...
+
+
+class CompletionReply(Reply):
+    """Of `/v1/completions`."""
+
+    @property
+    def id(self) -> str:
+        """See `Reply`."""
+        return f"cmpl-{self.unique}"
+
+    def _kind(self, streamed: bool) -> str:
+        return "text_completion"
+
+    def _choice(self, piece: Piece, *, streamed: bool) -> Json:
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": self._logprobs(piece) if self.logprobs else None,
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _logprobs(self, piece: Piece) -> Json:
+        tokens = [place.token for place in piece.places]
+        return {
+            "tokens": [self.decode([t.token]) for t in tokens],
+            "token_logprobs": [t.logp for t in tokens],
+            "top_logprobs": [self._top(t) for t in tokens] if any(t.top for t in tokens) else None,
+            "text_offset": [place.offset for place in piece.places],
+        }
+
+    def _top(self, token: TokenOutput) -> dict[str, float]:
+        """The likeliest tokens and the drawn one by their texts; of tokens that read alike the likeliest."""
+        found: dict[str, float] = {}
+        for number, logp in (*token.top, (token.token, token.logp)):
+            found.setdefault(self.decode([number]), logp)
+        return found
+
+
+class ChatReply(Reply):
+    """Of `/v1/chat/completions`."""
+
+    @property
+    def id(self) -> str:
+        """See `Reply`."""
+        return f"chatcmpl-{self.unique}"
+
+    def _kind(self, streamed: bool) -> str:
+        return "chat.completion.chunk" if streamed else "chat.completion"
+
+    def _choice(self, piece: Piece, *, streamed: bool) -> Json:
+        message = {"content": piece.text}
+        if piece.is_first:
+            message = {"role": "assistant", **message}
+        content = [self._logprob(place.token) for place in piece.places]
+        return {
+            "index": piece.index,
+            "delta" if streamed else "message": message,
+            "logprobs": {"content": content, "refusal": None} if self.logprobs else None,
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _logprob(self, token: TokenOutput) -> Json:
+        return self._named(token.token, token.logp) | {"top_logprobs": [self._named(*pair) for pair in token.top]}
+
+    def _named(self, number: int, logp: float) -> Json:
+        """A token with its text, and its bytes where they are whole characters."""
+        text = self.decode([number])
+        return {"token": text, "logprob": logp, "bytes": None if "\ufffd" in text else list(text.encode())}
