@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.commands import Command, Train, overrides
+from tests.cluster.cli_process import Command, Train, overrides
 from tests.cluster.heads import Head, free_port, started
 
 

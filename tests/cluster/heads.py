@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.cluster.commands import until
+from tests.cluster.cli_process import until
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.cluster.commands import Command, lockstep, refused, write_recipe
+from tests.cluster.cli_process import Command, lockstep, refused, write_recipe
 
 COMMANDS = ("train", "generate", "serve", "eval", "grade", "convert", "verify", "inspect", "report", "submit")
 

@@ -18,7 +18,7 @@ from lockstep.model.formats.registry import open_source
 from lockstep.model.formats.target import Wanted, write_whole
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.names import logical_tensors
-from tests.cluster.commands import lockstep
+from tests.cluster.cli_process import lockstep
 
 MODEL = ModelConfig(
     layers=2, width=12, heads=4, kv_heads=2, head_dim=4, intermediate=10, vocabulary=31, context=16, tied=False

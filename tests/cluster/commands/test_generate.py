@@ -18,7 +18,7 @@ from lockstep.model.formats.huggingface.reader import HuggingFaceFolder, read_te
 from lockstep.model.loading import build, transformer_of
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from tests.cluster.commands import lockstep, refused
+from tests.cluster.cli_process import lockstep, refused
 
 OPTIONS = ("--dtype", "float32", "--max-new-tokens", "8", "--temperature", "0.9", "--seed", "4")
 

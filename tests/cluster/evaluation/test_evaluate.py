@@ -8,7 +8,7 @@ import pytest
 
 from lockstep.cluster.evaluation.accuracy import pass_at_k
 from lockstep.data.preferences import from_verdicts
-from tests.cluster.commands import Command, lockstep, refused
+from tests.cluster.cli_process import Command, lockstep, refused
 
 SHORT = ["--dtype", "float32", "--max-new-tokens", "40", "--samples", "12", "--temperature", "2"]
 

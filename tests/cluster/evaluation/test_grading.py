@@ -10,7 +10,7 @@ import reasoning_gym
 from typer.testing import CliRunner, Result
 
 from lockstep.cluster.cli import app
-from tests.cluster.commands import lockstep, refused
+from tests.cluster.cli_process import lockstep, refused
 
 
 def rows(*values: dict[str, Any] | str) -> str:

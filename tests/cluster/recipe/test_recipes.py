@@ -12,7 +12,7 @@ from lockstep.cluster.launch.plan import busy
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import load_recipe, parse
 from lockstep.cluster.recipe.schema import Recipe
-from tests.cluster.commands import Train, metrics, overrides
+from tests.cluster.cli_process import Train, metrics, overrides
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "recipes"

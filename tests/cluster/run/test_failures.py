@@ -12,7 +12,7 @@ from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.remote import WorkerFailed, gather
 from lockstep.rl.workers.worker_groups import ModelGroup
-from tests.cluster.commands import Command, overrides, summary, write_recipe
+from tests.cluster.cli_process import Command, overrides, summary, write_recipe
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import whole
 from lockstep.model.training.trainable import NothingLearns
 from lockstep.model.weights.names import logical_tensors
-from tests.cluster.commands import Command, Train, metrics, summary
+from tests.cluster.cli_process import Command, Train, metrics, summary
 from tests.distributed.traces import steps_and_kinds
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "parity-tiny.toml"

@@ -14,7 +14,7 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import storage_of
 from lockstep.distributed.checkpoint.tensors import whole
 from lockstep.model.weights.names import is_adapter
-from tests.cluster.commands import Command, Train, metrics, overrides, summary, until
+from tests.cluster.cli_process import Command, Train, metrics, overrides, summary, until
 from tests.cluster.heads import Head
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "parity-tiny.toml"

@@ -15,7 +15,7 @@ from lockstep.cluster.recipe.load import load_recipe
 from lockstep.cluster.recipe.model_source import starting_point
 from lockstep.distributed.checkpoint.manager import Checkpoint, step_name
 from lockstep.distributed.checkpoint.tensors import whole
-from tests.cluster.commands import Command, Train, metrics, overrides, summary, until, write_recipe
+from tests.cluster.cli_process import Command, Train, metrics, overrides, summary, until, write_recipe
 from tests.cluster.heads import Head
 
 pytestmark = pytest.mark.exhaustive

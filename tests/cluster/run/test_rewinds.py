@@ -22,7 +22,7 @@ from lockstep.model.objectives.token_loss import nll
 from lockstep.model.state_dict import pieces
 from lockstep.model.training.config import row_rules
 from lockstep.model.training.trainer import Trainer
-from tests.cluster.commands import Train, metrics, summary
+from tests.cluster.cli_process import Train, metrics, summary
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "parity-tiny.toml"
 STEPS, STRANGE = 32, 1300

@@ -9,7 +9,7 @@ import pytest
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.model.formats.registry import open_source
 from lockstep.model.weights.initialization import RandomWeights
-from tests.cluster.commands import Command, Train, metrics, overrides, refused, write_recipe
+from tests.cluster.cli_process import Command, Train, metrics, overrides, refused, write_recipe
 from tests.cluster.heads import free_port, joined, started
 
 pytestmark = pytest.mark.exhaustive

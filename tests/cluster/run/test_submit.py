@@ -8,7 +8,7 @@ import pytest
 
 from lockstep.cluster.recipe.load import parse
 from lockstep.cluster.run.submit import with_absolute_paths
-from tests.cluster.commands import Command, overrides, summary, write_recipe
+from tests.cluster.cli_process import Command, overrides, summary, write_recipe
 from tests.cluster.heads import Head, free_port, started
 
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lockstep.cluster.recipe.load import load_recipe, to_toml
-from tests.cluster.commands import Command, Train, metrics, summary, write_recipe
+from tests.cluster.cli_process import Command, Train, metrics, summary, write_recipe
 from tests.distributed.traces import steps_and_kinds
 
 LAYOUTS = {

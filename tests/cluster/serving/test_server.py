@@ -22,7 +22,7 @@ from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.protocol import Request, TokenOutput
-from tests.cluster.commands import Command, refused, until
+from tests.cluster.cli_process import Command, refused, until
 from tests.cluster.servers import MODEL, Running, serving
 
 PROMPT = "State the final answer"
