@@ -40,6 +40,7 @@ with patch.object(torch, "compile", _as_it_is), _without("torch.utils.tensorboar
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero import utils as zero_utils
     from deepspeed.runtime.zero.muon import original_muon
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups as deepspeed_groups
     from deepspeed.utils import logger as deepspeed_logger
     from megatron.core import parallel_state
@@ -48,6 +49,7 @@ with patch.object(torch, "compile", _as_it_is), _without("torch.utils.tensorboar
 deepspeed.ops.__compatible_ops__ = {}
 
 __all__ = [
+    "PartitionedParameterCoordinator",
     "deepspeed",
     "deepspeed_groups",
     "deepspeed_logger",

@@ -19,7 +19,7 @@ PRELOADED = ["lockstep.distributed.optimizer.zero"]
 """Modules that a process has from the start: imported once, in the server that all are forked from."""
 
 MOST_THREADS = 100
-"""Processes with more are replaced: ZeRO-3 may leave groups behind, and each has threads that poll without pause."""
+"""Processes with more are replaced: a library may keep groups that were left, whose threads poll without pause."""
 
 Members = list[tuple[Any, Connection]]
 

@@ -5,6 +5,7 @@ them, then `step` reduces over the data axis, clips by the global norm and updat
 axis, so losses are multiplied by its size and gradients become sums over the global batch.
 """
 
+import inspect
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, fill
 from lockstep.distributed.checkpoint.tensors import STATES, Piece, Source, concurrently, state_name
 from lockstep.distributed.groups import Groups, before_leaving
 from lockstep.distributed.libraries import (
+    PartitionedParameterCoordinator,
     deepspeed,
     deepspeed_groups,
     deepspeed_logger,
@@ -62,6 +64,17 @@ class _HasExperts(deepspeed.moe.layer.MoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """The groups exist already."""
+
+
+def _clear_caches(kind: type) -> None:
+    """Empty what methods of a class remember by `lru_cache`, under decorators too: it holds every object that called.
+
+    ZeRO-3 has such a cache from its second forward pass on.
+    """
+    for method in filter(inspect.isfunction, vars(kind).values()):
+        for function in (method, *inspect.getclosurevars(method).nonlocals.values()):
+            if clear := getattr(function, "cache_clear", None):
+                clear()
 
 
 BUCKET = 20_000_000
@@ -158,6 +171,7 @@ class ZeroOptimizer:
             experts.pop(EXPERTS, None)
         torch.nn.functional.linear = _linear
         parameter_offload.FWD_MODULE_STACK.clear()
+        _clear_caches(PartitionedParameterCoordinator)
 
     def _config(self) -> dict[str, Any]:
         layout = self._groups.layout
