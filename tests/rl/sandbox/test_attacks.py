@@ -1,10 +1,14 @@
 """No attack is judged correct, hangs, leaves a process behind or touches anything outside."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -83,11 +87,11 @@ def state(secret: Path) -> dict[str, object]:
 
 
 def keepers(begun: float) -> set[int]:
-    """Processes of sandboxes, wherever in the tree, that were started since."""
-    found = set()
+    """Processes of sandboxes with these limits, wherever in the tree, that were started since."""
+    found, settings = set(), json.dumps(asdict(LIMITS))
     for process in psutil.process_iter(["pid", "cmdline", "create_time"]):
         line = " ".join(process.info["cmdline"] or [])
-        if "verifiers.inside" in line and process.info["create_time"] > begun - 1 and descends(process):
+        if settings in line and process.info["create_time"] > begun - 1 and descends(process):
             found.add(process.info["pid"])
     return found
 
@@ -100,7 +104,7 @@ def gone(pid: int) -> bool:
 
 
 def descends(process: psutil.Process) -> bool:
-    """Whether it is ours, or nobody's; other pools may work on the same machine."""
+    """Whether it is ours, or nobody's."""
     try:
         parents = [parent.pid for parent in process.parents()]
     except psutil.NoSuchProcess:
@@ -111,6 +115,30 @@ def descends(process: psutil.Process) -> bool:
 def test_there_are_at_least_forty_attacks_of_different_names() -> None:
     names = [attack.name for attack in ATTACKS]
     assert len(names) == len(set(names)) >= 40
+
+
+ELSEWHERE = """
+from lockstep.rl.verifiers.code import CodePool
+from lockstep.rl.verifiers.protection import NOTHING
+
+with CodePool(1, requires=NOTHING, uses=NOTHING):
+    print("ready", flush=True)
+    input()
+"""
+
+
+def test_processes_of_pools_that_other_tests_killed_are_not_counted() -> None:
+    begun = time.time()
+    with subprocess.Popen([sys.executable, "-c", ELSEWHERE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        [keeper] = psutil.Process(other.pid).children()
+        keeper.suspend()  # else it ends with its pool, sooner or later
+        other.kill()
+    try:
+        assert keepers(begun) == set()
+    finally:
+        keeper.kill()
 
 
 def test_no_attack_is_judged_correct(secret: Path, port: socket.socket) -> None:
