@@ -53,6 +53,7 @@ def _settle() -> None:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     os.umask(0o022)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignored it would have left us no child to wait for
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -41,7 +41,7 @@ class SandboxLimits:
     """What one run of a program may use: the whole of a function's tests is one run, and so is each case."""
 
     seconds: float = 5.0
-    """Wall time of a run, counted from its start."""
+    """On a processor, for the whole of a run; also how long it may do nothing at all, and without seccomp wall time."""
     memory_bytes: int = 1 << 30
     """Address space; Python itself takes some 100 MiB of it."""
     folder_bytes: int = 16 << 20

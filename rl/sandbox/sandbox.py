@@ -14,12 +14,13 @@ from pathlib import Path
 import lockstep
 from lockstep.rl.sandbox.harness import Observation
 from lockstep.rl.sandbox.isolation import Isolation, SandboxError, SandboxLimits
-from lockstep.rl.sandbox.zygote import DEADLINE
+from lockstep.rl.sandbox.zygote import DEADLINE, STARVED, longest_run
 from lockstep.rl.verdict import Outcome, Verdict
 
 _START_LIMIT = 60.0
 _PATIENCE = 20.0
 """Seconds beyond all deadlines of an item after which the keeper itself is taken for dead."""
+_EXIT_GRACE = 1.0
 _LONGEST_VERDICT = 1 << 16
 
 
@@ -53,7 +54,8 @@ class Sandbox:
         """Which walls stand, and what the kernel refused. SandboxError if the process does not start."""
         said = self._hear(_START_LIMIT)
         if not said:
-            raise SandboxError(f"a sandbox does not start (exit code {self.kill()}): its standard error says more")
+            code = self.kill(_EXIT_GRACE)
+            raise SandboxError(f"a sandbox does not start (exit code {code}): its standard error says more")
         told = json.loads(said)
         return Isolation(**told["protection"]), told["refused"]
 
@@ -61,24 +63,30 @@ class Sandbox:
         """The verdict of tests on a program in at most `runs` runs; ungradable if the sandbox itself fails."""
         said, reply = self._told(program, tests, runs)
         if said is None:
-            return Verdict(Outcome.ungradable, f"the sandbox failed (exit code {self.kill()})")
+            return Verdict(Outcome.ungradable, f"the sandbox failed (exit code {self.kill(_EXIT_GRACE)})")
         if reply:
             outcome, reason = json.loads(reply)
             return Verdict(Outcome(outcome), reason)
         if said == DEADLINE:
             return Verdict(Outcome.incorrect, f"deadline of {self._limits.seconds} s passed")
+        if said == STARVED:
+            return Verdict(Outcome.ungradable, f"{self._starved()}: judge fewer at a time, or raise the limit")
         return Verdict(Outcome.ungradable, "the examiner ended without a verdict")
 
     def run(self, program: bytes, stdin: str) -> Observation:
         """What a program prints. SandboxError if the sandbox itself fails."""
         said, reply = self._told(program, json.dumps(stdin).encode(), 1)
         if said is None:
-            raise SandboxError(f"the sandbox failed (exit code {self.kill()})")
-        if not reply and said != DEADLINE:
-            raise SandboxError("the examiner ended without a word")
-        return (
-            Observation(*json.loads(reply)) if reply else Observation("", f"ran longer than {self._limits.seconds} s")
-        )
+            raise SandboxError(f"the sandbox failed (exit code {self.kill(_EXIT_GRACE)})")
+        if reply:
+            return Observation(*json.loads(reply))
+        if said == DEADLINE:
+            return Observation("", f"ran longer than {self._limits.seconds} s")
+        raise SandboxError(self._starved() if said == STARVED else "the examiner ended without a word")
+
+    def _starved(self) -> str:
+        seconds = self._limits.seconds
+        return f"in {longest_run(seconds)} s the machine had less than {seconds} s for the program"
 
     def _told(self, program: bytes, tests: bytes, runs: int) -> tuple[str | None, bytes]:
         """What the keeper and the examiner say of a program."""
@@ -91,7 +99,7 @@ class Sandbox:
             for descriptor in files:
                 os.close(descriptor)
         with open(ours, "rb") as reply:
-            said = self._hear((runs + 1) * self._limits.seconds + _PATIENCE)
+            said = self._hear((runs + 1) * longest_run(self._limits.seconds) + _PATIENCE)
             return said, b"" if said is None else reply.read(_LONGEST_VERDICT)
 
     def _hear(self, seconds: float) -> str | None:
@@ -104,8 +112,13 @@ class Sandbox:
             return self._control.recv(_LONGEST_VERDICT).decode() or None
         return None
 
-    def kill(self) -> int:
-        """Ends the process and all in it; its exit code, minus the signal's number if a signal ended it."""
+    def kill(self, grace: float = 0.0) -> int:
+        """Ends the process and all in it; its exit code, minus the signal's number if a signal ended it.
+
+        `grace` seconds let a process that is ending do so with a code of its own.
+        """
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace)
         self._control.close()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)

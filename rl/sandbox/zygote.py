@@ -30,8 +30,8 @@ from lockstep.rl.sandbox.wire import Channel
 SHOWN = 4000
 """Characters of what a program printed that a pool is told, where it is only run."""
 
-DONE, DEADLINE = "done", "deadline"
-"""What a pool is told: that the examiner has ended, or that time was over before."""
+DONE, DEADLINE, STARVED = "done", "deadline", "starved"
+"""What a pool is told: that the examiner has ended, or that time was over before, used by the run or by others."""
 
 _PROGRAM, _CHANNEL = 3, 4
 """Descriptors of a program's process, after input, output and errors."""
@@ -109,6 +109,11 @@ class Zygote:
         finally:
             os._exit(code)
 
+    @property
+    def sees_all_work(self) -> bool:
+        """Whether the clock of a program's process is that of all its work: it can start no other."""
+        return self._walls.stand.seccomp
+
     def clear(self, spared: set[int]) -> None:
         """Nothing of a run stays for the next, neither files nor processes but the spared."""
         if self._walls.stand.namespaces:
@@ -121,6 +126,42 @@ class _AbandonedError(Exception):
     """The pool is gone."""
 
 
+def longest_run(seconds: float) -> float:
+    """How long a run of so many seconds may last by the clock, where others have the processors."""
+    return 10 * max(seconds, 1.0)
+
+
+class Allowance:
+    """The time of a run: so many seconds on a processor, and as many by the clock in which it does nothing at all.
+
+    On a busy machine a run that takes 15 ms alone may get less than that in a second.
+    """
+
+    def __init__(self, seconds: float, now: float) -> None:
+        self._seconds, self._most = seconds, longest_run(seconds)
+        self._still = max(seconds, 1.0)  # many may have to have their turn before a run that wants to work does
+        self._begun = self._changed = now
+        self._used = 0.0
+        self.end = now + seconds
+
+    def over(self, used: float | None, now: float) -> str:
+        """At `end`, or later: DEADLINE or STARVED; or nothing, and there is a new end.
+
+        Args:
+            used: seconds on a processor; None where they cannot be told, and all time is the run's.
+        """
+        if used is None or used >= self._seconds:
+            return DEADLINE
+        if used != self._used or now > self.end + self._still / 2:  # or the whole machine has stood still
+            self._used, self._changed = used, now
+        if now >= self._changed + self._still:
+            return DEADLINE
+        if now >= self._begun + self._most:
+            return STARVED
+        self.end = min(self._changed + self._still, self._begun + self._most, now + max(self._seconds - used, 0.01))
+        return ""
+
+
 class _Item:
     """The processes of the item in work."""
 
@@ -129,14 +170,15 @@ class _Item:
         self._examiner, self._requests = examiner, requests
         self._run: _Child | None = None
         self._runs = 0
+        self._used_before = 0.0
 
     def follow(self, seconds: float, control: socket.socket) -> str:
-        """Until the examiner has ended; each run that it asks for has `seconds`."""
-        end = time.monotonic() + seconds
+        """Until the examiner has ended; each run that it asks for has `seconds`, see `Allowance`."""
+        time_left = Allowance(seconds, time.monotonic())
         while True:
-            happened = self._wait(control, end)
-            if not happened:
-                return DEADLINE
+            happened = self._wait(control, time_left.end)
+            if not happened and (over := time_left.over(self._used(), time.monotonic())):
+                return over if self._runs else DONE  # before the first run no program has had any of it
             if control.fileno() in happened:
                 raise _AbandonedError
             if self._run and self._run.ending in happened:
@@ -146,7 +188,7 @@ class _Item:
                 if not descriptors:
                     return DONE
                 self._begin(descriptors)
-                end = time.monotonic() + seconds
+                time_left = Allowance(seconds, time.monotonic())
             elif self._examiner.ending in happened:
                 return DONE
 
@@ -158,6 +200,12 @@ class _Item:
         if self._run:
             poll.register(self._run.ending, select.POLLIN)
         return {descriptor for descriptor, _ in poll.poll(max(0.0, end - time.monotonic()) * 1000)}
+
+    def _used(self) -> float | None:
+        """Seconds that the run and its examiner were on a processor; None where they may have started processes."""
+        if not self._keeper.sees_all_work:
+            return None
+        return self._examiner.used() - self._used_before + (self._run.used() if self._run else 0.0)
 
     def _requested(self) -> list[int]:
         """Descriptors for a run; none where the examiner has ended, be it with a message that it did not read."""
@@ -171,6 +219,7 @@ class _Item:
         self._keeper.clear(spared={self._examiner.pid})
         self._run = self._keeper.start(self._program, descriptors)
         self._runs += 1
+        self._used_before = self._examiner.used()
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -195,6 +244,10 @@ class _Child:
         self.pid = pid
         self.ending = os.pidfd_open(pid)
 
+    def used(self) -> float:
+        """Seconds that its threads were on a processor: the clock of clock_getcpuclockid(3)."""
+        return time.clock_gettime(~self.pid << 3 | 2)
+
     def kill(self) -> None:
         """Ends it, and where it is the first process of a namespace all that it started."""
         with suppress(ProcessLookupError):
@@ -206,8 +259,15 @@ class _Child:
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         os.close(self.ending)
         if code < 0:
-            return f"was ended by {signal.Signals(-code).name}"
+            return f"was ended by {_signal_name(-code)}"
         return f"ended with exit code {code}" if code else ""
+
+
+def _signal_name(number: int) -> str:
+    """As "SIGKILL"; most real-time signals have a number only."""
+    with suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
 
 
 def _kill_children(spared: set[int]) -> None:
@@ -223,8 +283,8 @@ def _kill_children(spared: set[int]) -> None:
 def _children() -> list[int]:
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError), open(f"/proc/{name}/stat") as file:
-            parent = file.read().rpartition(")")[2].split()[1]
+        with suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:  # a process may call itself any bytes
+            parent = file.read().rpartition(b")")[2].split()[1]
             found += [int(name)] if int(parent) == os.getpid() else []
     return found
 

@@ -1,8 +1,8 @@
 """Judges completions of code problems in parallel sandboxes, each warm and each at one item.
 
 A completion is correct where the tests say so from outside of its process (see `examiner`), incorrect where they fail
-or where it overruns its limits or ends, and ungradable where the tests or the sandbox fail. Sandboxes are started by
-the pool's own threads only, as `VerifierPool`'s children are.
+or where it overruns its limits or ends, and ungradable where the tests or the sandbox fail, or others have the
+machine's processors. Sandboxes are started by the pool's own threads only, as `VerifierPool`'s children are.
 """
 
 import json
@@ -97,6 +97,13 @@ class CodePool(ProcessPool[Sandbox]):
         sandbox = self._idle.get()
         if sandbox.alive:
             return sandbox
+        try:
+            return self._anew()
+        except BaseException:
+            self._idle.put(sandbox)  # who comes next tries again
+            raise
+
+    def _anew(self) -> Sandbox:
         sandbox = Sandbox(self._limits, self._uses)
         standing, refused = sandbox.await_ready()
         if lost := standing.lacks(self.protection):

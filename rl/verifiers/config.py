@@ -18,7 +18,7 @@ class SandboxConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     requires: tuple[Wall, ...] = Field(_USUAL, description="a machine that lacks one of these judges no programs")
-    seconds: float = Field(_LIMITS.seconds, ge=0.01, description="wall time of a run")
+    seconds: float = Field(_LIMITS.seconds, ge=0.01, description="on a processor, for the whole of a run")
     memory_mib: int = Field(_LIMITS.memory_bytes >> 20, ge=256, description="address space, Python's 100 MiB included")
     folder_mib: int = Field(_LIMITS.folder_bytes >> 20, ge=1, description="of all files that it writes")
     output_mib: int = Field(_LIMITS.output_bytes >> 20, ge=1, description="of what it prints")

@@ -5,6 +5,10 @@ import os
 import platform
 import signal
 import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -15,6 +19,7 @@ from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.sandbox.isolation import NOTHING, Isolation, SandboxError, SandboxLimits
 from lockstep.rl.sandbox.seccomp import filter_program
 from lockstep.rl.sandbox.wire import MalformedError, decode, encode
+from lockstep.rl.sandbox.zygote import DEADLINE, STARVED, Allowance
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code_pool import CodePool
 
@@ -56,6 +61,103 @@ def test_a_keeper_that_dies_costs_one_item_and_is_replaced() -> None:
         first, *rest = pool.grade([(RIGHT, TESTS)] * 3)
         assert (first.outcome, first.reason) == (Outcome.ungradable, "the sandbox failed (exit code -9)")
         assert [verdict.outcome for verdict in rest] == [Outcome.correct] * 2
+
+
+ODD_NAME = """
+import ctypes, os, time
+if os.fork() == 0:
+    ctypes.CDLL(None).prctl(15, b'\\xff', 0, 0, 0)
+    time.sleep(1000)
+time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os\nos.kill(os.getpid(), 40)", "the program was ended by signal 40 while it was loaded"),
+        (ODD_NAME, ""),
+    ],
+    ids=["a signal without a name", "a name that is no text"],
+)
+def test_a_keeper_outlives_what_programs_can_do_without_walls(program: str, reason: str) -> None:
+    with CodePool(1, SandboxLimits(seconds=3), requires=NOTHING, uses=NOTHING) as pool:
+        verdicts = pool.grade([(f"{program}\n{RIGHT}", TESTS), (RIGHT, TESTS)])
+        assert [verdict.outcome for verdict in verdicts] == [
+            Outcome.incorrect if reason else Outcome.correct,
+            Outcome.correct,
+        ]
+        assert verdicts[0].reason == reason
+
+
+def test_a_keeper_that_cannot_be_replaced_is_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    with CodePool(1, requires=NOTHING, uses=NOTHING) as pool:
+        [keeper] = [each for each in psutil.Process().children() if "verifiers.inside" in " ".join(each.cmdline())]
+        keeper.kill()
+        assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.ungradable
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", "/bin/false")
+            with pytest.raises(SandboxError, match=r"does not start \(exit code 1\)"):
+                pool.grade([(RIGHT, TESTS)])
+        assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.correct
+
+
+def test_a_keeper_waits_for_its_children_where_its_parent_ignores_its_own() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with CodePool(1, requires=NOTHING, uses=NOTHING) as pool:
+            assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.correct
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+SLOW = "import time\ndef f(x):\n    while time.process_time() < 0.3: pass\n    return x"
+
+
+@contextmanager
+def busy(processor: int, loops: int) -> Iterator[None]:
+    """Loops on one processor, each in a session of its own: Linux shares processors out to sessions."""
+    line = f"import os\nos.sched_setaffinity(0, [{processor}])\nwhile True: pass"
+    working = [subprocess.Popen([sys.executable, "-S", "-c", line], start_new_session=True) for _ in range(loops)]
+    try:
+        yield
+    finally:
+        for process in working:
+            process.kill()
+            process.wait()
+
+
+def test_a_program_that_others_keep_from_a_processor_is_not_incorrect() -> None:
+    processor = min(os.sched_getaffinity(0))
+    with CodePool(1, SandboxLimits(seconds=0.7), requires=NOTHING) as pool:
+        for process in psutil.Process().children(recursive=True):
+            if "verifiers.inside" in " ".join(process.cmdline()):
+                process.cpu_affinity([processor])
+        with busy(processor, loops=4):  # 0.3 s take 1.5
+            (verdict,) = pool.grade([(SLOW, TESTS)])
+        assert verdict.outcome is Outcome.correct or verdict.reason.startswith("in 10.0 s the machine had less than")
+        (verdict,) = pool.grade([("import time\ntime.sleep(1000)", TESTS)])
+        assert (verdict.outcome, verdict.reason) == (Outcome.incorrect, "deadline of 0.7 s passed")
+
+
+def judged(share: float, stands_still: float = 0.0) -> tuple[str, float]:
+    """How a run ends that would work for ever, and when, where it gets this share of a processor."""
+    allowance, now = Allowance(2.0, 100.0), 100.0
+    while True:
+        now = allowance.end + stands_still
+        if over := allowance.over(share * (now - 100.0), now):
+            return over, now - 100.0
+
+
+def test_time_is_charged_on_a_processor() -> None:
+    assert judged(1.0) == (DEADLINE, 2.0)
+    assert judged(4.0) == (DEADLINE, 2.0)
+    assert judged(0.5)[0] == DEADLINE
+    assert judged(0.5)[1] == pytest.approx(4.0, abs=0.1)
+    assert judged(0.05) == (STARVED, 20.0)
+    assert judged(0.0) == (DEADLINE, 2.0)
+    assert judged(0.0, stands_still=1.5) == (STARVED, pytest.approx(20.0, abs=3.5))
+    assert Allowance(2.0, 0.0).over(None, 2.0) == DEADLINE
 
 
 def test_a_closed_pool_says_so() -> None:
