@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 
 help:
 	@echo "make quickstart [MODEL=folder or GGUF] [SEED=n] [ARGS='--set key=value']   train a small model from a reward"
-	@echo "make test       [ARGS='-k name']   run the tests"
+	@echo "make test       [ARGS='-k name']   run the tests; '--shuffle-files 3' draws an order of files"
 	@echo "make lint                          ruff, mypy, direction of imports"
 	@echo "make bench      [ARGS=…]           compare one GRPO step with TRL's"
 	@echo "make parity                        compare every kind of layout with one process (half an hour)"

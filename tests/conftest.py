@@ -1,6 +1,7 @@
 """What tests share: gloo worlds, a tiny random model in Hugging Face's format, and its tokenizer."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,17 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle-files", type=int, metavar="SEED", help="run files of tests in an order drawn from SEED")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each file's place is drawn from its own name, so that all of xdist's processes agree."""
+    seed = config.getoption("--shuffle-files")
+    if seed is not None:
+        items.sort(key=lambda item: random.Random(f"{seed} {item.nodeid.split('::')[0]}").random())
 
 
 @pytest.fixture(scope="session")
