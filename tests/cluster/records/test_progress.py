@@ -41,7 +41,7 @@ def test_a_pipe_gets_one_plain_line_a_step() -> None:
 
 def test_lines_are_flushed_as_they_are_made() -> None:
     script = (
-        "import os; from rich.console import Console; from lockstep.cluster.display import Progress\n"
+        "import os; from rich.console import Console; from lockstep.cluster.records.progress import Progress\n"
         "with Progress(Console()) as p:\n"
         "    p.begin('sft', 2); p.step('sft', 1, {'loss': 2.5}); os._exit(0)"
     )

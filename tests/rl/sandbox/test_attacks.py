@@ -118,8 +118,8 @@ def test_there_are_at_least_forty_attacks_of_different_names() -> None:
 
 
 ELSEWHERE = """
-from lockstep.rl.verifiers.code import CodePool
-from lockstep.rl.verifiers.protection import NOTHING
+from lockstep.rl.verifiers.code_pool import CodePool
+from lockstep.rl.sandbox.isolation import NOTHING
 
 with CodePool(1, requires=NOTHING, uses=NOTHING):
     print("ready", flush=True)

@@ -42,7 +42,7 @@ def test_protection_is_one_line_and_says_what_it_lacks() -> None:
 def test_a_pool_refuses_to_start_with_less_than_is_required() -> None:
     with pytest.raises(SandboxError, match="without namespaces, which this pool requires"):
         CodePool(1, requires=Isolation(seccomp=False, landlock=False), uses=NOTHING)
-    assert not [child for child in psutil.Process().children() if "verifiers.inside" in " ".join(child.cmdline())]
+    assert not [child for child in psutil.Process().children() if "sandbox.entrypoint" in " ".join(child.cmdline())]
 
 
 def test_what_a_pool_says_stands_was_asked_for() -> None:
@@ -54,7 +54,7 @@ def test_what_a_pool_says_stands_was_asked_for() -> None:
 def test_a_keeper_that_dies_costs_one_item_and_is_replaced() -> None:
     with CodePool(1, SandboxLimits(seconds=3), requires=NOTHING) as pool:
         assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.correct
-        [keeper] = [each for each in psutil.Process().children() if "verifiers.inside" in " ".join(each.cmdline())]
+        [keeper] = [each for each in psutil.Process().children() if "sandbox.entrypoint" in " ".join(each.cmdline())]
         below = keeper.children(recursive=True)
         os.kill(keeper.pid, signal.SIGKILL)
         assert not psutil.wait_procs(below, timeout=10)[1]  # one that is still dying may answer, and rightly
@@ -92,7 +92,7 @@ def test_a_keeper_outlives_what_programs_can_do_without_walls(program: str, reas
 
 def test_a_keeper_that_cannot_be_replaced_is_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
     with CodePool(1, requires=NOTHING, uses=NOTHING) as pool:
-        [keeper] = [each for each in psutil.Process().children() if "verifiers.inside" in " ".join(each.cmdline())]
+        [keeper] = [each for each in psutil.Process().children() if "sandbox.entrypoint" in " ".join(each.cmdline())]
         keeper.kill()
         assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.ungradable
         with monkeypatch.context() as broken:
@@ -131,7 +131,7 @@ def test_a_program_that_others_keep_from_a_processor_is_not_incorrect() -> None:
     processor = min(os.sched_getaffinity(0))
     with CodePool(1, SandboxLimits(seconds=0.7), requires=NOTHING) as pool:
         for process in psutil.Process().children(recursive=True):
-            if "verifiers.inside" in " ".join(process.cmdline()):
+            if "sandbox.entrypoint" in " ".join(process.cmdline()):
                 process.cpu_affinity([processor])
         with busy(processor, loops=4):  # 0.3 s take 1.5
             (verdict,) = pool.grade([(SLOW, TESTS)])

@@ -66,7 +66,9 @@ def running(mark: str) -> list[list[str]]:
 
 def children() -> list[list[str]]:
     """The pool's processes that this process started: they carry its id as an argument."""
-    return [command for command in running(str(os.getpid())) if any("verifiers.pool" in word for word in command)]
+    return [
+        command for command in running(str(os.getpid())) if any("verifiers.answer_pool" in word for word in command)
+    ]
 
 
 def until_dead(pid: int) -> None:
