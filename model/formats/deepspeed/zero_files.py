@@ -3,7 +3,7 @@
 `engine.save_checkpoint` writes for every model-parallel rank the module (`mp_rank_XX_model_states.pt`, or with ZeRO 3
 one file for each data rank), and with ZeRO for each data rank `…zero_pp_rank_D_mp_rank_XX_optim_states.pt`, in which
 fp32 weights and moments lie flat: cut anywhere by ZeRO 1 and 2, in equal parts of each parameter by ZeRO 3. See
-deepspeed/runtime/engine.py, zero/stage_1_and_2.py, zero/stage3.py and checkpoint/ds_to_universal.py.
+`deepspeed.runtime.engine`, `.zero.stage_1_and_2` and `.zero.stage3` beside it, and `deepspeed.checkpoint`.
 """
 
 import itertools
