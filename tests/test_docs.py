@@ -1,0 +1,40 @@
+"""Documents and docstrings name files, modules and members that exist; docs/log.md is history and may not."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("data", "distributed", "model", "rl", "cluster", "recipes", "tests")
+PAGES = [*ROOT.glob("*.*"), *ROOT.glob("docs/*"), *ROOT.glob("benchmarks/*")]
+FILES = [*PAGES, *(path for folder in FOLDERS for path in ROOT.joinpath(folder).rglob("*"))]
+KNOWN = {f"/{path.relative_to(ROOT)}" for path in FILES}
+
+
+def prose(path: Path) -> str:
+    if path.suffix != ".py":
+        return path.read_text()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+    return "\n".join(ast.get_docstring(node) or "" for node in nodes)
+
+
+def unknown(text: str) -> Iterator[str]:
+    for name in re.findall(r"(?<![\w:/.*-])(?:\.\./)?([\w/-]+\.(?:py|c|toml|md|svg|png))\b(?!/)", text):
+        if not name.startswith(("megatron/", "deepspeed/")) and not any(file.endswith(f"/{name}") for file in KNOWN):
+            yield name
+    lines = re.findall(r"from (lockstep[\w.]*) import ([\w, ]+)", text)
+    imported = [f"{module}.{name.strip()}" for module, names in lines for name in names.split(",")]
+    for dotted in [*imported, *re.findall(r"(?<![/\w])lockstep(?:\.\w+)+", text)]:
+        place = ROOT.joinpath(*dotted.split(".")[1:])
+        source = place.parent.with_suffix(".py")
+        defined = source.exists() and re.search(rf"^(?:class |def )?{place.name}\b", source.read_text(), re.M)
+        if not (place.exists() or place.with_suffix(".py").exists() or defined):
+            yield dotted
+
+
+def test_documents_and_docstrings_name_what_exists() -> None:
+    texts = [path for path in FILES if path.suffix in {".md", ".py"} and path.name != "log.md"]
+    stale = {str(path.relative_to(ROOT)): sorted({*unknown(prose(path))}) for path in texts}
+    assert {path: names for path, names in stale.items() if names} == {}
