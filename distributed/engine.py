@@ -95,7 +95,7 @@ class Engine:
     def forget(self) -> None:
         """Start the optimizer's moments afresh, for a new phase of training."""
         self.before_changes()
-        self._zero.forget()
+        self._zero.state.reset()
 
     def snapshot(self) -> Snapshot:
         """This rank's part of weights and optimizer in host memory; all ranks take and restore theirs between steps."""
@@ -103,12 +103,12 @@ class Engine:
 
     def kept(self) -> Iterator[Kept]:
         """What this rank keeps of weights and optimizer, for `whole_chunks`."""
-        return self._zero.kept()
+        return self._zero.state.kept()
 
     @property
     def updates(self) -> int:
         """How many updates the optimizer's state has seen."""
-        return self._zero.updates
+        return self._zero.state.updates
 
     def restore(self, source: Source, pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> None:
         """Take over the optimizer's state that was saved in any layout; the weights were loaded before.
@@ -116,7 +116,7 @@ class Engine:
         Args:
             pieces: of logical tensors in each parameter.
         """
-        self._zero.restore(source, pieces)
+        self._zero.state.restore(source, pieces)
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Within this block the module's parameters hold their values, whatever the ZeRO stage."""

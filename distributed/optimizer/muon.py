@@ -52,7 +52,7 @@ class Muon(Sharded):
         self._rest.step()
         for group in self.param_groups:
             for held in (t for t in group["params"] if "momentum" in group and t.grad is not None):
-                update = self._orthogonalised(self.held[held], self._averaged(held, group["momentum"]))
+                update = self._orthogonalised(self.shares[held], self._averaged(held, group["momentum"]))
                 held.mul_(1 - group["lr"] * group["weight_decay"])
                 held.add_(update, alpha=-group["lr"])
 

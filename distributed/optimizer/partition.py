@@ -49,6 +49,12 @@ def share_of(parameter: nn.Parameter, cuts: Iterable[int], rank: int, offset: in
     return Share(parameter, shape, tuple(min(max(0, cut), shape.numel()) for cut in cuts), rank, offset)
 
 
+def stored(share: Share) -> Tensor:
+    """The weights of a share as this rank stores them, flat: with ZeRO-3 in a tensor of its own."""
+    own: Tensor | None = vars(share.parameter).get("ds_tensor")
+    return share.of(share.parameter.detach()) if own is None else own[: share.length]
+
+
 def shares_of_all(parameters: Sequence[nn.Parameter], places: Sequence[int], size: int, group: Group) -> list[Share]:
     """ZeRO-1 and 2: each rank has `size` elements of all parameters laid one after the other."""
     ranks, rank = group.size(), group.rank()
@@ -72,5 +78,5 @@ def shares_of_each(parameters: Sequence[Any], group: Group) -> list[Share]:
 class Sharded(torch.optim.Optimizer):
     """An optimizer that works on more than single elements, and must know which ones it is given."""
 
-    held: Mapping[Tensor, Sequence[Share]]
+    shares: Mapping[Tensor, Sequence[Share]]
     """For each tensor to step its shares of parameters, in one order on all replicas; set before the first step."""

@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, fill
-from lockstep.distributed.checkpoint.tensors import STATES, Piece, Source, concurrently, state_name
 from lockstep.distributed.groups import Groups, before_leaving
 from lockstep.distributed.libraries import (
     PartitionedParameterCoordinator,
@@ -28,15 +26,13 @@ from lockstep.distributed.libraries import (
     parameter_offload,
     zero_utils,
 )
+from lockstep.distributed.optimizer.grad_norm import LocalValues, PartNorms, global_norm
 from lockstep.distributed.optimizer.parameter_marks import EXPERTS, is_expert
-from lockstep.distributed.optimizer.partition import Sharded, Share, share_of, shares_of_all, shares_of_each
+from lockstep.distributed.optimizer.partition import Sharded, Share, share_of, shares_of_all, shares_of_each, stored
+from lockstep.distributed.optimizer.zero_state import ZeroState
 
 _linear = torch.nn.functional.linear
 """ZeRO-3 puts one of its own in its place, for all."""
-
-
-class MissingState(ValueError):
-    """A checkpoint from which training cannot go on."""
 
 
 class _Grid:
@@ -79,9 +75,6 @@ def _clear_caches(kind: type) -> None:
 
 BUCKET = 20_000_000
 """Elements that are reduced at a time: enough for a network, and few enough that they are still in a cache."""
-
-_STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
-"""Kinds of state, and what optimizers call them."""
 
 _half_precision = original_muon.ns_compute_dtype
 _newton_schulz = original_muon.zeropower_via_gram_newtonschulz
@@ -148,12 +141,12 @@ class ZeroOptimizer:
             )
         before_leaving(self._close)
         self._parameters = parameters
-        self._parts = [*parts]
-        self._part_of = {p: i for i, members in enumerate(parts.values()) for p in members}
+        self._norms = PartNorms(groups, parts, parameters[0].device)
         self._squares = torch.zeros(len(parts), dtype=torch.float64)
-        self._held = self._shares(stepped, optimizer)
+        self._shares = self._partition(stepped, optimizer)
         if isinstance(optimizer, Sharded):
-            optimizer.held = self._held
+            optimizer.shares = self._shares
+        self.state = ZeroState(module, self._innermost(), groups, self._shares)
         if self._plain:
             optimizer.register_step_pre_hook(lambda stepping, *_: self._clip(stepping))
         elif groups.layout.zero == 3:
@@ -195,7 +188,9 @@ class ZeroOptimizer:
             "steps_per_print": None,
         }
 
-    def _shares(self, stepped: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[Tensor, list[Share]]:
+    def _partition(
+        self, stepped: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> dict[Tensor, list[Share]]:
         """What DeepSpeed made of the parameters that the optimizer was to step: see `Sharded`."""
         zero: Any = self._engine.optimizer
         if self._plain:
@@ -236,85 +231,12 @@ class ZeroOptimizer:
         with deepspeed.zero.GatheredParameters([*self._engine.module.parameters()]):
             yield
 
-    def forget(self) -> None:
-        """Start the optimizer's moments afresh, for a new phase of training."""
-        self._innermost().state.clear()
-
     def changing(self) -> tuple[list[Tensor], torch.optim.Optimizer]:
         """What a step writes to on this rank, as it is stored: weights, master weights, and who keeps moments."""
         optimizer = self._innermost()
         weights = [getattr(p, "ds_tensor", p) for p in self._parameters]  # with ZeRO-3, this rank's part
         masters = [p for group in optimizer.param_groups for p in group["params"]]
         return weights + masters + getattr(self._engine.optimizer, "fp32_partitioned_groups_flat", []), optimizer
-
-    def kept(self) -> Iterator[Kept]:
-        """What this rank keeps of all weights, and of what the optimizer remembers of those that it trains."""
-        trained = {share.parameter: (held, share) for held, shares in self._held.items() for share in shares}
-        optimizer = self._innermost()
-        for parameter in self._engine.module.parameters():
-            held, share = trained.get(parameter) or (None, self._share_of(parameter))
-            values = {WEIGHTS: self._values(share)}
-            if held is not None:
-                if self._bfloat16:
-                    values["master"] = share.within(held.detach())
-                state = optimizer.state.get(held, {})
-                values |= {kind: share.within(state[key]) for kind, key in _STATE.items() if key in state}
-            replicas = self._groups.expert_replicas if is_expert(parameter) else self._groups.replicas
-            yield Kept(parameter, share.shape, share.cuts, replicas, values)
-
-    def _share_of(self, parameter: nn.Parameter) -> Share:
-        """The share of a parameter that is not trained."""
-        if self._groups.layout.zero == 3:
-            return shares_of_each([parameter], self._groups.replicas)[0]
-        return share_of(parameter, (0, parameter.numel()), 0, 0)
-
-    def _values(self, share: Share) -> Tensor:
-        """The values of a share, as the model computes with them."""
-        if self._groups.layout.zero == 3:
-            part: Tensor = vars(share.parameter)["ds_tensor"]
-            return part[: share.length]
-        return share.of(share.parameter.detach())
-
-    @property
-    def updates(self) -> int:
-        """How many steps the optimizer has taken that changed something."""
-        return max((int(state.get("step", 0)) for state in self._innermost().state.values()), default=0)
-
-    @torch.no_grad()
-    def restore(self, source: Source, pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> None:
-        """Remember what an optimizer remembered in any layout. The weights themselves are there already.
-
-        Raises:
-            MissingState: when the source has none for something that is trained.
-        """
-        known = frozenset(source.states)
-        rooms = [
-            room for held, shares in self._held.items() for room in self._rooms(held, shares, source, known, pieces)
-        ]
-        concurrently(lambda room: fill(*room), rooms)
-
-    def _rooms(
-        self,
-        held: Tensor,
-        shares: Sequence[Share],
-        source: Source,
-        known: frozenset[str],
-        pieces: Mapping[nn.Parameter, Sequence[Piece]],
-    ) -> Iterator[tuple[Any, ...]]:
-        """Arguments of `fill` for everything that is remembered of a tensor that the optimizer is given."""
-        names = [piece.name for share in shares for piece in pieces[share.parameter]]
-        kinds = [kind for kind in STATES if names and all(state_name(kind, name) in known for name in names)]
-        if names and source.updates and not _STATE.keys() & kinds:
-            raise MissingState(f"there is no optimizer state for {names[0]}, or not of this optimizer")
-        state = self._innermost().state[held] if kinds else {}
-        for kind in kinds:
-            into = held.detach()
-            if kind in _STATE:
-                into = state[_STATE[kind]] = torch.zeros_like(held)
-            for share in shares:
-                yield share.within(into), share.start, share.shape, pieces[share.parameter], source, kind
-        if "exp_avg" in kinds:
-            state["step"] = torch.tensor(float(source.updates))
 
     def _innermost(self) -> torch.optim.Optimizer:
         """The optimizer inside of DeepSpeed's."""
@@ -329,24 +251,23 @@ class ZeroOptimizer:
             group["lr"] = learning_rate
         self._squares.fill_(math.inf)  # remains where DeepSpeed finds that gradients overflowed, and does not step
         self._engine.step()
-        return float(self._norm)
+        return float(global_norm(self._squares))
 
     def gradient_norms(self) -> dict[str, float]:
-        """Norm of each part's gradient in the last step, before clipping."""
-        return dict(zip(self._parts, self._squares.sqrt().tolist(), strict=True))
+        """The norm of each part's gradient in the last step, before clipping."""
+        return self._norms.by_part(self._squares)
 
     def weight_norms(self) -> dict[str, float]:
-        """√Σw² of each part."""
-        return dict(zip(self._parts, self._sums(self._weights()).sqrt().tolist(), strict=True))
+        """√Σw² of each part. All ranks call this together."""
+        return self._norms.by_part(self._norms.squares(self._weights()))
 
-    def _weights(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Weights, or this rank's share of them, and how many ranks hold the same."""
-        parameters: list[Any] = [*self._part_of]
+    def _weights(self) -> Iterator[LocalValues]:
+        parameters = self._norms.parameters
         if self._groups.layout.zero < 3:
-            yield from ((p, p.detach(), self._holders(p)) for p in parameters)
+            yield from ((p, p.detach(), self._norms.copies(p)) for p in parameters)
             return
         for share in shares_of_each(parameters, self._groups.replicas):
-            yield share.parameter, self._values(share), 1
+            yield share.parameter, stored(share), 1
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         """Without ZeRO, DeepSpeed does not say the norm of fp32 gradients, and leaves experts out of that of bf16 ones.
@@ -362,47 +283,22 @@ class ZeroOptimizer:
             elif self._clip_norm and norm > self._clip_norm:
                 parameter.grad.mul_(self._clip_norm / (norm + 1e-6))
 
-    def _holders(self, parameter: nn.Parameter) -> int:
-        groups = self._groups
-        return dist.get_world_size(groups.expert_replicas if is_expert(parameter) else groups.replicas)
-
     def _gradient_norm(self) -> Tensor:
-        """The global norm; experts count like all others, unlike in DeepSpeed. Keeps the sums of the parts."""
-        self._squares = self._sums(self._gradients())
-        return self._norm
+        """The global norm of the reduced gradients; keeps the sums of squares of the parts."""
+        self._squares = self._norms.squares(self._gradients())
+        return global_norm(self._squares)
 
-    @property
-    def _norm(self) -> Tensor:
-        """In fp32, in which DeepSpeed decides whether it is a number."""
-        return self._squares.sum().sqrt().float()
-
-    def _gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
-        """Reduced gradients, or this rank's share of them, and how many ranks hold the same."""
+    def _gradients(self) -> Iterator[LocalValues]:
         if self._plain:
-            yield from ((p, p.grad, self._holders(p)) for p in self._parameters if p.grad is not None)
+            yield from ((p, p.grad, self._norms.copies(p)) for p in self._parameters if p.grad is not None)
             return
         averaged: Any = self._engine.optimizer.averaged_gradients
-        for index, (held, shares) in enumerate(self._held.items()):
+        for index, (tensor, shares) in enumerate(self._shares.items()):
             if self._groups.layout.offload:
-                assert held.grad is not None
-                yield from ((share.parameter, share.within(held.grad), 1) for share in shares)
+                assert tensor.grad is not None
+                yield from ((share.parameter, share.within(tensor.grad), 1) for share in shares)
                 continue
             present = shares if self._groups.layout.zero == 3 else [share for share in shares if share.length]
             gradients = (g for g in averaged[index] if not getattr(g, "_zero_padding", False))
             for share, gradient in zip(present, gradients, strict=False):  # ZeRO may add padding
                 yield share.parameter, gradient.reshape(-1)[: share.length], 1
-
-    def _sums(self, shares: Iterable[tuple[nn.Parameter, Tensor, int]]) -> Tensor:
-        """Σx² over every distinct element in the world, for each part.
-
-        Args:
-            shares: parameters, the tensors that belong to them or parts of these, and how many ranks hold the same.
-        """
-        sums = torch.zeros(len(self._parts), dtype=torch.float64, device=self._parameters[0].device)
-        for parameter, tensor, holders in shares:
-            split = getattr(parameter, "tensor_model_parallel", False)
-            if (split or self._groups.tensor_rank == 0) and not getattr(parameter, "ds_pipe_replicated", False):
-                square = torch.linalg.vector_norm(tensor.float()).double().square() / holders
-                sums[self._part_of[parameter]] += square.to(sums.device)
-        dist.all_reduce(sums)
-        return sums
