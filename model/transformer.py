@@ -7,6 +7,7 @@ a batch of one.
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -16,8 +17,7 @@ from torch import Tensor, nn
 
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import ranges, stage_layers
-from lockstep.model.attention.packed import stay_uncompiled
-from lockstep.model.attention.spec import Attend
+from lockstep.model.attention.spec import Attend, call_attend
 from lockstep.model.config import ModelConfig, Numerics, check_layout, check_numerics
 from lockstep.model.layers.block import Block
 from lockstep.model.layers.linear import ColumnLinear, RowLinear, mark, not_drawn, sequence_group
@@ -100,10 +100,15 @@ class Transformer(nn.Module):
                 module.unpack()
         self._packed_head = None
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Let torch.compile fuse what a block does around attention, for rows of any length."""
-        stay_uncompiled()
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile each block with `torch.compile`, for rows of any length; attention itself stays uncompiled.
+
+        Attention loops over documents, which differ in every row: a traced loop would be compiled for each.
+        """
+        untraced = torch.compiler.disable(call_attend)  # as a decorator it would load the compiler in every process
         for block in self.blocks.values():
+            assert isinstance(block, Block)
+            block.attention.compile_around(untraced)
             block.compile(backend=backend, dynamic=True)
 
     @property

@@ -1,4 +1,4 @@
-"""The same on a GPU."""
+"""Batch-invariant attention on a GPU, as a Triton kernel of fixed tiles: the counterpart of `exact.attend_exactly`."""
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def _attention(
 def attend_in_tiles(
     q_NLHE: Tensor, k_NSGE: Tensor, v_NSGE: Tensor, first_N: Tensor, scoring: AttentionSpec = PLAIN
 ) -> Tensor:
-    """See `exact_attention.attend_in_tiles`; positions count from the first key. Softmax online (Dao et al. 2022)."""
+    """See `exact.attend_exactly`; here positions count from the first key. Online softmax (Dao et al. 2022)."""
     need_triton()
     q, k, v = (x.contiguous() for x in (q_NLHE, k_NSGE, v_NSGE))
     n, length, heads, width = q.shape

@@ -75,15 +75,6 @@ class DocumentAttention:
         return self._rows.collected(padded[0] if len(padded) == 1 else torch.cat(padded)).view_as(q_THE)
 
 
-def stay_uncompiled() -> None:
-    """Have `torch.compile` leave attention as it is: its loops go over documents, which differ in every row.
-
-    A decorator of torch's would say it at once, and load the compiler in every process.
-    """
-    if not hasattr(DocumentAttention.__call__, "_torchdynamo_disable"):
-        DocumentAttention.__call__ = torch.compiler.disable(DocumentAttention.__call__)  # type: ignore[method-assign]
-
-
 class _Gather:
     """Tokens of a row in the places of padded batches, and back; a token has one place of its own, and may be lent."""
 

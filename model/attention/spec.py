@@ -34,3 +34,10 @@ class Attend(Protocol):
     ) -> Tensor:
         """Mixed values [T, H, E] for T tokens, H query heads, G key-value heads and head width E."""
         ...
+
+
+def call_attend(
+    attend: Attend, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec
+) -> Tensor:
+    """attend(layer, q, k, v, scoring): the one place where a block calls attention, so that it can be wrapped."""
+    return attend(layer, q_THE, k_TGE, v_TGE, scoring)

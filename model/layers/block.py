@@ -4,13 +4,13 @@ Everything in which model families differ is a value of `ModelConfig`; the same 
 documents, and rollouts, which pass a KV cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lockstep.distributed.groups import Groups
-from lockstep.model.attention.spec import Attend, AttentionSpec
+from lockstep.model.attention.spec import Attend, AttentionSpec, call_attend
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.layers.linear import ColumnLinear, RowLinear, sequence_group
 from lockstep.model.layers.mlp import MLP, GatedMLP
@@ -39,6 +39,11 @@ class Attention(nn.Module):
         self.rope, self._numerics = model.rope_of(layer), numerics
         scale = None if model.query_scalar is None else model.query_scalar**-0.5
         self.scoring = AttentionSpec(scale, model.attention_cap, model.window_of(layer))
+        self._call_attend: Callable[..., Tensor] = call_attend
+
+    def compile_around(self, call: Callable[..., Tensor]) -> None:
+        """Call attention by `call`, which `torch.compile` does not trace, in the place of `call_attend`."""
+        self._call_attend = call
 
     def forward(self, x_T1D: Tensor, tables: Tables, attend: Attend, layer: int) -> Tensor:
         heads_THE = self.qkv(x_T1D).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
@@ -47,7 +52,7 @@ class Attention(nn.Module):
         if self.rope is not None:
             qk = rotary(qk, tables[self.rope], self._numerics)
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
-        return self.out(attend(layer, q, k, v, self.scoring).flatten(1)[:, None])
+        return self.out(self._call_attend(attend, layer, q, k, v, self.scoring).flatten(1)[:, None])
 
 
 class Block(nn.Module):

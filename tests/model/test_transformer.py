@@ -1,6 +1,8 @@
 """Our block against the Llama of `transformers`, on random weights, at one and two tensor ranks."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +69,33 @@ def logits(transformer: Transformer, tokens: Tensor, positions: Tensor, document
     parts = [torch.empty_like(part) for _ in range(groups.layout.tensor)]
     dist.all_gather(parts, part, group=groups.tensor)
     return torch.cat(parts, dim=1)[:, : transformer.model.vocabulary]
+
+
+def traced_graphs(groups: Groups, folder: Path) -> tuple[list[int], bool]:
+    """Graphs that torch.compile has made after each of some rows; and whether attention's class is as it was."""
+    source = HuggingFaceFolder(folder)
+    transformer = transformer_of(build(source.config, groups, torch.float32, source))
+    before, graphs, counts = DocumentAttention.__call__, [0], []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        graphs[0] += 1
+        return graph.forward
+
+    transformer.compile_blocks(backend)
+    for documents in ([[5], [7]], [[3, 4, 2], [6]], [[9, 1, 1, 1]], [[2], [3], [4], [5]], [[20, 3]]):
+        total = sum(map(sum, documents))
+        tokens = torch.arange(total) % source.config.vocabulary
+        logits(transformer, tokens, torch.arange(total), documents)
+        counts.append(graphs[0])
+    return counts, DocumentAttention.__call__ is before
+
+
+def test_compiling_blocks_changes_no_class_and_traces_no_attention(worlds: RankPool, folder: Path) -> None:
+    """Rows of other documents need no new graphs: what is traced does not depend on them."""
+    (counts, unchanged), *_ = worlds.run(Layout(), traced_graphs, folder)
+    assert unchanged
+    assert counts[0] > 0
+    assert counts[1:] == [counts[1]] * 4
 
 
 @torch.no_grad()
