@@ -2,10 +2,10 @@
 
     python benchmarks/train_vs_plain.py TEXT [--steps 300] [--dtype float32|bfloat16]
 
-The text becomes documents of 8 KiB, a tokenizer and a token store. Both sides train on the same documents with the same
-shapes, schedule and optimizer, each from its own random weights and in its own order, in a process of its own with the
-same threads and allocator settings, and say the loss on the same held-out documents. Runs alternate; the medians of all
-steps count. In bf16 the plain loop is autocast over fp32 weights; Lockstep keeps fp32 master weights.
+The text becomes documents of 8 KiB, a tokenizer and an indexed dataset. Both sides train on the same documents with
+the same shapes, schedule and optimizer, each from its own random weights and in its own order, in a process of its own
+with the same threads and allocator settings, and say the loss on the same held-out documents. Runs alternate; the
+medians of all steps count. In bf16 the plain loop is autocast over fp32 weights; Lockstep keeps fp32 master weights.
 """
 
 import argparse

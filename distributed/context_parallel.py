@@ -18,7 +18,7 @@ Visible = Callable[[Tensor, Tensor], Tensor]
 """(queries' places [Q], keys' places [K]) in the row → whether each query sees each key, [Q, K]."""
 
 
-def held_places(length: int, degree: int, rank: int) -> Tensor:
+def zigzag_indices(length: int, degree: int, rank: int) -> Tensor:
     """Places in a row of `length` tokens that a rank holds, [length / degree]: one part from each end.
 
     The row is cut into 2 · degree parts; early tokens see few others, late ones many, and each rank takes one part
@@ -30,12 +30,12 @@ def held_places(length: int, degree: int, rank: int) -> Tensor:
     return torch.cat((torch.arange(rank * part, (rank + 1) * part), torch.arange(late * part, (late + 1) * part)))
 
 
-class HeadExchange:
+class UlyssesExchange:
     """Tokens of one rank with all heads ⇄ tokens of the whole row with a part of the heads."""
 
     def __init__(self, group: dist.ProcessGroup, length: int, device: torch.device) -> None:
         self._group, self._degree = group, group.size()
-        places = torch.cat([held_places(length, self._degree, rank) for rank in range(self._degree)])
+        places = torch.cat([zigzag_indices(length, self._degree, rank) for rank in range(self._degree)])
         self._places = places.to(device)
         self._order = places.argsort().to(device)
 
@@ -155,7 +155,7 @@ class _Turns:
 
     def __init__(self, group: dist.ProcessGroup, length: int, device: torch.device) -> None:
         self._group, self._degree, self._rank = group, group.size(), dist.get_rank(group)
-        self._places = [held_places(length, self._degree, rank).to(device) for rank in range(self._degree)]
+        self._places = [zigzag_indices(length, self._degree, rank).to(device) for rank in range(self._degree)]
         self.own = self._places[self._rank]
 
     def blocks(self, block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.distributed.checkpoint.reshard import Kept
+from lockstep.distributed.checkpoint.reshard import FlatShard
 from lockstep.distributed.checkpoint.tensors import Piece, Source
 from lockstep.distributed.device import peak_memory
 from lockstep.distributed.groups import Groups, before_leaving
@@ -101,9 +101,9 @@ class Engine:
         """This rank's part of weights and optimizer in host memory; all ranks take and restore theirs between steps."""
         return Snapshot(*self._zero.changing())
 
-    def kept(self) -> Iterator[Kept]:
+    def flat_shards(self) -> Iterator[FlatShard]:
         """What this rank keeps of weights and optimizer, for `whole_chunks`."""
-        return self._zero.state.kept()
+        return self._zero.state.flat_shards()
 
     @property
     def updates(self) -> int:

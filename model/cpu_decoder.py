@@ -126,8 +126,8 @@ class CpuDecoder:
             keys=keys.data_ptr(),
             values=values.data_ptr(),
             out=self._mixed.data_ptr(),
-            scale=width**-0.5 if own.scoring.scale is None else own.scoring.scale,
-            cap=own.scoring.cap or 0.0,
+            scale=width**-0.5 if own.spec.scale is None else own.spec.scale,
+            cap=own.spec.cap or 0.0,
         )
         self._jobs.add("attention", job, self._same[cache.kind_of[layer]])
         self._add_linear(self._mixed, own.out, self._x, add=self._x)

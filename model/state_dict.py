@@ -26,7 +26,7 @@ def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
             yield parameter, _held(path, piece, groups)
 
 
-def held_pieces(transformer: Transformer) -> dict[nn.Parameter, list[Piece]]:
+def pieces_by_parameter(transformer: Transformer) -> dict[nn.Parameter, list[Piece]]:
     """The pieces in each of this rank's parameters."""
     held: dict[nn.Parameter, list[Piece]] = {parameter: [] for parameter in transformer.parameters()}
     for parameter, piece in pieces(transformer):
@@ -98,7 +98,7 @@ def load(transformer: Transformer, source: Source) -> None:
     concurrently(lambda pair: read(*pair), held)
 
 
-class Held(WeightsOnly):
+class LocalWeights(WeightsOnly):
     """A `Source` over the pieces that a transformer itself holds, those of adapters among them."""
 
     def __init__(self, transformer: Transformer) -> None:

@@ -42,7 +42,7 @@ def tokenize(
     end: Annotated[str | None, typer.Option(help="Token that ends a document; the tokenizer's otherwise.")] = None,
     on_bad: Choice = "stop",
 ) -> None:
-    """Make a Megatron token store out of text. Killed, it goes on where it was.
+    """Make a Megatron indexed dataset out of text. Killed, it goes on where it was.
 
     Example: lockstep data tokenize corpus/ tokens/corpus --tokenizer smollm2-135m-instruct --workers 8
     """

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lockstep.data.batch import Ints
-from lockstep.data.corpus.indexed_dataset import BadIndexedDataset, IndexedDataset, stranger
+from lockstep.data.corpus.indexed_dataset import BadIndexedDataset, IndexedDataset, out_of_vocabulary_message
 
 _HELD_OUT, _ORDER = 1, 2
 
@@ -89,7 +89,7 @@ class DocumentStream:
         """Tokens first … stop of the stream, all there are between these places.
 
         Raises:
-            BadStore: for a token outside of the vocabulary.
+            BadIndexedDataset: for a token outside of the vocabulary.
         """
         begin, end = (int(n) for n in self._document_at(np.array([first, stop - 1])))
         inside = np.arange(begin, end + 1)
@@ -110,7 +110,9 @@ class DocumentStream:
         strange = np.flatnonzero((tokens < 0) | (tokens >= self._vocabulary))
         if strange.size:
             place = int(strange[0])
-            raise BadIndexedDataset(stranger(self.store, int(ranges[place]), int(tokens[place]), self._vocabulary))
+            raise BadIndexedDataset(
+                out_of_vocabulary_message(self.store, int(ranges[place]), int(tokens[place]), self._vocabulary)
+            )
         return Cut(tokens, lengths, documents)
 
     def _document_at(self, places: Ints) -> Ints:

@@ -88,7 +88,7 @@ def cut(path: Path, reading: Reading, size: int) -> list[Chunk]:
     return [Chunk(path, start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def documents(chunk: Chunk, reading: Reading) -> Iterator[str | Bad]:
+def read_documents(chunk: Chunk, reading: Reading) -> Iterator[str | Bad]:
     """Texts and bad rows of a chunk, in order.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Token stores in Megatron's indexed format, mapped into memory, with a note beside them on how they were made.
+"""Indexed datasets in Megatron's indexed format, mapped into memory, with a note beside them on how they were made.
 
 `<name>.bin` holds the tokens of all documents head to tail. `<name>.idx` holds a header of 34 bytes (the magic
 `MMIDIDX`, two zero bytes, the version 1 as uint64, a code for the type of the tokens as one byte, the number S of
@@ -29,7 +29,7 @@ LOOKS = 1024
 
 
 class BadIndexedDataset(ValueError):
-    """A token store that cannot be used, in one sentence with the file and the byte."""
+    """An indexed dataset that cannot be used, in one sentence with the file and the byte."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def read_note(path: Path) -> Note | None:
     """The note at a path, if there is one.
 
     Raises:
-        BadStore: when it is broken.
+        BadIndexedDataset: when it is broken.
     """
     if not path.is_file():
         return None
@@ -92,7 +92,7 @@ def read_note(path: Path) -> Note | None:
         return Note(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadIndexedDataset(
-            f"{path} is not a note of how a token store was made ({error}): remove it to read the store as it is"
+            f"{path} is not a note of how an indexed dataset was made ({error}): remove it to read the store as it is"
         ) from error
 
 
@@ -116,13 +116,13 @@ class IndexedDataset:
             salvage: accept a .bin file that ends early; `complete` says which documents are there.
 
         Raises:
-            BadStore: when a file is missing, truncated or damaged.
+            BadIndexedDataset: when a file is missing, truncated or damaged.
         """
         self.path = prefix(path)
         self.bin, self.idx = beside(self.path, ".bin"), beside(self.path, ".idx")
         for file in (self.idx, self.bin):
             if not file.is_file():
-                raise BadIndexedDataset(f"there is no file {file}: a token store is a pair of .bin and .idx files")
+                raise BadIndexedDataset(f"there is no file {file}: an indexed dataset is a pair of .bin and .idx files")
         code, sequences, bounds = _header(self.idx)
         self.dtype = np.dtype(DTYPES[code])
         self.starts = _starts(self.idx, self.dtype.itemsize, sequences, bounds)
@@ -159,25 +159,25 @@ class IndexedDataset:
         """Tokens at places of the store, both [N]."""
         return self._tokens[places].astype(np.int64)
 
-    def strangers(self, vocabulary: int, *, all_of_it: bool = False) -> Ints:
+    def out_of_vocabulary(self, vocabulary: int, *, all_of_it: bool = False) -> Ints:
         """Documents with tokens outside of a vocabulary, in order.
 
         A store of more than LOOKS × BLOCK tokens is looked at in that many evenly spaced blocks, unless all is asked
         for; what this does not see, reading does.
         """
         step = BLOCK if all_of_it else max(BLOCK, -(-len(self._tokens) // LOOKS))
-        found = [self._strange(start, vocabulary) for start in range(0, len(self._tokens), step)]
+        found = [self._outside(start, vocabulary) for start in range(0, len(self._tokens), step)]
         places = np.concatenate([np.zeros(0, np.int64), *found])
         return np.unique(np.searchsorted(self.starts, places, side="right") - 1).astype(np.int64)
 
-    def first_stranger(self, vocabulary: int, document: int) -> str:
+    def describe_out_of_vocabulary(self, vocabulary: int, document: int) -> str:
         """The sentence for a document with a token outside of the vocabulary."""
         start = int(self.starts[document])
         tokens = self.document(document)
         place = int(np.flatnonzero((tokens < 0) | (tokens >= vocabulary))[0])
-        return stranger(self, start + place, int(tokens[place]), vocabulary)
+        return out_of_vocabulary_message(self, start + place, int(tokens[place]), vocabulary)
 
-    def _strange(self, start: int, vocabulary: int) -> Ints:
+    def _outside(self, start: int, vocabulary: int) -> Ints:
         block = self._tokens[start : start + BLOCK]
         if not block.size or (int(block.max()) < vocabulary and int(block.min()) >= 0):
             return np.zeros(0, np.int64)
@@ -198,7 +198,7 @@ class IndexedDataset:
         return np.asarray(np.memmap(self.bin, self.dtype, "r", shape=(count,))) if count else np.zeros(0, self.dtype)
 
 
-def stranger(store: IndexedDataset, place: int, token: int, vocabulary: int) -> str:
+def out_of_vocabulary_message(store: IndexedDataset, place: int, token: int, vocabulary: int) -> str:
     """The sentence for a token outside of the vocabulary."""
     return (
         f"{store.bin}, byte {place * store.dtype.itemsize}: token {token} is not in a vocabulary of {vocabulary}: "
@@ -213,7 +213,7 @@ def _header(idx: Path) -> tuple[int, int, int]:
         head = file.read(HEADER.size)
     if head[: len(MAGIC)] != MAGIC[: len(head)]:
         raise BadIndexedDataset(
-            f"{idx} does not begin as the index of a token store: give a store made by Megatron or Lockstep"
+            f"{idx} does not begin as the index of an indexed dataset: give a store made by Megatron or Lockstep"
         )
     if len(head) < HEADER.size:
         raise BadIndexedDataset(f"{idx} is truncated at byte {there}, inside of its header: copy or make it again")

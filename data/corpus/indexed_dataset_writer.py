@@ -1,4 +1,4 @@
-"""A token store being written: on disk before it is named, the index last, so a kill leaves a whole store or none."""
+"""Writes an indexed dataset atomically: on disk before it is named, the index last; a kill leaves all or nothing."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ class IndexedDatasetWriter:
         """Documents of so many tokens each, head to tail.
 
         Raises:
-            BadStore: for a document longer than the format can say, or a token outside of the vocabulary.
+            BadIndexedDataset: for a document longer than the format can say, or a token outside of the vocabulary.
         """
         if lengths.size and int(lengths.max()) >= 1 << 31:
             raise BadIndexedDataset(f"a document of {lengths.max()} tokens is longer than the format can say: split it")

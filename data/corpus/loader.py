@@ -25,11 +25,11 @@ class BadBlend(ValueError):
 
 
 class BlendPart(BaseModel):
-    """A token store and how much of it is seen."""
+    """An indexed dataset and how much of it is seen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(description="a token store, without .bin or .idx")
+    path: str = Field(description="an indexed dataset, without .bin or .idx")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="its share of the samples, among all weights")
 
 
@@ -38,7 +38,7 @@ class PretrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    blend: tuple[BlendPart, ...] = Field(min_length=1, description="token stores and their weights")
+    blend: tuple[BlendPart, ...] = Field(min_length=1, description="indexed datasets and their weights")
     length: int = Field(2048, ge=1, description="tokens of a sample")
     held_out: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="documents of each store kept for evaluation: a share or a number"
@@ -85,11 +85,11 @@ class PretrainingData:
             tokenizer: digest of the tokenizer that goes with the model; stores of another one are refused.
 
         Raises:
-            BadStore: for a store that is damaged or was made with another tokenizer.
+            BadIndexedDataset: for a store that is damaged or was made with another tokenizer.
             BadBlend: for a store with less than one sample to train on.
         """
         self.config = config
-        self.mixture = Blend([part.weight for part in config.blend])
+        self.blend = Blend([part.weight for part in config.blend])
         self._sources = [
             _open(config, number, seed=seed, vocabulary=vocabulary, tokenizer=tokenizer)
             for number in range(len(config.blend))
@@ -108,17 +108,17 @@ class PretrainingData:
                 held_out_tokens=source.held_out.tokens,
                 skipped_documents=source.skipped,
             )
-            for part, share, source in zip(self.config.blend, self.mixture.shares, self._sources, strict=True)
+            for part, share, source in zip(self.config.blend, self.blend.shares, self._sources, strict=True)
         )
 
     def epochs(self, samples: int) -> list[float]:
         """How often each store has been read after so many samples of the blend."""
-        counts = self.mixture.counts(samples)
+        counts = self.blend.counts(samples)
         return [n * self.config.length / s.train.tokens for n, s in zip(counts, self._sources, strict=True)]
 
     def sample(self, number: int) -> Cut:
         """Sample `number` of the run: its tokens, and one more that is only predicted."""
-        sources, numbers = self.mixture.take(number, number + 1)
+        sources, numbers = self.blend.take(number, number + 1)
         return self._cut(int(sources[0]), int(numbers[0]))
 
     def batch(self, samples: range) -> dict[str, NDArray[Any]]:
@@ -130,7 +130,7 @@ class PretrainingData:
             documents [N, length + 1]: the number that each token's document has in its store.
             stores [N]: the paths of the stores.
         """
-        sources, numbers = self.mixture.take(samples.start, samples.stop)
+        sources, numbers = self.blend.take(samples.start, samples.stop)
         cuts = [self._cut(s, k) for s, k in zip(sources.tolist(), numbers.tolist(), strict=True)]
         return {
             "samples": np.array(samples, np.int64),
@@ -141,7 +141,7 @@ class PretrainingData:
 
     def predictions(self, samples: range) -> int:
         """How many tokens a global batch predicts; no token is read for it."""
-        sources, numbers = self.mixture.take(samples.start, samples.stop)
+        sources, numbers = self.blend.take(samples.start, samples.stop)
         found = 0
         for source in np.unique(sources).tolist():
             first = numbers[sources == source] * self.config.length
@@ -154,7 +154,7 @@ class PretrainingData:
 
         The weights of all predictions of all ranks add up to 1.
         """
-        sources, numbers = self.mixture.take(samples.start, samples.stop)
+        sources, numbers = self.blend.take(samples.start, samples.stop)
         mine = slice(rank, None, rules.ranks)
         cuts = [self._cut(s, k) for s, k in zip(sources[mine].tolist(), numbers[mine].tolist(), strict=True)]
         most = -(-len(samples) // rules.ranks)
@@ -193,10 +193,10 @@ def _open(config: PretrainingConfig, number: int, *, seed: int, vocabulary: int,
         )
     usable = store.complete.copy()
     if skip or not note or note.vocabulary > vocabulary:
-        strangers = store.strangers(vocabulary, all_of_it=skip)
-        if strangers.size and not skip:
-            raise BadIndexedDataset(store.first_stranger(vocabulary, int(strangers[0])))
-        usable[strangers] = False
+        outside = store.out_of_vocabulary(vocabulary, all_of_it=skip)
+        if outside.size and not skip:
+            raise BadIndexedDataset(store.describe_out_of_vocabulary(vocabulary, int(outside[0])))
+        usable[outside] = False
     train, held_out = split(np.flatnonzero(usable), config.held_out, seed=seed, source=number)
     source = _Source(
         store,

@@ -1,4 +1,4 @@
-"""A token store of random documents: to try layouts and to measure speed where there is no text."""
+"""An indexed dataset of random documents: to try layouts and to measure speed where there is no text."""
 
 from pathlib import Path
 

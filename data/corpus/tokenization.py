@@ -1,4 +1,4 @@
-"""Files of text into a token store, by several processes, chunk after chunk.
+"""Files of text into an indexed dataset, by several processes, chunk after chunk.
 
 Each chunk becomes a small store of its own in `<name>.parts`, named by its number and carrying a digest of all that
 decides its content. A run that is killed goes on from the parts that are finished; when all are there they are joined,
@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from lockstep.data.child_process import follow_parent
-from lockstep.data.corpus.documents import BadText, Chunk, Reading, cut, documents, find_files
+from lockstep.data.corpus.documents import BadText, Chunk, Reading, cut, find_files, read_documents
 from lockstep.data.corpus.indexed_dataset import (
     BadIndexedDataset,
     IndexedDataset,
@@ -107,7 +107,7 @@ def tokenize(
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int, int], None] = lambda done, chunks: None,
 ) -> Note:
-    """Make the token store `output` out of files and folders; made already, it is left as it is.
+    """Make the indexed dataset `output` out of files and folders; made already, it is left as it is.
 
     Args:
         output: the store's path without .bin or .idx.
@@ -146,7 +146,7 @@ def texts(inputs: Sequence[Path], reading: Reading, on_bad: OnBad, skipped: list
     """
     for path in find_files(inputs)[0]:
         for chunk in cut(path, reading, CHUNK_BYTES):
-            for document in documents(chunk, reading):
+            for document in read_documents(chunk, reading):
                 if isinstance(document, Bad):
                     skipped.append(_stop_or_skip(document, on_bad))
                 else:
@@ -242,7 +242,7 @@ def _make(how: Tokenization, part: Part) -> None:
     writer = IndexedDatasetWriter(part.path, vocabulary=tokenizer.numbers)
     bad: list[str] = []
     try:
-        for group in _batched(_good(documents(part.chunk, how.reading), how.on_bad, bad), _TOGETHER):
+        for group in _batched(_good(read_documents(part.chunk, how.reading), how.on_bad, bad), _TOGETHER):
             encoded = [[*ids, how.end] for ids in tokenizer.encode_all(group)]
             writer.add(np.concatenate(encoded), np.array([len(ids) for ids in encoded]))
     except BaseException:

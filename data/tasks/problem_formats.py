@@ -69,7 +69,7 @@ def _turns(row: Row) -> tuple[str, str]:
     return turns[-1].text("content"), turns[0].text("content") if len(turns) == 2 else ""
 
 
-SHAPES: Mapping[str, RowFormat] = {
+FORMATS: Mapping[str, RowFormat] = {
     "humaneval": RowFormat(("prompt", "test", "entry_point", "canonical_solution"), code_formats.humaneval),
     "mbpp": RowFormat(("code", "test_list"), code_formats.mbpp),
     "apps": RowFormat(("question", "input_output"), code_formats.apps),
@@ -91,9 +91,9 @@ def read_problem(index: int, row: Row, fields: Mapping[str, str]) -> Problem:
         BadRow: names file, line and field.
     """
     row = _renamed(row, fields)
-    fitting = [sum(name in row.values for name in shape.needs) / len(shape.needs) for shape in SHAPES.values()]
+    fitting = [sum(name in row.values for name in shape.needs) / len(shape.needs) for shape in FORMATS.values()]
     best = fitting.index(1.0) if 1.0 in fitting else len(fitting) - 1 - fitting[::-1].index(max(fitting))
-    nearest = list(SHAPES.values())[best]
+    nearest = list(FORMATS.values())[best]
     missing = [name for name in nearest.needs if name not in row.values]
     if missing:
         there = ", ".join(map(repr, row.values)) or "none"

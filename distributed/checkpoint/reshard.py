@@ -22,7 +22,7 @@ WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
-class Kept:
+class FlatShard:
     """A run of a parameter's elements, laid flat, that this rank keeps."""
 
     parameter: nn.Parameter
@@ -57,7 +57,7 @@ def flat_start(piece: Piece, shape: Sequence[int]) -> int:
     return sum(a * math.prod(shape[i + 1 :]) for i, (a, _) in enumerate(piece.local))
 
 
-def whole_chunks(kept: Iterable[Kept], pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> list[Chunk]:
+def whole_chunks(kept: Iterable[FlatShard], pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> list[Chunk]:
     """The chunks that fall to this rank; all replicas call this together.
 
     Values are views of what is kept where one replica has all of a chunk, and copies elsewhere.
@@ -84,7 +84,7 @@ class _Exchange:
         self._sent: defaultdict[int, list[Tensor]] = defaultdict(list)
         self._awaited: defaultdict[int, list[Tensor]] = defaultdict(list)
 
-    def chunks(self, kept: Kept, piece: Piece, kind: str, values: Tensor) -> Iterator[Chunk]:
+    def chunks(self, kept: FlatShard, piece: Piece, kind: str, values: Tensor) -> Iterator[Chunk]:
         """The chunks of a piece that fall to this rank; those that others have parts of are filled by `run`."""
         name = piece.name if kind == WEIGHTS else state_name(kind, piece.name)
         item, self._device = values.element_size(), values.device
@@ -100,7 +100,7 @@ class _Exchange:
             elif len(mine):
                 self._sent[owner].append(mine)
 
-    def _parts(self, kept: Kept, span: tuple[int, int]) -> list[tuple[int, int]]:
+    def _parts(self, kept: FlatShard, span: tuple[int, int]) -> list[tuple[int, int]]:
         """Of a chunk, what each replica writes or sends; where all have all of it, the least busy one writes it."""
         if len(kept.cuts) > 2 or self._ranks == 1:
             return [_common(span, run) for run in zip(kept.cuts, kept.cuts[1:], strict=False)]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, fill
+from lockstep.distributed.checkpoint.reshard import WEIGHTS, FlatShard, fill
 from lockstep.distributed.checkpoint.tensors import STATES, Piece, Source, concurrently, state_name
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.optimizer.parameter_marks import is_expert
@@ -47,7 +47,7 @@ class ZeroState:
         """Drop the optimizer's moments, for a new phase of training."""
         self._optimizer.state.clear()
 
-    def kept(self) -> Iterator[Kept]:
+    def flat_shards(self) -> Iterator[FlatShard]:
         """This rank's elements of every parameter, with the optimizer state of those that are trained."""
         trained = {share.parameter: (tensor, share) for tensor, shares in self._shares.items() for share in shares}
         for parameter in self._module.parameters():
@@ -59,7 +59,7 @@ class ZeroState:
                 state = self._optimizer.state.get(tensor, {})
                 values |= {kind: share.within(state[key]) for kind, key in _STATE.items() if key in state}
             replicas = self._groups.expert_replicas if is_expert(parameter) else self._groups.replicas
-            yield Kept(parameter, share.shape, share.cuts, replicas, values)
+            yield FlatShard(parameter, share.shape, share.cuts, replicas, values)
 
     def _untrained(self, parameter: nn.Parameter) -> Share:
         """The share of a parameter that the optimizer is not given."""

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.distributed.context_parallel import HeadExchange, ring_attention
+from lockstep.distributed.context_parallel import UlyssesExchange, ring_attention
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import splits_heads
 from lockstep.model.attention.packed import DocumentAttention
@@ -31,25 +31,23 @@ def attention(
     if groups.layout.context == 1:
         return DocumentAttention(documents, device, numerics)
     if splits_heads(groups.layout, kv_heads):
-        return HeadsAttention(documents, groups.context, device, numerics)
+        return UlyssesAttention(documents, groups.context, device, numerics)
     return RingAttention(documents, groups.context, device)
 
 
-class HeadsAttention:
+class UlyssesAttention:
     """`Attend` by exchanging tokens for heads: each rank sees the whole row with a part of the heads."""
 
     def __init__(
         self, documents: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device, numerics: Numerics
     ) -> None:
         self._whole = DocumentAttention(documents, device, numerics)
-        self._exchange = HeadExchange(group, sum(map(sum, documents)), device)
+        self._exchange = UlyssesExchange(group, sum(map(sum, documents)), device)
 
-    def __call__(
-        self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """See `Attend`."""
         q, k, v = (self._exchange.to_heads(x) for x in (q_THE, k_TGE, v_TGE))
-        return self._exchange.to_tokens(self._whole(layer, q, k, v, scoring))
+        return self._exchange.to_tokens(self._whole(layer, q, k, v, spec))
 
 
 class RingAttention:
@@ -60,13 +58,11 @@ class RingAttention:
         places = _places(documents)
         self._document_T, self._branch_T, self._position_T = (torch.tensor(p, device=device) for p in places)
 
-    def __call__(
-        self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """See `Attend`."""
 
         def visible(queries: Tensor, keys: Tensor) -> Tensor:
-            return self._visible(queries[:, None], keys[None], scoring.window)
+            return self._visible(queries[:, None], keys[None], spec.window)
 
         return ring_attention(
             q_THE,
@@ -75,8 +71,8 @@ class RingAttention:
             visible=visible,
             length=self._length,
             group=self._group,
-            scale=q_THE.shape[2] ** -0.5 if scoring.scale is None else scoring.scale,
-            softcap=scoring.cap or 0.0,
+            scale=q_THE.shape[2] ** -0.5 if spec.scale is None else spec.scale,
+            softcap=spec.cap or 0.0,
         )
 
     def _visible(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

@@ -22,7 +22,7 @@ def attend_in_full(
     k_NGSE: Tensor,
     v_NGSE: Tensor,
     bias_NLS: Tensor,
-    scoring: AttentionSpec = PLAIN,
+    spec: AttentionSpec = PLAIN,
     spans: Sequence[Span] | None = None,
 ) -> Tensor:
     """softmax(cap(q·kᵀ·scale) + bias)·v. The query heads of one key-value head stand as rows of one product.
@@ -32,7 +32,7 @@ def attend_in_full(
         spans: all rows in order, each part with its columns, so that what is hidden from all is not computed.
     """
     whole = slice(0, q_NHLE.shape[2]), slice(0, k_NGSE.shape[2])
-    return _Attention.apply(q_NHLE, k_NGSE, v_NGSE, bias_NLS, scoring, spans or [whole])
+    return _Attention.apply(q_NHLE, k_NGSE, v_NGSE, bias_NLS, spec, spans or [whole])
 
 
 class _Attention(torch.autograd.Function):
@@ -43,7 +43,7 @@ class _Attention(torch.autograd.Function):
         k_NGSE: Tensor,
         v_NGSE: Tensor,
         bias_NLS: Tensor,
-        scoring: AttentionSpec,
+        spec: AttentionSpec,
         spans: Sequence[Span],
     ) -> Tensor:
         q, k, v = _grouped(q_NHLE, k_NGSE.shape[1]), k_NGSE.flatten(0, 1), v_NGSE.flatten(0, 1)
@@ -51,28 +51,28 @@ class _Attention(torch.autograd.Function):
         for span in spans:
             scores = _products(q, k, span).view(*q_NHLE.shape[:2], *_extent(span))
             bias = bias_NLS[:, None, span[0], span[1]]
-            if scoring.cap is None:
-                scores = torch.add(bias, scores, alpha=_scale(scoring, q))
+            if spec.cap is None:
+                scores = torch.add(bias, scores, alpha=_scale(spec, q))
             else:
-                scores = soft_capped(scores.mul_(_scale(scoring, q)), scoring.cap) + bias
+                scores = soft_capped(scores.mul_(_scale(spec, q)), spec.cap) + bias
             weights.put(span, scores.softmax(-1))
         ctx.save_for_backward(q, k, v, weights.whole)
-        ctx.settings = scoring, spans
+        ctx.settings = spec, spans
         return torch.bmm(weights.whole.flatten(1, 2), v).view(q_NHLE.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        scoring, spans = ctx.settings
+        spec, spans = ctx.settings
         d_mixed = gradients[0].reshape(q.shape)
         d_scores = _Assembled(weights.shape, q.dtype)
         for span in spans:
             part = weights[:, :, span[0], span[1]].float()
             d_part = torch._softmax_backward_data(_products(d_mixed, v, span), part, -1, torch.float32)
-            if scoring.cap is not None:  # tanh' = 1 − tanh²
-                capped = _products(q, k, span).mul_(_scale(scoring, q) / scoring.cap).tanh_()
+            if spec.cap is not None:  # tanh' = 1 − tanh²
+                capped = _products(q, k, span).mul_(_scale(spec, q) / spec.cap).tanh_()
                 d_part.mul_(1 - capped.square_())
-            d_scores.put(span, d_part.mul_(_scale(scoring, q)))
+            d_scores.put(span, d_part.mul_(_scale(spec, q)))
         rows = d_scores.whole.flatten(1, 2)
         d_q = torch.bmm(rows, k).view(gradients[0].shape)
         d_k = torch.bmm(rows.transpose(1, 2), q.flatten(1, 2))
@@ -113,8 +113,8 @@ def _extent(span: Span) -> tuple[int, int]:
     return span[0].stop - span[0].start, span[1].stop - span[1].start
 
 
-def _scale(scoring: AttentionSpec, q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if scoring.scale is None else scoring.scale
+def _scale(spec: AttentionSpec, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if spec.scale is None else spec.scale
 
 
 def _products(x: Tensor, y: Tensor, span: Span) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.model.attention import exact_triton
-from lockstep.model.attention.paged_kernel import BLOCK, InPlace, Rows, block_shapes, serves
+from lockstep.model.attention.paged_kernel import BLOCK, PagedKernel, Rows, block_shapes, serves
 from lockstep.model.attention.spec import PLAIN, AttentionSpec, soft_capped
 from lockstep.model.ops.exact.matmul import NotExact, delicate, one_thread
 
@@ -32,7 +32,7 @@ def attend_exactly(
     k_NGSE: Tensor,
     v_NGSE: Tensor,
     first_N: Tensor,
-    scoring: AttentionSpec = PLAIN,
+    spec: AttentionSpec = PLAIN,
     keys_from: int | Tensor = 0,
 ) -> Tensor:
     """Mixed values [N, L, H, E] of N sequences, in the dtype of the queries; without a gradient: see `with_gradient`.
@@ -49,13 +49,13 @@ def attend_exactly(
     """
     if q_NLHE.is_cuda:
         k, v = k_NGSE.transpose(1, 2), v_NGSE.transpose(1, 2)
-        return exact_triton.attend_in_tiles(q_NLHE, k, v, first_N - keys_from, scoring)
-    way = _in_place if serves(q_NLHE.dtype, q_NLHE.device, q_NLHE.shape[3]) else _by_products
-    return way(q_NLHE, k_NGSE, v_NGSE, first_N, scoring, torch.as_tensor(keys_from))
+        return exact_triton.attend_in_tiles(q_NLHE, k, v, first_N - keys_from, spec)
+    way = _by_kernel if serves(q_NLHE.dtype, q_NLHE.device, q_NLHE.shape[3]) else _by_products
+    return way(q_NLHE, k_NGSE, v_NGSE, first_N, spec, torch.as_tensor(keys_from))
 
 
-def _in_place(
-    q_NLHE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, first_N: Tensor, scoring: AttentionSpec, keys_from: Tensor
+def _by_kernel(
+    q_NLHE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, first_N: Tensor, spec: AttentionSpec, keys_from: Tensor
 ) -> Tensor:
     """Keys and values are put into blocks, as those of a cache; each sequence has blocks of its own."""
     n, length, _, width = q_NLHE.shape
@@ -67,14 +67,14 @@ def _in_place(
     tables = sequences * each + (np.arange(each + skipped.max()) - skipped).clip(0, each - 1)
     lasts = np.minimum(first_N.numpy()[:, None] + np.arange(length), begin + keys - 1)
     rows = Rows(np.arange(n * length), np.repeat(np.arange(n), length), lasts.flatten(), tables)
-    attend = InPlace((places[0].flatten(), places[1].flatten()), rows, scoring.window, groups=groups, width=width)
+    attend = PagedKernel((places[0].flatten(), places[1].flatten()), rows, spec.window, groups=groups, width=width)
     held, values = (q_NLHE.new_zeros(n * each, groups, *shape) for shape in block_shapes(q_NLHE.dtype, width))
     k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k_NGSE, v_NGSE))
-    return attend(held, values, q_NLHE.flatten(0, 1), k, v, scoring).unflatten(0, (n, length))
+    return attend(held, values, q_NLHE.flatten(0, 1), k, v, spec).unflatten(0, (n, length))
 
 
 def _by_products(
-    q_NLHE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, first_N: Tensor, scoring: AttentionSpec, keys_from: Tensor
+    q_NLHE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, first_N: Tensor, spec: AttentionSpec, keys_from: Tensor
 ) -> Tensor:
     n, length, heads, width = q_NLHE.shape
     kv_heads, repeats = k_NGSE.shape[1], heads // k_NGSE.shape[1]
@@ -82,11 +82,11 @@ def _by_products(
     first = first_N - keys_from
     out = q_NLHE.new_empty(n, length, heads, width)
     with one_thread():
-        for start, stop, columns in _spans(length, k.shape[1], first, scoring.window):
+        for start, stop, columns in _spans(length, k.shape[1], first, spec.window):
             rows = q_NLHE[:, start:stop].float().unflatten(2, (kv_heads, repeats)).permute(0, 2, 1, 3, 4)
             rows = _padded(rows.reshape(n * kv_heads, -1, width), row_tile(width))
             positions = first[:, None] + start + torch.arange(rows.shape[1], device=first.device) // repeats
-            mixed = _mixed(rows, k[:, columns], v[:, columns], positions - columns.start, scoring)
+            mixed = _mixed(rows, k[:, columns], v[:, columns], positions - columns.start, spec)
             mixed = mixed[:, : (stop - start) * repeats].view(n, kv_heads, stop - start, repeats, width)
             out[:, start:stop] = mixed.permute(0, 2, 1, 3, 4).flatten(2, 3)
     return out
@@ -117,9 +117,9 @@ def _spans(length: int, keys: int, first_N: Tensor, window: int | None) -> Itera
         yield start, stop, slice(min(begin, last - KEYS), last)
 
 
-def _mixed(q_BRE: Tensor, k_BSE: Tensor, v_BSE: Tensor, position_NR: Tensor, scoring: AttentionSpec) -> Tensor:
+def _mixed(q_BRE: Tensor, k_BSE: Tensor, v_BSE: Tensor, position_NR: Tensor, spec: AttentionSpec) -> Tensor:
     """Of rows that see the columns up to their positions, [B, R, E] in fp32."""
-    weights = _weights(q_BRE, k_BSE, position_NR, scoring)
+    weights = _weights(q_BRE, k_BSE, position_NR, spec)
     out = torch.zeros_like(q_BRE)
     sums = weights.unflatten(-1, (-1, KEYS)).sum(-1)
     total = torch.zeros_like(sums[..., 0])
@@ -130,14 +130,14 @@ def _mixed(q_BRE: Tensor, k_BSE: Tensor, v_BSE: Tensor, position_NR: Tensor, sco
     return out / total.clamp(min=1)[..., None]  # 1 is what the largest score adds: rows of padding may see none
 
 
-def _weights(q_BRE: Tensor, k_BSE: Tensor, position_NR: Tensor, scoring: AttentionSpec) -> Tensor:
+def _weights(q_BRE: Tensor, k_BSE: Tensor, position_NR: Tensor, spec: AttentionSpec) -> Tensor:
     """exp(score − the row's largest), [B, R, S]; 0 where a row does not see a column."""
-    scale = q_BRE.shape[2] ** -0.5 if scoring.scale is None else scoring.scale
-    scores = soft_capped(torch.bmm(q_BRE, k_BSE.transpose(1, 2)) * scale, scoring.cap)
+    scale = q_BRE.shape[2] ** -0.5 if spec.scale is None else spec.scale
+    scores = soft_capped(torch.bmm(q_BRE, k_BSE.transpose(1, 2)) * scale, spec.cap)
     columns, last = torch.arange(k_BSE.shape[1], device=q_BRE.device), position_NR[:, :, None]
     hidden = columns > last
-    if scoring.window is not None:
-        hidden |= columns <= last - scoring.window
+    if spec.window is not None:
+        hidden |= columns <= last - spec.window
     by_sequence = scores.unflatten(0, (len(position_NR), -1))
     by_sequence.masked_fill_(hidden[:, None], float("-inf"))
     return (scores - scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)).exp()

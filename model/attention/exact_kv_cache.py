@@ -82,9 +82,7 @@ class GatheredAttention:
             blocks = [np.asarray(span.tables[kind])[position // BLOCK] for span, position in pairs]
             self._blocks.append(torch.from_numpy(np.concatenate(blocks)).to(device))
 
-    def __call__(
-        self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """See `Attend`."""
         kind = self._cache.kind_of[layer]
         self._cache.write(layer, self._blocks[kind], self._offsets, k_TGE, v_TGE)
@@ -92,7 +90,7 @@ class GatheredAttention:
         for batch in self._batches[kind]:
             k, v = self._cache.gathered(layer, batch.tables_NP)
             q = q_THE[batch.rows_NL]
-            mixed[batch.rows_NL] = attend_exactly(q, k, v, batch.first_N, scoring, batch.keys_from_N)
+            mixed[batch.rows_NL] = attend_exactly(q, k, v, batch.first_N, spec, batch.keys_from_N)
         return mixed
 
 

@@ -50,7 +50,7 @@ def _attention(
 
 
 def attend_in_tiles(
-    q_NLHE: Tensor, k_NSGE: Tensor, v_NSGE: Tensor, first_N: Tensor, scoring: AttentionSpec = PLAIN
+    q_NLHE: Tensor, k_NSGE: Tensor, v_NSGE: Tensor, first_N: Tensor, spec: AttentionSpec = PLAIN
 ) -> Tensor:
     """See `exact.attend_exactly`; here positions count from the first key. Online softmax (Dao et al. 2022)."""
     need_triton()
@@ -60,11 +60,11 @@ def attend_in_tiles(
     out = torch.empty_like(q)
     _attention[(-(-length // QUERIES), n, heads)](
         q, k, v, out, first_N.to(torch.int64), length, keys, heads, heads // kv_heads,
-        width**-0.5 if scoring.scale is None else scoring.scale,
-        scoring.cap or 1.0,
-        scoring.window or 1 << 40,
+        width**-0.5 if spec.scale is None else spec.scale,
+        spec.cap or 1.0,
+        spec.window or 1 << 40,
         width,
-        QUERIES=QUERIES, KEYS=KEYS, WIDTH=max(16, 1 << (width - 1).bit_length()), CAPPED=scoring.cap is not None,
+        QUERIES=QUERIES, KEYS=KEYS, WIDTH=max(16, 1 << (width - 1).bit_length()), CAPPED=spec.cap is not None,
         **FIXED,
     )  # fmt: skip
     return out

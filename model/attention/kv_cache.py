@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lockstep.model.attention.eager import attend_in_full
 from lockstep.model.attention.packed import DocumentAttention
-from lockstep.model.attention.paged_kernel import BLOCK, InPlace, Rows, block_shapes, first_seen, serves
+from lockstep.model.attention.paged_kernel import BLOCK, PagedKernel, Rows, block_shapes, first_seen, serves
 from lockstep.model.attention.spec import PLAIN, Attend, AttentionSpec
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.ops.cpu import jobs, kernels
@@ -114,18 +114,18 @@ class PagedAttention:
     """
 
     def __init__(
-        self, cache: KVCache, spans: Sequence[Span], *, in_place: bool = True, numerics: Numerics = "fast"
+        self, cache: KVCache, spans: Sequence[Span], *, use_kernel: bool = True, numerics: Numerics = "fast"
     ) -> None:
         """
         Args:
-            in_place: use the kernel that reads blocks in place, where there is one.
+            use_kernel: use the kernel that reads blocks in place, where there is one.
             numerics: in exact ones, which take that kernel, all tokens attend one by one.
         """
         self._cache = cache
         held = cache.values[0]
-        in_place = in_place and serves(held.dtype, held.device, held.shape[-2])
-        assert in_place or numerics == "fast"
-        longest = max(s.count for s in spans) if numerics == "exact" else SHORT if in_place else 1
+        use_kernel = use_kernel and serves(held.dtype, held.device, held.shape[-2])
+        assert use_kernel or numerics == "fast"
+        longest = max(s.count for s in spans) if numerics == "exact" else SHORT if use_kernel else 1
         placed = list(zip(np.cumsum([0, *(s.count for s in spans)]).tolist(), spans, strict=False))
         short = [(i, s) for i, s in placed if s.count <= longest]
         self._long = [(i, s) for i, s in placed if s.count > longest]
@@ -133,49 +133,45 @@ class PagedAttention:
         self._continued = [(i, s) for i, s in self._long if s.start > 0]
         self._documents = DocumentAttention([(s.count,) for _, s in self._fresh], held.device) if self._fresh else None
         self._fresh_rows = _row_numbers(self._fresh, held.device)
-        by_row = partial(_InPlace, tiled=numerics == "fast") if in_place else _Gathered
+        by_row = partial(_ByKernel, tiled=numerics == "fast") if use_kernel else _Gathered
         self._by_row = [by_row(cache, kind, spans, short) for kind in range(len(cache.windows))]
 
-    def __call__(
-        self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """See `Attend`."""
         kind = self._cache.kind_of[layer]
-        mixed = self._by_row[kind](layer, q_THE, k_TGE, v_TGE, scoring)
+        mixed = self._by_row[kind](layer, q_THE, k_TGE, v_TGE, spec)
         if self._documents:
             if len(self._fresh_rows) == len(q_THE):
-                return self._documents(layer, q_THE, k_TGE, v_TGE, scoring)
+                return self._documents(layer, q_THE, k_TGE, v_TGE, spec)
             rows = self._fresh_rows
-            mixed[rows] = self._documents(layer, q_THE[rows], k_TGE[rows], v_TGE[rows], scoring)
+            mixed[rows] = self._documents(layer, q_THE[rows], k_TGE[rows], v_TGE[rows], spec)
         for start, span in self._continued:
             here = slice(start, start + span.count)
-            mixed[here] = self._attended(layer, kind, q_THE[here], span, scoring)
+            mixed[here] = self._attended(layer, kind, q_THE[here], span, spec)
         return mixed
 
     def jobs(self, heads: int) -> list[jobs.AttentionJob]:
         """Of single tokens, attended to in place: what the attention of each kind of layer has in common."""
-        of_kinds = [each.jobs(heads) for each in self._by_row if isinstance(each, _InPlace)]
+        of_kinds = [each.jobs(heads) for each in self._by_row if isinstance(each, _ByKernel)]
         assert all(len(jobs) == 1 for jobs in of_kinds)
         return [job for (job,) in of_kinds]
 
-    def _attended(self, layer: int, kind: int, q_LHE: Tensor, span: Span, scoring: AttentionSpec) -> Tensor:
+    def _attended(self, layer: int, kind: int, q_LHE: Tensor, span: Span, spec: AttentionSpec) -> Tensor:
         """One span of tokens that also see what is before them."""
-        first = first_seen(span.start, scoring.window)
+        first = first_seen(span.start, spec.window)
         stop = -(-(span.start + span.count) // BLOCK)
         k, v = self._cache.gathered(layer, torch.tensor([span.tables[kind][first:stop]], device=q_LHE.device))
         columns = torch.arange(first * BLOCK, stop * BLOCK, device=q_LHE.device)
         rows = torch.arange(span.start, span.start + span.count, device=q_LHE.device)[:, None]
-        bias = _bias(columns, rows, scoring.window)
+        bias = _bias(columns, rows, spec.window)
         q = q_LHE.transpose(0, 1)[None]
-        if scoring.cap is not None:
-            return attend_in_full(q, k, v, bias[None], scoring)[0].transpose(0, 1)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias.to(q.dtype), scale=scoring.scale, enable_gqa=True
-        )
+        if spec.cap is not None:
+            return attend_in_full(q, k, v, bias[None], spec)[0].transpose(0, 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=spec.scale, enable_gqa=True)
         return mixed[0].transpose(0, 1)
 
 
-class _InPlace:
+class _ByKernel:
     """Keeps keys and values and attends for the tokens of short spans, where blocks lie."""
 
     def __init__(
@@ -191,12 +187,12 @@ class _InPlace:
         )
         places = _places([s.tables[kind] for s in spans], spans)
         tiled = tiled and kernels.tiled(dtype, torch.device("cpu"))
-        self._attend = InPlace(places, rows, cache.windows[kind], groups=groups, width=width, tiled=tiled)
+        self._attend = PagedKernel(places, rows, cache.windows[kind], groups=groups, width=width, tiled=tiled)
         self.jobs = self._attend.jobs
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec) -> Tensor:
         """Mixed values [T, H, E]; undefined for tokens that are not among the rows."""
-        return self._attend(self._cache.keys[layer], self._cache.values[layer], q_THE, k_TGE, v_TGE, scoring)
+        return self._attend(self._cache.keys[layer], self._cache.values[layer], q_THE, k_TGE, v_TGE, spec)
 
 
 class _Gathered:
@@ -218,22 +214,22 @@ class _Gathered:
         columns = torch.tensor(firsts)[:, None] * BLOCK + torch.arange(tables.shape[1] * BLOCK)
         self._bias = _bias(columns, torch.tensor([s.start for _, s in short])[:, None], window).to(device)
 
-    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec) -> Tensor:
         """Mixed values [T, H, E]; undefined for tokens that are not among the rows."""
         self._cache.write(layer, self._blocks, self._offsets, k_TGE, v_TGE)
         mixed = q_THE.new_empty(q_THE.shape)
         if len(self._rows):
-            mixed[self._rows] = self._attended(layer, q_THE[self._rows], scoring)
+            mixed[self._rows] = self._attended(layer, q_THE[self._rows], spec)
         return mixed
 
-    def _attended(self, layer: int, q_BHE: Tensor, scoring: AttentionSpec) -> Tensor:
+    def _attended(self, layer: int, q_BHE: Tensor, spec: AttentionSpec) -> Tensor:
         """The query heads of one key-value head stand as rows of one product."""
         k, v = self._cache.gathered(layer, self._tables)
         q = q_BHE.unflatten(1, (k.shape[1], -1))
-        if scoring.cap is not None:
-            return attend_in_full(q, k, v, self._bias[:, None, :], scoring).flatten(1, 2)
+        if spec.cap is not None:
+            return attend_in_full(q, k, v, self._bias[:, None, :], spec).flatten(1, 2)
         mask = self._bias[:, None, None, :].to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scoring.scale).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale).flatten(1, 2)
 
 
 def _bias(columns: Tensor, rows: Tensor, window: int | None) -> Tensor:

@@ -59,9 +59,7 @@ class DocumentAttention:
         self._rows = _Gather(_joined([b.row_tokens for b in self._batches]), own_rows[order], nothing, device)
         self._keys = _Gather(_joined([b.key_tokens for b in self._batches]), own_keys[order], shared, device)
 
-    def __call__(
-        self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """See `Attend`."""
         rows = [len(b.row_tokens) for b in self._batches]
         keys = [len(b.key_tokens) for b in self._batches]
@@ -71,7 +69,7 @@ class DocumentAttention:
             *(self._keys.spread(x).split(keys) for x in (k_TGE, v_TGE)),
             strict=True,
         )
-        padded = [(batch.attend_exactly if self._exact else batch.attend)(q, k, v, scoring) for batch, q, k, v in parts]
+        padded = [(batch.attend_exactly if self._exact else batch.attend)(q, k, v, spec) for batch, q, k, v in parts]
         return self._rows.collected(padded[0] if len(padded) == 1 else torch.cat(padded)).view_as(q_THE)
 
 
@@ -189,30 +187,28 @@ class _SegmentBatch:
         self._biases: dict[int | None, Tensor] = {None: self._made_bias(None)}
         self._causal = not any(s.seen for s in segments)
 
-    def attend(self, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor, scoring: AttentionSpec) -> Tensor:
+    def attend(self, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor, spec: AttentionSpec) -> Tensor:
         """Mixed values [N · queries, H · E], the padding included, of queries and keys in their places."""
         q, k, v = (t.unflatten(0, (len(self.segments), -1)).transpose(1, 2) for t in (q_PHE, k_PGE, v_PGE))
-        window = None if scoring.window is None or scoring.window >= self.keys else scoring.window
-        if scoring.cap is None and (self.queries > LONGEST_IN_FULL or q.is_cuda):
+        window = None if spec.window is None or spec.window >= self.keys else spec.window
+        if spec.cap is None and (self.queries > LONGEST_IN_FULL or q.is_cuda):
             causal = self._causal and window is None
             mask = None if causal else self._bias(window)[:, None].to(q.dtype)
             mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=causal, scale=scoring.scale, enable_gqa=True
+                q, k, v, attn_mask=mask, is_causal=causal, scale=spec.scale, enable_gqa=True
             )
         else:
-            mixed = attend_in_full(q, k, v, self._bias(window), scoring, self._spans(window))
+            mixed = attend_in_full(q, k, v, self._bias(window), spec, self._spans(window))
         return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
 
-    def attend_exactly(self, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor, scoring: AttentionSpec) -> Tensor:
+    def attend_exactly(self, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor, spec: AttentionSpec) -> Tensor:
         """The same in exact numerics; the gradient is that of `attend`."""
 
         def value(*tensors: Tensor) -> Tensor:
             q, k, v = (t.unflatten(0, (len(self.segments), -1)) for t in tensors)
-            return (
-                attend_exactly(q, k.transpose(1, 2), v.transpose(1, 2), self._first_N, scoring).flatten(0, 1).flatten(1)
-            )
+            return attend_exactly(q, k.transpose(1, 2), v.transpose(1, 2), self._first_N, spec).flatten(0, 1).flatten(1)
 
-        return with_gradient(value, partial(self.attend, scoring=scoring), (q_PHE, k_PGE, v_PGE))
+        return with_gradient(value, partial(self.attend, spec=spec), (q_PHE, k_PGE, v_PGE))
 
     def _spans(self, window: int | None) -> list[Span]:
         """Blocks of rows, and the columns that any of their tokens sees."""

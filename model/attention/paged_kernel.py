@@ -64,7 +64,7 @@ class Rows:
         return Rows(self.tokens_R[here], self.sequences_R[here], self.positions_R[here], self.tables_SP)
 
 
-class InPlace:
+class PagedKernel:
     """Keeps keys and values in their blocks, and then attends for some tokens of a pass."""
 
     def __init__(
@@ -91,7 +91,7 @@ class InPlace:
         self._partial: np.ndarray | None = None
 
     def __call__(
-        self, keys: Tensor, values: Tensor, q_THE: Tensor, k_KGE: Tensor, v_KGE: Tensor, scoring: AttentionSpec
+        self, keys: Tensor, values: Tensor, q_THE: Tensor, k_KGE: Tensor, v_KGE: Tensor, spec: AttentionSpec
     ) -> Tensor:
         """Mixed values [T, H, E]; undefined for tokens that are not among the rows.
 
@@ -106,8 +106,8 @@ class InPlace:
             job.q, job.k, job.v, job.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), mixed.data_ptr()
             job.q_stride, job.k_stride, job.v_stride = q.stride(0), k.stride(0), v.stride(0)
             job.keys, job.values = keys.data_ptr(), values.data_ptr()
-            job.scale = q.shape[2] ** -0.5 if scoring.scale is None else scoring.scale
-            job.cap = scoring.cap or 0.0
+            job.scale = q.shape[2] ** -0.5 if spec.scale is None else spec.scale
+            job.cap = spec.cap or 0.0
             library.run("attention", job, q.dtype, size=call.size)
         return mixed
 

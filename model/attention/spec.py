@@ -29,15 +29,11 @@ def soft_capped(scores: Tensor, cap: float | None) -> Tensor:
 class Attend(Protocol):
     """How a block's tokens see each other."""
 
-    def __call__(
-        self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """Mixed values [T, H, E] for T tokens, H query heads, G key-value heads and head width E."""
         ...
 
 
-def call_attend(
-    attend: Attend, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec
-) -> Tensor:
-    """attend(layer, q, k, v, scoring): the one place where a block calls attention, so that it can be wrapped."""
-    return attend(layer, q_THE, k_TGE, v_TGE, scoring)
+def call_attend(attend: Attend, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec) -> Tensor:
+    """attend(layer, q, k, v, spec): the one place where a block calls attention, so that it can be wrapped."""
+    return attend(layer, q_THE, k_TGE, v_TGE, spec)

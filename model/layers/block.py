@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.out = RowLinear(queries, model.width, config, bias="out" in model.biases, numerics=numerics)
         self.rope, self._numerics = model.rope_of(layer), numerics
         scale = None if model.query_scalar is None else model.query_scalar**-0.5
-        self.scoring = AttentionSpec(scale, model.attention_cap, model.window_of(layer))
+        self.spec = AttentionSpec(scale, model.attention_cap, model.window_of(layer))
         self._call_attend: Callable[..., Tensor] = call_attend
 
     def compile_around(self, call: Callable[..., Tensor]) -> None:
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         if self.rope is not None:
             qk = rotary(qk, tables[self.rope], self._numerics)
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
-        return self.out(self._call_attend(attend, layer, q, k, v, self.scoring).flatten(1)[:, None])
+        return self.out(self._call_attend(attend, layer, q, k, v, self.spec).flatten(1)[:, None])
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import Numerics
 from lockstep.model.ops.exact.reductions import summed, summed_and_split
-from lockstep.model.ops.linear import PackedWeight, biased, linear, packed, tiles_of
+from lockstep.model.ops.linear import PackedWeight, biased, packed, project, tiles_of
 
 
 class Adapting(Protocol):
@@ -63,9 +63,9 @@ class Packable:
 
     def _product(self, x: Tensor) -> Tensor:
         if self._numerics == "exact" and self.adapters is not None and self.adapters.on:
-            return linear(x, self.adapters.merged(self.weight), self._numerics)
+            return project(x, self.adapters.merged(self.weight), self._numerics)
         weight = self.weight if self._packed is None or torch.is_grad_enabled() else self._packed
-        return linear(x, weight, self._numerics)
+        return project(x, weight, self._numerics)
 
     def _adapted(self, x: Tensor, out: Tensor) -> Tensor:
         """The output with the adapters' part; in exact numerics, which rollouts share, the weight has it."""

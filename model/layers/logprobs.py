@@ -16,7 +16,7 @@ from lockstep.model.config import Numerics
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.ops.exact.matmul import LARGER
 from lockstep.model.ops.exact.reductions import gathered, in_order, log_sum_exp
-from lockstep.model.ops.linear import PackedWeight, linear
+from lockstep.model.ops.linear import PackedWeight, project
 
 CHUNKS: dict[Numerics, int] = {"fast": 256, "exact": LARGER[0]}
 """Tokens whose logits come out of one product, or out of one pass over tiles."""
@@ -39,7 +39,7 @@ def local_logits(
     Args:
         cap: logits s become cap · tanh(s / cap) (Gemma 2).
     """
-    logits = linear(hidden_KD, weight_VD, numerics)
+    logits = project(hidden_KD, weight_VD, numerics)
     if cap is not None:
         logits = soft_capped(logits, cap) if numerics == "fast" else soft_capped(logits.float(), cap).to(logits.dtype)
     if first + logits.shape[1] > vocabulary:

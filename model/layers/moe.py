@@ -28,7 +28,7 @@ from lockstep.model.config import MoEConfig, Numerics
 from lockstep.model.layers.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
 from lockstep.model.ops.exact import reductions
 from lockstep.model.ops.fused import swiglu
-from lockstep.model.ops.linear import linear
+from lockstep.model.ops.linear import project
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -106,7 +106,7 @@ class MoE(nn.Module):
 
     def _routed(self, x_TD: Tensor) -> Tensor:
         """In fp32, where transformers multiplies in the model's dtype: rounding must not decide who gets a token."""
-        return linear(x_TD.float(), self.router.float(), self._numerics)
+        return project(x_TD.float(), self.router.float(), self._numerics)
 
     def _gathered(self, x_T1D: Tensor) -> Tensor:
         """All tokens of the tensor ranks; what reaches the backward is the same on each of them."""
@@ -154,7 +154,7 @@ class MoE(nn.Module):
         return torch.cat([self._expert(*part) for part in parts])
 
     def _expert(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return linear(self._activation(linear(x, gate_up, self._numerics)), down, self._numerics)
+        return project(self._activation(project(x, gate_up, self._numerics)), down, self._numerics)
 
 
 class SharedExpert(nn.Module):
@@ -175,7 +175,7 @@ class SharedExpert(nn.Module):
         out = self.down(swiglu(self.gate_up(x_T1D), self._numerics))
         if self.gate is None:
             return out
-        return self._sigmoid(linear(x_T1D, summed_over(self.gate, self._parts), self._numerics)) * out
+        return self._sigmoid(project(x_T1D, summed_over(self.gate, self._parts), self._numerics)) * out
 
 
 def router_loss(

@@ -18,11 +18,9 @@ class Recomputed:
     def __init__(self, attend: Attend) -> None:
         self._attend = attend
 
-    def __call__(
-        self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """See `Attend`."""
-        return recomputed(self._attend, layer, q_THE, k_TGE, v_TGE, scoring)
+        return recomputed(self._attend, layer, q_THE, k_TGE, v_TGE, spec)
 
 
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:

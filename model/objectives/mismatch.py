@@ -6,21 +6,21 @@ from torch import Tensor
 from lockstep.model.objectives.objective import LossInputs, Report
 
 
-def mismatch(logp_K: Tensor, columns: LossInputs) -> Report:
+def mismatch_metrics(logp_K: Tensor, inputs: LossInputs) -> Report:
     """How far log-probabilities are from those that rollouts reported of the same tokens.
 
     Returns:
         mismatch_mean and mismatch_max of |Δ log p|, mismatch_kl (nats a token, of the rollout's policy to this one, by
         the k3 estimator), and mismatch_bits: in which the fp32 numbers differ, over all tokens that weigh something.
     """
-    counted = columns.weight != 0
-    delta = logp_K - columns.old_logp
+    counted = inputs.weight != 0
+    delta = logp_K - inputs.old_logp
     gap = delta.abs()[counted]
     return {
-        "mismatch_mean": (columns.weight * delta.abs()).sum(),
+        "mismatch_mean": (inputs.weight * delta.abs()).sum(),
         "mismatch_max": largest(gap),
-        "mismatch_kl": (columns.weight * (delta.exp() - 1 - delta)).sum(),
-        "mismatch_bits": differing_bits(logp_K[counted], columns.old_logp[counted]),
+        "mismatch_kl": (inputs.weight * (delta.exp() - 1 - delta)).sum(),
+        "mismatch_bits": differing_bits(logp_K[counted], inputs.old_logp[counted]),
     }
 
 

@@ -41,7 +41,7 @@ class SampleInputs:
         return values_S[self.number_K]
 
     @property
-    def speaks(self) -> bool:
+    def owns_samples(self) -> bool:
         """Whether this rank counts what is said of samples, which every context rank knows."""
         return self.context is None or self.context.rank() == 0
 
@@ -79,7 +79,7 @@ class LossInputs:
     """Of the policy at each token, with its gradient, where an objective asks for it."""
 
 
-def columns_of(batch: TokenBatch, device: torch.device, context: dist.ProcessGroup | None = None) -> LossInputs:
+def loss_inputs(batch: TokenBatch, device: torch.device, context: dist.ProcessGroup | None = None) -> LossInputs:
     """A row's columns as tensors.
 
     Args:

@@ -26,34 +26,30 @@ class PairLoss:
     smoothing: float = 0.0
     """The probability that a label is wrong (conservative DPO, Mitchell 2023); of `sigmoid` only."""
 
-    def __call__(self, scores_K: Tensor, columns: LossInputs) -> tuple[Tensor, Report]:
-        """See `pair_loss`."""
-        return pair_loss(scores_K, columns, self)
+    def __call__(self, scores_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
+        """Over all pairs (or rankings) of a group: Σ weight · loss; the weight is the mean of the sample's tokens'.
 
+        `preference_samples` makes the samples and their weights, so that the sum over the global batch is a mean over
+        its groups of the mean over the comparisons of a group.
 
-def pair_loss(scores_K: Tensor, columns: LossInputs, rule: PairLoss) -> tuple[Tensor, Report]:
-    """Over all pairs (or rankings) of a group: Σ weight · loss; the weight is the mean of the sample's tokens'.
-
-    `preference_samples` makes the samples and their weights, so that the sum over the global batch is a mean over its
-    groups of the mean over the comparisons of a group.
-
-    Returns:
-        The loss, and sums of: loss, accuracy (share of pairs in the right order), margin (mean β · (better − worse)).
-    """
-    samples = columns.samples
-    z_S = rule.beta * samples.sums(scores_K - columns.reference_logp)
-    margin_SS = z_S[:, None] - z_S[None, :]
-    weight_SS = _pair_weights(samples)
-    ranked = rule.kind == "plackett_luce"
-    loss = _ranking(z_S, samples) if ranked else (weight_SS * _of_margin(margin_SS, rule)).sum()
-    counts = float(samples.speaks)
-    with torch.no_grad():
-        report = {
-            "loss": counts * loss.detach(),
-            "accuracy": counts * (weight_SS * (margin_SS > 0)).sum(),
-            "margin": counts * (weight_SS * margin_SS).sum(),
-        }
-    return counts * loss, report
+        Returns:
+            The loss, and sums of: loss, accuracy (share of pairs in the right order), margin (mean of
+            β · (better − worse)).
+        """
+        samples = inputs.samples
+        z_S = self.beta * samples.sums(scores_K - inputs.reference_logp)
+        margin_SS = z_S[:, None] - z_S[None, :]
+        weight_SS = _pair_weights(samples)
+        ranked = self.kind == "plackett_luce"
+        loss = _ranking(z_S, samples) if ranked else (weight_SS * _of_margin(margin_SS, self)).sum()
+        counts = float(samples.owns_samples)
+        with torch.no_grad():
+            report = {
+                "loss": counts * loss.detach(),
+                "accuracy": counts * (weight_SS * (margin_SS > 0)).sum(),
+                "margin": counts * (weight_SS * margin_SS).sum(),
+            }
+        return counts * loss, report
 
 
 def _of_margin(margin_SS: Tensor, rule: PairLoss) -> Tensor:

@@ -1,4 +1,4 @@
-"""Objectives: pure functions from a model's score of each token and a batch's columns to a loss.
+"""Objectives: pure functions from a model's score of each token and a batch's inputs to a loss.
 
 `token_loss` is pretraining, SFT, RSFT and every policy gradient, `value_loss` is PPO's critic, and `pair_loss` (in
 `pairs`) reward models and DPO. Sums run over the selected tokens of a micro-batch; the weight column already divides by
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lockstep.model.objectives.importance_ratio import Clip, Correction, Level, bounded, corrected, ratio
 from lockstep.model.objectives.kl import KL, estimate
-from lockstep.model.objectives.mismatch import largest, mismatch
+from lockstep.model.objectives.mismatch import largest, mismatch_metrics
 from lockstep.model.objectives.objective import LossInputs, Report
 
 
-def nll(logp_K: Tensor, columns: LossInputs) -> tuple[Tensor, Report]:
+def nll(logp_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
     """Weighted negative log-likelihood in nats: pretraining, SFT, and REINFORCE where advantages differ from 1."""
-    loss = -(columns.weight * columns.advantage * logp_K).sum()
+    loss = -(inputs.weight * inputs.advantage * logp_K).sum()
     return loss, {"loss": loss}
 
 
@@ -42,47 +42,42 @@ class TokenLoss:
     has_reference: bool = True
     """Whether `reference_logp` says anything."""
 
-    def __call__(self, logp_K: Tensor, columns: LossInputs) -> tuple[Tensor, Report]:
-        """See `token_loss`."""
-        return token_loss(logp_K, columns, self)
+    def __call__(self, logp_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
+        """−Σ weight · (correction · gain − β · KL + coefficient · entropy).
 
+        GRPO: Shao et al. 2024, eq. 3 and 4; `docs/methods.md` has the equation of every method.
 
-def token_loss(logp_K: Tensor, columns: LossInputs, rule: TokenLoss) -> tuple[Tensor, Report]:
-    """−Σ weight · (correction · gain − β · KL + coefficient · entropy).
-
-    GRPO: Shao et al. 2024, eq. 3 and 4; `docs/methods.md` has the equation of every method.
-
-    Returns:
-        The loss, and sums of: loss, kl (k3, nats a token), clipped (share of tokens whose ratio is out of bounds),
-        ratio_max (the largest |ratio − 1|), what `mismatch` says of the policy now and when it was sampled; entropy and
-        mean correction where they are used.
-    """
-    proximal = columns.proximal_logp if rule.proximal == "column" else logp_K.detach()
-    ratio_K = ratio(logp_K - proximal, columns.samples, rule.level)
-    gain = _gain(logp_K, ratio_K, columns.advantage, rule)
-    report: Report = {}
-    if rule.correction:
-        correction = corrected(columns.old_logp, proximal, columns.samples, rule.correction)
-        gain = correction * gain
-        report["correction"] = (columns.weight * correction).sum()
-    loss = -(columns.weight * gain).sum()
-    if rule.kl.in_loss and rule.has_reference:
-        distance = estimate(logp_K, columns.reference_logp, rule.kl.estimator)
-        loss = loss + rule.kl.in_loss * (columns.weight * distance).sum()
-    if rule.entropy and columns.entropy is not None:
-        entropy = (columns.weight * columns.entropy).sum()
-        loss = loss - rule.entropy * entropy
-        report["entropy"] = entropy.detach()
-    with torch.no_grad():
-        k3 = estimate(logp_K, columns.reference_logp, "k3") if rule.has_reference else torch.zeros_like(logp_K)
-        report |= {
-            "loss": loss.detach(),
-            "kl": (columns.weight * k3).sum(),
-            "clipped": (columns.weight * (ratio_K != bounded(ratio_K, rule.clip))).sum(),
-            "ratio_max": largest((ratio_K - 1).abs()[columns.weight != 0]),
-            **mismatch(logp_K, columns),
-        }
-    return loss, report
+        Returns:
+            The loss, and sums of: loss, kl (k3, nats a token), clipped (share of tokens whose ratio is out of bounds),
+            ratio_max (the largest |ratio − 1|), `mismatch_metrics` between the policy now and when it was sampled;
+            entropy and mean correction where they are used.
+        """
+        proximal = inputs.proximal_logp if self.proximal == "column" else logp_K.detach()
+        ratio_K = ratio(logp_K - proximal, inputs.samples, self.level)
+        gain = _gain(logp_K, ratio_K, inputs.advantage, self)
+        report: Report = {}
+        if self.correction:
+            correction = corrected(inputs.old_logp, proximal, inputs.samples, self.correction)
+            gain = correction * gain
+            report["correction"] = (inputs.weight * correction).sum()
+        loss = -(inputs.weight * gain).sum()
+        if self.kl.in_loss and self.has_reference:
+            distance = estimate(logp_K, inputs.reference_logp, self.kl.estimator)
+            loss = loss + self.kl.in_loss * (inputs.weight * distance).sum()
+        if self.entropy and inputs.entropy is not None:
+            entropy = (inputs.weight * inputs.entropy).sum()
+            loss = loss - self.entropy * entropy
+            report["entropy"] = entropy.detach()
+        with torch.no_grad():
+            k3 = estimate(logp_K, inputs.reference_logp, "k3") if self.has_reference else torch.zeros_like(logp_K)
+            report |= {
+                "loss": loss.detach(),
+                "kl": (inputs.weight * k3).sum(),
+                "clipped": (inputs.weight * (ratio_K != bounded(ratio_K, self.clip))).sum(),
+                "ratio_max": largest((ratio_K - 1).abs()[inputs.weight != 0]),
+                **mismatch_metrics(logp_K, inputs),
+            }
+        return loss, report
 
 
 def _gain(logp_K: Tensor, ratio_K: Tensor, advantage_K: Tensor, rule: TokenLoss) -> Tensor:

@@ -56,7 +56,7 @@ def _reorders() -> bool:
     return named and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def linear(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:
+def project(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:
     """x · weightᵀ, packed or not; packed is without a gradient."""
     if isinstance(weight, PackedWeight):
         return weight(x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lockstep.data.batch import Ints, TokenBatch, part, sequences_of
-from lockstep.distributed.context_parallel import held_places
+from lockstep.distributed.context_parallel import zigzag_indices
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Stage
 from lockstep.model.attention.context_parallel import attention
@@ -16,7 +16,7 @@ from lockstep.model.attention.spec import Attend
 from lockstep.model.config import Numerics
 from lockstep.model.layers.moe import Sequences
 from lockstep.model.loading import transformer_of
-from lockstep.model.objectives.objective import LossInputs, columns_of
+from lockstep.model.objectives.objective import LossInputs, loss_inputs
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class DeviceBatch:
     positions: Tensor
     predictors_K: Tensor
     targets_K: Tensor
-    columns: LossInputs
+    loss_inputs: LossInputs
     attend: Attend
     sequences: Sequences
 
@@ -48,7 +48,7 @@ def to_device(
         positions=tensor("positions"),
         predictors_K=tensor("predictors"),
         targets_K=tensor("targets"),
-        columns=columns_of(local, device, groups.context if groups.layout.context > 1 else None),
+        loss_inputs=loss_inputs(local, device, groups.context if groups.layout.context > 1 else None),
         attend=attend,
         sequences=Sequences(*(torch.tensor(column).to(device) for column in (document_T[places], weight_D))),
     )
@@ -58,7 +58,7 @@ def places_of(batch: TokenBatch, groups: Groups) -> Ints:
     """Places of the row's tokens that this context rank computes."""
     if groups.layout.context == 1:
         return np.arange(len(batch.tokens))
-    return held_places(len(batch.tokens), groups.layout.context, groups.context_rank).numpy()
+    return zigzag_indices(len(batch.tokens), groups.layout.context, groups.context_rank).numpy()
 
 
 def rows_of(stage: Stage, groups: Groups, rows: Sequence[TokenBatch]) -> list[DeviceBatch]:

@@ -20,7 +20,7 @@ from lockstep.distributed.step_result import StepResult
 from lockstep.model.loading import transformer_of
 from lockstep.model.objectives.objective import Objective
 from lockstep.model.objectives.token_loss import TokenLoss
-from lockstep.model.state_dict import held_pieces, parts, pieces
+from lockstep.model.state_dict import parts, pieces, pieces_by_parameter
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.model.training.device_batch import DeviceBatch, longest_document, rows_of
 from lockstep.model.training.forward import score, scorer
@@ -49,7 +49,7 @@ class Trainer:
         self.stage, self.groups = stage, groups
         self.transformer = transformer_of(stage)
         self.transformer.recompute = config.recompute
-        freeze(self.transformer.model, held_pieces(self.transformer), config.trainable)
+        freeze(self.transformer.model, pieces_by_parameter(self.transformer), config.trainable)
         if config.compile and local_device(groups.rank).type != "cpu":
             self.transformer.compile_blocks()
         self._temperature, self._forward = temperature, scorer(groups, temperature)
@@ -103,13 +103,13 @@ class Trainer:
         Args:
             state: of the optimizer, too.
         """
-        kept = self.engine.kept()
+        kept = self.engine.flat_shards()
         weights = (replace(each, values={WEIGHTS: each.values[WEIGHTS]}) for each in kept)
-        return whole_chunks(kept if state else weights, held_pieces(self.transformer))
+        return whole_chunks(kept if state else weights, pieces_by_parameter(self.transformer))
 
     def restore(self, source: Source) -> None:
         """Take over the optimizer's state of a checkpoint whose weights the model was built with."""
-        self.engine.restore(source, held_pieces(self.transformer))
+        self.engine.restore(source, pieces_by_parameter(self.transformer))
 
     @property
     def base(self) -> Stage:
@@ -150,15 +150,15 @@ def _loss(objective: Objective, z_coefficient: float = 0.0) -> Loss:
     """The objective and the z loss."""
 
     def loss(scores: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        columns = replace(batch.columns, entropy=scores[2]) if len(scores) > 2 else batch.columns
-        value, report = objective(scores[0], columns)
+        inputs = replace(batch.loss_inputs, entropy=scores[2]) if len(scores) > 2 else batch.loss_inputs
+        value, report = objective(scores[0], inputs)
         if not z_coefficient:
             return value, report
-        z_loss = (batch.columns.weight * scores[1].square()).sum()
+        z_loss = (batch.loss_inputs.weight * scores[1].square()).sum()
         return value + z_coefficient * z_loss, report | {"z_loss": z_loss.detach()}
 
     return loss
 
 
 def _with_reference(batch: DeviceBatch, logp_K: Tensor) -> DeviceBatch:
-    return replace(batch, columns=replace(batch.columns, reference_logp=logp_K))
+    return replace(batch, loss_inputs=replace(batch.loss_inputs, reference_logp=logp_K))

@@ -24,7 +24,7 @@ from lockstep.model.config import Head, ModelConfig, Numerics, describe
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.objectives.objective import Objective
-from lockstep.model.state_dict import Held
+from lockstep.model.state_dict import LocalWeights
 from lockstep.model.training.config import OptimizerConfig, PretrainConfig, TrainerConfig, row_rules
 from lockstep.model.training.flops import peak_flops
 from lockstep.model.training.forward import score
@@ -84,7 +84,7 @@ class ModelWorker(RankWorker):
             self.reference = ReferenceModel(self.trainer.base, reference)
         elif reference:
             with self.trainer.engine.whole_weights():
-                held = Held(self.trainer.transformer)
+                held = LocalWeights(self.trainer.transformer)
                 self.reference = ReferenceModel(self._copy(held), reference)
 
     def resume_phase(self, reference: ReferenceConfig, weights: Path | Storage) -> None:

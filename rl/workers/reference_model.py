@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lockstep.distributed.checkpoint.arrays import Chunk
-from lockstep.distributed.checkpoint.reshard import Kept, whole_chunks
+from lockstep.distributed.checkpoint.reshard import FlatShard, whole_chunks
 from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, read_tensor, state_name
 from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.pipeline import Stage
 from lockstep.model.loading import transformer_of
-from lockstep.model.state_dict import held_pieces, pieces
+from lockstep.model.state_dict import pieces, pieces_by_parameter
 from lockstep.model.transformer import Transformer
 from lockstep.rl.algorithms.config import ReferenceConfig
 
@@ -67,14 +67,14 @@ class ReferenceModel:
 
     def chunks(self) -> list[Chunk]:
         """What this rank writes of it into a checkpoint of the policy; all ranks call this together."""
-        return whole_chunks(self._kept(), held_pieces(self._transformer))
+        return whole_chunks(self._kept(), pieces_by_parameter(self._transformer))
 
-    def _kept(self) -> Iterator[Kept]:
+    def _kept(self) -> Iterator[FlatShard]:
         groups = self._transformer.groups
         for name, parameter in self._parameters.items():
             values = self._average.get(name, parameter.detach()).view(-1)
             replicas = groups.expert_replicas if is_expert(parameter) else groups.replicas
-            yield Kept(parameter, parameter.shape, (0, values.numel()), replicas, {KIND: values})
+            yield FlatShard(parameter, parameter.shape, (0, values.numel()), replicas, {KIND: values})
 
     @property
     def moves(self) -> bool:

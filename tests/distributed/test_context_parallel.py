@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.distributed.context_parallel import held_places
+from lockstep.distributed.context_parallel import zigzag_indices
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
-from lockstep.model.attention.context_parallel import HeadsAttention, RingAttention, attention
+from lockstep.model.attention.context_parallel import RingAttention, UlyssesAttention, attention
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.attention.spec import AttentionSpec
 from tests.parameters import every
@@ -29,41 +29,41 @@ def drawn() -> list[Tensor]:
     return [torch.randn(LENGTH, heads, WIDTH, generator=draw) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
 
 
-def attended(groups: Groups, scoring: AttentionSpec, dtype: torch.dtype) -> list[Tensor]:
+def attended(groups: Groups, spec: AttentionSpec, dtype: torch.dtype) -> list[Tensor]:
     """Mixed values of this rank's tokens and the gradients of its queries, keys and values."""
-    places = held_places(LENGTH, groups.layout.context, groups.context_rank)
+    places = zigzag_indices(LENGTH, groups.layout.context, groups.context_rank)
     *inputs, weight = (t[places].to(dtype) for t in drawn())
     inputs = [t.requires_grad_() for t in inputs]
     attend = attention(DOCUMENTS, groups, KV_HEADS, inputs[0].device)
-    kind = HeadsAttention if groups.layout.context_by == "heads" else RingAttention
+    kind = UlyssesAttention if groups.layout.context_by == "heads" else RingAttention
     assert isinstance(attend, kind)
-    mixed = attend(0, *inputs, scoring)
+    mixed = attend(0, *inputs, spec)
     (mixed * weight).sum().backward()
     return [mixed.detach(), *(t.grad for t in inputs if t.grad is not None)]
 
 
-def whole(scoring: AttentionSpec) -> list[Tensor]:
+def whole(spec: AttentionSpec) -> list[Tensor]:
     *inputs, weight = drawn()
     inputs = [t.requires_grad_() for t in inputs]
-    mixed = DocumentAttention(DOCUMENTS, torch.device("cpu"))(0, *inputs, scoring)
+    mixed = DocumentAttention(DOCUMENTS, torch.device("cpu"))(0, *inputs, spec)
     (mixed * weight).sum().backward()
     return [mixed.detach(), *(t.grad for t in inputs if t.grad is not None)]
 
 
 @pytest.mark.parametrize(
-    ("layout", "scoring"),
+    ("layout", "spec"),
     every(
         [Layout(context=degree, context_by=by) for by in ("heads", "ring") for degree in (2, 4)],
         SCORINGS,
-        part=lambda layout, scoring: layout.context == 2 or scoring == SCORINGS[0],
+        part=lambda layout, spec: layout.context == 2 or spec == SCORINGS[0],
     ),
     ids=str,
 )
-def test_a_split_row_attends_as_the_whole_one(layout: Layout, scoring: AttentionSpec, worlds: RankPool) -> None:
-    parts = worlds.run(layout, attended, scoring, torch.float32)
-    places = torch.cat([held_places(LENGTH, layout.context, rank) for rank in range(layout.context)])
+def test_a_split_row_attends_as_the_whole_one(layout: Layout, spec: AttentionSpec, worlds: RankPool) -> None:
+    parts = worlds.run(layout, attended, spec, torch.float32)
+    places = torch.cat([zigzag_indices(LENGTH, layout.context, rank) for rank in range(layout.context)])
     assert sorted(places.tolist()) == list(range(LENGTH))
-    for found, expected in zip(zip(*parts, strict=True), whole(scoring), strict=True):
+    for found, expected in zip(zip(*parts, strict=True), whole(spec), strict=True):
         torch.testing.assert_close(torch.cat(found)[places.argsort()], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_a_split_row_attends_as_the_whole_one(layout: Layout, scoring: Attention
 def test_in_bf16_a_split_row_attends_as_the_whole_one_to_its_precision(kind: str, worlds: RankPool) -> None:
     layout = Layout(context=2, context_by=kind)
     parts = worlds.run(layout, attended, AttentionSpec(), torch.bfloat16)
-    places = torch.cat([held_places(LENGTH, 2, rank) for rank in range(2)])
+    places = torch.cat([zigzag_indices(LENGTH, 2, rank) for rank in range(2)])
     for found, expected in zip(zip(*parts, strict=True), whole(AttentionSpec()), strict=True):
         mixed = torch.cat(found)[places.argsort()]
         assert mixed.dtype == torch.bfloat16

@@ -153,9 +153,7 @@ class Chunks:
     def __init__(self, runs: list[Run], lengths: list[int], draw: np.random.Generator) -> None:
         self._runs, self._lengths, self._draw = runs, lengths, draw
 
-    def __call__(
-        self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN
-    ) -> Tensor:
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """See `Attend`."""
         for run, k, v in zip(self._runs, k_TGE.split(self._lengths), v_TGE.split(self._lengths), strict=True):
             run.keys[layer] = torch.cat((run.keys.get(layer, k[:0]), k))
@@ -164,7 +162,7 @@ class Chunks:
         more = int(self._draw.integers(0, 90))
         k, v = (padded([cache[layer] for cache in caches], more) for caches in zip(*self._caches(), strict=True))
         first = torch.tensor([run.cached for run in self._runs])
-        mixed = attend_exactly(q, k.transpose(1, 2), v.transpose(1, 2), first, scoring)
+        mixed = attend_exactly(q, k.transpose(1, 2), v.transpose(1, 2), first, spec)
         return torch.cat([m[:n] for m, n in zip(mixed, self._lengths, strict=True)])
 
     def _caches(self) -> list[tuple[dict[int, Tensor], dict[int, Tensor]]]:

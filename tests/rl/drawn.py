@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lockstep.data.batch import Floats, RowRules, Sample, rows_for_ranks
-from lockstep.model.objectives.objective import Objective, columns_of
+from lockstep.model.objectives.objective import Objective, loss_inputs
 from lockstep.rl.types import Estimates, Prompt, Rollout, Scored
 from lockstep.rl.verdict import Outcome, Verdict
 
@@ -66,7 +66,7 @@ def total(
     loss, reports = torch.zeros(()), dict[str, float]()
     for rows in rows_for_ranks(samples, RowRules(ranks, budget, multiple=4)):
         for row in rows:
-            value, report = objective(logp[torch.from_numpy(row.targets)], columns_of(row, torch.device("cpu")))
+            value, report = objective(logp[torch.from_numpy(row.targets)], loss_inputs(row, torch.device("cpu")))
             loss = loss + value
             for name, number in report.items():
                 before = reports.get(name, 0.0)

@@ -75,7 +75,7 @@ class JobList:
         """Another job behind the others.
 
         Args:
-            same: of attention what is copied into the job before each run, all but heads, arrays and scoring.
+            same: for attention, what is copied into the job before each run: all but heads, arrays, scale and cap.
         """
         self._jobs.append((name, job, same))
 

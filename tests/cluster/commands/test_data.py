@@ -1,4 +1,4 @@
-"""Text becomes a tokenizer and a token store by commands; a mistake of the user ends with one sentence and code 2."""
+"""Commands make a tokenizer and an indexed dataset; a mistake of the user ends with one sentence and code 2."""
 
 import json
 from pathlib import Path

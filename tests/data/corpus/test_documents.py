@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lockstep.data.corpus.documents import BadText, Reading, cut, documents, find_files
+from lockstep.data.corpus.documents import BadText, Reading, cut, find_files, read_documents
 from lockstep.data.json_text import Bad
 
 LINE = Reading(separator="--")
@@ -21,7 +21,7 @@ WHOLE = Reading()
 
 
 def read(path: Path, reading: Reading = WHOLE, size: int = 1 << 20) -> list[str | Bad]:
-    return [d for chunk in cut(path, reading, size) for d in documents(chunk, reading)]
+    return [d for chunk in cut(path, reading, size) for d in read_documents(chunk, reading)]
 
 
 def reasons(path: Path, reading: Reading = WHOLE, size: int = 1 << 20) -> list[str]:

@@ -127,7 +127,7 @@ def test_damage_is_said_with_its_byte(tmp_path: Path) -> None:
         return refusal(store.path)
 
     assert damaged(0, b"X") == (
-        f"{idx} does not begin as the index of a token store: give a store made by Megatron or Lockstep"
+        f"{idx} does not begin as the index of an indexed dataset: give a store made by Megatron or Lockstep"
     )
     assert damaged(9, b"\2") == f"{idx}, byte 9: the format's version is 2, and only 1 can be read"
     assert damaged(17, b"\6") == f"{idx}, byte 17: type 6 does not hold tokens; 1, 2, 3, 4, 5, 8 do"
@@ -151,7 +151,7 @@ def test_damage_is_said_with_its_byte(tmp_path: Path) -> None:
 
 def test_missing_and_foreign_files_are_said(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.bin") == (
-        f"there is no file {tmp_path}/none.idx: a token store is a pair of .bin and .idx files"
+        f"there is no file {tmp_path}/none.idx: an indexed dataset is a pair of .bin and .idx files"
     )
     store = write(tmp_path / "s", [[1, 2, 3], [4, 5]])
     note = tmp_path / "s.json"
@@ -162,7 +162,7 @@ def test_missing_and_foreign_files_are_said(tmp_path: Path) -> None:
     )
     for broken in ("{", "[]", "{}", text.replace('"end"', '"ende"'), text.replace('"format": 1', '"format": 2')):
         note.write_text(broken)
-        assert refusal(store.path).startswith(f"{note} is not a note of how a token store was made (")
+        assert refusal(store.path).startswith(f"{note} is not a note of how an indexed dataset was made (")
     note.unlink()
     assert IndexedDataset(store.path).note is None
 
@@ -170,9 +170,9 @@ def test_missing_and_foreign_files_are_said(tmp_path: Path) -> None:
 def test_tokens_outside_of_the_vocabulary_are_found(tmp_path: Path) -> None:
     by_megatron(tmp_path / "s", [[[1, 2]], [], [[3, 50, 51]], [[4]], [[-1]], [[60]]], np.int64)
     store = IndexedDataset(tmp_path / "s")
-    assert store.strangers(50).tolist() == [2, 4, 5]
-    assert store.strangers(61).tolist() == [4]
-    assert store.first_stranger(50, 2) == (
+    assert store.out_of_vocabulary(50).tolist() == [2, 4, 5]
+    assert store.out_of_vocabulary(61).tolist() == [4]
+    assert store.describe_out_of_vocabulary(50, 2) == (
         f"{store.bin}, byte 24: token 50 is not in a vocabulary of 50: the store was made with another tokenizer"
     )
 
@@ -183,4 +183,4 @@ def test_strangers_in_a_later_block_are_found(tmp_path: Path) -> None:
     writer = IndexedDatasetWriter(tmp_path / "s", vocabulary=300)
     writer.add(tokens, np.array([BLOCK, BLOCK, 0, 5]))
     writer.finish(Note("d1", 300, 0, "m1", writer.documents, writer.tokens))
-    assert IndexedDataset(tmp_path / "s").strangers(299).tolist() == [0, 1, 3]
+    assert IndexedDataset(tmp_path / "s").out_of_vocabulary(299).tolist() == [0, 1, 3]

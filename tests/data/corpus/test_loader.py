@@ -143,7 +143,7 @@ def test_a_run_that_changes_its_layout_reads_samples_in_order(
 
 def test_samples_follow_each_other_without_gap(config: PretrainingConfig, data: PretrainingData) -> None:
     """Samples of one store, put together, are its training tokens, each once an epoch."""
-    sources, _ = data.mixture.take(0, 400)
+    sources, _ = data.blend.take(0, 400)
     for number, summary in enumerate(data.summary):
         samples = [data.sample(n).tokens for n in np.flatnonzero(sources == number).tolist()]
         assert all(a[-1] == b[0] for a, b in pairwise(samples))

@@ -24,7 +24,7 @@ from lockstep.distributed.checkpoint.arrays import (
     inner_shape,
 )
 from lockstep.distributed.checkpoint.manager import BadCheckpoint, Checkpoint, find
-from lockstep.distributed.checkpoint.reshard import WEIGHTS, Kept, chunks_of, fill, whole_chunks
+from lockstep.distributed.checkpoint.reshard import WEIGHTS, FlatShard, chunks_of, fill, whole_chunks
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, SaveFailed, Saver
 from lockstep.distributed.checkpoint.storage import Storage, storage_of
 from lockstep.distributed.checkpoint.tensors import (
@@ -45,7 +45,7 @@ from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loading import build, transformer_of
-from lockstep.model.state_dict import held_pieces, pieces
+from lockstep.model.state_dict import pieces, pieces_by_parameter
 from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.names import logical_tensors
@@ -76,13 +76,13 @@ def dtype_of(source: Layout) -> torch.dtype:
     return torch.bfloat16 if source.data == 2 else torch.float32
 
 
-def kept(transformer: Transformer) -> Iterator[Kept]:
+def kept(transformer: Transformer) -> Iterator[FlatShard]:
     """All weights, of which every replica has all."""
     groups = transformer.groups
     for parameter in transformer.parameters():
         replicas = groups.expert_replicas if is_expert(parameter) else groups.replicas
         values = {WEIGHTS: parameter.detach().view(-1)}
-        yield Kept(parameter, parameter.shape, (0, parameter.numel()), replicas, values)
+        yield FlatShard(parameter, parameter.shape, (0, parameter.numel()), replicas, values)
 
 
 def written(groups: Groups, folder: Path) -> int:
@@ -90,7 +90,7 @@ def written(groups: Groups, folder: Path) -> int:
     written = 0
     for name, model in MODELS.items():
         transformer = transformer_of(build(model, groups, dtype_of(groups.layout), RandomWeights(model, seed=1)))
-        chunks = whole_chunks(kept(transformer), held_pieces(transformer))
+        chunks = whole_chunks(kept(transformer), pieces_by_parameter(transformer))
         saver = Saver(folder / name, rank=groups.rank, ranks=groups.layout.processes, barrier=dist.barrier)
         saver.save(7, chunks, {}, {"note.txt": "ä"})
         written += sum(chunk.values.nbytes for chunk in chunks)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lockstep.model.attention.exact import KEYS, attend_exactly
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.attention.spec import PLAIN, AttentionSpec
-from tests.model.attention.test_packed import CPU, Documents, dense, inputs, some_documents, some_scorings
+from tests.model.attention.test_packed import CPU, Documents, dense, inputs, some_documents, some_specs
 from tests.model.exact_rollouts import WAYS, by_way
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -25,9 +25,9 @@ def by_head(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
 
-def attended(qkv: list[Tensor], scoring: AttentionSpec) -> Tensor:
+def attended(qkv: list[Tensor], spec: AttentionSpec) -> Tensor:
     q, k, v = qkv
-    return attend_exactly(q[None], *by_head(k[None], v[None]), torch.zeros(1, dtype=torch.long), scoring)[0]
+    return attend_exactly(q[None], *by_head(k[None], v[None]), torch.zeros(1, dtype=torch.long), spec)[0]
 
 
 @WAYS
@@ -36,7 +36,7 @@ def attended(qkv: list[Tensor], scoring: AttentionSpec) -> Tensor:
 @given(
     length=st.one_of(st.integers(1, 300), st.integers(500, 1100)),
     shape=st.sampled_from([(9, 3, 64), (2, 2, 12), (6, 1, 80), (3, 3, 128), (4, 2, 256)]),
-    scoring=some_scorings,
+    spec=some_specs,
     data=st.data(),
 )
 def test_rows_have_the_same_bits_alone_in_chunks_and_in_batches(
@@ -44,12 +44,12 @@ def test_rows_have_the_same_bits_alone_in_chunks_and_in_batches(
     dtype: torch.dtype,
     length: int,
     shape: tuple[int, int, int],
-    scoring: AttentionSpec,
+    spec: AttentionSpec,
     data: st.DataObject,
 ) -> None:
     q, k, v = sequence(length, *shape, dtype)
     with by_way(compiled):
-        whole = attended([q, k, v], scoring)
+        whole = attended([q, k, v], spec)
     start = data.draw(st.integers(0, length - 1))
     stop = data.draw(st.integers(start + 1, length))
     beside, padding = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 130))
@@ -61,7 +61,7 @@ def test_rows_have_the_same_bits_alone_in_chunks_and_in_batches(
     batch[0][-1, : stop - start], batch[1][-1, :stop], batch[2][-1, :stop] = q[start:stop], k[:stop], v[:stop]
     torch.set_num_threads(data.draw(st.integers(1, 3)))
     with by_way(compiled):
-        found = attend_exactly(batch[0], *by_head(*batch[1:]), first, scoring)[-1, : stop - start]
+        found = attend_exactly(batch[0], *by_head(*batch[1:]), first, spec)[-1, : stop - start]
     torch.set_num_threads(1)
     assert torch.equal(found, whole[start:stop])
 
@@ -84,18 +84,18 @@ def test_keys_before_a_window_may_be_left_out(compiled: bool, window: int) -> No
 @WAYS
 @DTYPES
 @settings(max_examples=30)
-@given(documents=some_documents, scoring=some_scorings)
-@example(documents=[[17, 16, 15, 17], [16, 1, 33], [100]], scoring=PLAIN)
-@example(documents=[[40, 130, 2], [70]], scoring=AttentionSpec(window=33, cap=1.5))
+@given(documents=some_documents, spec=some_specs)
+@example(documents=[[17, 16, 15, 17], [16, 1, 33], [100]], spec=PLAIN)
+@example(documents=[[40, 130, 2], [70]], spec=AttentionSpec(window=33, cap=1.5))
 def test_documents_equal_a_dense_mask_and_have_the_fast_gradient(
-    compiled: bool, dtype: torch.dtype, documents: Documents, scoring: AttentionSpec
+    compiled: bool, dtype: torch.dtype, documents: Documents, spec: AttentionSpec
 ) -> None:
     given_inputs = inputs(documents, dtype)
     with by_way(compiled):
-        ours = DocumentAttention(documents, CPU, "exact")(0, *given_inputs, scoring)
-    fast = DocumentAttention(documents, CPU)(0, *given_inputs, scoring)
+        ours = DocumentAttention(documents, CPU, "exact")(0, *given_inputs, spec)
+    fast = DocumentAttention(documents, CPU)(0, *given_inputs, spec)
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 3e-2}[dtype]
-    naive = dense(documents, *(x.detach().double() for x in given_inputs), scoring)
+    naive = dense(documents, *(x.detach().double() for x in given_inputs), spec)
     assert ours.dtype == dtype
     assert torch.allclose(ours.double(), naive, rtol=tolerance, atol=tolerance)
     slope = torch.randn(naive.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -30,36 +30,36 @@ def model(heads: int, kv_heads: int, width: int, window: int | None) -> ModelCon
     )
 
 
-def naive(q: Tensor, k: Tensor, v: Tensor, scoring: AttentionSpec) -> Tensor:
+def naive(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """[L, H, E] of the last L positions of a sequence whose keys and values are [S, G, E], in fp64."""
     rows, heads, width = q.shape
     k, v = (x.double().repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("lhe,she->hls", q.double(), k) * (scoring.scale or width**-0.5)
-    if scoring.cap is not None:
-        scores = scoring.cap * torch.tanh(scores / scoring.cap)
+    scores = torch.einsum("lhe,she->hls", q.double(), k) * (spec.scale or width**-0.5)
+    if spec.cap is not None:
+        scores = spec.cap * torch.tanh(scores / spec.cap)
     position, column = torch.arange(len(k) - rows, len(k))[:, None], torch.arange(len(k))
     hidden = column > position
-    if scoring.window is not None:
-        hidden |= column <= position - scoring.window
+    if spec.window is not None:
+        hidden |= column <= position - spec.window
     return torch.einsum("hls,she->lhe", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "gathered"])
+@pytest.mark.parametrize("use_kernel", [True, False], ids=["in place", "gathered"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(9, 3, 64), (4, 4, 20), (10, 2, 8), (7, 1, 32)])
 @pytest.mark.parametrize(
-    ("window", "scoring"),
+    ("window", "spec"),
     [(None, AttentionSpec()), (50, AttentionSpec(window=50)), (7, AttentionSpec(scale=0.3, cap=2.0, window=7))],
     ids=["all", "window", "cap"],
 )
 def test_a_mixed_pass_equals_attention_head_to_tail(
-    in_place: bool,
+    use_kernel: bool,
     dtype: torch.dtype,
     heads: int,
     kv_heads: int,
     width: int,
     window: int | None,
-    scoring: AttentionSpec,
+    spec: AttentionSpec,
 ) -> None:
     torch.manual_seed(0)
     of = model(heads, kv_heads, width, window)
@@ -78,12 +78,12 @@ def test_a_mixed_pass_equals_attention_head_to_tail(
     counts = [count for _, count in HISTORIES]
     qkv = torch.randn(sum(counts), heads + 2 * kv_heads, width).to(dtype)
     q, own_k, own_v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    found = PagedAttention(cache, spans, in_place=in_place)(layer, q, own_k, own_v, scoring).split(counts)
+    found = PagedAttention(cache, spans, use_kernel=use_kernel)(layer, q, own_k, own_v, spec).split(counts)
     for mixed, rows, k, v, k_new, v_new, (start, _) in zip(
         found, q.split(counts), keys, values, own_k.split(counts), own_v.split(counts), HISTORIES, strict=True
     ):
         k, v = torch.cat([k[:start], k_new]), torch.cat([v[:start], v_new])
-        expected = naive(rows, k, v, scoring)
+        expected = naive(rows, k, v, spec)
         torch.testing.assert_close(mixed.double(), expected, atol=3e-6 if dtype == torch.float32 else 0.03, rtol=0)
 
 

@@ -29,7 +29,7 @@ some_documents = st.lists(
 )
 
 
-some_scorings = st.builds(
+some_specs = st.builds(
     AttentionSpec,
     scale=st.none() | st.just(0.7),
     cap=st.none() | st.just(1.5),
@@ -64,12 +64,12 @@ def visible(documents: Documents, window: int | None = None) -> Tensor:
     return mask
 
 
-def dense(documents: Documents, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, scoring: AttentionSpec = PLAIN) -> Tensor:
+def dense(documents: Documents, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
     k, v = (t.repeat_interleave(HEADS // KV_HEADS, dim=1) for t in (k_TGE, v_TGE))
-    scores = torch.einsum("the,she->hts", q_THE, k) * (scoring.scale or WIDTH**-0.5)
-    if scoring.cap:
-        scores = scoring.cap * torch.tanh(scores / scoring.cap)
-    scores = scores.masked_fill(~visible(documents, scoring.window), float("-inf"))
+    scores = torch.einsum("the,she->hts", q_THE, k) * (spec.scale or WIDTH**-0.5)
+    if spec.cap:
+        scores = spec.cap * torch.tanh(scores / spec.cap)
+    scores = scores.masked_fill(~visible(documents, spec.window), float("-inf"))
     return torch.einsum("hts,she->the", scores.softmax(-1), v)
 
 
@@ -80,12 +80,12 @@ def inputs(documents: Documents, dtype: torch.dtype) -> list[Tensor]:
     return [(2 * torch.randn(s, generator=generator)).to(dtype).requires_grad_() for s in shapes]
 
 
-def check(documents: Documents, dtype: torch.dtype, tolerance: float, scoring: AttentionSpec = PLAIN) -> None:
+def check(documents: Documents, dtype: torch.dtype, tolerance: float, spec: AttentionSpec = PLAIN) -> None:
     """Equal values and gradients; the dense version computes in fp64."""
     given_inputs = inputs(documents, dtype)
     wide = [x.detach().double().requires_grad_() for x in given_inputs]
-    ours = DocumentAttention(documents, CPU)(0, *given_inputs, scoring)
-    naive = dense(documents, *wide, scoring)
+    ours = DocumentAttention(documents, CPU)(0, *given_inputs, spec)
+    naive = dense(documents, *wide, spec)
     assert ours.dtype == dtype
     assert torch.allclose(ours.double(), naive, rtol=tolerance, atol=tolerance)
     slope = torch.randn(naive.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -107,11 +107,11 @@ def test_trees_equal_a_dense_mask(documents: Documents) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(some_documents, some_scorings)
+@given(some_documents, some_specs)
 @example([[5, 9, 0, 3], [1]], AttentionSpec(window=1))
 @example([[40, 30, 2], [70]], AttentionSpec(window=33, cap=1.5))
-def test_scales_caps_and_windows_equal_a_dense_mask(documents: Documents, scoring: AttentionSpec) -> None:
-    check(documents, torch.float32, 2e-5, scoring)
+def test_scales_caps_and_windows_equal_a_dense_mask(documents: Documents, spec: AttentionSpec) -> None:
+    check(documents, torch.float32, 2e-5, spec)
 
 
 @pytest.fixture
@@ -120,11 +120,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(some_documents, some_scorings)
+@given(some_documents, some_specs)
 @example([[40, 30, 2], [70]], AttentionSpec(window=33, cap=1.5))
 @example([[16, 16, 17], [32], [48, 5]], AttentionSpec(window=1))
-def test_blocks_of_rows_equal_a_dense_mask(small_blocks: None, documents: Documents, scoring: AttentionSpec) -> None:
-    check(documents, torch.float32, 2e-5, scoring)
+def test_blocks_of_rows_equal_a_dense_mask(small_blocks: None, documents: Documents, spec: AttentionSpec) -> None:
+    check(documents, torch.float32, 2e-5, spec)
 
 
 def test_bfloat16_is_as_exact_as_the_flash_kernel(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,8 +171,8 @@ def test_long_documents_have_scales_caps_and_windows_too(window: int, cap: float
 def test_one_attention_serves_layers_of_several_kinds() -> None:
     documents, tensors = [[30, 4, 5]], inputs([[30, 4, 5]], torch.float32)
     attend = DocumentAttention(documents, CPU)
-    for scoring in (PLAIN, AttentionSpec(window=4), PLAIN, AttentionSpec(window=9), AttentionSpec(window=4, cap=2.0)):
-        assert torch.allclose(attend(0, *tensors, scoring), dense(documents, *tensors, scoring), atol=2e-5)
+    for spec in (PLAIN, AttentionSpec(window=4), PLAIN, AttentionSpec(window=9), AttentionSpec(window=4, cap=2.0)):
+        assert torch.allclose(attend(0, *tensors, spec), dense(documents, *tensors, spec), atol=2e-5)
 
 
 @pytest.mark.parametrize("documents", [[[9], [33]], [[5, 3, 0, 7], [6, 2, 8], [40]]], ids=str)

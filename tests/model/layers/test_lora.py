@@ -19,7 +19,7 @@ from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
 from lockstep.model.loading import DTYPES, build
 from lockstep.model.objectives.objective import LossInputs
 from lockstep.model.objectives.token_loss import nll
-from lockstep.model.state_dict import Held, held_pieces, pieces
+from lockstep.model.state_dict import LocalWeights, pieces, pieces_by_parameter
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.model.training.trainable import NothingLearns, TrainableConfig
 from lockstep.model.training.trainer import Trainer
@@ -84,8 +84,8 @@ def check_split(trainer: Trainer, before: list[Any], after: list[Any], trainable
     """What learns has changed and all else has not, by a bit; the optimizer remembers what learns alone."""
     for (name, _, old), (_, _, new) in zip(before, after, strict=True):
         assert (old != new).any() == trainable.learns(name), name
-    held = held_pieces(trainer.transformer)
-    for kept in trainer.engine.kept():
+    held = pieces_by_parameter(trainer.transformer)
+    for kept in trainer.engine.flat_shards():
         learns = trainable.learns(held[kept.parameter][0].name)
         assert (set(kept.values) == {WEIGHTS}) == (not learns), held[kept.parameter]
 
@@ -195,7 +195,7 @@ def sent_and_scored(groups: Groups, folder: Path, dtype: str, numerics: Numerics
     with trainer.engine.whole_weights():
         shards = shards_of(trainer.transformer)
         messages = [shard for message in messages_of(trainer.transformer, 3000) for shard in signed(message)]
-        held = Held(trainer.transformer)
+        held = LocalWeights(trainer.transformer)
     copied = build(trainer.transformer.model, groups, DTYPES[dtype], held, numerics)
     rows = rows_of_step(trainer, 0)
     scores = [s.numpy() for s in trainer.score(rows)], [s.numpy() for s in trainer.score(rows, copied)]
@@ -341,7 +341,7 @@ def test_a_critic_learns_its_head_beside_adapters(tiny_folder: Path, groups: Gro
     trainer = Trainer(stage, groups, OptimizerConfig(), config=TrainerConfig(trainable=ADAPTERS))
     learns = {
         piece.name
-        for parameter, held in held_pieces(trainer.transformer).items()
+        for parameter, held in pieces_by_parameter(trainer.transformer).items()
         for piece in held
         if parameter.requires_grad
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lockstep.data.batch import Sample, documents, pack
-from lockstep.model.objectives.objective import columns_of
+from lockstep.model.objectives.objective import loss_inputs
 from lockstep.model.objectives.pair_loss import PairLoss
 from lockstep.rl.algorithms.samples import preference_samples
 from tests.rl.drawn import floats, total
@@ -108,7 +108,7 @@ def test_a_reward_model_reads_the_value_at_the_last_token(kind: str) -> None:
         loss = torch.zeros(())
         for row in pack(documents(samples), budget=budget):
             last = [int(row.tokens[p]) for p in row.predictors]  # the value is read where the answer ends
-            loss = loss + PairLoss(kind)(values[[order[n] for n in last]], columns_of(row, torch.device("cpu")))[0]
+            loss = loss + PairLoss(kind)(values[[order[n] for n in last]], loss_inputs(row, torch.device("cpu")))[0]
         scores = [[values[order[span[-1]]].double() for span in spans] for _, spans in described]
         expected = (
             naive(scores, described, lambda x: torch.log1p(torch.exp(-x)))

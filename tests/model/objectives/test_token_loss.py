@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lockstep.model.objectives.importance_ratio import Clip
 from lockstep.model.objectives.kl import KL
-from lockstep.model.objectives.mismatch import differing_bits, mismatch
+from lockstep.model.objectives.mismatch import differing_bits, mismatch_metrics
 from lockstep.model.objectives.objective import LossInputs, SampleInputs
 from lockstep.model.objectives.token_loss import TokenLoss, nll
 
@@ -116,7 +116,7 @@ def test_all_32_bits_count() -> None:
 
 def test_tokens_that_weigh_nothing_have_no_mismatch() -> None:
     logp, c = columns(5, 4, 0.5)
-    report = mismatch(logp, replace(c, weight=torch.zeros(5)))
+    report = mismatch_metrics(logp, replace(c, weight=torch.zeros(5)))
     assert all(value == 0 for value in report.values())
 
 

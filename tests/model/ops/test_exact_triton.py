@@ -45,14 +45,14 @@ def sums() -> list[tuple[bool, bool]]:
 def attentions() -> list[tuple[bool, bool]]:
     found = []
     for dtype in DTYPES:
-        for scoring in SCORINGS:
+        for spec in SCORINGS:
             q, k, v = drawn(150, 6, 4, dtype=dtype), drawn(150, 2, 4, dtype=dtype), drawn(150, 2, 4, dtype=dtype)
-            whole = exact_triton.attend_in_tiles(q[None], k[None], v[None], torch.tensor([0]).to(DEVICE), scoring)[0]
-            expected = dense([[150]], *(x.double().cpu() for x in (q, k, v)), scoring)
+            whole = exact_triton.attend_in_tiles(q[None], k[None], v[None], torch.tensor([0]).to(DEVICE), spec)[0]
+            expected = dense([[150]], *(x.double().cpu() for x in (q, k, v)), spec)
             rows = (slice(0, 1), slice(37, 70), slice(149, 150))
             parts = [
                 exact_triton.attend_in_tiles(
-                    q[None, at], k[None, : at.stop], v[None, : at.stop], torch.tensor([at.start]).to(DEVICE), scoring
+                    q[None, at], k[None, : at.stop], v[None, : at.stop], torch.tensor([at.start]).to(DEVICE), spec
                 )[0]
                 for at in rows
             ]

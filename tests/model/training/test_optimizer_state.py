@@ -11,7 +11,7 @@ from torch import nn
 
 from lockstep.data.batch import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.reshard import Kept, fill, whole_chunks
+from lockstep.distributed.checkpoint.reshard import FlatShard, fill, whole_chunks
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.tensors import Piece, WeightsOnly, state_name, to_numpy, whole
 from lockstep.distributed.groups import Groups
@@ -238,7 +238,7 @@ def cut_anywhere(groups: Groups, seed: int) -> tuple[dict[str, Any], list[Any]]:
             if not np.array_equal(run.numpy(), expected.reshape(-1)[cuts[rank] : cuts[rank + 1]]):
                 wrong.append((name, kind, cuts))
             values[kind] = run
-        kept.append(Kept(parameter, torch.Size(whole_shape), cuts, groups.replicas, values))
+        kept.append(FlatShard(parameter, torch.Size(whole_shape), cuts, groups.replicas, values))
     chunks = {chunk.name: to_numpy(chunk.values) for chunk in whole_chunks(kept, pieces)}
     shapes = {pieces[each.parameter][0].name: pieces[each.parameter][0].shape for each in kept}
     for name, array in chunks.items():

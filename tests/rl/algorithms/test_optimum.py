@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lockstep.data.batch import Sample, documents, pack, sample
 from lockstep.model.objectives.kl import KL
-from lockstep.model.objectives.objective import LossInputs, Objective, columns_of
+from lockstep.model.objectives.objective import LossInputs, Objective, loss_inputs
 from lockstep.model.objectives.pair_loss import PairLoss
 from lockstep.model.objectives.token_loss import TokenLoss
 from lockstep.model.objectives.value_loss import ValueLoss
@@ -52,7 +52,7 @@ class Problem:
     def columns(self) -> LossInputs:
         """Of a row of all completions."""
         samples = [sample([0], range(i * 10 + 1, i * 10 + 1 + self.length)) for i in range(len(self.paths))]
-        return columns_of(pack(documents(samples), budget=1000)[0], torch.device("cpu"))
+        return loss_inputs(pack(documents(samples), budget=1000)[0], torch.device("cpu"))
 
     def tilted(self, beta: float) -> Tensor:
         """π_ref · exp(R/β) / Z."""
@@ -153,7 +153,7 @@ def preferred(problem: Problem, rule: Objective) -> Tensor:
             columns = {"weight": weight, "reference_logp": reference[of].numpy()}
             samples.append(sample([0], range(1, 1 + problem.length), **columns, group=number, preference=place))
             members.append(of)
-    columns = columns_of(pack(documents(samples), budget=1000)[0], torch.device("cpu"))
+    columns = loss_inputs(pack(documents(samples), budget=1000)[0], torch.device("cpu"))
     return problem.policy(
         descended(problem.reference, lambda table: rule(problem.logp(table)[members].flatten(), columns)[0])
     )
