@@ -21,7 +21,7 @@ import torch
 from lockstep.cluster.conversion.convert import to_huggingface
 from lockstep.data.batch import RowRules, rows_for_ranks, sample
 from lockstep.distributed.groups import alone
-from lockstep.model.formats.registry import QUICKSTART_MODEL, open_source
+from lockstep.model.formats.registry import QUICKSTART_MODEL, open_model
 from lockstep.model.loading import build
 from lockstep.model.objectives.token_loss import nll
 from lockstep.model.training.config import OptimizerConfig
@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = to_huggingface(QUICKSTART_MODEL, Path(folder) / "model", dtype="bfloat16")
         found = {side: child(side, model, args.steps) for side in SIDES}
-    cost = training_flops(open_source(QUICKSTART_MODEL)[1], LENGTH)
+    cost = training_flops(open_model(QUICKSTART_MODEL).config, LENGTH)
     for side, result in found.items():
         speed = SEQUENCES * LENGTH / statistics.median(result["seconds"])
         share = speed * cost / result["peak"]
@@ -78,8 +78,8 @@ def tokens() -> torch.Tensor:
 
 
 def ours(model: Path) -> Callable[[], float]:
-    source, config, _ = open_source(str(model))
-    trainer = Trainer(build(config, groups := alone(), torch.bfloat16, source), groups, OptimizerConfig())
+    opened = open_model(str(model))
+    trainer = Trainer(build(opened.config, groups := alone(), torch.bfloat16, opened.source), groups, OptimizerConfig())
     samples = [sample(row[:1], row[1:], weight=1 / (SEQUENCES * LENGTH)) for row in tokens().numpy()]
     rows = rows_for_ranks(samples, RowRules(budget=SEQUENCES * LENGTH))[0]
     assert [len(r.tokens) for r in rows] == [SEQUENCES * LENGTH]

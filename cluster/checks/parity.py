@@ -23,12 +23,13 @@ from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.corpus.loader import PretrainingConfig, PretrainingData
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.saver import Saver
-from lockstep.distributed.checkpoint.tensors import Source, to_numpy, whole
+from lockstep.distributed.checkpoint.tensors import to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, check_layout, describe
 from lockstep.model.formats.lockstep import write_checkpoint
+from lockstep.model.formats.registry import ModelContents
 from lockstep.model.loading import DTYPES, build
 from lockstep.model.objectives.token_loss import nll
 from lockstep.model.state_dict import pieces
@@ -109,11 +110,11 @@ def compare(recipe: Recipe, layouts: Sequence[str], steps: int, say: Callable[[s
         ValueError: one sentence on a recipe or a layout that cannot run.
     """
     wanted = {text: parse_layout(text) for text in layouts}
-    source, model, _ = starting_point(recipe.model, recipe.seed)
+    start = starting_point(recipe.model, recipe.seed)
     for layout in wanted.values():
-        check_layout(layout, model)
+        check_layout(layout, start.config)
     with tempfile.TemporaryDirectory() as folder, RankPool(TIMEOUT_S) as worlds:
-        runs = Runs(worlds, job_of(recipe, source, model, steps, Path(folder)), Path(folder))
+        runs = Runs(worlds, job_of(recipe, start, steps, Path(folder)), Path(folder))
         floor = runs.difference(Layout(), reordered=True)
         bound = _bound(recipe.model.dtype, floor)
         found = {}
@@ -167,13 +168,18 @@ def _first_tie(one: Course, ranks: Sequence[Course]) -> tuple[int, int] | None:
     return None
 
 
-def job_of(recipe: Recipe, source: Source, model: ModelConfig, steps: int, folder: Path) -> Job:
-    pretrain = recipe.pretrain
+def job_of(recipe: Recipe, start: ModelContents, steps: int, folder: Path) -> Job:
+    """What every layout trains: the recipe's text from the weights that it starts from, both written to a folder.
+
+    Raises:
+        RecipeError: when the recipe trains on problems.
+    """
+    pretrain, model = recipe.pretrain, start.config
     if pretrain is None:
         raise RecipeError("lockstep parity trains on text: give a recipe with a [pretrain] section")
     return Job(
         model=model,
-        start=write_checkpoint(source, model, {}, folder / "start"),
+        start=write_checkpoint(start.source, model, {}, folder / "start"),
         dtype=recipe.model.dtype,
         pretrain=pretrain,
         data=pretrain.text(model, folder / "random", recipe.seed),

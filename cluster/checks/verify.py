@@ -1,7 +1,7 @@
 """Whether a checkpoint is whole, and whether two hold the same; every byte is read, a part of a tensor at a time."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,11 @@ def verify_checkpoint(name: str, against: str | None = None, progress: Progress 
 
 
 def _opened(name: str) -> OpenModel | str:
-    path = locate(name)
-    known = recognise(path)
+    """A checkpoint, or what keeps one of a known format from being opened."""
+    location = locate(name)
+    known = recognise(location)
     try:
-        return known.open(path)
+        return known.open(location)
     except (ValueError, OSError, KeyError) as error:
         return str(error)
 
@@ -62,7 +63,7 @@ def names_of(source: Source, model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _whole(opened: OpenModel, progress: Progress) -> Found:
-    source, model, _ = opened
+    source, model = opened.source, opened.config
     table = source.tensors if isinstance(source, Checkpoint) else {}
     shapes = names_of(source, model)
     faults = [f"the manifest lists {name}, which the model does not have" for name in table.keys() - shapes.keys()]
@@ -103,9 +104,9 @@ def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Box]:
 
 def _equal(one: OpenModel, other: OpenModel, progress: Progress) -> Found:
     """Compare what both have; weights must be the same, states may be only one's. Adapters of one alone are merged."""
-    if one[1].lora != other[1].lora:
+    if one.config.lora != other.config.lora:
         one, other = _merged(one), _merged(other)
-    shapes, others = names_of(one[0], one[1]), names_of(other[0], other[1])
+    shapes, others = (names_of(each.source, each.config) for each in (one, other))
     faults = [f"{name} is in one checkpoint alone" for name in sorted(shapes.keys() ^ others.keys()) if "/" not in name]
     common = [name for name in shapes if name in others]
     dtypes: set[str] = set()
@@ -113,7 +114,7 @@ def _equal(one: OpenModel, other: OpenModel, progress: Progress) -> Found:
         if shapes[name] != others[name]:
             faults.append(f"{name} has shape {shapes[name]} in one and {others[name]} in the other")
         else:
-            faults += _difference(one[0], other[0], name, shapes[name], dtypes)
+            faults += _difference(one.source, other.source, name, shapes[name], dtypes)
         progress(done, len(common))
     apart = sum("/" in name for name in shapes.keys() ^ others.keys())
     notes = [f"{apart} tensors of an optimizer's state are in one alone, and were not compared"] if apart else []
@@ -122,9 +123,8 @@ def _equal(one: OpenModel, other: OpenModel, progress: Progress) -> Found:
 
 
 def _merged(opened: OpenModel) -> OpenModel:
-    source, model, files = opened
-    model, source = merged(model, source)
-    return source, model, files
+    config, source = merged(opened.config, opened.source)
+    return replace(opened, source=source, config=config)
 
 
 def _difference(one: Source, other: Source, name: str, shape: tuple[int, ...], dtypes: set[str]) -> Iterator[str]:

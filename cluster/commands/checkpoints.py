@@ -48,12 +48,13 @@ def convert(
     place = storage_of(destination) if is_url(destination) else Path(destination)
     check_destination(place)
     wanted = plan.Conversion(source, place, to, dtype, size_of(shard_size), size_of(max_memory), workers, weights_only)
-    for line in inspection.plan(wanted):
+    opened = inspection.open_outline(source)
+    for line in inspection.plan_lines(wanted, opened):
         (out if dry_run else err).print(line, markup=False, highlight=False)
     if dry_run:
         return
     with progress("converting") as advance:
-        done = convert_checkpoint(wanted, advance, _workers(address))
+        done = convert_checkpoint(wanted, advance, _workers(address), opened)
     bound = f"{'of' if done.peak <= wanted.max_memory else 'MORE than the'} {max_memory} allowed"
     peak = f"peak memory {in_words(done.peak)} above the interpreter's and its imports', {bound}"
     out.print(f"wrote {done.folder}: {in_words(done.size)}, {peak}", highlight=False)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lockstep.cluster.conversion.inspection import check_has_weights
 from lockstep.cluster.conversion.local_workers import Workers, processes, this_process
 from lockstep.cluster.conversion.memory import Watch, in_words
 from lockstep.cluster.conversion.plan import Conversion, TooMuchMemory, begun_with, target_of, tasks_of
 from lockstep.cluster.conversion.staging import BadTarget, Staging, check_destination, content_of, partial_folder
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.model.formats.registry import open_source
+from lockstep.model.formats.registry import OpenModel, open_model
 from lockstep.model.formats.target import Part, Target
 
 Progress = Callable[[int, int], object]
@@ -36,12 +37,16 @@ class Done:
 
 
 def convert_checkpoint(
-    conversion: Conversion, progress: Progress = lambda done, total: None, workers: Workers = processes
+    conversion: Conversion,
+    progress: Progress = lambda done, total: None,
+    workers: Workers = processes,
+    opened: OpenModel | None = None,
 ) -> Done:
-    """Do it, or go on with it.
+    """Convert a checkpoint, or go on where an earlier process stopped.
 
     Args:
         workers: who writes; other processes see the same folders.
+        opened: the model that `conversion.source` names, where the caller has opened it already.
 
     Raises:
         BadSource: when the source is none.
@@ -49,26 +54,34 @@ def convert_checkpoint(
     """
     watch = Watch()
     check_destination(conversion.destination)
-    target, _ = target_of(conversion, open_source(conversion.source), content_of(conversion.destination))
+    opened = opened or open_model(conversion.source)
+    check_has_weights(opened)
+    target, _ = target_of(conversion, opened, content_of(conversion.destination))
     if isinstance(conversion.destination, Path):
         _check_space(partial_folder(conversion.destination), target.parts)
-    begun = Staging(conversion.destination, begun_with(conversion))
+    begun = Staging(conversion.destination, begun_with(conversion, opened))
     try:
         target.create()
-        return _finish(conversion, target, begun, watch, progress, workers)
+        return _finish(conversion, opened, target, begun, watch, progress, workers)
     finally:
         begun.close()
 
 
 def _finish(
-    conversion: Conversion, target: Target, begun: Staging, watch: Watch, progress: Progress, workers: Workers
+    conversion: Conversion,
+    opened: OpenModel,
+    target: Target,
+    begun: Staging,
+    watch: Watch,
+    progress: Progress,
+    workers: Workers,
 ) -> Done:
     tasks = tasks_of(target.parts, conversion.part_bytes)
     done = Done(conversion.destination, sum(part.size for part in target.parts))
     left = [i for i in range(len(tasks)) if i not in begun.done]
     written = sum(part.size for i in begun.done for part in tasks[i])
     progress(written, done.size)
-    for worked in workers(conversion, content_of(conversion.destination), left):
+    for worked in workers(conversion, opened, content_of(conversion.destination), left):
         begun.record(worked.task, worked.digests)
         begun.done[worked.task] = worked.digests
         done.peaks[worked.process] = worked.peak

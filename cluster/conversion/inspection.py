@@ -15,7 +15,7 @@ from lockstep.distributed.checkpoint.tensors import STATES, Box, Source, Weights
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.huggingface import reader
 from lockstep.model.formats.recast import DTYPES, Recast
-from lockstep.model.formats.registry import TARGETS, OpenModel, locate, recognise
+from lockstep.model.formats.registry import TARGETS, BadSource, OpenModel, locate, recognise
 
 
 class ConfigurationAlone(WeightsOnly):
@@ -30,29 +30,38 @@ class ConfigurationAlone(WeightsOnly):
         return np.empty([stop - start for start, stop in box], self._dtype)
 
 
-def outlined(name: str) -> OpenModel:
-    """A model to be described: its weights may be missing, if it is a Hugging Face configuration.
+def open_outline(name: str) -> OpenModel:
+    """Open a model as `open_model` does, or a Hugging Face folder that has a config.json and no weights yet.
 
     Raises:
         BadSource: says what was given and what can be given.
     """
-    path = locate(name)
-    known = recognise(path)
-    if not isinstance(path, Path) or known.name != "hf" or reader.has_weights(path):
-        return known.open(path)
-    words = reader.read_words(path)
+    location = locate(name)
+    known = recognise(location)
+    if not isinstance(location, Path) or known.name != "hf" or reader.has_weights(location):
+        return known.open(location)
+    words = reader.read_words(location)
     dtype = words.get("dtype") or words.get("torch_dtype") or "float32"
-    model = reader.read_config(path)
-    return ConfigurationAlone(dtype if dtype in DTYPES else "float32"), model, reader.read_text_files(path)
+    source = ConfigurationAlone(dtype if dtype in DTYPES else "float32")
+    return OpenModel(source, reader.read_config(location), reader.read_text_files(location), location, known)
 
 
-def plan(conversion: Conversion) -> Iterator[str]:
-    """What a conversion will do, a sentence a line."""
-    opened = outlined(conversion.source)
-    source, model, files = chosen(conversion, opened)
+def check_has_weights(opened: OpenModel) -> None:
+    """Refuse an outline, which can be described and not converted.
+
+    Raises:
+        BadSource: where there is a configuration and no weights.
+    """
+    if isinstance(opened.source, ConfigurationAlone):
+        raise BadSource(f"{opened.location} lacks model.safetensors, and has no other file of weights")
+
+
+def plan_lines(conversion: Conversion, opened: OpenModel) -> Iterator[str]:
+    """What a conversion of an opened model will do, a sentence a line."""
+    source, model = chosen(conversion, opened), opened.config
     target, recast = target_of(conversion, opened, Path())
     form, sizes = TARGETS[conversion.to], [part.size for part in target.parts]
-    yield f"{conversion.source}: {recognise(locate(conversion.source)).title}, {_shape(model)}"
+    yield f"{conversion.source}: {opened.format.title}, {_shape(model)}"
     yield f"{conversion.destination}: {form.title}, {in_words(sum(sizes))}, {_dtypes(recast)}"
     merges = model.lora is not None and form.adapters == "merged"
     yield _of_optimizer(source, recast, form.title, form.has_states and not merges)
@@ -60,8 +69,8 @@ def plan(conversion: Conversion) -> Iterator[str]:
         yield f"its adapters of rank {model.lora.rank}: {_ADAPTERS[form.adapters]}"
     if recast.takes_masters:
         yield "the weights are the optimizer's fp32 masters, from which the source's own were rounded"
-    yield from getattr(opened[0], "notes", ())
-    yield f"beside the weights: {', '.join(sorted(files)) or 'nothing, the source has no tokenizer'}"
+    yield from getattr(opened.source, "notes", ())
+    yield f"beside the weights: {', '.join(sorted(opened.files)) or 'nothing, the source has no tokenizer'}"
 
 
 _ADAPTERS = {
@@ -92,20 +101,19 @@ def _of_optimizer(source: Source, recast: Recast, title: str, has_place: bool) -
 
 def inspect_checkpoint(name: str) -> dict[str, Any]:
     """What a checkpoint holds: shape in elements, size in bytes."""
-    path = locate(name)
-    known = recognise(path)
-    source, model, files = outlined(name)
+    opened = open_outline(name)
+    source, model = opened.source, opened.config
     recast = Recast(source, model, None)
     manifest = source.manifest if isinstance(source, Checkpoint) else {}
     return {
-        "path": str(known.root(path)),
-        "format": known.title,
+        "path": str(opened.root),
+        "format": opened.format.title,
         "family": model.family,
         "parameters": model.parameters,
         "step": manifest.get("step"),
         "updates": source.updates if source.states else None,
         "layout": manifest.get("layout"),
-        "files": sorted(files),
+        "files": sorted(opened.files),
         "tensors": [
             {"name": n, "shape": list(shape), "dtype": dtype.name, "bytes": math.prod(shape) * dtype.itemsize}
             for n, (shape, dtype) in recast.tensors.items()

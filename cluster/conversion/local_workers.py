@@ -14,8 +14,7 @@ from lockstep.cluster.conversion.memory import Watch
 from lockstep.cluster.conversion.plan import BadConversion, Conversion, target_of, tasks_of
 from lockstep.data.child_process import follow_parent
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.model.formats.registry import open_source
-from lockstep.model.formats.target import Part, Target
+from lockstep.model.formats.registry import Location, OpenModel, open_location
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Worked:
     """Bytes above what its interpreter and imports hold, so far."""
 
 
-Workers = Callable[[Conversion, Path | Storage, Sequence[int]], Iterator[Worked]]
-"""Does the tasks of these numbers, writing into a folder, in any order."""
+Workers = Callable[[Conversion, OpenModel, Path | Storage, Sequence[int]], Iterator[Worked]]
+"""Does the tasks of these numbers, from an open model into a folder, in any order."""
 
 
 def this_process() -> str:
@@ -38,15 +37,30 @@ def this_process() -> str:
     return f"{platform.node()} {os.getpid()}"
 
 
-def processes(conversion: Conversion, folder: Path | Storage, tasks: Sequence[int]) -> Iterator[Worked]:
+class PartWriter:
+    """Writes the parts of a conversion's tasks in this process, and measures the memory that this takes."""
+
+    def __init__(self, conversion: Conversion, opened: OpenModel, folder: Path | Storage) -> None:
+        self._watch = Watch()
+        self._target, _ = target_of(conversion, opened, folder)
+        self._tasks = tasks_of(self._target.parts, conversion.part_bytes)
+
+    def work(self, task: int) -> Worked:
+        """Write all parts of one task."""
+        digests = [self._target.write(part) for part in self._tasks[task]]
+        return Worked(task, digests, this_process(), self._watch.peak())
+
+
+def processes(
+    conversion: Conversion, opened: OpenModel, folder: Path | Storage, tasks: Sequence[int]
+) -> Iterator[Worked]:
     """`Workers` on this machine: as many processes as the conversion asks for, or this one alone."""
     if conversion.workers == 1 or len(tasks) < 2:
-        _opened.cache_clear()
-        yield from (work(conversion, folder, task) for task in tasks)
+        yield from map(PartWriter(conversion, opened, folder).work, tasks)
         return
     pool = ProcessPoolExecutor(min(conversion.workers, len(tasks)), get_context("spawn"), follow_parent)
     try:
-        yield from pool.map(partial(work, conversion, folder), tasks)
+        yield from pool.map(partial(work, conversion, opened.location, folder), tasks)
     except BrokenProcessPool as error:
         raise BadConversion(
             "a worker process died, perhaps for want of memory: run the same command again to go on, "
@@ -56,16 +70,12 @@ def processes(conversion: Conversion, folder: Path | Storage, tasks: Sequence[in
         pool.shutdown(cancel_futures=True)
 
 
-def work(conversion: Conversion, folder: Path | Storage, task: int) -> Worked:
-    """Do one task."""
-    target, tasks, watch = _opened(conversion, folder)
-    digests = [target.write(part) for part in tasks[task]]
-    return Worked(task, digests, this_process(), watch.peak())
+def work(conversion: Conversion, location: Location, folder: Path | Storage, task: int) -> Worked:
+    """Do one task in a worker process, which opens the source by its location: a Hub name was resolved before."""
+    return _writer(conversion, location, folder).work(task)
 
 
 @lru_cache(1)
-def _opened(conversion: Conversion, folder: Path | Storage) -> tuple[Target, list[list[Part]], Watch]:
-    """Once in a process."""
-    watch = Watch()
-    target, _ = target_of(conversion, open_source(conversion.source), folder)
-    return target, tasks_of(target.parts, conversion.part_bytes), watch
+def _writer(conversion: Conversion, location: Location, folder: Path | Storage) -> PartWriter:
+    """The writer of this process, which opens the source once."""
+    return PartWriter(conversion, open_location(location), folder)

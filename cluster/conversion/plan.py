@@ -12,7 +12,7 @@ from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.checkpoint.tensors import Source, WeightsOnly
 from lockstep.model.formats.huggingface.writer import SHARD_BYTES
 from lockstep.model.formats.recast import Recast
-from lockstep.model.formats.registry import TARGETS, BadSource, OpenModel, locate, recognise
+from lockstep.model.formats.registry import TARGETS, BadSource, OpenModel
 from lockstep.model.formats.target import LARGEST_PART, Part, Target, Wanted
 from lockstep.model.weights.lora import merged
 
@@ -71,15 +71,14 @@ class Weights(WeightsOnly):
         self.read = source.read
 
 
-def chosen(conversion: Conversion, opened: OpenModel) -> OpenModel:
-    """A model without what the conversion leaves where it is."""
-    source, model, files = opened
-    return (Weights(source), model, files) if conversion.weights_only else opened
+def chosen(conversion: Conversion, opened: OpenModel) -> Source:
+    """The tensors that a conversion takes: all of a model's, or its weights without the optimizer's state."""
+    return Weights(opened.source) if conversion.weights_only else opened.source
 
 
 def target_of(conversion: Conversion, opened: OpenModel, folder: Path | Storage) -> tuple[Target, Recast]:
     """What is to be written into a folder, and the source as it is then read."""
-    source, model, files = chosen(conversion, opened)
+    source, model = chosen(conversion, opened), opened.config
     form = TARGETS[conversion.to]
     if not isinstance(folder, Path) and not form.to_stores:
         raise BadConversion(f"{form.title} is written to folders only, and {folder} is none: give a folder")
@@ -88,7 +87,7 @@ def target_of(conversion: Conversion, opened: OpenModel, folder: Path | Storage)
     if form.adapters == "merged":
         model, source = merged(model, source)
     recast = Recast(source, model, conversion.dtype, states=form.has_states)
-    wanted = Wanted(model, recast, files, conversion.shard_bytes, conversion.part_bytes, conversion.source)
+    wanted = Wanted(model, recast, opened.files, conversion.shard_bytes, conversion.part_bytes, conversion.source)
     try:
         return form.target(folder, wanted), recast
     except KeyError as error:
@@ -108,10 +107,9 @@ def tasks_of(parts: Sequence[Part], limit: int) -> list[list[Part]]:
     return tasks
 
 
-def begun_with(conversion: Conversion) -> dict[str, str | int | None]:
+def begun_with(conversion: Conversion, opened: OpenModel) -> dict[str, str | int | None]:
     """What decides the bytes that are written."""
-    path = locate(conversion.source)
-    root = recognise(path).root(path)
+    root = opened.root
     return {
         "source": str(root.resolve() if isinstance(root, Path) else root),
         "source files": _fingerprint(root),

@@ -1,7 +1,6 @@
 """The parts of a conversion as tasks of a Ray cluster, whose hosts share the folders of source and destination."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -12,15 +11,16 @@ from ray.exceptions import RayTaskError
 from lockstep.cluster.conversion.local_workers import Worked, work
 from lockstep.cluster.conversion.plan import Conversion
 from lockstep.distributed.checkpoint.storage import Storage
+from lockstep.model.formats.registry import OpenModel
 
 
-def ray_tasks(address: str, conversion: Conversion, folder: Path | Storage, tasks: Sequence[int]) -> Iterator[Worked]:
+def ray_tasks(
+    address: str, conversion: Conversion, opened: OpenModel, folder: Path | Storage, tasks: Sequence[int]
+) -> Iterator[Worked]:
     """`Workers` of the cluster at an address: so many tasks at a time as the conversion has workers."""
     ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
-    if (source := Path(conversion.source)).exists():
-        conversion = replace(conversion, source=str(source.absolute()))
-    folder = folder.absolute() if isinstance(folder, Path) else folder
-    remote, left = partial(ray.remote(work).remote, conversion, folder), iter(tasks)
+    location, folder = (place.absolute() if isinstance(place, Path) else place for place in (opened.location, folder))
+    remote, left = partial(ray.remote(work).remote, conversion, location, folder), iter(tasks)
     try:
         running = [remote(task) for task in islice(left, conversion.workers)]
         while running:

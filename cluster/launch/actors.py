@@ -147,6 +147,7 @@ def _loading(name: str, model: ModelGroup, recipe: Recipe, first: Storage, saved
     learns = recipe.preference.optimizer if recipe.preference and name in learned(recipe) else None
     source: Path | Storage = saved or first
     if config.source and not saved:
-        source = write_checkpoint(*scorer_source(name, recipe), recipe.folder / name).resolve()
+        found = scorer_source(name, recipe)
+        source = write_checkpoint(found.source, found.config, found.files, recipe.folder / name).resolve()
     heat = temperature(recipe) if name == "teacher" else 1.0
     return model.start(source, dtype, learns, heat, numerics, "value" if learns else None)

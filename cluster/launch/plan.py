@@ -3,7 +3,7 @@
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.roles import CriticConfig, ReferenceRoleConfig, ScorerConfig
 from lockstep.cluster.recipe.schema import Recipe
-from lockstep.model.formats.registry import OpenModel, open_source
+from lockstep.model.formats.registry import OpenModel, open_model
 from lockstep.model.training.config import OptimizerConfig
 
 Beside = CriticConfig | ScorerConfig | ReferenceRoleConfig
@@ -59,11 +59,11 @@ def scorer_source(name: str, recipe: Recipe) -> OpenModel:
         ValueError: when it is not of the kind that the role needs.
     """
     source: str = getattr(recipe.roles, name).source
-    found = open_source(source)
+    found = open_model(source)
     wanted = "value" if name == "reward" else "vocabulary"
-    if found[1].head != wanted and name not in learned(recipe):
+    if found.config.head != wanted and name not in learned(recipe):
         raise RecipeError(
-            f"roles.{name}.source={source} has a {found[1].head} head, and that role needs a {wanted} head"
+            f"roles.{name}.source={source} has a {found.config.head} head, and that role needs a {wanted} head"
         )
     return found
 

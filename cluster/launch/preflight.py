@@ -11,14 +11,14 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, check_layout, check_numerics
-from lockstep.model.formats.registry import OpenModel
+from lockstep.model.formats.registry import ModelContents
 from lockstep.model.weights.lora import with_adapters
 from lockstep.rl.sandbox.isolation import SandboxError
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import SandboxConfig
 
 
-def check(recipe: Recipe) -> OpenModel:
+def check(recipe: Recipe) -> ModelContents:
     """The model that a recipe starts from.
 
     Refuses, before anything is written, a layout that the model does not divide by or that has no exact numerics where
@@ -27,14 +27,14 @@ def check(recipe: Recipe) -> OpenModel:
     Raises:
         ValueError: one sentence on what does not fit.
     """
-    source, model, files = starting_point(recipe.model, recipe.seed)
-    model, source = with_adapters(model, source, recipe.trainer.trainable.lora, recipe.seed)
+    start = starting_point(recipe.model, recipe.seed)
+    model, source = with_adapters(start.config, start.source, recipe.trainer.trainable.lora, recipe.seed)
     recipe.trainer.trainable.check(model)
     check_layout(recipe.layout, model)
     check_layout(Layout(tensor=recipe.rollout.tensor), model)
     check_numerics(recipe.model.numerics, recipe.layout, model)
     for name, beside in models(recipe).items():
-        other = scorer_source(name, recipe)[1] if isinstance(beside, ScorerConfig) and beside.source else model
+        other = scorer_source(name, recipe).config if isinstance(beside, ScorerConfig) and beside.source else model
         check_layout(beside.layout or recipe.layout, other)
         if other.vocabulary != model.vocabulary:
             raise RecipeError(
@@ -49,9 +49,9 @@ def check(recipe: Recipe) -> OpenModel:
                 f"pretrain.data.length={recipe.pretrain.data.length} is longer than the model's context of "
                 f"{model.context} tokens: shorten it, or give a model with a longer context"
             )
-        tokenizer = Tokenizer(files).digest if files else None
+        tokenizer = Tokenizer(start.files).digest if start.files else None
         PretrainingData(recipe.pretrain.data, seed=recipe.seed, vocabulary=model.vocabulary, tokenizer=tokenizer)
-    return source, model, files
+    return ModelContents(source, model, start.files)
 
 
 def check_sandbox(config: SandboxConfig) -> str:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.model.config import ModelConfig, Numerics
-from lockstep.model.formats.registry import QUICKSTART_MODEL, OpenModel, open_source, tokenizer_files
+from lockstep.model.formats.registry import QUICKSTART_MODEL, ModelContents, open_model, tokenizer_files
 from lockstep.model.weights.initialization import RandomWeights
 
 
@@ -25,13 +25,13 @@ class SourceConfig(BaseModel):
     )
 
 
-def starting_point(config: SourceConfig, seed: int) -> OpenModel:
+def starting_point(config: SourceConfig, seed: int) -> ModelContents:
     """The model that a recipe starts from: one that exists, or random weights of a given shape.
 
     Raises:
         BadSource: says what was given and what can be given.
     """
     if config.config is None:
-        return open_source(config.source)
+        return open_model(config.source)
     files = tokenizer_files(config.tokenizer) if config.tokenizer else {}
-    return RandomWeights(config.config, seed), config.config, files
+    return ModelContents(RandomWeights(config.config, seed), config.config, files)

@@ -19,7 +19,7 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.model.formats.lockstep import write_checkpoint
-from lockstep.model.formats.registry import OpenModel
+from lockstep.model.formats.registry import ModelContents
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.algorithms.preferences import Comparison
 from lockstep.rl.controller import Controller, StepRecord
@@ -29,7 +29,7 @@ from lockstep.rl.verdict import Outcome
 
 def run_phases(
     recipe: Recipe,
-    start: OpenModel,
+    start: ModelContents,
     split: Split,
     run: RunFolder,
     progress: Progress,
@@ -42,7 +42,7 @@ def run_phases(
     folder = recipe.folder / "model"
     if last is None:
         progress.say(f"converting {recipe.model.source} into {folder}")
-        write_checkpoint(*start, folder)
+        write_checkpoint(start.source, start.config, start.files, folder)
     first = manager.find(folder.resolve())
     progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
     crew = crews.start(recipe, first, last, at, split, placement)

@@ -17,7 +17,7 @@ from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.formats.lockstep import write_checkpoint
-from lockstep.model.formats.registry import OpenModel
+from lockstep.model.formats.registry import ModelContents
 from lockstep.model.training.config import PretrainConfig
 from lockstep.model.training.flops import training_flops
 from lockstep.rl.remote import Places, gather
@@ -30,7 +30,7 @@ class Diverged(RuntimeError):
 
 def run_pretraining(
     recipe: Recipe,
-    start: OpenModel,
+    start: ModelContents,
     run: RunFolder,
     progress: Progress,
     traces: Path | None,
@@ -49,7 +49,7 @@ def run_pretraining(
     """
     config = recipe.pretrain
     assert config is not None
-    model = start[1]
+    model = start.config
     data = config.text(model, recipe.folder / "random", recipe.seed)
     done, samples = _position(config, last)
     checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
@@ -73,9 +73,9 @@ def run_pretraining(
         loop.run(data.length * config.samples_per_step)
 
 
-def _first_checkpoint(recipe: Recipe, start: OpenModel, progress: Progress) -> Path:
+def _first_checkpoint(recipe: Recipe, start: ModelContents, progress: Progress) -> Path:
     progress.say(f"writing the model of step 0 into {recipe.folder / 'model'}")
-    return write_checkpoint(*start, recipe.folder / "model")
+    return write_checkpoint(start.source, start.config, start.files, recipe.folder / "model")
 
 
 def _position(config: PretrainConfig, last: Checkpoint | None) -> tuple[int, SampleSchedule]:

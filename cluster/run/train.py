@@ -34,7 +34,7 @@ def train_recipe(
         ValueError: when the recipe does not fit its model; nothing is written then.
     """
     start = check(recipe)
-    last = last_checkpoint(recipe, start[1]) if resume else None
+    last = last_checkpoint(recipe, start.config) if resume else None
     split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
     if split and split.has_programs:
         console.print(check_sandbox(recipe.verifier.sandbox), markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""What a model can be read from: each format says which paths it recognises and how one is opened."""
+"""The registry of checkpoint formats: `open_model` reads a model by path, URL or Hub name; `TARGETS` can be written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,26 +28,53 @@ class BadSource(ValueError):
     """Something that is not a model in a format that Lockstep reads."""
 
 
-OpenModel = tuple[Source, ModelConfig, dict[str, str]]
-"""A model's tensors, its shape, and the text files that stand beside it, such as its tokenizer's."""
-
-
 Location = Path | Storage
-"""A path on a disk, or a place in a key-value store."""
+"""A path on a disk, or a folder in a key-value store."""
+
+
+@dataclass(frozen=True)
+class ModelContents:
+    """A language model's tensors, its configuration, and the text files beside it, such as its tokenizer's."""
+
+    source: Source
+    config: ModelConfig
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class OpenModel(ModelContents):
+    """A model that was opened by name: where it lies, and in which format."""
+
+    location: Location
+    format: "Format"
+
+    @property
+    def root(self) -> Location:
+        """The folder or file that holds the whole checkpoint; `location` may be a run, or a folder inside of it."""
+        return self.format.root(self.location)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of checkpoints."""
+    """A format of checkpoints that can be read."""
 
     name: str
     title: str
     recognises: Callable[[Any], bool]
-    open: Callable[[Any], OpenModel]
+    read: Callable[[Any], ModelContents]
     root: Callable[[Any], Location] = lambda path: path
     """The folder or file that holds everything, where a path may mean one inside of it."""
     in_stores: bool = False
     """Whether a key-value store can hold it."""
+
+    def open(self, location: Location) -> OpenModel:
+        """The model at a location that this format recognises; tensors are read later, slice by slice.
+
+        Raises:
+            ValueError: when files are missing, damaged or describe another model.
+        """
+        model = self.read(location)
+        return OpenModel(model.source, model.config, model.files, location, self)
 
 
 def _is_lockstep(path: Location) -> bool:
@@ -58,9 +85,9 @@ def _is_lockstep(path: Location) -> bool:
     return True
 
 
-def _open_lockstep(path: Location) -> OpenModel:
+def _read_lockstep(path: Location) -> ModelContents:
     checkpoint = manager.Checkpoint(path)
-    return checkpoint, ModelConfig(**checkpoint.manifest["model"]), checkpoint.files
+    return ModelContents(checkpoint, ModelConfig(**checkpoint.manifest["model"]), checkpoint.files)
 
 
 def _root_of_lockstep(path: Location) -> Location:
@@ -68,39 +95,39 @@ def _root_of_lockstep(path: Location) -> Location:
     return place.path if isinstance(place, Folder) else place
 
 
-def _open_huggingface(path: Path) -> OpenModel:
+def _read_huggingface(path: Path) -> ModelContents:
     folder = huggingface.HuggingFaceFolder(path)
-    return folder, folder.config, huggingface.read_text_files(path)
+    return ModelContents(folder, folder.config, huggingface.read_text_files(path))
 
 
-def _open_peft(path: Path) -> OpenModel:
+def _read_peft(path: Path) -> ModelContents:
     adapters = PeftFolder(path)
     if not adapters.base:
         raise BadSource(f"{path / peft.CONFIG} does not say base_model_name_or_path: write there what it adapts")
-    source, model, files = open_source(adapters.base)
-    model, source = adapters.over(model.without_adapters, source)
-    return source, model, files
+    base = open_model(adapters.base)
+    config, source = adapters.over(base.config.without_adapters, base.source)
+    return ModelContents(source, config, base.files)
 
 
-def _open_gguf(path: Path) -> OpenModel:
+def _read_gguf(path: Path) -> ModelContents:
     file = GGUFFile(path)
-    return file, file.config, file.text_files()
+    return ModelContents(file, file.config, file.text_files())
 
 
 def _is_megatron(path: Path) -> bool:
     return (path / ".metadata").is_file() or (path / "latest_checkpointed_iteration.txt").is_file()
 
 
-def _open_megatron(path: Path) -> OpenModel:
+def _read_megatron(path: Path) -> ModelContents:
     from lockstep.model.formats.megatron.reader import MegatronFolder  # loads torch's checkpoints, which takes a second
 
     folder = MegatronFolder(path)
-    return folder, folder.config, _beside(folder.folder)
+    return ModelContents(folder, folder.config, _beside(folder.folder))
 
 
-def _open_deepspeed(path: Path) -> OpenModel:
+def _read_deepspeed(path: Path) -> ModelContents:
     folder = deepspeed.DeepSpeedFolder(path)
-    return folder, folder.config, _beside(folder.folder)
+    return ModelContents(folder, folder.config, _beside(folder.folder))
 
 
 def _beside(folder: Path) -> dict[str, str]:
@@ -109,18 +136,18 @@ def _beside(folder: Path) -> dict[str, str]:
 
 
 FORMATS = (
-    Format("gguf", "GGUF", lambda path: path.suffix == ".gguf", _open_gguf),
-    Format("lockstep", "Lockstep", _is_lockstep, _open_lockstep, _root_of_lockstep, in_stores=True),
-    Format("megatron", "Megatron torch_dist", _is_megatron, _open_megatron),
-    Format("deepspeed", "DeepSpeed", deepspeed.is_checkpoint, _open_deepspeed),
-    Format("peft", "PEFT", lambda path: (path / peft.CONFIG).is_file(), _open_peft),
-    Format("hf", "Hugging Face", lambda path: (path / huggingface.CONFIG).is_file(), _open_huggingface),
+    Format("gguf", "GGUF", lambda path: path.suffix == ".gguf", _read_gguf),
+    Format("lockstep", "Lockstep", _is_lockstep, _read_lockstep, _root_of_lockstep, in_stores=True),
+    Format("megatron", "Megatron torch_dist", _is_megatron, _read_megatron),
+    Format("deepspeed", "DeepSpeed", deepspeed.is_checkpoint, _read_deepspeed),
+    Format("peft", "PEFT", lambda path: (path / peft.CONFIG).is_file(), _read_peft),
+    Format("hf", "Hugging Face", lambda path: (path / huggingface.CONFIG).is_file(), _read_huggingface),
 )
 """In the order in which they are tried: a folder of another format may have a config.json beside it."""
 
 
 def locate(name: str) -> Location:
-    """What a name means: a path, a URL, the quickstart's model, or a name on the Hugging Face Hub.
+    """Where a model of this name lies: a path, a URL, the quickstart's model, or the Hub's cache after a download.
 
     Raises:
         BadSource: says what was given and what can be given.
@@ -136,10 +163,10 @@ def locate(name: str) -> Location:
 
 
 def recognise(path: Location) -> Format:
-    """The format of what lies at a path.
+    """The format of the checkpoint at a location.
 
     Raises:
-        BadSource: when it is none that is known here.
+        BadSource: when no known format recognises it.
     """
     for known in FORMATS:
         if (known.in_stores or isinstance(path, Path)) and known.recognises(path):
@@ -148,21 +175,26 @@ def recognise(path: Location) -> Format:
     raise BadSource(f"{path} holds no checkpoint: give a folder or file of one of the formats {titles}")
 
 
-def open_source(name: str) -> OpenModel:
-    """A model by path or name.
+def open_model(name: str) -> OpenModel:
+    """Open a model by path, URL, Hub name or the quickstart's name. A command or a run does so once and passes it on.
 
     Raises:
         BadSource: says what was given and what can be given.
+        ValueError: when files are missing, damaged or describe another model.
     """
-    path = locate(name)
-    return recognise(path).open(path)
+    return open_location(locate(name))
+
+
+def open_location(location: Location) -> OpenModel:
+    """Open the model that lies at a location, in whatever format it is; see `open_model`."""
+    return recognise(location).open(location)
 
 
 def tokenizer_files(name: str) -> dict[str, str]:
     """A tokenizer's files by the name of its folder, or of a model that comes with one."""
     if (Path(name) / "tokenizer.json").is_file():
         return huggingface.read_text_files(Path(name))
-    return open_source(name)[2]
+    return open_model(name).files
 
 
 def _packaged_model() -> Path:

@@ -14,7 +14,7 @@ from lockstep.distributed.groups import Groups, alone, leave
 from lockstep.model.config import ModelConfig, Numerics, UnknownModel
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.model.formats.recast import Recast
-from lockstep.model.formats.registry import open_source
+from lockstep.model.formats.registry import OpenModel, open_model
 from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.weights.lora import merged
 from lockstep.rl.rollout.config import OnUpdate
@@ -55,15 +55,20 @@ def load_rollout_engine(
 
 
 def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:
-    """A model as our sharded checkpoint `destination/step-000000`."""
-    source, model, files = open_source(name)
-    return write_checkpoint(Recast(source, model, dtype, states=False), model, files, destination)
+    """Convert a model of any format to our sharded checkpoint `destination/step-000000`, without optimizer state."""
+    return _written(open_model(name), destination, dtype)
 
 
 def as_lockstep(name: str, folder: Path) -> Path | Storage:
-    """A checkpoint of ours: the one of this name, or what another format holds, written to a folder."""
-    source, _, _ = open_source(name)
-    return source.place if isinstance(source, manager.Checkpoint) else to_lockstep(name, folder)
+    """A checkpoint of ours: the one of this name, or what another format holds, converted into a folder."""
+    opened = open_model(name)
+    source = opened.source
+    return source.place if isinstance(source, manager.Checkpoint) else _written(opened, folder)
+
+
+def _written(opened: OpenModel, destination: Path, dtype: str | None = None) -> Path:
+    weights = Recast(opened.source, opened.config, dtype, states=False)
+    return write_checkpoint(weights, opened.config, opened.files, destination)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`lockstep parity`: layouts that agree pass, one that does not fails, and what cannot run is one sentence."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ class Twins(WeightsOnly):
 
 def test_experts_that_tie_end_the_comparison(worlds: RankPool, tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE, [EXPERTS])
-    source, model, _ = starting_point(recipe.model, recipe.seed)
-    job = job_of(recipe, Twins(source), model, 2, tmp_path)
+    start = starting_point(recipe.model, recipe.seed)
+    job = job_of(recipe, replace(start, source=Twins(start.source)), 2, tmp_path)
     with pytest.raises(RecipeError, match="seed=0 begins with weights for which experts tie in layer 0"):
         Runs(worlds, job, tmp_path).difference(Layout(tensor=2))
     assert _verdict_of(Difference(0.0, 0.0, 0.0, "w", tie=(13, 2))) == "same in 12 steps, then experts tie"

@@ -14,7 +14,7 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.formats.huggingface import writer
 from lockstep.model.formats.lockstep import LockstepTarget
 from lockstep.model.formats.recast import Recast
-from lockstep.model.formats.registry import open_source
+from lockstep.model.formats.registry import open_model
 from lockstep.model.formats.target import Wanted, write_whole
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.names import logical_tensors
@@ -45,8 +45,10 @@ def theirs(tmp_path: Path) -> Path:
 @pytest.fixture
 def ours(theirs: Path, tmp_path: Path) -> Path:
     """The same as our checkpoint, in chunks of two rows."""
-    source, model, _ = open_source(str(theirs))
-    target = LockstepTarget(tmp_path / "ours", Wanted(model, Recast(source, model, None), {}, 10**9, 100))
+    opened = open_model(str(theirs))
+    target = LockstepTarget(
+        tmp_path / "ours", Wanted(opened.config, Recast(opened.source, opened.config, None), {}, 10**9, 100)
+    )
     write_whole(target)
     return Path(str(Checkpoint(tmp_path / "ours").place))
 
@@ -124,7 +126,7 @@ def test_a_damaged_folder_is_named(theirs: Path) -> None:
 
 
 def test_the_first_difference_is_named_with_both_values(ours: Path, theirs: Path) -> None:
-    source = open_source(str(theirs))[0]
+    source = open_model(str(theirs)).source
     value = source.read(NAME, ((0, 12), (0, 10)))[7, 3]
     file = theirs / "model.safetensors"
     content = file.read_bytes()

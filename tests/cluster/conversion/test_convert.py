@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from lockstep.cluster.checks.verify import verify_checkpoint
 from lockstep.cluster.cli import app
 from lockstep.cluster.conversion.convert import convert_checkpoint
-from lockstep.cluster.conversion.inspection import ConfigurationAlone, inspect_checkpoint, plan
+from lockstep.cluster.conversion.inspection import ConfigurationAlone, inspect_checkpoint, open_outline, plan_lines
 from lockstep.cluster.conversion.memory import in_words, size_of
 from lockstep.cluster.conversion.plan import Conversion, TooMuchMemory, tasks_of
 from lockstep.cluster.conversion.staging import BadTarget, Staging
@@ -36,11 +36,12 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import storage_of
 from lockstep.distributed.checkpoint.tensors import Box, state_name, whole
 from lockstep.model.config import ModelConfig
+from lockstep.model.formats import registry
 from lockstep.model.formats.files.extents import BadFile
 from lockstep.model.formats.huggingface.writer import HuggingFaceTarget
 from lockstep.model.formats.lockstep import LockstepTarget
 from lockstep.model.formats.recast import BadValue, Recast
-from lockstep.model.formats.registry import open_source
+from lockstep.model.formats.registry import Format, ModelContents, open_model, recognise
 from lockstep.model.formats.target import Part, Wanted, rows_of_part, split, write_whole
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.names import logical_tensors
@@ -106,7 +107,8 @@ def written(folder: Path, model: ModelConfig, source: Recast, part_bytes: int = 
 @pytest.mark.parametrize("limit", [100, 700, 1 << 20])
 def test_parts_of_any_size_make_the_same_checkpoint(limit: int, tmp_path: Path) -> None:
     folder = small_folder(tmp_path / "hf")
-    source, model, _ = open_source(str(folder))
+    opened = open_model(str(folder))
+    source, model = opened.source, opened.config
     ours = written(tmp_path / "ours", model, Recast(source, model, None), limit)
     assert verify_checkpoint(str(tmp_path / "ours")).faults == ()
     assert verify_checkpoint(str(folder), str(tmp_path / "ours")).faults == ()
@@ -136,7 +138,8 @@ def test_tensors_that_files_join_or_turn_are_written_by_rows(family: str, tmp_pa
     }
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **words[family])).save_pretrained(tmp_path / "theirs")
-    source, model, _ = open_source(str(tmp_path / "theirs"))
+    opened = open_model(str(tmp_path / "theirs"))
+    source, model = opened.source, opened.config
     for limit in (90, 1 << 20):
         target = HuggingFaceTarget(tmp_path / f"{limit}", model, Recast(source, model, None), {}, limit=limit)
         write_whole(target)
@@ -172,7 +175,7 @@ def test_files_of_torch_save_are_read_like_safetensors(sharded: bool, tmp_path: 
     assert found.tensors == len(state)
     (other / names[-1]).write_bytes((other / names[-1]).read_bytes()[:-4000])
     with pytest.raises(BadFile, match=r"pytorch_model.*bin cannot be read"):
-        open_source(str(other))
+        open_model(str(other))
 
 
 class Foreign:
@@ -187,7 +190,7 @@ def test_a_foreign_class_in_a_file_of_weights_is_refused(tmp_path: Path) -> None
     with pytest.raises(
         BadFile, match=r"pytorch_model\.bin cannot be read as weights alone, because it holds a .*Foreign: save"
     ):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 def test_fp32_weights_go_where_they_belong(tmp_path: Path) -> None:
@@ -221,14 +224,15 @@ def test_every_format_that_has_a_place_for_it_keeps_the_optimizers_state(dtype: 
         assert found.faults == found.notes == ()
         assert found.tensors == kinds * len(logical_tensors(SMALL))
         assert verify_checkpoint(str(tmp_path / name)).faults == ()
-        assert open_source(str(tmp_path / name))[0].updates == 17
+        assert open_model(str(tmp_path / name)).source.updates == 17
 
 
 def test_a_plan_says_what_becomes_of_the_optimizer(tmp_path: Path) -> None:
     written(tmp_path / "ours", SMALL, Recast(WithState(SMALL, bfloat16), SMALL, None))
 
     def said(**options: Any) -> str:
-        return "\n".join(plan(Conversion(str(tmp_path / "ours"), tmp_path / "new", **options)))
+        conversion = Conversion(str(tmp_path / "ours"), tmp_path / "new", **options)
+        return "\n".join(plan_lines(conversion, open_outline(conversion.source)))
 
     assert "after 17 updates (master, exp_avg, exp_avg_sq) comes along" in said(to="lockstep")
     assert "(master, exp_avg, exp_avg_sq) is left out: Hugging Face has no place for it" in said(to="hf")
@@ -242,11 +246,9 @@ def test_a_plan_says_what_becomes_of_the_optimizer(tmp_path: Path) -> None:
 def test_float16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     folder = small_folder(tmp_path / "hf")
     done = convert_checkpoint(Conversion(str(folder), tmp_path / "half", "hf", dtype="float16"))
-    before, after = (open_source(str(f)) for f in (folder, done.folder))
+    before, after = (open_model(str(f)).source for f in (folder, done.folder))
     name = "model.layers.0.mlp.up_proj.weight"
-    assert np.array_equal(
-        after[0].read(name, ((0, 10), (0, 12))), before[0].read(name, ((0, 10), (0, 12))).astype("f2")
-    )
+    assert np.array_equal(after.read(name, ((0, 10), (0, 12))), before.read(name, ((0, 10), (0, 12))).astype("f2"))
 
     class Wide(RandomWeights):
         def read(self, name: str, box: Box) -> NDArray[Any]:
@@ -363,7 +365,7 @@ def is_dead(process: psutil.Process) -> bool:
 
 def test_killed_workers_leave_work_that_counts(large_folder: Path, tmp_path: Path) -> None:
     arguments = (
-        "convert_checkpoint",
+        "convert",
         str(large_folder),
         str(tmp_path / "ours"),
         "--workers",
@@ -403,7 +405,7 @@ def test_memory_stays_within_its_bound(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "model.safetensors").stat().st_size > 1.5 * LEAST
     for source, name, to in (("model", "ours", "lockstep"), ("ours", "back", "hf")):
         arguments = (
-            "convert_checkpoint",
+            "convert",
             str(tmp_path / source),
             str(tmp_path / name),
             "--to",
@@ -502,6 +504,40 @@ def test_a_bad_source_is_one_sentence_and_nothing_is_written(damage: str, tmp_pa
     for to in ("lockstep", "hf"):
         assert re.search(words, refused("convert", str(folder), str(tmp_path / "out"), "--to", to))
     assert files_of(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("to", ["lockstep", "hf"])
+def test_a_command_opens_its_source_once(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a format of folders of its own, which counts how often it is asked for and opened."""
+    folder, asked, opened = small_folder(tmp_path / "counted"), list[Path](), list[Path]()
+
+    def recognises(path: Path) -> bool:
+        asked.append(path)
+        return path.name == "counted"
+
+    def read(path: Path) -> ModelContents:
+        opened.append(path)
+        return huggingface.read(path)
+
+    huggingface = recognise(folder)
+    counting = Format("counted", "Counted", recognises, read)
+    monkeypatch.setattr(registry, "FORMATS", (counting, *registry.FORMATS))
+    result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out"), "--to", to])
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[0] == f"{folder}: Counted, llama, {SMALL.parameters:,} parameters in 2 layers"
+    assert (asked, opened) == ([folder], [folder])
+    for count, command in enumerate((["inspect", str(folder)], ["verify", str(folder)]), start=2):
+        assert CliRunner().invoke(app, command).exit_code == 0
+        assert (len(asked), len(opened)) == (count, count)
+
+
+def test_a_configuration_alone_is_not_converted(tmp_path: Path) -> None:
+    folder = small_folder(tmp_path / "hf")
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    said = refused("convert", str(folder), str(tmp_path / "out"))
+    assert said == f"error: {folder} lacks model.safetensors, and has no other file of weights"
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

@@ -93,13 +93,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path, t
 def test_another_run_is_not_gone_on_with(setting: str, sentence: str, straight: Path) -> None:
     recipe = load_recipe(RECIPE, [f"run={straight}", *SETTINGS, setting])
     with pytest.raises(RecipeError) as caught:
-        last_checkpoint(recipe, starting_point(recipe.model, recipe.seed)[1])
+        last_checkpoint(recipe, starting_point(recipe.model, recipe.seed).config)
     assert sentence in str(caught.value)
 
 
 def test_a_run_that_saved_nothing_begins(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE, [f"run={tmp_path}"])
-    assert last_checkpoint(recipe, starting_point(recipe.model, recipe.seed)[1]) is None
+    assert last_checkpoint(recipe, starting_point(recipe.model, recipe.seed).config) is None
 
 
 def test_a_checkpoint_is_read_with_tensorstore_alone(straight: Path) -> None:

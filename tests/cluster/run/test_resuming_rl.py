@@ -125,7 +125,7 @@ def test_a_policy_without_its_critic_is_not_gone_on_with(
 ) -> None:
     shutil.copytree(straight("critic, judge and average"), tmp_path / "tiny", symlinks=True)
     recipe = load_recipe(write_recipe(tmp_path, tiny_folder), RUNS["critic, judge and average"])
-    model = starting_point(recipe.model, recipe.seed)[1]
+    model = starting_point(recipe.model, recipe.seed).config
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "critic" / step_name(24))
     found = last_checkpoint(recipe, model)
     assert found is not None
@@ -145,4 +145,4 @@ def test_a_policy_without_its_critic_is_not_gone_on_with(
 def test_another_run_is_not_gone_on_with(setting: str, sentence: str, straight: Callable[[str], Path]) -> None:
     recipe = load_recipe(straight("sampling").parent / "tiny.toml", [*SETTINGS, setting])
     with pytest.raises(RecipeError, match=sentence):
-        last_checkpoint(recipe, starting_point(recipe.model, recipe.seed)[1])
+        last_checkpoint(recipe, starting_point(recipe.model, recipe.seed).config)

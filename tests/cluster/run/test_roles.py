@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lockstep.model.formats.lockstep import write_checkpoint
-from lockstep.model.formats.registry import open_source
+from lockstep.model.formats.registry import open_model
 from lockstep.model.weights.initialization import RandomWeights
 from tests.cluster.cli_process import Command, Train, metrics, overrides, refused, write_recipe
 from tests.cluster.heads import free_port, joined, started
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.exhaustive
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A model of the tiny one's shape that scores at random."""
-    _, model, files = open_source(str(tiny_folder))
-    judge = model.with_head("value")
-    return write_checkpoint(RandomWeights(judge, seed=3), judge, files, tmp_path_factory.mktemp("judge"))
+    opened = open_model(str(tiny_folder))
+    judge = opened.config.with_head("value")
+    return write_checkpoint(RandomWeights(judge, seed=3), judge, opened.files, tmp_path_factory.mktemp("judge"))
 
 
 def rows(run: Path, step: int) -> list[dict[str, object]]:
@@ -111,8 +111,7 @@ def test_a_reward_model_of_the_policys_own_completions_judges_in_ppo(
     run = tmp_path / "tiny"
     assert 0 <= metrics(run, "reward")[-1]["held_out_accuracy"] <= 1
     assert len({row["reward"] for row in rows(run, 1)}) > 2, "the reward model says nothing"
-    _, model, _ = open_source(str(run / "checkpoints" / "reward"))
-    assert model.head == "value"
+    assert open_model(str(run / "checkpoints" / "reward")).config.head == "value"
 
 
 def test_dpo_on_the_policys_own_completions_runs(tmp_path: Path, tiny_folder: Path, train: Train) -> None:

@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lockstep.cluster.checks.verify import verify_checkpoint
 from lockstep.cluster.conversion.convert import convert_checkpoint
-from lockstep.cluster.conversion.inspection import plan
+from lockstep.cluster.conversion.inspection import open_outline, plan_lines
 from lockstep.cluster.conversion.plan import BadConversion, Conversion
 from lockstep.data.batch import rows_for_ranks, sample
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import UnknownModel
 from lockstep.model.formats.huggingface.reader import BadFolder
 from lockstep.model.formats.peft import PeftFolder
-from lockstep.model.formats.registry import open_source
+from lockstep.model.formats.registry import open_model
 from lockstep.model.loading import build
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.model.training.trainable import TrainableConfig
@@ -62,7 +62,8 @@ def logp_of(model: torch.nn.Module) -> np.ndarray:
 
 
 def our_logp(groups: Groups, name: Path) -> np.ndarray:
-    source, model, _ = open_source(str(name))
+    opened = open_model(str(name))
+    source, model = opened.source, opened.config
     config = TrainerConfig(trainable=TrainableConfig(lora=model.lora))
     trainer = Trainer(build(model, groups, torch.float32, source), groups, OptimizerConfig(), config=config)
     rows = rows_for_ranks([sample(TEXT[:1], TEXT[1:])], row_rules(groups.layout, 64))[0]
@@ -83,7 +84,8 @@ def test_logits_equal_those_of_peft_both_ways(folder: Path, tiny_folder: Path, g
     assert written.lora == given.lora
     assert written.base == str(ours)
 
-    assert "its adapters of rank 4: go into the weights" in plan(Conversion(str(ours), tmp_path / "merged", "hf"))
+    conversion = Conversion(str(ours), tmp_path / "merged", "hf")
+    assert "its adapters of rank 4: go into the weights" in plan_lines(conversion, open_outline(str(ours)))
     convert_checkpoint(Conversion(str(ours), tmp_path / "merged", "hf"))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     np.testing.assert_allclose(logp_of(merged), expected, rtol=1e-4, atol=1e-4)
@@ -100,7 +102,8 @@ def test_adapters_of_a_reward_model_bring_its_head(tiny_folder: Path, groups: Gr
     model.save_pretrained(tmp_path / "adapters")
     with torch.no_grad():
         expected = model.eval()(torch.tensor([TEXT])).logits[0].numpy()
-    source, config, _ = open_source(str(tmp_path / "adapters"))
+    opened = open_model(str(tmp_path / "adapters"))
+    source, config = opened.source, opened.config
     assert config.head == "value"
     trainer = Trainer(build(config, groups, torch.float32, source), groups, OptimizerConfig())
     last = np.eye(len(TEXT), dtype=np.float32)[-1]
