@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.cluster.launch.placement import Placement
-from lockstep.cluster.launch.plan import Beside, busy, learned, models, optimizer, scorer_source, temperature
-from lockstep.cluster.launch.resume import Position, beside, folder, kept_beside, reference_of
-from lockstep.cluster.recipe.roles import CriticConfig, ReferenceRoleConfig
+from lockstep.cluster.launch.plan import ModelRole, RunPlan
+from lockstep.cluster.launch.preflight import CheckedRun
+from lockstep.cluster.launch.resume import Position, reference_of, trained_checkpoints
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.tasks.task import Split
 from lockstep.data.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, Roll
 class RunActors:
     """Everybody who works for a run."""
 
-    recipe: Recipe
+    plan: RunPlan
     first: Storage
     """The weights that the run began with."""
     policy: ModelGroup
@@ -35,20 +35,21 @@ class RunActors:
 
     @property
     def learners(self) -> dict[str, ModelGroup]:
-        """By name, the models beside the policy that learn."""
-        found = {"critic": self.models.critic, "reward": self.models.reward if learned(self.recipe) else None}
-        return {name: model for name, model in found.items() if model}
+        """By role, the models beside the policy that are trained."""
+        found = {"critic": self.models.critic, "reward": self.models.reward}
+        return {name: model for name, model in found.items() if model and name in self.plan.trained_models}
 
     def keep_reference(self, step: int) -> None:
         """Write the policy's weights down before RL, for who has them as its reference then or after a restart."""
-        if step and (self.recipe.checkpoints.every or self.models.reference):
-            self.policy.call("save_reference", step, folder(self.recipe, "reference"))
+        if step and (self.plan.recipe.checkpoints.every or self.models.reference):
+            self.policy.call("save_reference", step, self.plan.checkpoints_of("reference"))
 
     def load_reference(self) -> None:
         """Have the reference that is apart from the policy load the weights that RL began with."""
         if self.models.reference:
-            kept, model = reference_of(self.recipe, self.first), self.recipe.model
-            gather(self.models.reference.start(kept, model.dtype, None, temperature(self.recipe), model.numerics))
+            kept, model = reference_of(self.plan, self.first), self.plan.recipe.model
+            heat = self.plan.models["reference"].temperature
+            gather(self.models.reference.start(kept, model.dtype, None, heat, model.numerics))
 
     def save(self, said: Mapping[str, Any], at: Position) -> None:
         """Begin a checkpoint of the policy, and of the models beside it that have learned, when those before are there.
@@ -56,9 +57,9 @@ class RunActors:
         Args:
             said: what manifests say of the run.
         """
-        state = bool(self.recipe.checkpoints.every)  # a run that saves its end only does not go on
+        state = bool(self.plan.recipe.checkpoints.every)  # a run that saves its end only does not go on
         step = at.steps
-        new = [name for name, place in beside(self.recipe, at).items() if place.name == step_name(step)]
+        new = [name for name, place in trained_checkpoints(self.plan, at).items() if place.name == step_name(step)]
         saving = [self.learners[name] for name in new] if state else []
         for model in (self.policy, *saving):
             model.call("saved")
@@ -73,12 +74,13 @@ class RunActors:
     def resume(self, last: Checkpoint, at: Position) -> None:
         """Have who learns go on from a checkpoint, with the policy's reference as it was then."""
         self.policy.call("restore", last.place)
-        for name, place in beside(self.recipe, at).items():
+        for name, place in trained_checkpoints(self.plan, at).items():
             if Checkpoint(place).states:
                 self.learners[name].call("restore", place)
-        kept = self.recipe.rl.reference if at.phase == "rl" and self.recipe.rl else None
+        rl = self.plan.recipe.rl
+        kept = rl.reference if at.phase == "rl" and rl else None
         if kept and kept.kind != "none" and not self.models.reference:
-            weights = last.place if kept.moves else reference_of(self.recipe, self.first)
+            weights = last.place if kept.moves else reference_of(self.plan, self.first)
             self.policy.call("resume_phase", kept, weights)
 
     def close(self) -> None:
@@ -90,34 +92,39 @@ class RunActors:
             self.environments.close()
 
 
-def start(
-    recipe: Recipe, first: Storage, last: Checkpoint | None, at: Position, split: Split, placement: Placement
+def start_actors(
+    run: CheckedRun, first: Storage, last: Checkpoint | None, at: Position, split: Split, placement: Placement
 ) -> RunActors:
-    """All actors, with the first weights or those of a checkpoint; a reference apart loads when RL begins."""
-    writing, learning = busy(recipe)
-    policy = ModelGroup(
-        recipe.layout, threads=threads_for(learning), trainer=recipe.trainer, places=placement.of("policy")
+    """Start all actors and load their weights, the first ones or those of a checkpoint; a reference apart loads later.
+
+    Args:
+        first: the policy's first weights, as a checkpoint of ours.
+        last: the checkpoint that the run resumes from, at position `at`.
+    """
+    plan, recipe = run.plan, run.plan.recipe
+    policy = _model(plan.policy, plan, placement)
+    rollouts = RolloutGroup(
+        recipe.rollout, threads=threads_for(plan.rollout_concurrency), places=placement.of("rollout")
     )
-    rollouts = RolloutGroup(recipe.rollout, threads=threads_for(writing), places=placement.of("rollout"))
     verifiers = VerifierGroup(recipe.verifier, recipe.task.grader, placement.of("verifier"))
-    others = {name: _model(name, config, recipe, placement) for name, config in models(recipe).items()}
+    others = {name: _model(role, plan, placement) for name, role in plan.models.items()}
     begun, dtype, numerics = last.place if last else first, recipe.model.dtype, recipe.model.numerics
-    calls = policy.start(begun, dtype, optimizer(recipe), temperature(recipe), numerics)
-    saved = beside(recipe, at) if last else {}
+    calls = policy.start(begun, dtype, plan.policy.optimizer, plan.policy.temperature, numerics)
+    saved = trained_checkpoints(plan, at) if last else {}
     for name, model in others.items():
-        calls += _loading(name, model, recipe, first, saved.get(name))
+        if name != "reference":  # which loads the weights that RL begins with
+            calls += _loading(plan.models[name], model, recipe, saved.get(name) or _first_weights(name, run, first))
     gather(calls + rollouts.start(begun, dtype, numerics) + verifiers.start(programs=split.has_programs))
-    known = Models(**others, critic_optimizer=recipe.roles.critic.optimizer)
-    crew = RunActors(recipe, first, policy, rollouts, verifiers, known, _environments(recipe, first))
-    kept = kept_beside(recipe.checkpoints) if crew.learners else recipe.checkpoints
-    policy.call("open_checkpoints", recipe.saves, kept)
-    for name, model in crew.learners.items():
-        model.call("open_checkpoints", folder(recipe, name), kept)
-    return crew
+    models = Models(**others, critic_optimizer=recipe.roles.critic.optimizer)
+    actors = RunActors(plan, first, policy, rollouts, verifiers, models, _environments(recipe, first))
+    policy.call("open_checkpoints", plan.checkpoints, plan.checkpoint_config)
+    for name, model in actors.learners.items():
+        model.call("open_checkpoints", plan.checkpoints_of(name), plan.checkpoint_config)
+    return actors
 
 
 def _environments(recipe: Recipe, first: Storage) -> EnvironmentGroup | None:
-    """What answers the policy's turns, where the recipe has it."""
+    """The environments that answer the policy's turns, where the recipe has them."""
     if recipe.environment.kind == "none":
         return None
     files = Tokenizer(Checkpoint(first).files).files
@@ -126,28 +133,22 @@ def _environments(recipe: Recipe, first: Storage) -> EnvironmentGroup | None:
     return environments
 
 
-def _model(name: str, config: Beside, recipe: Recipe, placement: Placement) -> ModelGroup:
-    """The processes of a model beside the policy."""
-    layout, threads = config.layout or recipe.layout, threads_for(busy(recipe)[1])
-    return ModelGroup(layout, threads=threads, trainer=recipe.trainer, places=placement.of(name), role=name)
+def _model(role: ModelRole, plan: RunPlan, placement: Placement) -> ModelGroup:
+    """The processes of the policy, or of a model beside it."""
+    threads, places = threads_for(plan.training_concurrency), placement.of(role.name)
+    return ModelGroup(role.layout, threads=threads, trainer=plan.recipe.trainer, places=places, role=role.name)
 
 
-def _loading(name: str, model: ModelGroup, recipe: Recipe, first: Storage, saved: Storage | None) -> list[Call]:
-    """Calls that load a model beside the policy, to be gathered; none of a reference.
+def _loading(role: ModelRole, model: ModelGroup, recipe: Recipe, weights: Path | Storage) -> list[Call]:
+    """Calls that load a model beside the policy, to be gathered."""
+    dtype, numerics = recipe.model.dtype, recipe.model.numerics
+    return model.start(weights, dtype, role.optimizer, role.temperature, numerics, role.head)
 
-    Args:
-        first: what the policy began with.
-        saved: what the model goes on from.
-    """
-    config, dtype, numerics = models(recipe)[name], recipe.model.dtype, recipe.model.numerics
-    if isinstance(config, ReferenceRoleConfig):
-        return []
-    if isinstance(config, CriticConfig):
-        return model.start(saved or first, dtype, config.optimizer, 1.0, numerics, "value")
-    learns = recipe.preference.optimizer if recipe.preference and name in learned(recipe) else None
-    source: Path | Storage = saved or first
-    if config.source and not saved:
-        found = scorer_source(name, recipe)
-        source = write_checkpoint(found.source, found.config, found.files, recipe.folder / name).resolve()
-    heat = temperature(recipe) if name == "teacher" else 1.0
-    return model.start(source, dtype, learns, heat, numerics, "value" if learns else None)
+
+def _first_weights(name: str, run: CheckedRun, first: Storage) -> Path | Storage:
+    """The weights that a model beside the policy begins with: the policy's, or its own, converted into the run."""
+    if name not in run.scorers:
+        return first
+    opened = run.scorers[name]
+    folder = run.plan.recipe.folder / name
+    return write_checkpoint(opened.source, opened.config, opened.files, folder).resolve()

@@ -24,7 +24,7 @@ class PlacementError(ValueError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlacementPlan:
     """Bundles of resources, and in which of them the processes of each role are."""
 
     bundles: tuple[dict[str, float], ...]
@@ -38,7 +38,7 @@ class Plan:
         return {kind: amount / count for kind, amount in self.bundles[bundle].items()}
 
 
-def plan(roles: RolesConfig, processes: Mapping[str, int]) -> Plan:
+def plan_placement(roles: RolesConfig, processes: Mapping[str, int]) -> PlacementPlan:
     """A plan for so many processes of each role; without bundles where nothing is reserved."""
     own = [_resources(roles.policy.cpus, roles.policy.gpus)] * processes["policy"]
     bundles = list(own)
@@ -54,10 +54,10 @@ def plan(roles: RolesConfig, processes: Mapping[str, int]) -> Plan:
         places[name] = list(range(len(bundles), len(bundles) + count))
         bundles += added
         needs[name] = _total(added)
-    return Plan(tuple(bundles), places, needs)
+    return PlacementPlan(tuple(bundles), places, needs)
 
 
-def check(plan: Plan, there: Mapping[str, float]) -> None:
+def check(plan: PlacementPlan, there: Mapping[str, float]) -> None:
     """Refuse what a cluster with these resources cannot hold.
 
     Raises:
@@ -77,7 +77,7 @@ def check(plan: Plan, there: Mapping[str, float]) -> None:
 class Placement:
     """Reserved resources of a cluster; a context manager that gives them back."""
 
-    def __init__(self, chosen: Plan) -> None:
+    def __init__(self, chosen: PlacementPlan) -> None:
         """
         Raises:
             PlacementError: when the cluster cannot hold the plan, or others use what it has.
@@ -131,7 +131,7 @@ def _total(bundles: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return dict(total)
 
 
-def _words(chosen: Plan) -> str:
+def _words(chosen: PlacementPlan) -> str:
     return "; ".join(
         f"{name} {', '.join(f'{amount:g} {kind}' for kind, amount in needs.items())}"
         for name, needs in chosen.needs.items()

@@ -1,78 +1,188 @@
-"""Who takes part in a run: the processes of each role, and the models beside the policy."""
+"""RunPlan: what a recipe implies for a run, derived once: models, layouts, processes, optimizers, checkpoints.
 
-from lockstep.cluster.recipe.errors import RecipeError
-from lockstep.cluster.recipe.roles import CriticConfig, ReferenceRoleConfig, ScorerConfig
+Preflight makes it, and launch and run read it: nobody else asks a recipe which roles it has.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lockstep.cluster.recipe.roles import ScorerConfig
 from lockstep.cluster.recipe.schema import Recipe
-from lockstep.model.formats.registry import OpenModel, open_model
+from lockstep.distributed.checkpoint.saver import CheckpointConfig
+from lockstep.distributed.checkpoint.storage import Storage
+from lockstep.distributed.layout import Layout
+from lockstep.model.config import Head
 from lockstep.model.training.config import OptimizerConfig
 
-Beside = CriticConfig | ScorerConfig | ReferenceRoleConfig
-"""What a recipe says of a model beside the policy."""
+
+@dataclass(frozen=True)
+class ModelRole:
+    """A model that takes part in training: the policy, or the critic, reference, reward model or teacher beside it."""
+
+    name: str
+    layout: Layout
+    optimizer: OptimizerConfig | None = None
+    """Of a model that is trained; None for one that only scores."""
+    temperature: float = 1.0
+    """That logits are divided by before log-probabilities are taken."""
+    head: Head | None = None
+    """In place of the head that its first weights have; None to leave it."""
+    source: str = ""
+    """Path or name of the model that its first weights come from; empty for the policy's."""
 
 
-def processes(recipe: Recipe) -> dict[str, int]:
-    """Processes of each role."""
-    policy = {"policy": recipe.layout.processes}
+@dataclass(frozen=True)
+class ResumeCondition:
+    """A value of the recipe that must be as the manifest of the checkpoint has it, so that a run can resume."""
+
+    manifest_key: str
+    recipe_key: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Models, processes and checkpoints of a run, as its recipe implies them."""
+
+    recipe: Recipe
+    policy: ModelRole
+    models: Mapping[str, ModelRole]
+    """The models beside the policy that have processes of their own, by role."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "RunPlan":
+        """The plan of a recipe; opens no files."""
+        temperature = _temperature(recipe)
+        policy = ModelRole("policy", recipe.layout, _policy_optimizer(recipe), temperature)
+        return cls(recipe, policy, {role.name: role for role in _models(recipe, temperature)})
+
+    @cached_property
+    def processes(self) -> Mapping[str, int]:
+        """Processes of each role, the policy first."""
+        recipe, policy = self.recipe, {"policy": self.policy.layout.processes}
+        if recipe.pretrain:
+            return policy
+        workers = {"rollout": recipe.rollout.workers * recipe.rollout.tensor, "verifier": recipe.verifier.workers}
+        return policy | workers | {name: role.layout.processes for name, role in self.models.items()}
+
+    @cached_property
+    def training_concurrency(self) -> int:
+        """Processes that compute while the policy is trained, those of the models beside it included.
+
+        CPU threads are shared out over so many: with more, threads that wait take the time of those that work.
+        """
+        training = sum(self.processes[name] for name in ("policy", *self.models))
+        return training + self.processes["rollout"] if self._overlaps else training
+
+    @cached_property
+    def rollout_concurrency(self) -> int:
+        """Processes that compute while rollout workers generate; see `training_concurrency`."""
+        return self.training_concurrency if self._overlaps else self.processes["rollout"]
+
+    @cached_property
+    def trained_models(self) -> tuple[str, ...]:
+        """Roles beside the policy that are trained, and have checkpoints of their own."""
+        return tuple(name for name, role in self.models.items() if role.optimizer)
+
+    @cached_property
+    def checkpoints(self) -> Storage:
+        """Where the policy's checkpoints go."""
+        return self.recipe.saves
+
+    def checkpoints_of(self, role: str) -> Storage:
+        """Where the checkpoints of a role beside the policy go, those of the fixed reference included."""
+        return self.checkpoints / role
+
+    @cached_property
+    def checkpoint_config(self) -> CheckpointConfig:
+        """When to save and how many to keep: one more than the recipe says where several models are trained.
+
+        A crash may come between their checkpoints of one step; then all have those of the step before.
+        """
+        config = self.recipe.checkpoints
+        if not self.trained_models:
+            return config
+        return config.model_copy(update={"keep_last": config.keep_last and config.keep_last + 1})
+
+    @cached_property
+    def steps_before_rl(self) -> int:
+        """Optimizer steps of the phases before RL."""
+        return sum(phase.steps for phase in (self.recipe.supervised, self.recipe.preference) if phase)
+
+    @cached_property
+    def resume_conditions(self) -> tuple[ResumeCondition, ...]:
+        """What must not have changed where a run resumes; manifests say it by `manifest_key`."""
+        seed = ResumeCondition("seed", "seed", self.recipe.seed)
+        return (seed, *(ResumeCondition(*condition) for condition in _conditions(self.recipe, self.policy)))
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether rollouts are generated while the policy is trained."""
+        return self.recipe.rl is not None and self.recipe.rl.flow.mode != "synchronous"
+
+
+def _models(recipe: Recipe, temperature: float) -> list[ModelRole]:
+    """The models beside the policy."""
+    roles, rl, found = recipe.roles, recipe.rl, list[ModelRole]()
+    if rl and "value" in rl.scores:
+        critic = roles.critic
+        found.append(ModelRole("critic", critic.layout or recipe.layout, critic.optimizer, head="value"))
+    if rl and rl.reference.kind != "none" and roles.reference.place == "apart":
+        found.append(ModelRole("reference", roles.reference.layout or recipe.layout, temperature=temperature))
+    if _trains_reward_model(recipe) or roles.reward.source:
+        found.append(_reward_model(recipe, roles.reward))
+    if roles.teacher.source:
+        teacher = roles.teacher
+        layout = teacher.layout or recipe.layout
+        found.append(ModelRole("teacher", layout, temperature=temperature, source=teacher.source))
+    return found
+
+
+def _reward_model(recipe: Recipe, config: ScorerConfig) -> ModelRole:
+    """A reward model that exists, or one that the preference phase trains."""
+    layout = config.layout or recipe.layout
+    if recipe.preference and _trains_reward_model(recipe):
+        return ModelRole("reward", layout, recipe.preference.optimizer, head="value", source=config.source)
+    return ModelRole("reward", layout, source=config.source)
+
+
+def _trains_reward_model(recipe: Recipe) -> bool:
+    return recipe.preference is not None and recipe.preference.judged
+
+
+def _policy_optimizer(recipe: Recipe) -> OptimizerConfig:
+    """That of the last phase which trains the policy."""
     if recipe.pretrain:
-        return policy
-    roles = {"rollout": recipe.rollout.workers * recipe.rollout.tensor, "verifier": recipe.verifier.workers}
-    return (
-        policy | roles | {name: (beside.layout or recipe.layout).processes for name, beside in models(recipe).items()}
-    )
+        return recipe.pretrain.optimizer
+    phase = recipe.rl or (None if _trains_reward_model(recipe) else recipe.preference) or recipe.supervised
+    return phase.optimizer if phase else OptimizerConfig()
 
 
-def busy(recipe: Recipe) -> tuple[int, int]:
-    """Processes that work while a rollout worker writes, and while the policy learns; those of models count as its own.
-
-    Threads are shared out over so many: with more, the threads that wait take the time of those that work.
-    """
-    count = processes(recipe)
-    writing, learning = count["rollout"], sum(count[name] for name in ("policy", *models(recipe)))
-    if recipe.rl and recipe.rl.flow.mode != "synchronous":
-        return writing + learning, writing + learning
-    return writing, learning
-
-
-def models(recipe: Recipe) -> dict[str, Beside]:
-    """The models that a recipe has beside the policy."""
-    found: dict[str, Beside] = {}
-    if recipe.rl and "value" in recipe.rl.scores:
-        found["critic"] = recipe.roles.critic
-    if recipe.rl and recipe.rl.reference.kind != "none" and recipe.roles.reference.place == "apart":
-        found["reference"] = recipe.roles.reference
-    for name in ("reward", "teacher"):
-        scorer: ScorerConfig = getattr(recipe.roles, name)
-        if scorer.source or name in learned(recipe):
-            found[name] = scorer
-    return found
-
-
-def learned(recipe: Recipe) -> set[str]:
-    """The models that are trained by preferences, and not only asked."""
-    return {"reward"} if recipe.preference and recipe.preference.judged else set()
-
-
-def scorer_source(name: str, recipe: Recipe) -> OpenModel:
-    """The model of a role that scores.
-
-    Raises:
-        ValueError: when it is not of the kind that the role needs.
-    """
-    source: str = getattr(recipe.roles, name).source
-    found = open_model(source)
-    wanted = "value" if name == "reward" else "vocabulary"
-    if found.config.head != wanted and name not in learned(recipe):
-        raise RecipeError(
-            f"roles.{name}.source={source} has a {found.config.head} head, and that role needs a {wanted} head"
-        )
-    return found
-
-
-def temperature(recipe: Recipe) -> float:
-    """That rollouts are drawn with."""
+def _temperature(recipe: Recipe) -> float:
+    """That rollouts are sampled with; 1 where they are greedy, and without RL."""
     return (recipe.rl.sampling.temperature if recipe.rl else 1.0) or 1.0
 
 
-def optimizer(recipe: Recipe) -> OptimizerConfig:
-    phase = recipe.rl or (None if learned(recipe) else recipe.preference) or recipe.supervised
-    return phase.optimizer if phase else OptimizerConfig()
+def _conditions(recipe: Recipe, policy: ModelRole) -> list[tuple[str, str, Any]]:
+    """Key in the manifest, key in the recipe, and value."""
+    assert policy.optimizer is not None
+    kind = policy.optimizer.kind
+    if recipe.pretrain:
+        samples = recipe.pretrain.samples_per_step
+        return [
+            ("optimizer", "pretrain.optimizer.kind", kind),
+            ("samples_per_step", "pretrain.samples_per_step", samples),
+        ]
+    supervised, preference, rl = recipe.supervised, recipe.preference, recipe.rl
+    found: list[tuple[str, str, Any]] = [
+        ("optimizer", "optimizer.kind", kind),
+        ("problems_per_step", "supervised.problems_per_step", supervised and supervised.problems_per_step),
+        ("prompts_per_step", "rl.prompts_per_step", rl and rl.prompts_per_step),
+        ("group_size", "rl.group_size", rl and rl.group_size),
+    ]
+    if preference:
+        found.append(("preference", "preference.method", preference.method))
+        found.append(("groups_per_step", "preference.groups_per_step", preference.groups_per_step))
+    return found

@@ -1,57 +1,98 @@
 """What cannot run is refused before anything is written."""
 
-from lockstep.cluster.launch.plan import models, scorer_source
-from lockstep.cluster.launch.resume import continued, continued_text, newest
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.cluster.launch.plan import ModelRole, ResumeCondition, RunPlan
+from lockstep.cluster.launch.resume import newest
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.model_source import starting_point
-from lockstep.cluster.recipe.roles import ScorerConfig
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.corpus.loader import PretrainingData
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, check_layout, check_numerics
-from lockstep.model.formats.registry import ModelContents
+from lockstep.model.formats.registry import ModelContents, OpenModel, open_model
+from lockstep.model.training.config import PretrainConfig
 from lockstep.model.weights.lora import with_adapters
 from lockstep.rl.sandbox.isolation import SandboxError
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import SandboxConfig
 
 
-def check(recipe: Recipe) -> ModelContents:
-    """The model that a recipe starts from.
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that passed all checks: its plan, and the models whose weights it starts from, each opened once."""
 
-    Refuses, before anything is written, a layout that the model does not divide by or that has no exact numerics where
-    they are asked for, and text that cannot be read.
+    plan: RunPlan
+    start: ModelContents
+    """The policy's first weights, adapters included."""
+    scorers: Mapping[str, OpenModel]
+    """By role, the models beside the policy that come from a checkpoint of their own."""
+
+
+def check(recipe: Recipe) -> CheckedRun:
+    """Open the models of a recipe and check that its layouts, numerics, roles and data fit them; writes nothing.
 
     Raises:
         ValueError: one sentence on what does not fit.
     """
-    start = starting_point(recipe.model, recipe.seed)
-    model, source = with_adapters(start.config, start.source, recipe.trainer.trainable.lora, recipe.seed)
-    recipe.trainer.trainable.check(model)
-    check_layout(recipe.layout, model)
-    check_layout(Layout(tensor=recipe.rollout.tensor), model)
-    check_numerics(recipe.model.numerics, recipe.layout, model)
-    for name, beside in models(recipe).items():
-        other = scorer_source(name, recipe).config if isinstance(beside, ScorerConfig) and beside.source else model
-        check_layout(beside.layout or recipe.layout, other)
-        if other.vocabulary != model.vocabulary:
-            raise RecipeError(
-                f"roles.{name}.source reads {other.vocabulary} tokens and the policy writes {model.vocabulary}: "
-                "give a model with the same tokenizer"
-            )
+    plan, start = RunPlan.of(recipe), starting_point(recipe.model, recipe.seed)
+    config, source = with_adapters(start.config, start.source, recipe.trainer.trainable.lora, recipe.seed)
+    start = ModelContents(source, config, start.files)
+    recipe.trainer.trainable.check(config)
+    check_layout(recipe.layout, config)
+    check_layout(Layout(tensor=recipe.rollout.tensor), config)
+    check_numerics(recipe.model.numerics, recipe.layout, config)
+    scorers = {name: _open_scorer(role) for name, role in plan.models.items() if role.source}
+    for name, role in plan.models.items():
+        _check_model(role, scorers[name].config if name in scorers else config, config)
     if recipe.rl and recipe.roles.reference.place == "apart" and recipe.rl.reference.moves:
         raise RecipeError("a reference that moves is in the policy's own processes: place it together")
-    if recipe.pretrain and recipe.pretrain.data:
-        if recipe.pretrain.data.length > model.context:
-            raise RecipeError(
-                f"pretrain.data.length={recipe.pretrain.data.length} is longer than the model's context of "
-                f"{model.context} tokens: shorten it, or give a model with a longer context"
-            )
-        tokenizer = Tokenizer(start.files).digest if start.files else None
-        PretrainingData(recipe.pretrain.data, seed=recipe.seed, vocabulary=model.vocabulary, tokenizer=tokenizer)
-    return ModelContents(source, model, start.files)
+    if recipe.pretrain:
+        _check_text(recipe.pretrain, recipe.seed, start)
+    return CheckedRun(plan, start, scorers)
+
+
+def _open_scorer(role: ModelRole) -> OpenModel:
+    """The model of a role that scores.
+
+    Raises:
+        ValueError: when it does not have the head that the role needs.
+    """
+    found = open_model(role.source)
+    needed = "value" if role.name == "reward" else "vocabulary"
+    if found.config.head != needed and not role.optimizer:
+        raise RecipeError(
+            f"roles.{role.name}.source={role.source} has a {found.config.head} head, and that role needs a "
+            f"{needed} head"
+        )
+    return found
+
+
+def _check_model(role: ModelRole, config: ModelConfig, policy: ModelConfig) -> None:
+    """Whether a model beside the policy divides by its layout, and reads the policy's tokens."""
+    check_layout(role.layout, config)
+    if config.vocabulary != policy.vocabulary:
+        raise RecipeError(
+            f"roles.{role.name}.source reads {config.vocabulary} tokens and the policy writes {policy.vocabulary}: "
+            "give a model with the same tokenizer"
+        )
+
+
+def _check_text(config: PretrainConfig, seed: int, start: ModelContents) -> None:
+    """Whether text can be read, with the model's tokenizer and within its context; random documents always can."""
+    if not config.data:
+        return
+    if config.data.length > start.config.context:
+        raise RecipeError(
+            f"pretrain.data.length={config.data.length} is longer than the model's context of "
+            f"{start.config.context} tokens: shorten it, or give a model with a longer context"
+        )
+    tokenizer = Tokenizer(start.files).digest if start.files else None
+    PretrainingData(config.data, seed=seed, vocabulary=start.config.vocabulary, tokenizer=tokenizer)
 
 
 def check_sandbox(config: SandboxConfig) -> str:
@@ -67,22 +108,21 @@ def check_sandbox(config: SandboxConfig) -> str:
         raise RecipeError(f"verifier.sandbox.requires={list(config.requires)}: {error}") from error
 
 
-def last_checkpoint(recipe: Recipe, model: ModelConfig) -> manager.Checkpoint | None:
-    """What a run goes on from, or None where it has saved nothing.
+def last_checkpoint(plan: RunPlan, model: ModelConfig) -> manager.Checkpoint | None:
+    """The checkpoint that a run resumes from, or None where it has saved nothing.
 
     Raises:
-        RecipeError: when the recipe is not one that can go on from there.
+        RecipeError: when the recipe is not one that can resume from there.
     """
-    if not manager.saved(recipe.saves):
+    if not manager.saved(plan.checkpoints):
         return None
-    last = manager.Checkpoint(recipe.saves) if recipe.pretrain else newest(recipe)
-    expected = [("model", "model", model), ("seed", "seed", recipe.seed)]
-    expected += continued_text(recipe.pretrain) if recipe.pretrain else continued(recipe)
-    for key, name, here in expected:
-        there = ModelConfig(**last.manifest["model"]) if key == "model" else last.manifest.get(key)
-        if there != here:
+    last = manager.Checkpoint(plan.checkpoints) if plan.recipe.pretrain else newest(plan)
+    there: dict[str, Any] = last.manifest | {"model": ModelConfig(**last.manifest["model"])}
+    for condition in (ResumeCondition("model", "model", model), *plan.resume_conditions):
+        if (found := there.get(condition.manifest_key)) != condition.value:
             raise RecipeError(
-                f"{last.place} was saved with {name}={there}, and the recipe says {here}: make them equal"
+                f"{last.place} was saved with {condition.recipe_key}={found}, and the recipe says {condition.value}: "
+                "make them equal"
             )
     if not last.states:
         raise RecipeError(

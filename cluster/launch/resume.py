@@ -5,16 +5,12 @@ its own; all are begun when those before are on disk, and one more than asked fo
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from lockstep.cluster.launch.plan import learned, models, optimizer
+from lockstep.cluster.launch.plan import RunPlan
 from lockstep.cluster.recipe.errors import RecipeError
-from lockstep.cluster.recipe.schema import Recipe
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.model.training.config import PretrainConfig
 from lockstep.rl.algorithms.config import RLConfig
 
 
@@ -49,72 +45,38 @@ def position_of(last: Checkpoint | None) -> Position:
     return Position(**last.manifest["position"], steps=int(last.manifest["step"]))
 
 
-def continued(recipe: Recipe) -> list[tuple[str, str, Any]]:
-    """What must be as it was where a run goes on: its key in a manifest, its key in the recipe, and its value."""
-    supervised, preference, rl = recipe.supervised, recipe.preference, recipe.rl
-    found: list[tuple[str, str, Any]] = [
-        ("optimizer", "optimizer.kind", optimizer(recipe).kind),
-        ("problems_per_step", "supervised.problems_per_step", supervised and supervised.problems_per_step),
-        ("prompts_per_step", "rl.prompts_per_step", rl and rl.prompts_per_step),
-        ("group_size", "rl.group_size", rl and rl.group_size),
-    ]
-    if preference:
-        found.append(("preference", "preference.method", preference.method))
-        found.append(("groups_per_step", "preference.groups_per_step", preference.groups_per_step))
-    return found
-
-
-def newest(recipe: Recipe) -> Checkpoint:
-    """The policy's last checkpoint that all models which had learned by then have one beside.
+def newest(plan: RunPlan) -> Checkpoint:
+    """The policy's last checkpoint beside which every model that had been trained by then has one.
 
     Raises:
         RecipeError: when there is none.
     """
-    steps = manager.saved(recipe.saves)
+    steps = manager.saved(plan.checkpoints)
     for step in sorted(steps, reverse=True):
         found = Checkpoint(steps[step])
-        if all(place.has(manager.MANIFEST) for place in beside(recipe, position_of(found)).values()):
+        if all(place.has(manager.MANIFEST) for place in trained_checkpoints(plan, position_of(found)).values()):
             return found
-    names = " or ".join(name for name in ("critic", "reward") if name in models(recipe))
     raise RecipeError(
-        f"{recipe.saves} has checkpoints of the policy, and beside none of them one of the {names}: begin the run again"
+        f"{plan.checkpoints} has checkpoints of the policy, and beside none of them one of the "
+        f"{' or '.join(name for name in ('critic', 'reward') if name in plan.models)}: begin the run again"
     )
 
 
-def beside(recipe: Recipe, at: Position) -> dict[str, Storage]:
-    """By name, the checkpoints of the models beside the policy that had learned by then."""
+def trained_checkpoints(plan: RunPlan, at: Position) -> dict[str, Storage]:
+    """By role, the checkpoints that belong to a position, of the models beside the policy that were trained by then."""
     steps: dict[str, int] = {}
-    if "critic" in models(recipe) and at.phase == "rl":
+    if "critic" in plan.trained_models and at.phase == "rl":
         steps["critic"] = at.steps
-    if learned(recipe) and at.phase in ("reward", "rl"):
-        steps["reward"] = at.steps if at.phase == "reward" else before_rl(recipe)
-    return {name: folder(recipe, name) / manager.step_name(step) for name, step in steps.items()}
+    if "reward" in plan.trained_models and at.phase in ("reward", "rl"):
+        steps["reward"] = at.steps if at.phase == "reward" else plan.steps_before_rl
+    return {name: plan.checkpoints_of(name) / manager.step_name(step) for name, step in steps.items()}
 
 
-def folder(recipe: Recipe, name: str) -> Storage:
-    """Where the checkpoints of a model beside the policy are, those of the fixed reference included."""
-    return recipe.saves / name
+def reference_of(plan: RunPlan, first: Storage) -> Storage:
+    """The weights that RL began with.
 
-
-def kept_beside(config: CheckpointConfig) -> CheckpointConfig:
-    """How many checkpoints of a model beside the policy, and of such a policy, stay."""
-    return config.model_copy(update={"keep_last": config.keep_last and config.keep_last + 1})
-
-
-def before_rl(recipe: Recipe) -> int:
-    """Steps of the phases before RL."""
-    return sum(phase.steps for phase in (recipe.supervised, recipe.preference) if phase)
-
-
-def reference_of(recipe: Recipe, first: Storage) -> Storage:
-    """The weights that RL began with."""
-    before = before_rl(recipe)
-    return manager.saved(folder(recipe, "reference"))[before] if before else first
-
-
-def continued_text(config: PretrainConfig) -> list[tuple[str, str, Any]]:
-    """What must be as it was where a run goes on: its key in a manifest, its key in the recipe, and its value."""
-    return [
-        ("optimizer", "pretrain.optimizer.kind", config.optimizer.kind),
-        ("samples_per_step", "pretrain.samples_per_step", config.samples_per_step),
-    ]
+    Args:
+        first: the weights that the run began with.
+    """
+    before = plan.steps_before_rl
+    return manager.saved(plan.checkpoints_of("reference"))[before] if before else first

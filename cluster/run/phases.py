@@ -5,11 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lockstep.cluster.launch import actors as crews
-from lockstep.cluster.launch.actors import RunActors
+from lockstep.cluster.launch.actors import RunActors, start_actors
 from lockstep.cluster.launch.placement import Placement
-from lockstep.cluster.launch.resume import Position, continued, position_of
-from lockstep.cluster.recipe.schema import Recipe
+from lockstep.cluster.launch.plan import RunPlan
+from lockstep.cluster.launch.preflight import CheckedRun
+from lockstep.cluster.launch.resume import Position, position_of
 from lockstep.cluster.records.progress import Progress
 from lockstep.cluster.records.run_folder import RunFolder
 from lockstep.cluster.records.tables import answer_row, rollout_row
@@ -19,7 +19,6 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.model.formats.lockstep import write_checkpoint
-from lockstep.model.formats.registry import ModelContents
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.algorithms.preferences import Comparison
 from lockstep.rl.controller import Controller, StepRecord
@@ -28,8 +27,7 @@ from lockstep.rl.verdict import Outcome
 
 
 def run_phases(
-    recipe: Recipe,
-    start: ModelContents,
+    checked: CheckedRun,
     split: Split,
     run: RunFolder,
     progress: Progress,
@@ -38,14 +36,15 @@ def run_phases(
     last: Checkpoint | None,
 ) -> None:
     """All phases, or what is left of them after a checkpoint."""
+    plan, recipe, start = checked.plan, checked.plan.recipe, checked.start
     at = position_of(last)
     folder = recipe.folder / "model"
     if last is None:
         progress.say(f"converting {recipe.model.source} into {folder}")
         write_checkpoint(start.source, start.config, start.files, folder)
     first = manager.find(folder.resolve())
-    progress.say(f"starting {recipe.layout.processes} policy and {recipe.rollout.workers} rollout workers")
-    crew = crews.start(recipe, first, last, at, split, placement)
+    progress.say(f"starting {plan.processes['policy']} policy and {recipe.rollout.workers} rollout workers")
+    crew = start_actors(checked, first, last, at, split, placement)
     controller = Controller(
         crew.policy,
         crew.rollouts,
@@ -60,10 +59,10 @@ def run_phases(
     )
     if last:
         progress.say(f"going on after step {at.steps}, which {last.place} holds")
-        manager.drop_after(recipe.saves, at.steps)
+        manager.drop_after(plan.checkpoints, at.steps)
         crew.resume(last, at)
         controller.resume(at.version)
-    phases = _Phases(recipe, controller, crew, run, progress, traces, at)
+    phases = _Phases(plan, controller, crew, run, progress, traces, at)
     phases.measure("before")
     if recipe.supervised and recipe.supervised.steps and at.phase == "sft":
         phases.supervise(recipe.supervised)
@@ -80,7 +79,7 @@ class _Phases:
 
     def __init__(
         self,
-        recipe: Recipe,
+        plan: RunPlan,
         controller: Controller,
         crew: RunActors,
         run: RunFolder,
@@ -88,7 +87,7 @@ class _Phases:
         traces: Path | None,
         at: Position,
     ) -> None:
-        self._recipe, self._controller, self._crew = recipe, controller, crew
+        self._plan, self._recipe, self._controller, self._crew = plan, plan.recipe, controller, crew
         self._run, self._progress, self._traces = run, progress, traces
         self._at = at
         self._rows = [row for row in run.summary().get("rows") or [] if row["step"] <= at.steps]
@@ -164,7 +163,7 @@ class _Phases:
         if self._saved == self.steps:
             return
         self._saved = self.steps
-        said = {key: value for key, _, value in continued(self._recipe)}
+        said = {condition.manifest_key: condition.value for condition in self._plan.resume_conditions}
         position = {key: value for key, value in asdict(self._at).items() if key != "steps"}
         self._crew.save(said | self._said() | {"position": position}, self._at)
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lockstep.cluster.launch.plan import RunPlan
+from lockstep.cluster.launch.preflight import CheckedRun
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.records.progress import Progress
 from lockstep.cluster.records.run_folder import RunFolder
@@ -29,8 +31,7 @@ class Diverged(RuntimeError):
 
 
 def run_pretraining(
-    recipe: Recipe,
-    start: ModelContents,
+    checked: CheckedRun,
     run: RunFolder,
     progress: Progress,
     traces: Path | None,
@@ -47,28 +48,33 @@ def run_pretraining(
     Raises:
         Diverged: after `pretrain.give_up_after` steps in a row without a finite gradient, or at a spike too many.
     """
+    plan, recipe, start = checked.plan, checked.plan.recipe, checked.start
     config = recipe.pretrain
     assert config is not None
     model = start.config
     data = config.text(model, recipe.folder / "random", recipe.seed)
     done, samples = _position(config, last)
     checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
-    progress.say(f"starting {recipe.layout.processes} workers with {recipe.layout}")
-    threads = threads_for(recipe.layout.processes)
-    policy = ModelGroup(recipe.layout, threads=threads, trainer=recipe.trainer, places=places)
-    gather(policy.start(checkpoint, recipe.model.dtype, config.optimizer, 1.0, recipe.model.numerics))
+    progress.say(f"starting {plan.processes['policy']} workers with {plan.policy.layout}")
+    threads = threads_for(plan.training_concurrency)
+    policy = ModelGroup(plan.policy.layout, threads=threads, trainer=recipe.trainer, places=places)
+    gather(
+        policy.start(
+            checkpoint, recipe.model.dtype, plan.policy.optimizer, plan.policy.temperature, recipe.model.numerics
+        )
+    )
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")
         policy.call("restore", checkpoint)
     policy.call("open_text", config, data, recipe.seed, done, samples)
-    policy.call("open_checkpoints", recipe.saves, recipe.checkpoints)
+    policy.call("open_checkpoints", plan.checkpoints, plan.checkpoint_config)
     flops, peak = training_flops(model, data.length), sum(policy.call("peak_flops"))
     progress.say(
         f"{model.parameters / 1e6:.1f}M parameters, {flops / 1e9:.3f} GFLOP a token (6 per weight in a product, and "
         f"6 · layers · width · length for attention); measured peak {peak / 1e9:.0f} GFLOP/s"
     )
     run.update(speed={"flops_per_token": flops, "peak_flops": peak})
-    loop = _Loop(recipe, config, policy, run, progress, flops / peak, done, samples)
+    loop = _Loop(plan, config, policy, run, progress, flops / peak, done, samples)
     with traced(policy, traces, progress):
         loop.run(data.length * config.samples_per_step)
 
@@ -91,7 +97,7 @@ class _Loop:
 
     def __init__(
         self,
-        recipe: Recipe,
+        plan: RunPlan,
         config: PretrainConfig,
         policy: ModelGroup,
         run: RunFolder,
@@ -105,7 +111,7 @@ class _Loop:
             cost: seconds that a token takes at the measured peak.
             done: the step that the weights are of.
         """
-        self._recipe, self._config, self._policy = recipe, config, policy
+        self._plan, self._recipe, self._config, self._policy = plan, plan.recipe, config, policy
         self._run, self._progress, self._cost = run, progress, cost
         losses, self._held_out = (
             {m["step"]: m["loss"] for m in run.metrics() if m["phase"] == phase and m["step"] <= done}
@@ -113,7 +119,6 @@ class _Loop:
         )
         self._rewinds = Rewinds(config.spikes, samples, policy, [losses[step] for step in range(1, done + 1)])
         self._done, self._saved = done, done or None
-        self._checkpoints = recipe.saves
         self._spoilt = self._skipped = 0
         self._speeds: list[float] = []
 
@@ -187,7 +192,7 @@ class _Loop:
         batch = None if left else self._save_batch(step, step)
         back = self._rewinds.take_back(step)
         self._policy.call("saved")
-        manager.drop_after(self._checkpoints, back)
+        manager.drop_after(self._plan.checkpoints, back)
         self._saved = None
         self._held_out = {measured: loss for measured, loss in self._held_out.items() if measured <= back}
         self._spoilt = 0
@@ -230,9 +235,7 @@ class _Loop:
         samples = self._rewinds.samples
         said = {
             "name": self._recipe.name,
-            "seed": self._recipe.seed,
-            "optimizer": self._config.optimizer.kind,
-            "samples_per_step": self._config.samples_per_step,
+            **{condition.manifest_key: condition.value for condition in self._plan.resume_conditions},
             "left_out": [[r.start, r.stop] for r in samples.left_out],
             "rewinds": [[r.snapshot, r.spike] for r in samples.rewinds],
         }

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lockstep.cluster.launch.placement import Placement, plan
-from lockstep.cluster.launch.plan import processes
+from lockstep.cluster.launch.placement import Placement, plan_placement
 from lockstep.cluster.launch.preflight import check, check_sandbox, last_checkpoint
 from lockstep.cluster.launch.ray_session import Interruption, ray_cluster
 from lockstep.cluster.recipe.load import to_toml
@@ -33,8 +32,9 @@ def train_recipe(
     Raises:
         ValueError: when the recipe does not fit its model; nothing is written then.
     """
-    start = check(recipe)
-    last = last_checkpoint(recipe, start.config) if resume else None
+    checked = check(recipe)
+    plan = checked.plan
+    last = last_checkpoint(plan, checked.start.config) if resume else None
     split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
     if split and split.has_programs:
         console.print(check_sandbox(recipe.verifier.sandbox), markup=False, highlight=False)
@@ -44,12 +44,12 @@ def train_recipe(
         try:
             with run, Progress(console) as progress:
                 _describe(run, split)
-                with ray_cluster(address), Placement(plan(recipe.roles, processes(recipe))) as placement:
+                with ray_cluster(address), Placement(plan_placement(recipe.roles, plan.processes)) as placement:
                     interruption.listen()
                     if split is None:
-                        run_pretraining(recipe, start, run, progress, traces, last, placement.of("policy"))
+                        run_pretraining(checked, run, progress, traces, last, placement.of("policy"))
                     else:
-                        run_phases(recipe, start, split, run, progress, traces, placement, last)
+                        run_phases(checked, split, run, progress, traces, placement, last)
         finally:
             write_report(recipe.folder)
     return recipe.folder

@@ -5,7 +5,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.cluster.launch.placement import Placement, PlacementError, Plan, check, plan
+from lockstep.cluster.launch.placement import Placement, PlacementError, PlacementPlan, check, plan_placement
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import parse
 from lockstep.cluster.recipe.roles import PolicyRoleConfig, RoleConfig, RolesConfig
@@ -14,7 +14,7 @@ PROCESSES = {"policy": 2, "rollout": 3, "verifier": 1}
 
 
 def test_by_default_nothing_is_reserved() -> None:
-    chosen = plan(RolesConfig(), PROCESSES)
+    chosen = plan_placement(RolesConfig(), PROCESSES)
     check(chosen, {})
     with Placement(chosen) as placement:  # without a cluster: there is nothing to ask it for
         assert placement.of("policy") == [{}, {}]
@@ -23,7 +23,7 @@ def test_by_default_nothing_is_reserved() -> None:
 
 def test_what_a_cluster_cannot_hold_is_named_by_role() -> None:
     apart = RoleConfig(place="apart", cpus=2, gpus=1)
-    chosen = plan(RolesConfig(policy=PolicyRoleConfig(cpus=1, gpus=1), rollout=apart), PROCESSES)
+    chosen = plan_placement(RolesConfig(policy=PolicyRoleConfig(cpus=1, gpus=1), rollout=apart), PROCESSES)
     check(chosen, {"CPU": 8, "GPU": 5})
     with pytest.raises(PlacementError, match=r"need 8 CPU \(policy 2, rollout 6\) and the cluster has 7: place roles"):
         check(chosen, {"CPU": 7, "GPU": 5})
@@ -50,7 +50,7 @@ def test_each_process_has_its_share_of_a_bundle_and_they_fill_it(
         return RoleConfig(place="apart", cpus=cpus) if place == "apart" else RoleConfig()
 
     roles = RolesConfig(policy=PolicyRoleConfig(cpus=1), rollout=role(rollout), verifier=role(verifier))
-    chosen: Plan = plan(roles, processes)
+    chosen: PlacementPlan = plan_placement(roles, processes)
     assert {name: len(places) for name, places in chosen.places.items()} == processes
     used = [0.0] * len(chosen.bundles)
     for places in chosen.places.values():
@@ -69,13 +69,13 @@ def test_actors_are_where_they_were_planned() -> None:
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=3)
     try:
         roles = RolesConfig(policy=PolicyRoleConfig(cpus=1), rollout=RoleConfig(place="apart", cpus=1))
-        with Placement(plan(roles, {"policy": 2, "rollout": 1, "verifier": 2})) as placement:
+        with Placement(plan_placement(roles, {"policy": 2, "rollout": 1, "verifier": 2})) as placement:
             actors = [
                 Here.options(**o).remote() for role in ("policy", "rollout", "verifier") for o in placement.of(role)
             ]
             assert ray.get([a.bundle.remote() for a in actors]) == [2, 2, 4, 2, 2]
             assert ray.available_resources().get("CPU", 0) == 0
         with pytest.raises(PlacementError, match="the cluster has 3"):
-            Placement(plan(roles, {"policy": 2, "rollout": 2}))
+            Placement(plan_placement(roles, {"policy": 2, "rollout": 2}))
     finally:
         ray.shutdown()

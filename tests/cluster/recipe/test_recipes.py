@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cluster.launch.plan import busy
+from lockstep.cluster.launch.plan import RunPlan
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import load_recipe, parse
 from lockstep.cluster.recipe.schema import Recipe
@@ -127,6 +127,8 @@ def tiny(folder: Path) -> dict[str, str]:
 
 def test_roles_that_work_at_the_same_time_share_the_cores() -> None:
     synchronous = load_recipe(RECIPES / "alignment.toml", ["rl.steps=1", "rl.method=ppo", "layout.data=2"])
-    assert busy(synchronous) == (1, 4)
+    plan = RunPlan.of(synchronous)
+    assert (plan.rollout_concurrency, plan.training_concurrency) == (1, 4)
     asynchronous = load_recipe(RECIPES / "alignment.toml", ["rl.steps=1", "rl.flow.mode=asynchronous", "layout.data=2"])
-    assert busy(asynchronous) == (3, 3)
+    plan = RunPlan.of(asynchronous)
+    assert (plan.rollout_concurrency, plan.training_concurrency) == (3, 3)

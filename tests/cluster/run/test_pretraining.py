@@ -187,7 +187,7 @@ def test_random_documents_end_in_token_0_and_mostly_follow_a_rule(tmp_path: Path
 
 def test_one_declaration_says_what_learns(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE, [f"run={tmp_path}/run", "trainer.trainable.lora.rank=4"])
-    start = check(recipe)
+    start = check(recipe).start
     source, model = start.source, start.config
     assert model.adapted == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     name, shape = "model.layers.2.self_attn.v_proj.lora_A.weight", (4, model.width)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lockstep.cluster.launch.plan import RunPlan
 from lockstep.cluster.launch.preflight import last_checkpoint
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import load_recipe
@@ -93,13 +94,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path, t
 def test_another_run_is_not_gone_on_with(setting: str, sentence: str, straight: Path) -> None:
     recipe = load_recipe(RECIPE, [f"run={straight}", *SETTINGS, setting])
     with pytest.raises(RecipeError) as caught:
-        last_checkpoint(recipe, starting_point(recipe.model, recipe.seed).config)
+        last_checkpoint(RunPlan.of(recipe), starting_point(recipe.model, recipe.seed).config)
     assert sentence in str(caught.value)
 
 
 def test_a_run_that_saved_nothing_begins(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE, [f"run={tmp_path}"])
-    assert last_checkpoint(recipe, starting_point(recipe.model, recipe.seed).config) is None
+    assert last_checkpoint(RunPlan.of(recipe), starting_point(recipe.model, recipe.seed).config) is None
 
 
 def test_a_checkpoint_is_read_with_tensorstore_alone(straight: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lockstep.cluster.launch.plan import RunPlan
 from lockstep.cluster.launch.preflight import last_checkpoint
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import load_recipe
@@ -127,12 +128,12 @@ def test_a_policy_without_its_critic_is_not_gone_on_with(
     recipe = load_recipe(write_recipe(tmp_path, tiny_folder), RUNS["critic, judge and average"])
     model = starting_point(recipe.model, recipe.seed).config
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "critic" / step_name(24))
-    found = last_checkpoint(recipe, model)
+    found = last_checkpoint(RunPlan.of(recipe), model)
     assert found is not None
     assert found.manifest["step"] == 20
     shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "critic")
     with pytest.raises(RecipeError, match="beside none of them one of the critic"):
-        last_checkpoint(recipe, model)
+        last_checkpoint(RunPlan.of(recipe), model)
 
 
 @pytest.mark.parametrize(
@@ -145,4 +146,4 @@ def test_a_policy_without_its_critic_is_not_gone_on_with(
 def test_another_run_is_not_gone_on_with(setting: str, sentence: str, straight: Callable[[str], Path]) -> None:
     recipe = load_recipe(straight("sampling").parent / "tiny.toml", [*SETTINGS, setting])
     with pytest.raises(RecipeError, match=sentence):
-        last_checkpoint(recipe, starting_point(recipe.model, recipe.seed).config)
+        last_checkpoint(RunPlan.of(recipe), starting_point(recipe.model, recipe.seed).config)
