@@ -21,6 +21,7 @@ from lockstep.cluster.recipe.load import parse_layout
 from lockstep.cluster.recipe.model_source import starting_point
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.corpus.loader import PretrainingConfig, PretrainingData
+from lockstep.data.corpus.synthetic import random_text
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.tensors import to_numpy, whole
@@ -182,7 +183,14 @@ def job_of(recipe: Recipe, start: ModelContents, steps: int, folder: Path) -> Jo
         start=write_checkpoint(start.source, model, {}, folder / "start"),
         dtype=recipe.model.dtype,
         pretrain=pretrain,
-        data=pretrain.text(model, folder / "random", recipe.seed),
+        data=pretrain.data
+        or random_text(
+            folder / "random",
+            vocabulary=model.vocabulary,
+            context=model.context,
+            samples_per_step=pretrain.samples_per_step,
+            seed=recipe.seed,
+        ),
         trainer=recipe.trainer,
         seed=recipe.seed,
         steps=steps,

@@ -15,6 +15,7 @@ from lockstep.cluster.records.run_folder import RunFolder
 from lockstep.cluster.run.profiling import traced
 from lockstep.cluster.run.rewinds import Rewinds
 from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
+from lockstep.data.corpus.synthetic import random_text
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.step_result import StepResult
@@ -52,7 +53,13 @@ def run_pretraining(
     config = recipe.pretrain
     assert config is not None
     model = start.config
-    data = config.text(model, recipe.folder / "random", recipe.seed)
+    data = config.data or random_text(
+        recipe.folder / "random",
+        vocabulary=model.vocabulary,
+        context=model.context,
+        samples_per_step=config.samples_per_step,
+        seed=recipe.seed,
+    )
     done, samples = _position(config, last)
     checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
     progress.say(f"starting {plan.processes['policy']} workers with {plan.policy.layout}")

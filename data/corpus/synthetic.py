@@ -6,6 +6,7 @@ import numpy as np
 
 from lockstep.data.corpus.indexed_dataset import Note
 from lockstep.data.corpus.indexed_dataset_writer import IndexedDatasetWriter
+from lockstep.data.corpus.loader import PretrainingConfig
 
 
 def write_random_store(path: Path, *, vocabulary: int, tokens: int, seed: int, mean_length: int = 200) -> Path:
@@ -36,3 +37,14 @@ def write_random_store(path: Path, *, vocabulary: int, tokens: int, seed: int, m
         )
     )
     return path
+
+
+def random_text(store: Path, *, vocabulary: int, context: int, samples_per_step: int, seed: int) -> PretrainingConfig:
+    """Write random documents to a store, enough for eight steps, and return the configuration that reads them.
+
+    Samples have 32 tokens, or fewer where the model's context is shorter; after eight steps they come again.
+    """
+    length = min(32, context)
+    tokens = max(4096, 8 * samples_per_step * length)
+    write_random_store(store, vocabulary=vocabulary, tokens=tokens, seed=seed, mean_length=length // 2)
+    return PretrainingConfig.model_validate({"blend": [{"path": str(store)}], "length": length, "held_out": 0.05})

@@ -1,7 +1,6 @@
 """What recipes say of training: the optimizer, the trainer's processes, and text to learn from."""
 
 import math
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,9 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lockstep.data.batch import RowRules
 from lockstep.data.corpus.loader import PretrainingConfig
 from lockstep.data.corpus.sample_schedule import SampleSchedule
-from lockstep.data.corpus.synthetic import write_random_store
 from lockstep.distributed.layout import Layout
-from lockstep.model.config import ModelConfig
 from lockstep.model.layers.recompute import Recompute
 from lockstep.model.training.loss_spikes import SpikeConfig
 from lockstep.model.training.trainable import TrainableConfig
@@ -91,15 +88,6 @@ class PretrainConfig(BaseModel):
     def schedule(self) -> SampleSchedule:
         """Which samples each step reads, as long as the run does not go back."""
         return SampleSchedule(self.samples_per_step)
-
-    def text(self, model: ModelConfig, store: Path, seed: int) -> PretrainingConfig:
-        """What to read; without `data` random documents, written to `store`: eight steps' worth, which come again."""
-        if self.data:
-            return self.data
-        length = min(32, model.context)
-        tokens = max(4096, 8 * self.samples_per_step * length)
-        write_random_store(store, vocabulary=model.vocabulary, tokens=tokens, seed=seed, mean_length=length // 2)
-        return PretrainingConfig.model_validate({"blend": [{"path": str(store)}], "length": length, "held_out": 0.05})
 
 
 def row_rules(layout: Layout, budget: int) -> RowRules:
