@@ -24,21 +24,21 @@ RAY_SETTINGS = {
 """Read by Ray when it is imported: workers' lines come through as they were written, each saying who speaks."""
 
 
-for command in (
-    train.train,
-    train.submit,
-    train.report,
-    inference.generate,
-    inference.serve,
-    evaluate.evaluate,
-    grade.grade,
-    checkpoints.convert,
-    checkpoints.verify,
-    checkpoints.inspect,
-    checks.parity,
-    checks.mismatch,
-):
-    app.command("eval" if command is evaluate.evaluate else None)(command)
+for name, command in {
+    "train": train.run_recipe,
+    "submit": train.submit,
+    "report": train.report,
+    "generate": inference.generate,
+    "serve": inference.serve,
+    "eval": evaluate.evaluate_model,
+    "grade": grade.grade_answers,
+    "convert": checkpoints.convert,
+    "verify": checkpoints.verify,
+    "inspect": checkpoints.inspect,
+    "parity": checks.parity,
+    "mismatch": checks.mismatch,
+}.items():
+    app.command(name)(command)
 app.add_typer(data.app, name="data")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cluster.commands.console import err, out, sentences
-from lockstep.cluster.commands.options import Overrides, check_choice
+from lockstep.cluster.commands.options import Overrides, check_choice, overriding
 
 if TYPE_CHECKING:
     from lockstep.model.config import Numerics
@@ -31,7 +31,8 @@ def parity(
     from lockstep.cluster.recipe.load import load_recipe
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that are started
-    resolved = load_recipe(recipe, overrides or [])
+    with overriding():
+        resolved = load_recipe(recipe, overrides or [])
     found = compare(resolved, [*layouts, *(more or [])], steps, lambda line: err.print(line, markup=False))
     out.print(table(found))
     if not found.holds:

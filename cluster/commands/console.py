@@ -1,15 +1,18 @@
-"""What the commands share: where they print, and how an error of the user ends as one sentence."""
+"""The terminal of the commands: stdout, stderr, progress, and errors as one sentence that names the command's flags."""
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from inspect import get_annotations
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from typer.models import OptionInfo
 
 from lockstep.cluster.records.progress import duration
 
@@ -17,14 +20,18 @@ out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlig
 
 
 def sentences(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of the user are printed as one sentence, with exit code 2; Ctrl-C ends with 130."""
+    """Print errors of the user as one sentence, with exit code 2; Ctrl-C ends with 130.
+
+    The package's errors name arguments, as `max_memory=80 MB`; here they become flags, as `--max-memory 80 MB`.
+    """
+    flags = flags_of(command)
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError) as error:
-            err.print(f"[red]error:[/red] {_plain(error)}")
+            err.print(f"[red]error:[/red] {escape(with_flags(_plain(error), flags))}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             err.print("interrupted")
@@ -33,8 +40,28 @@ def sentences(command: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def flags_of(command: Callable[..., Any]) -> dict[str, str]:
+    """The flags of a command's options, by parameter."""
+    found: dict[str, str] = {}
+    for name, annotation in get_annotations(command, eval_str=True).items():
+        for option in getattr(annotation, "__metadata__", ()):
+            if isinstance(option, OptionInfo):
+                declared = (option.default, *(option.param_decls or ()))  # typer keeps the first one as a default
+                given = [flag for flag in declared if isinstance(flag, str) and flag.startswith("--")]
+                found[name] = given[0] if given else f"--{name.replace('_', '-')}"
+    return found
+
+
+def with_flags(sentence: str, flags: dict[str, str]) -> str:
+    """A sentence that names flags where it named parameters: `name=` at the beginning of a word."""
+    if not flags:
+        return sentence
+    pattern = rf"(?<![\w.'\"])({'|'.join(map(re.escape, flags))})=(?=\S)"
+    return re.sub(pattern, lambda found: f"{flags[found[1]]} ", sentence)
+
+
 def _plain(error: Exception) -> str:
-    return escape(" ".join(str(error).split()))
+    return " ".join(str(error).split())
 
 
 LINE_S = 10.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cluster.commands.console import err, out, progress, sentences
-from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype
+from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, overriding
 
 if TYPE_CHECKING:
     from lockstep.cluster.recipe.schema import Recipe
@@ -18,7 +18,7 @@ EVERYTHING = 1 << 31
 
 
 @sentences
-def evaluate(
+def evaluate_model(
     checkpoint: Checkpoint,
     task: Annotated[
         str | None, typer.Option(help="A known data set, a recipe, a reasoning-gym data set, or problem files.")
@@ -49,12 +49,14 @@ def evaluate(
     Example: lockstep eval runs/quickstart --task recipes/quickstart.toml
     """
     from lockstep.cluster.commands.options import sampling_of
+    from lockstep.cluster.evaluation.answer_folder import OtherSettings
     from lockstep.cluster.evaluation.evaluate import Evaluation, evaluate_checkpoint
     from lockstep.rl.sandbox.isolation import SandboxError
 
     if not (named := task or file):
         raise ValueError("what to answer is missing: give --task or --file")
-    recipe = _recipe(named, file, limit, overrides or [])
+    with overriding():
+        recipe = _recipe(named, file, limit, overrides or [])
     ks = tuple(sorted(set(k or ({1, samples} if samples else ()))))
     if any(each > samples for each in ks):
         raise ValueError(f"pass@{ks[-1]} needs {ks[-1]} samples or more, and these are {samples}: raise --samples")
@@ -67,6 +69,8 @@ def evaluate(
     try:
         with progress("answering") as advance:
             findings = evaluate_checkpoint(work, folder, advance, lambda line: err.print(line, markup=False))
+    except OtherSettings as error:
+        raise ValueError(f"{error} with --output") from error
     except SandboxError as error:
         raise ValueError(str(error)) from error
     for line in findings.lines:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @sentences
-def grade(
+def grade_answers(
     answers: Annotated[str, typer.Argument(help="JSON lines; - for stdin.")],
     task: Annotated[str, typer.Option(help="math, code or gym.")],
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core otherwise.")] = None,

@@ -113,9 +113,13 @@ def serve(
 
     Example: lockstep serve runs/quickstart --port 8000
     """
-    from lockstep.cluster.serving.bind import bound
+    from lockstep.cluster.serving.bind import NeedsKey, bound
 
-    with bound(host, port, has_key=bool(api_key)) as door:
+    try:
+        door = bound(host, port, has_key=bool(api_key))
+    except NeedsKey as error:
+        raise ValueError(f"{error}: set LOCKSTEP_API_KEY or give --api-key, or leave out --host") from error
+    with door:
         from lockstep.cluster.serving.server import Settings, serve
         from lockstep.rl.rollout.loading import open_engine
 

@@ -1,6 +1,7 @@
-"""Options that commands share."""
+"""Options that several commands have, and the checks of their values."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,28 @@ if TYPE_CHECKING:
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in --set rl.group_size=8.")]
 
 
+@contextmanager
+def overriding() -> Iterator[None]:
+    """A block that reads a recipe: an override that it refuses is named with its flag.
+
+    Raises:
+        RecipeError: one sentence on what is wrong.
+    """
+    from lockstep.cluster.recipe.errors import RecipeError
+    from lockstep.cluster.recipe.load import BadOverride
+
+    try:
+        yield
+    except BadOverride as error:
+        raise RecipeError(f"--set {error}") from error
+
+
 def check_choice(option: str, given: str | None, known: Iterable[str | None]) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Raises:
+        ValueError: names the option, the value and what can be given.
+    """
     if given not in known:
         *first, last = (word for word in known if word)
         raise ValueError(f"{option} {given!r} is not supported: use {', '.join(first)} or {last}")

@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from lockstep.cluster.commands.console import err, out, sentences
-from lockstep.cluster.commands.options import Overrides
+from lockstep.cluster.commands.options import Overrides, overriding
 
 
 @sentences
-def train(
+def run_recipe(
     recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.toml.")],
     overrides: Overrides = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to use; one is started here otherwise.")] = None,
@@ -31,7 +31,8 @@ def train(
     from lockstep.cluster.run.train import train_recipe
     from lockstep.rl.remote import WorkerFailed
 
-    resolved = load_recipe(recipe, overrides or [])
+    with overriding():
+        resolved = load_recipe(recipe, overrides or [])
     try:
         folder = train_recipe(resolved, out, address=address, profile=profile, resume=resume)
     except (WorkerFailed, Diverged) as error:
@@ -67,4 +68,6 @@ def submit(
     from lockstep.cluster.recipe.load import load_recipe
     from lockstep.cluster.run.submit import submit_recipe
 
-    raise typer.Exit(submit_recipe(load_recipe(recipe, overrides or []), address, out))
+    with overriding():
+        resolved = load_recipe(recipe, overrides or [])
+    raise typer.Exit(submit_recipe(resolved, address, out))

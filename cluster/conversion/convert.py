@@ -99,7 +99,7 @@ def _finish(
 def _check_memory(done: Done, conversion: Conversion) -> None:
     if done.peak > conversion.max_memory:
         raise TooMuchMemory(
-            f"the conversion needed {in_words(done.peak)}, and --max-memory allows {in_words(conversion.max_memory)}: "
+            f"the conversion needed {in_words(done.peak)}, more than max_memory={in_words(conversion.max_memory)}: "
             "give more, or fewer workers, and remove what is partial"
         )
 

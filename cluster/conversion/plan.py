@@ -58,7 +58,7 @@ class Conversion:
         if room < 1 << 20:
             needed = in_words(self.workers * (_FIXED + (_COPIES << 20)))
             raise TooMuchMemory(
-                f"--max-memory {in_words(self.max_memory)} is too little for --workers {self.workers}: give {needed} "
+                f"max_memory={in_words(self.max_memory)} is too little for workers={self.workers}: give {needed} "
                 "or more, or fewer workers"
             )
         return min(LARGEST_PART, 1 << (room.bit_length() - 1))

@@ -55,7 +55,7 @@ def wilson(correct: float, total: int, z: float = Z) -> tuple[float, float]:
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
-def accuracy(tallies: Sequence[Tally]) -> Estimate:
+def estimate_accuracy(tallies: Sequence[Tally]) -> Estimate:
     """The share of graded completions that are correct, one completion a problem, with Wilson's interval."""
     correct, graded = sum(t.correct for t in tallies), sum(t.graded for t in tallies)
     low, high = wilson(correct, graded)

@@ -72,7 +72,7 @@ class AnswerFolder:
         file = self.path / SETTINGS
         if not file.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise OtherSettings(f"{self.path} is there and holds no evaluation: give --output another folder")
+                raise OtherSettings(f"{self.path} is there and holds no evaluation: give another folder")
             replace_file(file, (json.dumps(settings, indent=2) + "\n").encode())
             return
         there, here = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(settings)
@@ -80,7 +80,7 @@ class AnswerFolder:
             if there.get(key) != here.get(key):
                 raise OtherSettings(
                     f"{self.path} was begun with {key}={there.get(key)!r}, and now it is {here.get(key)!r}: make them "
-                    "equal to go on, or give --output another folder"
+                    "equal to go on, or give another folder"
                 )
 
 

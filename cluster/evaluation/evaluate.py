@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lockstep.cluster.evaluation.accuracy import Estimate, Tally, accuracy, mean_pass_at_k, tally
+from lockstep.cluster.evaluation.accuracy import Estimate, Tally, estimate_accuracy, mean_pass_at_k, tally
 from lockstep.cluster.evaluation.answer_folder import Answer, AnswerFolder
 from lockstep.data.tasks.task import Split, TaskConfig, held_out_problems, make_split
 from lockstep.distributed.checkpoint.tensors import digest, to_numpy
@@ -178,7 +178,7 @@ def _settings(work: Evaluation, prompts: Sequence[Prompt], engine: RolloutEngine
 def _findings(work: Evaluation, split: Split, answers: AnswerFolder) -> Findings:
     tallies = {mode: [_tally(some) for _, some in answers.of(mode)] for mode in (GREEDY, SAMPLED)}
     return Findings(
-        greedy=accuracy(tallies[GREEDY]),
+        greedy=estimate_accuracy(tallies[GREEDY]),
         correct=sum(t.correct for t in tallies[GREEDY]),
         problems=len(split.held_out),
         pass_at={k: mean_pass_at_k(tallies[SAMPLED], k, work.seed) for k in work.ks},

@@ -1,4 +1,4 @@
-"""TOML and --set ? Recipe."""
+"""Loads recipes: a TOML file and `section.key=value` overrides become a checked `Recipe`."""
 
 import copy
 import json
@@ -15,6 +15,10 @@ from pydantic import ValidationError
 from lockstep.cluster.recipe.errors import RecipeError, annotation, validation_sentence
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.distributed.layout import Layout
+
+
+class BadOverride(RecipeError):
+    """An override that is not of the form `section.key=value`, or whose section is none."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -61,12 +65,14 @@ def parse_layout(text: str) -> Layout:
         RecipeError: one sentence on what is wrong.
     """
     values: dict[str, Any] = {}
-    for part in filter(None, map(str.strip, re.split(r",(?![^\[]*\])", text))):  # not at the commas of a list
-        _apply(values, part)
     try:
+        for part in filter(None, map(str.strip, re.split(r",(?![^\[]*\])", text))):  # not at the commas of a list
+            _apply(values, part)
         return Layout.model_validate_json(json.dumps(values), strict=True)
+    except BadOverride as error:
+        raise RecipeError(f"layout {text!r} is not of the form key=value, as in tensor=2,sequence=true") from error
     except ValidationError as error:
-        raise RecipeError(f"--layouts {text!r}: {validation_sentence(error, Layout)}") from error
+        raise RecipeError(f"layout {text!r}: {validation_sentence(error, Layout)}") from error
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -78,11 +84,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     *sections, last = (part.strip() for part in name.split("."))
     if not separator or not all([*sections, last]):
-        raise RecipeError(f"--set {override!r} is not of the form section.key=value, for example --set rl.group_size=8")
+        raise BadOverride(f"{override!r} is not of the form section.key=value, for example rl.group_size=8")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise RecipeError(f"--set {override!r}: {section} is a value, not a section")
+            raise BadOverride(f"{override!r}: {section} is a value, not a section")
     values[last] = _value(text.strip(), wants_text=annotation([*sections, last]) is str)
 
 

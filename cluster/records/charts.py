@@ -26,7 +26,7 @@ class Chart:
     note: str
 
 
-def charts(records: Sequence[Record]) -> list[Chart]:
+def run_charts(records: Sequence[Record]) -> list[Chart]:
     """The curves that a run of this kind has."""
     rl, sft = of_phase(records, "rl"), of_phase(records, "sft")
     if text := of_phase(records, "pretrain"):

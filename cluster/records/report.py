@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lockstep.cluster.atomic_files import replace_file
 from lockstep.cluster.evaluation.accuracy import wilson
-from lockstep.cluster.records.charts import UPDATES, charts, column, count_of, of_phase, value_of
+from lockstep.cluster.records.charts import UPDATES, column, count_of, of_phase, run_charts, value_of
 from lockstep.cluster.records.progress import duration
 from lockstep.cluster.records.run_folder import METRICS, RECIPE, STAGES, RunFolder
 from lockstep.cluster.records.svg import number
@@ -142,7 +142,7 @@ def _page(folder: RunFolder) -> dict[str, object]:
         "gain": stages[-1].accuracy - stages[0].accuracy if len(stages) > 1 else None,
         "facts": _facts(folder, records),
         "split": _mapping(summary.get("split")),
-        "charts": charts(records),
+        "charts": run_charts(records),
         "pairs": _choose(pairs),
         "counts": {change: sum(pair.change == change for pair in pairs) for change in CHANGES},
         "compared": (first, last),

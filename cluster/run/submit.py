@@ -87,7 +87,7 @@ def _client(address: str) -> jobs.JobSubmissionClient:
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise NoHead(
-            f"no Ray head answers at {address} ({error}): start one with `ray start --head`, or correct --address"
+            f"no Ray head answers at {address} ({error}): start one with `ray start --head`, or correct the address"
         ) from error
 
 

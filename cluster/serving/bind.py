@@ -4,6 +4,10 @@ import ipaddress
 import socket
 
 
+class NeedsKey(ValueError):
+    """An address that other machines can reach, of a server without a key."""
+
+
 def is_local(host: str) -> bool:
     """Whether only this machine can reach it."""
     try:
@@ -16,14 +20,11 @@ def bound(host: str, port: int, *, has_key: bool) -> socket.socket:
     """A socket that nobody else can have; port 0 takes any that is free.
 
     Raises:
-        ValueError: when others could reach it without a key.
+        NeedsKey: when others could reach it without a key.
         OSError: when the port is taken or the host is not this machine's.
     """
     if not has_key and not is_local(host):
-        raise ValueError(
-            f"--host {host} lets other machines in, and there is no key: set LOCKSTEP_API_KEY or give --api-key, "
-            "or leave out --host"
-        )
+        raise NeedsKey(f"host={host} lets other machines in, and there is no key")
     found = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -94,7 +94,7 @@ def tokenization_of(
     """
     number = tokenizer.eos if end is None else tokenizer.token(end)
     if number is None:
-        raise BadTokenizer("the tokenizer does not say which token ends a text: name one with --end")
+        raise BadTokenizer("the tokenizer does not say which token ends a text: name one with end=TOKEN")
     return Tokenization(tuple(sorted(tokenizer.files.items())), number, reading or Reading(), on_bad)
 
 

@@ -81,7 +81,7 @@ def open_engine(
         ValueError: one sentence on what cannot be opened.
     """
     if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"--dtype {dtype!r} is not supported: use bfloat16 or float32")
+        raise ValueError(f"dtype={dtype!r} is not supported: use bfloat16 or float32")
     try:
         with tempfile.TemporaryDirectory() as folder:
             ours = as_lockstep(name, Path(folder))

@@ -71,7 +71,7 @@ def test_what_does_not_fit_together_is_one_sentence(tiny_folder: Path, tmp_path:
     assert "leave out --raw" in refused("generate", folder, "--chat", "--raw")
     assert "No such file" in refused("generate", folder, "--input", str(tmp_path / "missing"))
     assert "--logit-bias 17=-2.5" in refused("generate", folder, "hello", "--logit-bias", "17")
-    assert "min_p=2.0 is not allowed" in refused("generate", folder, "hello", "--min-p", "2")
+    assert "--min-p 2.0 is not allowed" in refused("generate", folder, "hello", "--min-p", "2")
     for line, words in (
         ("{", "line 2 begins like a JSON object and is none"),
         ('{"text": "x"}', "line 2 has neither"),

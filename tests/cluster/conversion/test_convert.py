@@ -420,14 +420,14 @@ def test_memory_stays_within_its_bound(tmp_path: Path) -> None:
 
 
 def test_more_memory_than_allowed_ends_a_conversion(large_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TooMuchMemory, match=r"--max-memory 10 MB is too little for --workers 1: give 75\.5 MB or more"):
+    with pytest.raises(TooMuchMemory, match=r"max_memory=10 MB is too little for workers=1: give 75\.5 MB or more"):
         convert_checkpoint(Conversion(str(large_folder), tmp_path / "ours", "lockstep", max_memory=10**7))
     ballast: list[NDArray[Any]] = []
 
     def grow(done: int, total: int) -> None:
         ballast.append(np.ones(20 << 20, np.uint8))
 
-    with pytest.raises(TooMuchMemory, match=r"the conversion needed .* MB, and --max-memory allows 80 MB"):
+    with pytest.raises(TooMuchMemory, match=r"the conversion needed .* MB, more than max_memory=80 MB"):
         convert_checkpoint(Conversion(str(large_folder), tmp_path / "ours", "lockstep", max_memory=LEAST), grow)
 
 
@@ -544,7 +544,9 @@ def test_a_configuration_alone_is_not_converted(tmp_path: Path) -> None:
 def test_a_bad_option_is_one_sentence(tmp_path: Path) -> None:
     folder, out = str(small_folder(tmp_path / "hf")), str(tmp_path / "out")
     assert "'5 apples' is not a size" in refused("convert", folder, out, "--shard-size", "5 apples")
-    assert "is too little for --workers 3" in refused("convert", folder, out, "--max-memory", "80MB", "--workers", "3")
+    assert "error: --max-memory 80 MB is too little for --workers 3: give" in refused(
+        "convert", folder, out, "--max-memory", "80MB", "--workers", "3"
+    )
     assert "holds no checkpoint: give a folder" in refused("convert", str(tmp_path), out)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lockstep.cluster.evaluation.accuracy import Tally, accuracy, mean_pass_at_k, pass_at_k, tally, wilson
+from lockstep.cluster.evaluation.accuracy import Tally, estimate_accuracy, mean_pass_at_k, pass_at_k, tally, wilson
 
 
 @given(st.data(), st.integers(1, 9))
@@ -53,7 +53,7 @@ def test_the_interval_of_pass_at_k_holds_the_truth_as_often_as_it_says() -> None
 def test_the_ungradable_are_left_out_and_never_wrong() -> None:
     tallies = [tally(["correct"]), tally(["incorrect"]), tally(["ungradable"]), tally(["correct"])]
     assert tallies[2] == Tally(ungradable=1)
-    assert (accuracy(tallies).value, accuracy(tallies).problems) == (2 / 3, 3)
+    assert (estimate_accuracy(tallies).value, estimate_accuracy(tallies).problems) == (2 / 3, 3)
     sampled = [Tally(2, 0, 2), Tally(1, 0, 3), Tally(1, 3)]
     assert mean_pass_at_k(sampled, 2).problems == 2
     assert mean_pass_at_k(sampled, 2).value == pytest.approx((1 + 0.5) / 2)

@@ -98,12 +98,12 @@ def test_what_is_complete_is_not_answered_again(whole: Path, tiny_folder: Path, 
 def test_other_settings_are_refused(whole: Path, tiny_folder: Path, problems: Path, tmp_path: Path) -> None:
     arguments = ["eval", str(tiny_folder), *task(problems), "--output", str(whole)]
     assert "was begun with sampling.temperature=2.0, and now it is 0.5" in refused(*arguments, "--temperature", "0.5")
-    assert "was begun with samples=12, and now it is 13" in refused(*arguments, "--samples", "13")
+    assert "was begun with --samples 12, and now it is 13" in refused(*arguments, "--samples", "13")
     assert "task.instruction=''" in refused(*arguments, "--set", "task.instruction=Think.")
     assert "pass@13 needs 13 samples or more, and these are 12" in refused(*arguments, "--k", "13")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
-    assert "holds no evaluation" in refused(*arguments[:-1], str(tmp_path / "mine"))
+    assert "holds no evaluation: give another folder with --output" in refused(*arguments[:-1], str(tmp_path / "mine"))
     assert "there is no such file" in refused(*arguments, "--file", "nowhere.jsonl")
     assert "--task 'gsm9k' is not known: give gsm8k, " in refused(*arguments, "--task", "gsm9k")
     assert "give --task or --file" in refused("eval", str(tiny_folder))

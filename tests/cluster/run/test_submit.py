@@ -71,7 +71,7 @@ def test_no_head_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
     code, output = submit(tmp_path / "log", str(write_recipe(tmp_path, tiny_folder)), address=address)
     assert code == 2
     assert output.startswith(f"error: no Ray head answers at {address} (")
-    assert output.endswith("start one with `ray start --head`, or correct --address\n")
+    assert output.endswith("start one with `ray start --head`, or correct the address\n")
     assert output.count("\n") == 1
 
 

@@ -240,7 +240,7 @@ def test_the_end_of_a_document_can_be_named(files: dict[str, str], tokenizer: To
     with pytest.raises(BadTokenizer, match="the tokenizer has no token '<eos>'"):
         tokenization_of(tokenizer, end="<eos>")
     nameless = Tokenizer({"tokenizer.json": files["tokenizer.json"]})
-    with pytest.raises(BadTokenizer, match="does not say which token ends a text: name one with --end"):
+    with pytest.raises(BadTokenizer, match="does not say which token ends a text: name one with end=TOKEN"):
         tokenization_of(nameless)
 
 
