@@ -93,8 +93,8 @@ def _dtypes(recast: Recast) -> str:
 def _of_optimizer(source: Source, recast: Recast, title: str, has_place: bool) -> str:
     if not source.states:
         return "no optimizer state comes along: the source has none, or its weights alone are wanted"
-    held = source.states if not has_place else recast.states
-    kinds = ", ".join(kind for kind in STATES if any(name.startswith(f"{kind}/") for name in held))
+    states = source.states if not has_place else recast.states
+    kinds = ", ".join(kind for kind in STATES if any(name.startswith(f"{kind}/") for name in states))
     state = f"the optimizer's state after {source.updates} updates ({kinds})"
     return f"{state} comes along" if has_place else f"{state} is left out: {title} has no place for it"
 
@@ -124,9 +124,9 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """The same for people: a line about the whole, then one a tensor."""
     rows = [(t["name"], str(t["shape"]), t["dtype"], in_words(t["bytes"])) for t in found["tensors"]]
-    size = in_words(sum(tensor["bytes"] for tensor in found["tensors"]))
-    yield f"{found['path']}: {found['format']}, {found['family']}, {found['parameters']:,} parameters, {size}"
+    total = in_words(sum(tensor["bytes"] for tensor in found["tensors"]))
+    yield f"{found['path']}: {found['format']}, {found['family']}, {found['parameters']:,} parameters, {total}"
     yield from (f"{key} {found[key]}" for key in ("step", "updates", "layout") if found[key] is not None)
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for name, shape, dtype, held in rows:
-        yield f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  {held:>{widths[3]}}"
+    for name, shape, dtype, size in rows:
+        yield f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  {size:>{widths[3]}}"

@@ -97,13 +97,13 @@ def target_of(conversion: Conversion, opened: OpenModel, folder: Path | Storage)
 def tasks_of(parts: Sequence[Part], limit: int) -> list[list[Part]]:
     """Parts in groups that are written one after the other: large ones alone, small ones together."""
     tasks: list[list[Part]] = []
-    held = limit + 1
+    filled = limit + 1
     for part in parts:
-        if held + part.size > limit:
+        if filled + part.size > limit:
             tasks.append([])
-            held = 0
+            filled = 0
         tasks[-1].append(part)
-        held += part.size
+        filled += part.size
     return tasks
 
 

@@ -83,13 +83,13 @@ class Placement:
             PlacementError: when the cluster cannot hold the plan, or others use what it has.
         """
         self._plan = chosen
-        held = [i for i, bundle in enumerate(chosen.bundles) if bundle]
-        self._numbers = {bundle: number for number, bundle in enumerate(held)}
+        reserved = [i for i, bundle in enumerate(chosen.bundles) if bundle]
+        self._numbers = {bundle: number for number, bundle in enumerate(reserved)}
         self._group: Any = None
-        if not held:
+        if not reserved:
             return
         check(chosen, ray.cluster_resources())
-        self._group = placement_group([chosen.bundles[i] for i in held], strategy="PACK")
+        self._group = placement_group([chosen.bundles[i] for i in reserved], strategy="PACK")
         if not self._group.wait(WAIT_S):
             remove_placement_group(self._group)
             raise PlacementError(

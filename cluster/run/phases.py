@@ -44,25 +44,25 @@ def run_phases(
         write_checkpoint(start.source, start.config, start.files, folder)
     first = manager.find(folder.resolve())
     progress.say(f"starting {plan.processes['policy']} policy and {recipe.rollout.workers} rollout workers")
-    crew = start_actors(checked, first, last, at, split, placement)
+    actors = start_actors(checked, first, last, at, split, placement)
     controller = Controller(
-        crew.policy,
-        crew.rollouts,
-        crew.verifiers,
+        actors.policy,
+        actors.rollouts,
+        actors.verifiers,
         tokenizer=Tokenizer(Checkpoint(first).files),
         task=recipe.task,
         split=split,
         seed=recipe.seed,
         reward=recipe.reward,
-        models=crew.models,
-        environments=crew.environments,
+        models=actors.models,
+        environments=actors.environments,
     )
     if last:
         progress.say(f"going on after step {at.steps}, which {last.place} holds")
         manager.drop_after(plan.checkpoints, at.steps)
-        crew.resume(last, at)
+        actors.resume(last, at)
         controller.resume(at.version)
-    phases = _Phases(plan, controller, crew, run, progress, traces, at)
+    phases = _Phases(plan, controller, actors, run, progress, traces, at)
     phases.measure("before")
     if recipe.supervised and recipe.supervised.steps and at.phase == "sft":
         phases.supervise(recipe.supervised)
@@ -71,7 +71,7 @@ def run_phases(
     if recipe.rl and recipe.rl.steps:
         phases.reinforce(recipe.rl)
     phases.save()
-    crew.close()
+    actors.close()
 
 
 class _Phases:
@@ -81,13 +81,13 @@ class _Phases:
         self,
         plan: RunPlan,
         controller: Controller,
-        crew: RunActors,
+        actors: RunActors,
         run: RunFolder,
         progress: Progress,
         traces: Path | None,
         at: Position,
     ) -> None:
-        self._plan, self._recipe, self._controller, self._crew = plan, plan.recipe, controller, crew
+        self._plan, self._recipe, self._controller, self._actors = plan, plan.recipe, controller, actors
         self._run, self._progress, self._traces = run, progress, traces
         self._at = at
         self._rows = [row for row in run.summary().get("rows") or [] if row["step"] <= at.steps]
@@ -114,7 +114,7 @@ class _Phases:
             self._run.keep_comparisons([each.row() for each in comparisons])
         self._run_all(config.phase, config.steps, self._controller.prefer(config, comparisons, done))
         if config.judged:
-            self._crew.save_reward_model(self.steps, self._said())
+            self._actors.save_reward_model(self.steps, self._said())
         else:
             self.measure("preferred")
 
@@ -122,15 +122,15 @@ class _Phases:
         """The phase of rewards."""
         at = self._at
         if at.phase != "rl":
-            self._crew.keep_reference(at.steps)
-        self._crew.load_reference()
+            self._actors.keep_reference(at.steps)
+        self._actors.load_reference()
         self._run_all("rl", config.steps, self._controller.reinforce(at.adapted(config), at.done("rl"), at.group))
         self.measure("after")
 
     def _run_all(self, name: str, total: int, records: Iterator[StepRecord]) -> None:
         """One phase, a record a step."""
         self._progress.begin(name, total)
-        with traced(self._crew.policy, self._traces and self._traces / name, self._progress):
+        with traced(self._actors.policy, self._traces and self._traces / name, self._progress):
             for record in records:
                 self._record(name, record)
 
@@ -165,7 +165,7 @@ class _Phases:
         self._saved = self.steps
         said = {condition.manifest_key: condition.value for condition in self._plan.resume_conditions}
         position = {key: value for key, value in asdict(self._at).items() if key != "steps"}
-        self._crew.save(said | self._said() | {"position": position}, self._at)
+        self._actors.save(said | self._said() | {"position": position}, self._at)
 
     def _said(self) -> dict[str, Any]:
         """What every manifest says of the run."""

@@ -41,10 +41,10 @@ class Recast:
         """
         self._source, self._shapes = source, logical_tensors(model)
         self._wanted = None if dtype is None else DTYPES[dtype]
-        held = dict.fromkeys(source.states)
-        self._masters = {name for name in self._shapes if state_name("master", name) in held}
-        self._moments = [name for name in held if not name.startswith("master/")]
-        self._with_states = states and bool(held)
+        stored = dict.fromkeys(source.states)
+        self._masters = {name for name in self._shapes if state_name("master", name) in stored}
+        self._moments = [name for name in stored if not name.startswith("master/")]
+        self._with_states = states and bool(stored)
         self._found: dict[str, np.dtype[Any]] = {}
 
     @property

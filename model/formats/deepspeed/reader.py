@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lockstep.distributed.checkpoint.tensors import STATES, Box, overlap, state_name, to_numpy, within
 from lockstep.model.config import ModelConfig
-from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, Laid
+from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, FlatTensor
 from lockstep.model.formats.deepspeed.tensor_map import Place, places_of
 from lockstep.model.formats.deepspeed.zero_files import read_folder
 from lockstep.model.formats.huggingface.families.registry import from_huggingface
@@ -39,9 +39,9 @@ class DeepSpeedFolder:
         """
         self.folder = step_folder(path)
         self.config = config or _config_beside(self.folder)
-        self._held = read_folder(self.folder)
-        self._places = places_of(self.config, self._held)
-        self.updates = self._held[0].updates
+        self._ranks = read_folder(self.folder)
+        self._places = places_of(self.config, self._ranks)
+        self.updates = self._ranks[0].updates
         self.states = tuple(
             state_name(kind, name) for kind in STATES for name, found in self._places.items() if self._has(kind, found)
         )
@@ -52,7 +52,7 @@ class DeepSpeedFolder:
         if tensor not in self._places:
             raise KeyError(f"{self.folder} has no tensor {name}")
         if any(start == stop for start, stop in box):
-            dtype = self._laid(self._places[tensor][0], kind).dtype
+            dtype = self._stored(self._places[tensor][0], kind).dtype
             return to_numpy(torch.empty([stop - start for start, stop in box], dtype=dtype))
         places = {part: place for place in self._places[tensor] if (part := overlap(place.box, box))}
         arrays = {part: self._part(place, part, kind) for part, place in places.items()}
@@ -64,7 +64,7 @@ class DeepSpeedFolder:
     def _has(self, kind: str, places: Sequence[Place]) -> bool:
         if kind == "master" and self._weight(places[0]).dtype == torch.float32:
             return False
-        return all(place.name in self._held[place.rank].states.get(kind, {}) for place in places)
+        return all(place.name in self._ranks[place.rank].states.get(kind, {}) for place in places)
 
     def _part(self, place: Place, part: Box, kind: str) -> NDArray[Any]:
         """The part of a logical tensor, which lies in a place."""
@@ -72,15 +72,15 @@ class DeepSpeedFolder:
         file_part, file_box = (b[::-1] if place.transposed else b for b in (part, place.box))
         inside = zip(file_part, file_box, place.local[lead:], strict=True)
         local = tuple((p - whole + at, q - whole + at) for (p, q), (whole, _), (at, _) in inside)
-        found = self._laid(place, kind).read((*place.local[:lead], *local)).flatten(0, lead)
+        found = self._stored(place, kind).read((*place.local[:lead], *local)).flatten(0, lead)
         return to_numpy(found.t() if place.transposed else found)
 
-    def _laid(self, place: Place, kind: str) -> Laid:
-        states = self._held[place.rank].states
+    def _stored(self, place: Place, kind: str) -> FlatTensor:
+        states = self._ranks[place.rank].states
         return states[kind][place.name] if kind else self._weight(place)
 
-    def _weight(self, place: Place) -> Laid:
-        return self._held[place.rank].weights[place.name]
+    def _weight(self, place: Place) -> FlatTensor:
+        return self._ranks[place.rank].weights[place.name]
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -76,7 +76,7 @@ def param(path: Path) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Filed:
+class TensorFile:
     """A tensor in a file of its own, which is opened when the tensor is read."""
 
     path: Path
@@ -92,11 +92,11 @@ class Filed:
 
 
 @dataclass(frozen=True)
-class Laid:
+class FlatTensor:
     """A parameter's values: parts that are the parameter laid flat when they follow one another."""
 
     shape: tuple[int, ...]
-    parts: Sequence[Tensor | Filed]
+    parts: Sequence[Tensor | TensorFile]
     """What is beyond the shape is padding."""
     dtype: torch.dtype
     """What values are rounded to."""
@@ -115,7 +115,7 @@ class Laid:
         return rows[(slice(None), *(slice(a, b) for a, b in box[1:]))].to(self.dtype)
 
 
-def between(parts: Sequence[Tensor | Filed], start: int, stop: int) -> Iterator[Tensor]:
+def between(parts: Sequence[Tensor | TensorFile], start: int, stop: int) -> Iterator[Tensor]:
     """The elements from start to stop of parts that follow one another."""
     ends = itertools.accumulate(part.numel() for part in parts)
     for part, end in zip(parts, ends, strict=True):
@@ -125,19 +125,19 @@ def between(parts: Sequence[Tensor | Filed], start: int, stop: int) -> Iterator[
 
 
 @dataclass
-class Held:
+class RankTensors:
     """What one model-parallel rank holds, by the names that the module's parameters have."""
 
-    weights: dict[str, Laid] = field(default_factory=dict)
-    states: dict[str, dict[str, Laid]] = field(default_factory=dict)
+    weights: dict[str, FlatTensor] = field(default_factory=dict)
+    states: dict[str, dict[str, FlatTensor]] = field(default_factory=dict)
     """By kind of the optimizer's state; see `state_name`."""
     updates: int = 0
 
-    def kinds(self, name: str) -> dict[str, Laid]:
+    def kinds(self, name: str) -> dict[str, FlatTensor]:
         """A parameter's weights and all of its state."""
-        states = {kind: laid[name] for kind, laid in self.states.items() if name in laid}
+        states = {kind: tensors[name] for kind, tensors in self.states.items() if name in tensors}
         return {"weights": self.weights[name]} | states
 
-    def add(self, kind: str, name: str, shape: Sequence[int], parts: Sequence[Tensor | Filed]) -> None:
+    def add(self, kind: str, name: str, shape: Sequence[int], parts: Sequence[Tensor | TensorFile]) -> None:
         """Take in the fp32 values of a parameter's state."""
-        self.states.setdefault(kind, {})[name] = Laid(tuple(shape), parts, torch.float32)
+        self.states.setdefault(kind, {})[name] = FlatTensor(tuple(shape), parts, torch.float32)

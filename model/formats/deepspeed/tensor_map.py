@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from lockstep.distributed.checkpoint.tensors import Box, whole
 from lockstep.model.config import ModelConfig
-from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, Held
+from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, RankTensors
 from lockstep.model.formats.huggingface.tensor_names import STORED, Stored
 from lockstep.model.weights.names import logical_tensors
 from lockstep.model.weights.sharding import parameter_pieces
@@ -34,23 +34,23 @@ Places = dict[str, list[Place]]
 _OUT = ".attention.out.weight"
 
 
-def places_of(model: ModelConfig, held: Sequence[Held]) -> Places:
+def places_of(model: ModelConfig, ranks: Sequence[RankTensors]) -> Places:
     """Where every logical tensor lies in what the model-parallel ranks hold.
 
     Raises:
         BadDeepSpeedFolder: when the checkpoint lacks a value of the model, or has one that the model lacks.
     """
-    ours = any(name.startswith("blocks.") and name.endswith(_OUT) for name in held[0].weights)
-    places = _in_lockstep(model, held) if ours else _in_huggingface(model, held)
-    _check(places, model, held)
+    ours = any(name.startswith("blocks.") and name.endswith(_OUT) for name in ranks[0].weights)
+    places = _in_lockstep(model, ranks) if ours else _in_huggingface(model, ranks)
+    _check(places, model, ranks)
     return places
 
 
-def _in_lockstep(model: ModelConfig, held: Sequence[Held]) -> Places:
+def _in_lockstep(model: ModelConfig, ranks: Sequence[RankTensors]) -> Places:
     """Of a `Transformer`; model-parallel ranks are counted along the tensor axis first."""
-    shapes, degree = logical_tensors(model), _tensor_degree(model, held)
+    shapes, degree = logical_tensors(model), _tensor_degree(model, ranks)
     places = defaultdict(list)
-    for rank, path in ((rank, path) for rank, here in enumerate(held) for path in here.weights):
+    for rank, path in ((rank, path) for rank, here in enumerate(ranks) for path in here.weights):
         try:
             found = [*parameter_pieces(path, model, shapes, (rank % degree, degree))]
         except KeyError as error:
@@ -60,19 +60,19 @@ def _in_lockstep(model: ModelConfig, held: Sequence[Held]) -> Places:
     return places
 
 
-def _tensor_degree(model: ModelConfig, held: Sequence[Held]) -> int:
-    inputs = next(laid.shape[1] for here in held for name, laid in here.weights.items() if name.endswith(_OUT))
+def _tensor_degree(model: ModelConfig, ranks: Sequence[RankTensors]) -> int:
+    inputs = next(tensor.shape[1] for here in ranks for name, tensor in here.weights.items() if name.endswith(_OUT))
     return model.heads * model.head_dim // inputs
 
 
-def _in_huggingface(model: ModelConfig, held: Sequence[Held]) -> Places:
-    if len(held) > 1:
+def _in_huggingface(model: ModelConfig, ranks: Sequence[RankTensors]) -> Places:
+    if len(ranks) > 1:
         raise BadDeepSpeedFolder(
-            f"the checkpoint has {len(held)} model-parallel ranks, and Lockstep's own parameter names are not in it: "
+            f"the checkpoint has {len(ranks)} model-parallel ranks, and Lockstep's own parameter names are not in it: "
             "only a Transformer of Lockstep can be read in parts"
         )
     return {
-        name: [place for place in huggingface_places(name, shape, model) if place.name in held[0].weights][:1]
+        name: [place for place in huggingface_places(name, shape, model) if place.name in ranks[0].weights][:1]
         for name, shape in logical_tensors(model).items()
     }
 
@@ -108,32 +108,32 @@ _PADDED = ("embedding.weight", "head.weight")
 """Parameters of a `Transformer` that have rows of padding."""
 
 
-def _check(places: Places, model: ModelConfig, held: Sequence[Held]) -> None:
+def _check(places: Places, model: ModelConfig, ranks: Sequence[RankTensors]) -> None:
     used: Counter[tuple[int, str]] = Counter()
     for name, shape in logical_tensors(model).items():
         found = places.get(name, ())
         if sum(_volume(box) for box in {place.box for place in found}) != math.prod(shape):
             raise BadDeepSpeedFolder(f"the checkpoint lacks {name}, or a part of it: give the model's own config.json")
         for place in found:
-            used[place.rank, place.name] += _volume(place.box) if _fits(place, held) else 0
-    for rank, here in enumerate(held):
-        for name, laid in here.weights.items():
-            if used[rank, name] != math.prod(laid.shape) and not (name in _PADDED and used[rank, name]):
+            used[place.rank, place.name] += _volume(place.box) if _fits(place, ranks) else 0
+    for rank, here in enumerate(ranks):
+        for name, tensor in here.weights.items():
+            if used[rank, name] != math.prod(tensor.shape) and not (name in _PADDED and used[rank, name]):
                 raise BadDeepSpeedFolder(
-                    f"{name} is {list(laid.shape)} in the checkpoint, which does not fit the configuration: "
+                    f"{name} is {list(tensor.shape)} in the checkpoint, which does not fit the configuration: "
                     "give the one that the model was trained with"
                 )
             _check_whole(name, here)
 
 
-def _check_whole(name: str, here: Held) -> None:
-    for kind, laid in here.kinds(name).items():
-        if not laid.is_whole:
+def _check_whole(name: str, here: RankTensors) -> None:
+    for kind, tensor in here.kinds(name).items():
+        if not tensor.is_whole:
             raise BadDeepSpeedFolder(f"the checkpoint has only a part of {name}'s {kind}: take another checkpoint")
 
 
-def _fits(place: Place, held: Sequence[Held]) -> bool:
-    shape = held[place.rank].weights[place.name].shape
+def _fits(place: Place, ranks: Sequence[RankTensors]) -> bool:
+    shape = ranks[place.rank].weights[place.name].shape
     return len(shape) == len(place.local) and all(b <= n for (_, b), n in zip(place.local, shape, strict=True))
 
 

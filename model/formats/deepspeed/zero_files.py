@@ -15,7 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, Filed, Held, Laid, between, load, param
+from lockstep.model.formats.deepspeed.stored_tensors import (
+    BadDeepSpeedFolder,
+    FlatTensor,
+    RankTensors,
+    TensorFile,
+    between,
+    load,
+    param,
+)
 
 MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": "momentum"}
 """Tensors of an optimizer's state, by their names in files, and the kinds that they are."""
@@ -24,7 +32,7 @@ _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?optim_states\.pt")
 
 
-def read_folder(folder: Path) -> list[Held]:
+def read_folder(folder: Path) -> list[RankTensors]:
     """What each model-parallel rank of a checkpoint holds.
 
     Args:
@@ -41,7 +49,7 @@ def read_folder(folder: Path) -> list[Held]:
     first = load(models[min(models)])
     _check_all_there(folder, models, optimizers, first)
     return [
-        _held(*([load(files[key]) for key in sorted(files) if key[0] == rank] for files in (models, optimizers)))
+        _read_rank(*([load(files[key]) for key in sorted(files) if key[0] == rank] for files in (models, optimizers)))
         for rank in range(first["mp_world_size"])
     ]
 
@@ -71,7 +79,7 @@ def _check_all_there(
                 )
 
 
-def _held(models: Sequence[dict[str, Any]], optimizers: Sequence[dict[str, Any]]) -> Held:
+def _read_rank(models: Sequence[dict[str, Any]], optimizers: Sequence[dict[str, Any]]) -> RankTensors:
     """One model-parallel rank, from its files in the order of data ranks."""
     module = _module(models[0])
     if not optimizers:
@@ -97,16 +105,16 @@ def _module(model: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: model["module"][name] for name in first.values()}
 
 
-def _as_saved(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Laid]:
-    return {name: Laid(tuple(t.shape), [t], t.dtype) for name, t in tensors}
+def _as_saved(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, FlatTensor]:
+    return {name: FlatTensor(tuple(t.shape), [t], t.dtype) for name, t in tensors}
 
 
-def _zero12(model: Mapping[str, Any], module: dict[str, Tensor], saved: Sequence[Mapping[str, Any]]) -> Held:
+def _zero12(model: Mapping[str, Any], module: dict[str, Tensor], saved: Sequence[Mapping[str, Any]]) -> RankTensors:
     """ZeRO 1 and 2: the parameters of a group follow one another, and each rank has an equal part of that.
 
     Not by `param_slice_mappings`, which are wrong where `round_robin_gradients` reorders a group.
     """
-    held = Held(_as_saved(module.items()), updates=_updates(_group_state(saved[0], 0), model))
+    result = RankTensors(_as_saved(module.items()), updates=_updates(_group_state(saved[0], 0), model))
     for index, shapes in enumerate(model["param_shapes"]):
         flats = [_flats(_group_state(s, index), s["single_partition_of_fp32_groups"][index]) for s in saved]
         paddings = saved[0]["param_alignment_paddings"][index] if "param_alignment_paddings" in saved[0] else ()
@@ -115,8 +123,8 @@ def _zero12(model: Mapping[str, Any], module: dict[str, Tensor], saved: Sequence
         starts = itertools.accumulate(map(sum, padded), initial=0)
         for (name, shape), size, start in zip(shapes.items(), sizes, starts, strict=False):
             for kind in flats[0]:
-                held.add(kind, name, shape, [*between([flat[kind] for flat in flats], start, start + size)])
-    return held
+                result.add(kind, name, shape, [*between([flat[kind] for flat in flats], start, start + size)])
+    return result
 
 
 def _group_state(saved: Mapping[str, Any], index: int) -> Mapping[str, Any]:
@@ -130,9 +138,11 @@ def _flats(state: Mapping[str, Any], fp32: Tensor) -> dict[str, Tensor]:
     return {"master": fp32} | {kind: state[name] for name, kind in MOMENTS.items() if name in state}
 
 
-def _zero3(models: Sequence[dict[str, Any]], module: dict[str, Tensor], saved: Sequence[Mapping[str, Any]]) -> Held:
+def _zero3(
+    models: Sequence[dict[str, Any]], module: dict[str, Tensor], saved: Sequence[Mapping[str, Any]]
+) -> RankTensors:
     """ZeRO 3: an equal part of each parameter on every rank, then padding. Weights are the rounded fp32 ones."""
-    held = Held(updates=_updates(saved[0]["optimizer_state_dict"]["state"].get(0, {}), models[0]))
+    result = RankTensors(updates=_updates(saved[0]["optimizer_state_dict"]["state"].get(0, {}), models[0]))
     for index, shapes in enumerate(models[0]["param_shapes"]):
         states = [s["optimizer_state_dict"]["state"].get(index, {}) for s in saved]
         flats = [_flats(state, s["fp32_flat_groups"][index]) for state, s in zip(states, saved, strict=True)]
@@ -140,37 +150,37 @@ def _zero3(models: Sequence[dict[str, Any]], module: dict[str, Tensor], saved: S
         starts = itertools.accumulate(sizes, initial=0)
         for (name, shape), size, start in zip(shapes.items(), sizes, starts, strict=False):
             for kind in flats[0]:
-                held.add(kind, name, shape, [flat[kind].narrow(0, start, size) for flat in flats])
-    held.weights = _rounded(held.states["master"], module) | _frozen(models)
-    return held
+                result.add(kind, name, shape, [flat[kind].narrow(0, start, size) for flat in flats])
+    result.weights = _rounded(result.states["master"], module) | _frozen(models)
+    return result
 
 
-def _rounded(masters: Mapping[str, Laid], module: Mapping[str, Tensor]) -> dict[str, Laid]:
+def _rounded(masters: Mapping[str, FlatTensor], module: Mapping[str, Tensor]) -> dict[str, FlatTensor]:
     """fp32 weights in the dtype of the module, whose own tensors are empty."""
-    return {name: Laid(laid.shape, laid.parts, module[name].dtype) for name, laid in masters.items()}
+    return {name: FlatTensor(tensor.shape, tensor.parts, module[name].dtype) for name, tensor in masters.items()}
 
 
-def _frozen(models: Sequence[dict[str, Any]]) -> dict[str, Laid]:
+def _frozen(models: Sequence[dict[str, Any]]) -> dict[str, FlatTensor]:
     """Parameters that ZeRO 3 has split, and no optimizer updates."""
     shapes = models[0].get("frozen_param_shapes") or {}
     parts = {name: [model["frozen_param_fragments"][name].flatten() for model in models] for name in shapes}
-    return {name: Laid(tuple(shape), parts[name], parts[name][0].dtype) for name, shape in shapes.items()}
+    return {name: FlatTensor(tuple(shape), parts[name], parts[name][0].dtype) for name, shape in shapes.items()}
 
 
-def _without_zero(model: Mapping[str, Any], module: dict[str, Tensor]) -> Held:
+def _without_zero(model: Mapping[str, Any], module: dict[str, Tensor]) -> RankTensors:
     """The optimizer's own state, by the parameters' numbers; in bf16 and fp16 with fp32 weights beside it."""
-    held, optimizer = Held(_as_saved(module.items())), model.get("optimizer") or {}
+    result, optimizer = RankTensors(_as_saved(module.items())), model.get("optimizer") or {}
     inner = optimizer.get("optimizer_state_dict", optimizer)
     if not inner.get("state"):
-        return held
-    held.updates = _updates(next(iter(inner["state"].values())), model)
+        return result
+    result.updates = _updates(next(iter(inner["state"].values())), model)
     masters = [*itertools.chain.from_iterable(optimizer.get("fp32_groups", ()))]
     for number, name in _numbered(inner, module).items():
         state = inner["state"].get(number, {})
         flats = {kind: state[key] for key, kind in MOMENTS.items() if key in state}
         for kind, tensor in (flats | ({"master": masters[number]} if masters else {})).items():
-            held.add(kind, name, module[name].shape, [tensor])
-    return held
+            result.add(kind, name, module[name].shape, [tensor])
+    return result
 
 
 def _numbered(optimizer: Mapping[str, Any], module: Mapping[str, Tensor]) -> dict[int, str]:
@@ -203,11 +213,11 @@ def _updates(state: Mapping[str, Any], model: Mapping[str, Any]) -> int:
     return int(state["step"] if "step" in state else model["global_steps"] - model["skipped_steps"])
 
 
-def _universal(zero: Path, models: Sequence[Mapping[str, Any]]) -> Held:
+def _universal(zero: Path, models: Sequence[Mapping[str, Any]]) -> RankTensors:
     """A universal checkpoint: fp32 tensors, each in a file of its own. Weights are the rounded fp32 ones."""
     module = {name: tensor for model in models for name, tensor in _module(model).items()}
     steps = [{"step": load(path)} for path in itertools.islice(zero.glob("*/step.pt"), 1)]
-    held = Held(updates=_updates(steps[0] if steps else {}, models[0]))
+    result = RankTensors(updates=_updates(steps[0] if steps else {}, models[0]))
     shapes = {
         name: shape for model in models for group in model.get("param_shapes", ()) for name, shape in group.items()
     }
@@ -217,6 +227,6 @@ def _universal(zero: Path, models: Sequence[Mapping[str, Any]]) -> Held:
         for file, kind in ({"fp32": "master"} | MOMENTS).items():
             path = zero / name / f"{file}.pt"
             if path.is_file():
-                held.add(kind, name, shape, [Filed(path, math.prod(shape))])
-    held.weights = _rounded(held.states["master"], module)
-    return held
+                result.add(kind, name, shape, [TensorFile(path, math.prod(shape))])
+    result.weights = _rounded(result.states["master"], module)
+    return result

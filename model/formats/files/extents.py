@@ -29,12 +29,12 @@ def read_bytes(path: Path, offset: int, size: int) -> NDArray[np.uint8]:
     buffer = np.empty(size, np.uint8)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        held = 0
-        while held < size:
-            got = os.preadv(descriptor, [buffer[held:].data], offset + held)
+        done = 0
+        while done < size:
+            got = os.preadv(descriptor, [buffer[done:].data], offset + done)
             if not got:
-                raise BadFile(f"{path} is cut off: byte {offset + size} was to be read, and it ends at {offset + held}")
-            held += got
+                raise BadFile(f"{path} is cut off: byte {offset + size} was to be read, and it ends at {offset + done}")
+            done += got
     finally:
         os.close(descriptor)
     return buffer
@@ -44,9 +44,9 @@ def write_bytes(path: Path, offset: int, data: NDArray[np.uint8]) -> None:
     """Write bytes at a place of a file, and wait until the disk has them."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
-        held = 0
-        while held < data.size:
-            held += os.pwrite(descriptor, data[held:].data, offset + held)
+        done = 0
+        while done < data.size:
+            done += os.pwrite(descriptor, data[done:].data, offset + done)
         os.fdatasync(descriptor)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

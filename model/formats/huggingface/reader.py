@@ -150,12 +150,12 @@ def _tensors(folder: Path) -> dict[str, Extent]:
 
 def _indexed(index: Path, read: Callable[[Path], dict[str, Extent]]) -> dict[str, Extent]:
     files: dict[str, str] = _json(index).get("weight_map", {})
-    held: dict[str, dict[str, Extent]] = {}
+    found: dict[str, dict[str, Extent]] = {}
     for file in sorted(set(files.values())):
         if not (index.parent / file).is_file():
             raise BadFolder(f"{index.parent} lacks {file}, which {index.name} names")
-        held[file] = read(index.parent / file)
+        found[file] = read(index.parent / file)
     for name, file in files.items():
-        if name not in held[file]:
+        if name not in found[file]:
             raise BadFolder(f"{index.parent / file} lacks {name}, which {index.name} says it has")
-    return {name: held[file][name] for name, file in files.items()}
+    return {name: found[file][name] for name, file in files.items()}

@@ -51,7 +51,7 @@ class HuggingFaceTarget:
         """
         self._folder, self._source, self._files = folder, source, files
         self._words = to_huggingface(model, source.dtype_of(EMBEDDING).name)
-        self._held = _stored(model)
+        self._grouped = _stored(model)
         self._shards = _shards(self._shapes(model), shard_bytes)
         laid = {file: layout(folder / file, tensors) for file, tensors in self._shards.items()}
         self._headers = {file: header for file, (header, _) in laid.items()}
@@ -90,22 +90,22 @@ class HuggingFaceTarget:
         logical = logical_tensors(model)
         return {
             name: (places[0][1].shape(logical[places[0][0]]), self._source.dtype_of(places[0][0]))
-            for name, places in self._held.items()
+            for name, places in self._grouped.items()
         }
 
     def _rows(self, part: Part) -> NDArray[Any]:
         """Rows of a stored tensor, from the one logical tensor or the several that lie side by side in it."""
         shape = self._extents[part.tensor].shape
         if len(shape) == 1:
-            each = shape[0] // len(self._held[part.tensor])
-            vectors = [self._source.read(name, ((0, each),)) for name, _ in self._held[part.tensor]]
+            each = shape[0] // len(self._grouped[part.tensor])
+            vectors = [self._source.read(name, ((0, each),)) for name, _ in self._grouped[part.tensor]]
             return np.concatenate(vectors)[part.start : part.stop]
-        held = []
-        for name, place in self._held[part.tensor]:
+        arrays = []
+        for name, place in self._grouped[part.tensor]:
             box = ((part.start, part.stop), (0, shape[1] // place.parts))
             read = self._source.read(name, box[::-1] if place.transposed else box)
-            held.append(read.T if place.transposed else read)
-        return np.ascontiguousarray(held[0] if len(held) == 1 else np.concatenate(held, axis=1))
+            arrays.append(read.T if place.transposed else read)
+        return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1))
 
     def _text(self, name: str, text: str) -> None:
         (self._folder / name).write_text(text)
@@ -118,24 +118,24 @@ def write(folder: Path, model: ModelConfig, source: Source, files: Mapping[str, 
 
 def _stored(model: ModelConfig) -> dict[str, list[tuple[str, Stored]]]:
     """By stored name: the logical tensors that lie in it, in their order there."""
-    in_file, held = STORED.get(model.family, Stored), dict[str, list[tuple[str, Stored]]]()
+    in_file, grouped = STORED.get(model.family, Stored), dict[str, list[tuple[str, Stored]]]()
     for name in logical_tensors(model):
         place = in_file(name)
-        held.setdefault(place.name, []).append((name, place))
-    return {stored: sorted(places, key=lambda place: place[1].part) for stored, places in held.items()}
+        grouped.setdefault(place.name, []).append((name, place))
+    return {stored: sorted(places, key=lambda place: place[1].part) for stored, places in grouped.items()}
 
 
 def _shards(tensors: Shapes, limit: int) -> dict[str, Shapes]:
     """The tensors of each file, in order; a file is closed before the tensor that would make it too large."""
     files: list[dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = []
-    held = limit + 1
+    filled = limit + 1
     for name, (shape, dtype) in tensors.items():
         size = math.prod(shape) * dtype.itemsize
-        if held + size > limit:
+        if filled + size > limit:
             files.append({})
-            held = 0
+            filled = 0
         files[-1][name] = (shape, dtype)
-        held += size
+        filled += size
     if len(files) == 1:
         return {_FILE: files[0]}
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, start=1)}

@@ -110,25 +110,25 @@ def _inner(owner: str, model: ModelConfig) -> int:
 
 def variants(found: Place) -> Iterator[Place]:
     """All ways in which Megatron may have stored what this place says."""
-    yield from _spelled(found)
+    yield from _by_any_name(found)
     if not found.key.startswith("decoder.layers."):
         return
     layer, *expert = found.lead
     alone = replace(found, key=found.key.replace("layers.", f"layers.{layer}.", 1), lead=tuple(expert))
-    yield from _spelled(alone)
+    yield from _by_any_name(alone)
     if expert:
         alone = replace(alone, key=alone.key.replace("experts.experts.", f"experts.experts.{expert[0]}."), lead=())
         yield alone
     yield replace(alone, key=f"{alone.key}_{'v' if alone.start else 'w'}", start=0)
 
 
-def _spelled(found: Place) -> Iterator[Place]:
+def _by_any_name(found: Place) -> Iterator[Place]:
     yield found
-    for other in spellings(found.key):
+    for other in other_names(found.key):
         yield replace(found, key=other)
 
 
-def spellings(key: str) -> Iterator[str]:
+def other_names(key: str) -> Iterator[str]:
     """Other names of a stored norm: not all specs of a layer keep it in the same place."""
     for names in _NORMS.values():
         for one, other in (names, names[::-1]):
@@ -144,7 +144,7 @@ class Part:
     lead: tuple[int, ...]
     shape: tuple[int, ...]
     """Of the whole stored tensor, without padding."""
-    held: tuple[tuple[str, Place, int], ...]
+    tensors: tuple[tuple[str, Place, int], ...]
     """Logical tensors in it: names, places, rows."""
 
     @property
@@ -155,19 +155,19 @@ class Part:
     @property
     def is_vocabulary(self) -> bool:
         """Whether rows of padding may follow."""
-        return self.held[0][0] in (EMBEDDING, HEAD)
+        return self.tensors[0][0] in (EMBEDDING, HEAD)
 
 
 def parts(places: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
     """What is stored, in the order of the logical tensors."""
-    held: dict[tuple[str, tuple[int, ...]], list[tuple[str, Place, int]]] = {}
+    grouped: dict[tuple[str, tuple[int, ...]], list[tuple[str, Place, int]]] = {}
     count: dict[str, tuple[int, ...]] = {}
     for name, found in places.items():
-        held.setdefault((found.key, found.lead), []).append((name, found, shapes[name][0]))
+        grouped.setdefault((found.key, found.lead), []).append((name, found, shapes[name][0]))
         count[found.key] = tuple(i + 1 for i in found.lead)
     return [
         Part(key, lead, (*count[key], sum(rows for *_, rows in within), *shapes[within[0][0]][1:]), tuple(within))
-        for (key, lead), within in held.items()
+        for (key, lead), within in grouped.items()
     ]
 
 

@@ -18,7 +18,7 @@ from lockstep.model.formats.huggingface.families.registry import to_huggingface
 from lockstep.model.formats.megatron.arguments import to_megatron
 from lockstep.model.formats.megatron.reader import ADAM
 from lockstep.model.formats.megatron.tensor_map import Part as Stored
-from lockstep.model.formats.megatron.tensor_map import extra_states, parts, place, spellings
+from lockstep.model.formats.megatron.tensor_map import extra_states, other_names, parts, place
 from lockstep.model.formats.megatron.torch_dist import BadTorchDist, Piece, Writer
 from lockstep.model.formats.recast import Recast
 from lockstep.model.formats.target import LARGEST_PART, Part, split, write_whole
@@ -98,7 +98,7 @@ class MegatronTarget:
         if self._states:
             _name_masters(self._writer, {part.key for part in stored})
         for name in self._writer.names:
-            for other in spellings(name):
+            for other in other_names(name):
                 self._writer.alias(other, name)
         self._writer.add_empty(extra_states(stored))
 
@@ -121,12 +121,12 @@ class MegatronTarget:
         self._writer.close(_common(self._words, self._source.updates, adam))
 
     def _has(self, part: Stored, kind: str) -> bool:
-        return not kind or state_name(kind, part.held[0][0]) in self._states
+        return not kind or state_name(kind, part.tensors[0][0]) in self._states
 
     def _placed(self, stored: Stored, kind: str) -> Iterator[tuple[Part, _Chunk]]:
         """The chunks of a stored part: of the weights, or of a kind of state."""
         key, rest = _key(kind, stored.key), stored.shape[len(stored.lead) + 1 :]
-        dtype = torch.float32 if kind else getattr(torch, self._source.dtype_of(stored.held[0][0]).name)
+        dtype = torch.float32 if kind else getattr(torch, self._source.dtype_of(stored.tensors[0][0]).name)
         for part in split(f"{key} {stored.lead}", (stored.rows, *rest), 4, self._limit):
             offset = (*stored.lead, part.start, *(0 for _ in rest))
             extent = (*(1 for _ in stored.lead), part.stop - part.start, *rest)
@@ -157,7 +157,7 @@ def _rows(source: Source, part: Stored, kind: str, first: int, stop: int) -> NDA
     """The stored rows [first, stop) of a part."""
     rest = part.shape[len(part.lead) + 1 :]
     out: NDArray[Any] | None = None
-    for name, found, rows in part.held:
+    for name, found, rows in part.tensors:
         at = found.rows(0, rows)
         a, b = (int(i) for i in np.searchsorted(at, (first, stop)))
         if a < b:

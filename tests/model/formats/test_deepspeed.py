@@ -38,7 +38,7 @@ from lockstep.distributed.optimizer.zero import _Grid
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.formats.deepspeed.reader import DeepSpeedFolder
-from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, Laid, load
+from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, FlatTensor, load
 from lockstep.model.formats.deepspeed.writer import write_universal
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
 from lockstep.model.formats.recast import Recast
@@ -461,10 +461,10 @@ def test_any_slice_of_any_parts_is_that_of_the_whole(data: st.DataObject) -> Non
     parts = [values[a:b] for a, b in itertools.pairwise([0, *cuts, len(values)])]
     pairs = [data.draw(st.tuples(st.integers(0, n - 1), st.integers(1, n))) for n in shape]
     box = tuple((min(a, b - 1), b) for a, b in pairs)
-    laid = Laid(shape, parts, torch.bfloat16)
-    assert laid.is_whole
+    tensor = FlatTensor(shape, parts, torch.bfloat16)
+    assert tensor.is_whole
     expected = values[:elements].view(shape)[tuple(slice(a, b) for a, b in box)]
-    assert torch.equal(laid.read(box), expected.bfloat16())
+    assert torch.equal(tensor.read(box), expected.bfloat16())
 
 
 def resident(path: Path) -> int:
@@ -478,8 +478,8 @@ def resident(path: Path) -> int:
 def test_a_row_is_read_without_the_rest_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"param": torch.arange(8 << 20, dtype=torch.float32)}, file)
-    laid = Laid((1 << 13, 1 << 10), [load(file)["param"]], torch.float32)
-    assert (laid.read(((5000, 5001), (0, 4))).flatten() == 5000 * 1024 + torch.arange(4)).all()
+    tensor = FlatTensor((1 << 13, 1 << 10), [load(file)["param"]], torch.float32)
+    assert (tensor.read(((5000, 5001), (0, 4))).flatten() == 5000 * 1024 + torch.arange(4)).all()
     assert 0 < resident(file) < 4 << 20
 
 
