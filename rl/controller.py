@@ -24,8 +24,8 @@ from lockstep.rl.algorithms.preferences import (
     samples_to_compare,
     with_reference,
 )
-from lockstep.rl.algorithms.rewards import CORRECTNESS, RewardConfig, means, rewarded
-from lockstep.rl.algorithms.samples import teaches, weighted, with_advantages
+from lockstep.rl.algorithms.rewards import CORRECTNESS, RewardConfig, means
+from lockstep.rl.algorithms.samples import teaches, weighted
 from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
 from lockstep.rl.collector.collector import Collector
 from lockstep.rl.environments.factory import told
@@ -33,7 +33,7 @@ from lockstep.rl.learner import Learned, Learner, Models
 from lockstep.rl.prompts import make_prompt
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Prompt, Scored, own_logp
+from lockstep.rl.types import Advantaged, Judged, Prompt, own_logp
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
@@ -48,7 +48,8 @@ class StepRecord:
     phase: str
     step: int
     metrics: dict[str, float]
-    scored: tuple[Scored, ...] = ()
+    completions: tuple[Advantaged, ...] = ()
+    """Of a step of RL, group by group."""
     position: int = 0
     """Number of the next group of prompts, after steps of RL."""
     kl_beta: float | None = None
@@ -75,7 +76,7 @@ class Controller:
     ) -> None:
         self._policy, self._producer = policy, Collector(policy, rollouts, verifiers, clock, environments)
         self._learner = Learner(policy, models, self._producer.gather, seed, reward)
-        self._reward, self._stop = reward, tuple(task.stop)
+        self._stop = tuple(task.stop)
         self._reward_model = models.reward
         self._tokenizer, self._seed, self._clock = tokenizer, seed, clock
         rules = told(environments.config) if environments else ""
@@ -93,15 +94,15 @@ class Controller:
         """Go on with the weights of the policy as this version."""
         self._producer.resume(version)
 
-    def evaluate(self, max_new_tokens: int) -> list[Scored]:
+    def evaluate(self, max_new_tokens: int) -> list[Judged]:
         """Greedy completions of the held-out problems, with their verdicts."""
         prompts = dict(enumerate(self._held_out))
         sampling = SamplingParams(temperature=0, max_new_tokens=max_new_tokens, stop=self._stop)
-        return [scored for group in self._answers(prompts, sampling, samples=1, seed=0) for scored in group]
+        return [judged for group in self._answers(prompts, sampling, samples=1, seed=0) for judged in group]
 
     def _answers(
         self, prompts: Mapping[int, Prompt], sampling: SamplingParams, samples: int, seed: int
-    ) -> list[list[Scored]]:
+    ) -> list[list[Judged]]:
         """Groups of completions, outside of the stream of RL."""
         self._producer.ask(prompts, sampling, samples, seed)
         found = [self._producer.take(number) for number in prompts]
@@ -196,7 +197,7 @@ class Controller:
             clock.lap("rollout")
             if config.flow.release:
                 self._producer.release()
-            learned = self._learner.learn(step, batch.groups, config)
+            learned = self._learner.learn(step, batch.groups, batch.teaching, config)
             clock.lap("train")
             if learned.metrics:
                 self._producer.renew(finish=config.flow.in_waves)
@@ -208,10 +209,11 @@ class Controller:
                 self._policy.call("release")
             clock.lap("sync")
             metrics = learned.metrics | _summary(batch, learned, config, clock.seconds) | self._producer.metrics()
-            scored = tuple(s for group in learned.groups for s in group)
+            completions = tuple(s for group in learned.groups for s in group)
+            target, position = config.kl_target, stream.position
             if "kl" in learned.metrics:
                 config = config.adapted(learned.metrics["kl"])
-            yield StepRecord("rl", step, metrics, scored, stream.position, config.kl_beta if config.kl_target else None)
+            yield StepRecord("rl", step, metrics, completions, position, config.kl_beta if target else None)
         self._producer.drop()
 
     def _stream(self, config: RLConfig, first: int) -> BatchScheduler:
@@ -224,7 +226,7 @@ class Controller:
             samples=config.group_size,
             sampling=config.sampling.model_copy(update={"stop": (*config.sampling.stop, *self._stop)}),
             seed=int(np.random.default_rng([self._seed, *b"rl"]).integers(1 << 62)),
-            compare=lambda group: with_advantages(rewarded(group, self._reward), config),
+            reward=self._learner.rewarded,
             teaches=partial(teaches, config=config),
             first=first,
         )
@@ -260,18 +262,18 @@ class _Stopwatch:
 
 def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str, float]) -> dict[str, float]:
     """What a step's rollouts say; the entropy is estimated by −log p of the tokens that were drawn."""
-    scored = [s for group in learned.groups for s in group]
-    rewards = [r for s in scored if (r := s.reward) is not None]
-    lengths = [len(s.rollout.tokens) for s in scored]
-    logp = [p for s in scored for p in own_logp(s.rollout)]
+    completions = [s for group in learned.groups for s in group]
+    rewards = [r for s in completions if (r := s.reward.total) is not None]
+    lengths = [len(s.rollout.tokens) for s in completions]
+    logp = [p for s in completions for p in own_logp(s.rollout)]
     return {
         "reward": float(np.mean(rewards)) if rewards else float("nan"),
-        **means([s.earned for s in scored if s.earned]),
+        **means([s.reward for s in completions]),
         "entropy": -float(np.mean(logp)),
         "completion_tokens": float(np.mean(lengths)),
         **({"kl_beta": config.kl_beta} if config.kl_target else {}),
-        "ungradable": float(sum(s.verdict.outcome is Outcome.ungradable for s in scored)),
-        "skipped_groups": float(sum(not teaches(group, config) for group in learned.groups)),
+        "ungradable": float(sum(s.verdict.outcome is Outcome.ungradable for s in completions)),
+        "skipped_groups": float(batch.teaching.count(False)),
         "replaced_groups": float(batch.replaced),
         "staleness_mean": float(np.mean(batch.staleness)),
         "staleness_max": float(max(batch.staleness)),

@@ -1,7 +1,8 @@
 """The side of learning: judged groups go in, models say what a method asks of their tokens, updates come out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,10 @@ from lockstep.model.training.config import OptimizerConfig
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.estimates import columns, of_answers, of_tokens
 from lockstep.rl.algorithms.rewards import RewardConfig, rewarded
-from lockstep.rl.algorithms.samples import samples_of, updates_of
+from lockstep.rl.algorithms.samples import samples_of, updates_of, with_advantages
 from lockstep.rl.remote import Call
-from lockstep.rl.types import Estimates, Scored
+from lockstep.rl.types import Advantaged, Estimated, Estimates, Judged, Rewarded
 from lockstep.rl.workers.worker_groups import ModelGroup
-
-Groups = Sequence[Sequence[Scored]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Models:
 class Learned:
     """What a step learned from, and what it reports."""
 
-    groups: tuple[tuple[Scored, ...], ...]
+    groups: tuple[tuple[Advantaged, ...], ...]
     samples: list[Sample]
     metrics: dict[str, float]
     """Empty where nothing was learned."""
@@ -59,7 +58,7 @@ class Learner:
         Args:
             gather: waits for calls, while rollouts may go on.
             seed: of the order of samples in epochs of several updates.
-            reward: what answers earn when a reward model has scored them.
+            reward: the terms of a rollout's reward.
         """
         self._policy, self._models, self._gather, self._seed = policy, models, gather, seed
         self._reward = reward
@@ -71,15 +70,21 @@ class Learner:
         if self._models.critic:
             self._models.critic.begin_phase()
 
-    def learn(self, step: int, groups: Groups, config: RLConfig) -> Learned:
-        """All updates of a step; none where no sample teaches anything."""
-        judged = self._estimated(self._rewarded(groups), config)
-        samples = samples_of(judged, config)
+    def learn(
+        self, step: int, groups: Sequence[Sequence[Rewarded]], teaching: Sequence[bool], config: RLConfig
+    ) -> Learned:
+        """Runs all updates of a step; none where no sample teaches anything.
+
+        Args:
+            teaching: whether each group has anything to learn from; the others are estimated for the records alone.
+        """
+        compared = tuple(with_advantages(group, config) for group in self._estimated(groups, config))
+        samples = samples_of(list(compress(compared, teaching)), config)
         order = int(np.random.default_rng([self._seed, step]).integers(1 << 62))
         reports = [self._update(step, part, config) for part in updates_of(samples, config, order)] if samples else []
         if reports:
             self._gather([worker.call("follow", step) for worker in self._policy.workers])
-        return Learned(judged, samples, _joined(reports))
+        return Learned(compared, samples, _joined(reports))
 
     def _update(self, step: int, samples: list[Sample], config: RLConfig) -> dict[str, float]:
         """One gradient step of the policy, and one of the critic beside it."""
@@ -97,17 +102,20 @@ class Learner:
             report |= values | {"critic_grad_norm": said.grad_norm}
         return report
 
-    def _rewarded(self, groups: Groups) -> Groups:
+    def rewarded(self, groups: Sequence[Sequence[Judged]]) -> list[tuple[Rewarded, ...]]:
+        """The groups with their rewards; where there is a reward model, by the scores that it gives them."""
+        return [rewarded(group, self._reward) for group in self._scored(groups)]
+
+    def _scored(self, groups: Sequence[Sequence[Judged]]) -> Sequence[Sequence[Judged]]:
         """The groups with the reward model's scores, where there is one."""
         if not self._models.reward:
             return groups
         rollouts = [s.rollout for group in groups for s in group]
         found = columns(self._gather(self._models.reward.score(of_answers(rollouts))), [1] * len(rollouts))
         scores = iter(found)
-        scored = [[replace(s, score=float(next(scores)[0])) for s in group] for group in groups]
-        return [rewarded(group, self._reward) for group in scored]
+        return [[Judged(j.rollout, j.verdict, score=float(next(scores)[0])) for j in group] for group in groups]
 
-    def _estimated(self, groups: Groups, config: RLConfig) -> tuple[tuple[Scored, ...], ...]:
+    def _estimated(self, groups: Sequence[Sequence[Rewarded]], config: RLConfig) -> tuple[tuple[Estimated, ...], ...]:
         """The groups with what the method asks models of each token, all of them at the same time."""
         rollouts = [s.rollout for group in groups for s in group]
         samples = of_tokens(rollouts)
@@ -121,7 +129,10 @@ class Learner:
         lengths = [len(r.tokens) for r in rollouts]
         found: dict[str, list[Floats]] = {name: columns(results[part], lengths) for name, part in asked.items()}
         estimates = iter([Estimates(**{name: found[name][i] for name in found}) for i in range(len(rollouts))])
-        return tuple(tuple(replace(s, estimates=next(estimates)) for s in group) for group in groups)
+        return tuple(
+            tuple(Estimated(r.rollout, r.verdict, r.reward, next(estimates), score=r.score) for r in group)
+            for group in groups
+        )
 
     def _asked(self, config: RLConfig) -> list[tuple[str, ModelGroup]]:
         """Which columns a method needs, and who has them."""

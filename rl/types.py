@@ -1,4 +1,8 @@
-"""What flows through reinforcement learning, built once and never changed."""
+"""Prompts, rollouts and the stages of a rollout on its way to a training sample, as frozen dataclasses.
+
+Judged → Rewarded → Estimated → Advantaged: each stage is a class that inherits from the one before and adds one field,
+which is always there. A function says by the types of its arguments which stage it needs.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,27 +85,40 @@ class Reward:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A rollout with its verdict. The advantage is None until its group is complete, and for the ungradable."""
+class Judged:
+    """A rollout with its verdict and, where there is a reward model, its score."""
 
     rollout: Rollout
     verdict: Verdict
-    advantage: float | None = None
-    estimates: Estimates = field(default_factory=Estimates)
-    score: float | None = None
-    """What a reward model says of the answer, where there is one; it takes the place of the verdict."""
-    earned: Reward | None = None
-    """By the terms of the recipe, where those have been applied; see `lockstep.rl.algorithms.rewards`."""
+    score: float | None = field(default=None, kw_only=True)
+    """What a reward model says of the answer; None where there is no reward model."""
 
     @property
-    def judged(self) -> float | None:
-        """The score; without one the verdict's reward."""
+    def grade(self) -> float | None:
+        """The reward model's score; without one the verdict's reward, which is None for an ungradable completion."""
         return self.verdict.reward if self.score is None else self.score
 
-    @property
-    def reward(self) -> float | None:
-        """What was earned; without terms what was judged."""
-        return self.judged if self.earned is None else self.earned.total
+
+@dataclass(frozen=True)
+class Rewarded(Judged):
+    """A judged rollout with its reward by the terms of the recipe; see `lockstep.rl.algorithms.rewards`."""
+
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class Estimated(Rewarded):
+    """A rewarded rollout with the log-probabilities and values that a method asks models for."""
+
+    estimates: Estimates
+
+
+@dataclass(frozen=True)
+class Advantaged(Estimated):
+    """An estimated rollout with its advantage, which samples are made of; see `lockstep.rl.algorithms.samples`."""
+
+    advantage: float | None
+    """None for a rollout that is not learned from: an ungradable one, or with best-of-N one that is not the best."""
 
 
 def last_turn(rollout: Rollout) -> tuple[int, ...]:

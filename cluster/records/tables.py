@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lockstep.rl.types import Scored, turns
+from lockstep.rl.types import Advantaged, Judged, turns
 
 
-def answer_row(scored: Scored) -> dict[str, Any]:
-    rollout, verdict = scored.rollout, scored.verdict
+def answer_row(judged: Judged) -> dict[str, Any]:
+    rollout, verdict = judged.rollout, judged.verdict
     return {
         "problem": rollout.prompt.index,
         "prompt": rollout.prompt.text,
@@ -23,20 +23,20 @@ def answer_row(scored: Scored) -> dict[str, Any]:
     }
 
 
-def rollout_row(step: int, number: int, scored: Scored) -> dict[str, Any]:
-    rollout = scored.rollout
-    return answer_row(scored) | {
+def rollout_row(step: int, number: int, completion: Advantaged) -> dict[str, Any]:
+    rollout = completion.rollout
+    return answer_row(completion) | {
         "step": step,
         "group": rollout.prompt.index,
         "sample": number,
-        "reward": scored.reward,
+        "reward": completion.reward.total,
         "weight_version": rollout.weight_version,
         "weight_versions": list(rollout.weight_versions),
         "finish_reason": rollout.finish_reason,
         "prompt_tokens": len(rollout.prompt.tokens),
         "completion_tokens": len(rollout.tokens),
         "turns": turns(rollout),
-        "advantage": scored.advantage,
+        "advantage": completion.advantage,
     }
 
 

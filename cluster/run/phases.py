@@ -22,7 +22,7 @@ from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.algorithms.preferences import Comparison
 from lockstep.rl.controller import Controller, StepRecord
-from lockstep.rl.types import Scored
+from lockstep.rl.types import Judged
 from lockstep.rl.verdict import Outcome
 
 
@@ -138,8 +138,9 @@ class _Phases:
         version = self._controller.version
         self._at = Position(name, record.step, record.position, version, record.kl_beta, self.steps + 1)
         self._run.log(name, record.step, record.metrics)
-        if record.scored:
-            self._run.rollouts(record.step, [rollout_row(record.step, i, s) for i, s in enumerate(record.scored)])
+        if record.completions:
+            rows = [rollout_row(record.step, i, each) for i, each in enumerate(record.completions)]
+            self._run.rollouts(record.step, rows)
         self._progress.step(name, record.step, record.metrics)
         every = self._recipe.checkpoints.every
         if every and self.steps % every == 0:
@@ -150,10 +151,10 @@ class _Phases:
         if any(row["stage"] == stage for row in self._rows):
             return
         self._progress.say(f"measuring held-out accuracy ({stage})")
-        scored = self._controller.evaluate(self._recipe.evaluation.max_new_tokens)
-        row = _evaluation(stage, self.steps, scored)
+        judged = self._controller.evaluate(self._recipe.evaluation.max_new_tokens)
+        row = _evaluation(stage, self.steps, judged)
         self._rows.append(row)
-        self._run.evaluation(stage, [answer_row(s) for s in scored])
+        self._run.evaluation(stage, [answer_row(each) for each in judged])
         self._run.log("eval", self.steps, row)
         self._run.update(rows=self._rows)
         self._progress.say(f"{stage}: {row['correct']} of {row['total']} correct")
@@ -172,14 +173,14 @@ class _Phases:
         return {"name": self._recipe.name, "seed": self._recipe.seed}
 
 
-def _evaluation(stage: str, step: int, scored: Sequence[Scored]) -> dict[str, Any]:
-    outcomes = [s.verdict.outcome for s in scored]
+def _evaluation(stage: str, step: int, judged: Sequence[Judged]) -> dict[str, Any]:
+    outcomes = [s.verdict.outcome for s in judged]
     correct, ungradable = outcomes.count(Outcome.correct), outcomes.count(Outcome.ungradable)
     return {
         "stage": stage,
-        "accuracy": correct / len(scored),
+        "accuracy": correct / len(judged),
         "correct": correct,
-        "total": len(scored),
+        "total": len(judged),
         "ungradable": ungradable,
         "step": step,
     }

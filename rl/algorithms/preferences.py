@@ -16,7 +16,7 @@ from lockstep.data.preferences import RankedTokens, read, tokenized
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.algorithms.config import PreferenceConfig
 from lockstep.rl.algorithms.samples import preference_samples
-from lockstep.rl.types import Scored
+from lockstep.rl.types import Judged
 from lockstep.rl.verdict import Outcome
 
 
@@ -55,7 +55,7 @@ def read_comparisons(config: PreferenceConfig, tokenizer: Tokenizer) -> list[Com
     return [Comparison(tokenized(row, tokenizer, chat=config.chat)) for row in read(config.source)]
 
 
-def by_verdict(groups: Iterable[Sequence[Scored]], pairs: int) -> list[Comparison]:
+def by_verdict(groups: Iterable[Sequence[Judged]], pairs: int) -> list[Comparison]:
     """Correct before incorrect completions of a prompt, token by token as they were written.
 
     Completions that are alike count once, each is in one pair at most, and the ungradable and the empty are in none.
@@ -120,5 +120,5 @@ def with_reference(comparisons: Sequence[Comparison], logp: Iterable[Floats]) ->
     return [replace(c, reference_logp=tuple(next(columns) for _ in c.ranked.completions)) for c in comparisons]
 
 
-def _distinct(group: Sequence[Scored], outcome: Outcome) -> list[tuple[int, ...]]:
+def _distinct(group: Sequence[Judged], outcome: Outcome) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(s.rollout.tokens for s in group if s.verdict.outcome is outcome and s.rollout.tokens))

@@ -7,14 +7,13 @@ its language. A rollout whose verdict is ungradable has no reward, whatever its 
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lockstep.rl.algorithms.advantage import overlong
-from lockstep.rl.types import Reward, Scored
+from lockstep.rl.types import Judged, Reward, Rewarded
 
 Script = Literal[
     "latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "hangul", "japanese", "chinese"
@@ -97,19 +96,19 @@ CORRECTNESS = RewardConfig()
 """Nothing but the verdict."""
 
 
-def rewarded(group: Sequence[Scored], config: RewardConfig) -> list[Scored]:
-    """The group with what each of it earns."""
-    return [replace(scored, earned=reward_of(scored, config)) for scored in group]
+def rewarded(group: Sequence[Judged], config: RewardConfig) -> tuple[Rewarded, ...]:
+    """The rollouts of a group with their rewards."""
+    return tuple(Rewarded(j.rollout, j.verdict, reward_of(j, config), score=j.score) for j in group)
 
 
-def reward_of(scored: Scored, config: RewardConfig) -> Reward:
-    """What a rollout earns; a reward model's score, where there is one, stands in the place of the verdict's reward."""
-    rollout = scored.rollout
+def reward_of(judged: Judged, config: RewardConfig) -> Reward:
+    """The reward of a rollout; a reward model's score, where there is one, takes the place of the verdict's reward."""
+    rollout = judged.rollout
     length = len(rollout.tokens)
     terms = {
         name: weight * value
         for name, weight, value in (
-            ("correctness" if scored.score is None else "score", config.correctness, scored.judged),
+            ("correctness" if judged.score is None else "score", config.correctness, judged.grade),
             ("format", config.format.weight, _has_form(rollout.text, config.format.pattern)),
             ("overlong", config.overlong.weight, overlong(length, config.overlong.maximum, config.overlong.cache)),
             ("length", config.length.weight, float(config.length.low <= length <= config.length.high)),
@@ -117,7 +116,7 @@ def reward_of(scored: Scored, config: RewardConfig) -> Reward:
         )
         if weight and value is not None
     }
-    return Reward(None if scored.judged is None else sum(terms.values()), terms)
+    return Reward(None if judged.grade is None else sum(terms.values()), terms)
 
 
 def means(rewards: Sequence[Reward]) -> dict[str, float]:

@@ -1,5 +1,6 @@
-"""Samples to learn from, out of judged groups: pure functions of the groups and the recipe."""
+"""Advantages and training samples from groups of rollouts: pure functions of the groups and the recipe."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -19,38 +20,52 @@ from lockstep.rl.algorithms.advantage import (
 )
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.methods import Aggregation, Method
-from lockstep.rl.types import Scored
+from lockstep.rl.types import Advantaged, Estimated, Rewarded
 
 Pieces = list[tuple[Doubles, Doubles]]
 """For each rollout the advantages and the returns of the tokens that it wrote."""
 
 
-def with_advantages(group: Sequence[Scored], config: RLConfig) -> list[Scored]:
-    """The group with what its rewards are worth beside each other; the ungradable get None and do not count.
+def teaches(group: Sequence[Rewarded], config: RLConfig) -> bool:
+    """Whether a group has anything to learn from.
 
-    A method that compares by itself, with a critic, a teacher or the whole batch, has the reward here, and its
-    advantages in `samples_of`.
+    Where a method compares the rollouts of a group, two rewards have to differ: equal ones have advantages of 0, up to
+    rounding. A KL in the reward does not count: it is known only after the models were asked. Best-of-N needs a reward
+    above its bound; a critic, a teacher or a comparison over the batch needs one rollout with a reward.
     """
-    earned = [_earned(s, config) for s in group]
-    graded = iter(_compared([e for e in earned if e is not None], config))
-    return [s if e is None else replace(s, advantage=next(graded)) for s, e in zip(group, earned, strict=True)]
+    rewards = [r for rewarded in group if (r := _reward(rewarded, config)) is not None]
+    match config.advantage:
+        case "gae" | "teacher" | "reinforce_pp":
+            return bool(rewards)
+        case "best":
+            return max(rewards, default=-math.inf) > config.accept_above
+        case _:
+            return bool(rewards) and max(rewards) != min(rewards)
 
 
-def teaches(group: Sequence[Scored], config: RLConfig) -> bool:
-    """Whether a group has anything to learn from; where rewards are compared and alike, every advantage is 0."""
-    if config.advantage in ("gae", "teacher", "reinforce_pp"):
-        return any(s.advantage is not None for s in group)
-    return any(s.advantage for s in group)
+def with_advantages(group: Sequence[Estimated], config: RLConfig) -> tuple[Advantaged, ...]:
+    """The rollouts of a group with their advantages; the ungradable get None and do not count for the others.
 
-
-def samples_of(groups: Sequence[Sequence[Scored]], config: RLConfig) -> list[Sample]:
-    """What a step learns from judged groups: the rollouts that teach, with the columns of the method, weighted.
-
-    Groups whose rewards are all alike, and ungradable rollouts, are left out; what `config.scores` names is in the
-    estimates of every rollout.
+    A method that takes no baseline from the group, but from a critic, a teacher or the whole batch, has the reward
+    here, and the advantages of its tokens in `samples_of`.
     """
-    compared = [with_advantages(group, config) for group in groups]
-    kept = [s for group in compared if teaches(group, config) for s in group if s.advantage is not None]
+    rewards = [_net_reward(s, config) for s in group]
+    graded = iter(_compared([r for r in rewards if r is not None], config))
+    advantages = [None if reward is None else next(graded) for reward in rewards]
+    return tuple(
+        Advantaged(s.rollout, s.verdict, s.reward, s.estimates, advantage, score=s.score)
+        for s, advantage in zip(group, advantages, strict=True)
+    )
+
+
+def samples_of(groups: Sequence[Sequence[Advantaged]], config: RLConfig) -> list[Sample]:
+    """The samples that a step learns from, weighted, with the columns of the method.
+
+    Args:
+        groups: those that teach something, see `teaches`; what `config.scores` names is in the estimates of every
+            rollout. Rollouts without an advantage are left out.
+    """
+    kept = [s for group in groups for s in group if s.advantage is not None]
     pieces = _pieces(kept, config)
     samples = [_sample(s, *piece) for s, piece in zip(kept, pieces, strict=True) if not _dropped(s, config)]
     return weighted(samples, config.aggregation, config.sampling.max_new_tokens)
@@ -119,19 +134,23 @@ def preference_samples(
     return found
 
 
-def _earned(scored: Scored, config: RLConfig) -> float | None:
-    """The reward of a rollout, less what its length and, for methods that compare whole rollouts, its KL cost."""
+def _reward(rewarded: Rewarded, config: RLConfig) -> float | None:
+    """The reward of a rollout with the method's overlong punishment; None if ungradable, 0 where a teacher judges."""
     if config.advantage == "teacher":
         return 0.0
-    reward = scored.reward
-    if reward is None:
-        return None
-    if config.overlong_share:
-        limit = config.sampling.max_new_tokens
-        reward += overlong(len(scored.rollout.tokens), limit, config.overlong_share * limit)
-    if config.kl.in_reward and config.advantage not in ("gae", "reinforce_pp"):
-        reward -= float(config.kl.in_reward * _distance(scored, config).sum())
-    return reward
+    reward = rewarded.reward.total
+    if reward is None or not config.overlong_share:
+        return reward
+    limit = config.sampling.max_new_tokens
+    return reward + overlong(len(rewarded.rollout.tokens), limit, config.overlong_share * limit)
+
+
+def _net_reward(estimated: Estimated, config: RLConfig) -> float | None:
+    """`_reward` less the KL of the whole rollout, where the method has it in the reward and compares whole rollouts."""
+    reward = _reward(estimated, config)
+    if reward is None or not config.kl.in_reward or config.advantage in ("gae", "reinforce_pp", "teacher"):
+        return reward
+    return reward - float(config.kl.in_reward * _distance(estimated, config).sum())
 
 
 def _compared(rewards: list[float], config: RLConfig) -> Sequence[float | None]:
@@ -148,7 +167,7 @@ def _compared(rewards: list[float], config: RLConfig) -> Sequence[float | None]:
             return rewards
 
 
-def _pieces(kept: Sequence[Scored], config: RLConfig) -> Pieces:
+def _pieces(kept: Sequence[Advantaged], config: RLConfig) -> Pieces:
     """What the method makes of what `with_advantages` found, token by token."""
     match config.advantage:
         case "gae":
@@ -175,54 +194,54 @@ def _alike(advantages: Doubles) -> tuple[Doubles, Doubles]:
     return advantages, np.zeros_like(advantages)
 
 
-def _whole(scored: Scored) -> Doubles:
+def _whole(advantaged: Advantaged) -> Doubles:
     """The rollout's advantage at every token that it wrote."""
-    assert scored.advantage is not None
-    return np.full(int(_written(scored).sum()), scored.advantage)
+    assert advantaged.advantage is not None
+    return np.full(int(_written(advantaged).sum()), advantaged.advantage)
 
 
-def _rewards(scored: Scored, config: RLConfig) -> Doubles:
+def _rewards(advantaged: Advantaged, config: RLConfig) -> Doubles:
     """Of each token written: its KL off the reward, and at the last what the rollout earned."""
-    assert scored.advantage is not None
-    cost = config.kl.in_reward * _distance(scored, config) if config.kl.in_reward else _whole(scored) * 0
+    assert advantaged.advantage is not None
+    cost = config.kl.in_reward * _distance(advantaged, config) if config.kl.in_reward else _whole(advantaged) * 0
     rewards = -cost
-    rewards[-1:] += scored.advantage
+    rewards[-1:] += advantaged.advantage
     return rewards
 
 
-def _distance(scored: Scored, config: RLConfig) -> Doubles:
+def _distance(estimated: Estimated, config: RLConfig) -> Doubles:
     """KL to the reference, or to the teacher, of each token written."""
-    before = _of_written(scored, _before(scored))
+    before = _of_written(estimated, _before(estimated))
     estimator = "k1" if config.advantage == "teacher" else config.kl.estimator
-    return distance(before, _of_written(scored, scored.estimates.reference_logp), estimator)
+    return distance(before, _of_written(estimated, estimated.estimates.reference_logp), estimator)
 
 
-def _before(scored: Scored) -> Floats:
+def _before(estimated: Estimated) -> Floats:
     """Log-probabilities under the policy that the update starts from."""
-    known = scored.estimates.proximal_logp
-    return np.asarray(scored.rollout.logp, np.float32) if known is None else known
+    known = estimated.estimates.proximal_logp
+    return np.asarray(estimated.rollout.logp, np.float32) if known is None else known
 
 
-def _written(scored: Scored) -> np.ndarray:
-    rollout = scored.rollout
+def _written(estimated: Estimated) -> np.ndarray:
+    rollout = estimated.rollout
     return np.asarray(rollout.written, bool) if rollout.written else np.ones(len(rollout.tokens), bool)
 
 
-def _of_written(scored: Scored, column: Floats | None) -> Doubles:
+def _of_written(estimated: Estimated, column: Floats | None) -> Doubles:
     """A column at the tokens that the model wrote: what stands between is its environment's."""
     assert column is not None, "a method needs estimates of every rollout before it makes samples of them"
-    return np.asarray(column, np.float64)[_written(scored)]
+    return np.asarray(column, np.float64)[_written(estimated)]
 
 
-def _dropped(scored: Scored, config: Method) -> bool:
+def _dropped(estimated: Estimated, config: Method) -> bool:
     """Whether nothing is learned of a rollout that was compared with the others: one cut off, or with no token."""
-    cut = config.overlong == "drop" and scored.rollout.finish_reason == "length"
-    return cut or not _written(scored).any()
+    cut = config.overlong == "drop" and estimated.rollout.finish_reason == "length"
+    return cut or not _written(estimated).any()
 
 
-def _sample(scored: Scored, advantages: Doubles, goals: Doubles) -> Sample:
-    rollout, known = scored.rollout, scored.estimates
-    written = _written(scored)
+def _sample(advantaged: Advantaged, advantages: Doubles, goals: Doubles) -> Sample:
+    rollout, known = advantaged.rollout, advantaged.estimates
+    written = _written(advantaged)
 
     def spread(values: Doubles) -> Floats:
         column = np.zeros(len(written), np.float32)
@@ -235,7 +254,7 @@ def _sample(scored: Scored, advantages: Doubles, goals: Doubles) -> Sample:
         weight=written.astype(np.float32),
         advantage=spread(advantages),
         old_logp=np.asarray(rollout.logp, np.float32),
-        proximal_logp=_before(scored),
+        proximal_logp=_before(advantaged),
         reference_logp=0.0 if known.reference_logp is None else known.reference_logp,
         value=0.0 if known.value is None else known.value,
         returns=spread(goals),

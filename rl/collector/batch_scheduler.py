@@ -11,7 +11,7 @@ from typing import Protocol
 
 from lockstep.rl.algorithms.config import FlowConfig
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Prompt, Scored
+from lockstep.rl.types import Judged, Prompt, Rewarded
 
 
 class Source(Protocol):
@@ -24,7 +24,7 @@ class Source(Protocol):
     def ask(self, prompts: Mapping[int, Prompt], sampling: SamplingParams, samples: int, seed: int) -> None:
         """Ask for groups by their numbers."""
 
-    def take(self, group: int) -> list[Scored]:
+    def take(self, group: int) -> list[Judged]:
         """A group that was asked for, when it is there."""
 
 
@@ -32,8 +32,10 @@ class Source(Protocol):
 class Batch:
     """What a step learns from."""
 
-    groups: tuple[tuple[Scored, ...], ...]
+    groups: tuple[tuple[Rewarded, ...], ...]
     """In the order in which they were asked for; those that were replaced, too."""
+    teaching: tuple[bool, ...]
+    """Whether each of them has anything to learn from."""
     replaced: int
     """Groups that teach nothing, in whose place others were asked for."""
     staleness: tuple[int, ...]
@@ -53,8 +55,8 @@ class BatchScheduler:
         samples: int,
         sampling: SamplingParams,
         seed: int,
-        compare: Callable[[Sequence[Scored]], list[Scored]],
-        teaches: Callable[[Sequence[Scored]], bool],
+        reward: Callable[[Sequence[Sequence[Judged]]], Sequence[tuple[Rewarded, ...]]],
+        teaches: Callable[[Sequence[Rewarded]], bool],
         first: int = 0,
     ) -> None:
         """
@@ -62,12 +64,12 @@ class BatchScheduler:
             prompt: of each group, by its number.
             groups: of a step.
             samples: completions of a group.
-            compare: a group with its advantages.
+            reward: gives groups their rewards; it may wait for a reward model meanwhile.
             teaches: whether such a group has anything to learn from.
             first: number of the first group.
         """
-        self._source, self._prompt, self._flow, self._compare = source, prompt, flow, compare
-        self._teaches = teaches
+        self._source, self._prompt, self._flow = source, prompt, flow
+        self._reward, self._teaches = reward, teaches
         self._groups, self._samples, self._sampling, self._seed = groups, samples, sampling, seed
         self._most = int(flow.most * groups) if flow.dynamic_sampling else groups
         self._asked = self.position = first
@@ -75,16 +77,29 @@ class BatchScheduler:
 
     def batch(self) -> Batch:
         """The groups of the next step, when they are there; the next ones are asked for."""
-        taken: list[tuple[Scored, ...]] = []
+        taken: list[tuple[Rewarded, ...]] = []
+        teaching: list[bool] = []
         replaced = 0
         while left := min(self._groups + replaced, self._most) - len(taken):
             self._ask(left)
-            group = tuple(self._compare(self._source.take(self.position)))
-            self.position += 1
-            replaced += self._flow.dynamic_sampling and not self._teaches(group)
-            taken.append(group)
+            judged = self._take(left)
+            if not self._flow.dynamic_sampling:
+                self._ask(0)  # groups of the next step, which are written while a reward model judges these
+            rewarded = self._reward(judged)
+            taken += rewarded
+            teaching += map(self._teaches, rewarded)
+            replaced = teaching.count(False) if self._flow.dynamic_sampling else 0
         self._ask(0)
-        return Batch(tuple(taken), replaced, self._staleness(taken))
+        return Batch(tuple(taken), tuple(teaching), replaced, self._staleness(taken))
+
+    def _take(self, left: int) -> list[list[Judged]]:
+        """The next groups of a step that lacks so many: all that are needed, or as many as have to be there before a
+        group that teaches nothing can be replaced."""
+        if self._flow.dynamic_sampling:
+            left = self._asked - self.position if self._flow.in_waves else 1
+        groups = [self._source.take(number) for number in range(self.position, self.position + left)]
+        self.position += left
+        return groups
 
     def _ask(self, left: int) -> None:
         """Ask for as many groups as may be open, where so many are still to be taken for this step."""
@@ -96,7 +111,7 @@ class BatchScheduler:
         self._source.ask({n: self._prompt(n) for n in numbers}, self._sampling, self._samples, self._seed)
         self._asked = numbers.stop
 
-    def _staleness(self, taken: Sequence[Sequence[Scored]]) -> tuple[int, ...]:
+    def _staleness(self, taken: Sequence[Sequence[Rewarded]]) -> tuple[int, ...]:
         version = self._source.version
         found = tuple(version - s.rollout.weight_version for group in taken for s in group)
         assert max(found) <= self._flow.staleness

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.rl.remote import Call, WorkerDied, any_of, failed, gather
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.types import Prompt, Rollout, Scored, answered
+from lockstep.rl.types import Judged, Prompt, Rollout, answered
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.workers.worker_groups import PASSES, EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
@@ -71,7 +71,7 @@ class Collector:
         self._judging: dict[Any, tuple[int, Call, list[Rollout]]] = {}
         self._environments = environments
         self._playing: dict[Any, _Episode] = {}
-        self._groups: dict[int, list[Scored | None]] = {}
+        self._groups: dict[int, list[Judged | None]] = {}
         self._places: dict[int, tuple[int, int]] = {}
         self._deaths: Counter[str] = Counter()
         self._replaced = 0
@@ -99,7 +99,7 @@ class Collector:
             self._places |= {number: (group, sample) for sample, number in enumerate(numbers)}
             self._assign([RolloutRequest(number, prompt, sampling, seed) for number in numbers])
 
-    def take(self, group: int) -> list[Scored]:
+    def take(self, group: int) -> list[Judged]:
         """The completions of a group with their verdicts, when they are there; the policy rests meanwhile.
 
         Raises:
@@ -109,7 +109,7 @@ class Collector:
             self._revive()
             self._watch()
             self._await_any()
-        return [scored for scored in self._groups.pop(group) if scored is not None]
+        return [judged for judged in self._groups.pop(group) if judged is not None]
 
     def gather(self, calls: Sequence[Call]) -> list[Any]:
         """Results of a learner's calls, in order; writing and judging go on meanwhile.
@@ -295,7 +295,7 @@ class Collector:
 
     def _score(self, rollout: Rollout, verdict: Verdict) -> None:
         group, sample = self._places.pop(rollout.sample)
-        self._groups[group][sample] = Scored(rollout, verdict)
+        self._groups[group][sample] = Judged(rollout, verdict)
 
     def _lose(self, number: int) -> None:
         """What a team that died had not handed in goes to others, or to the one that replaces it."""

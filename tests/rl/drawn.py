@@ -8,7 +8,10 @@ from torch import Tensor
 
 from lockstep.data.batch import Floats, RowRules, Sample, rows_for_ranks
 from lockstep.model.objectives.objective import Objective, loss_inputs
-from lockstep.rl.types import Estimates, Prompt, Rollout, Scored
+from lockstep.rl.algorithms.config import RLConfig
+from lockstep.rl.algorithms.rewards import RewardConfig, reward_of
+from lockstep.rl.algorithms.samples import samples_of, teaches, with_advantages
+from lockstep.rl.types import Estimated, Estimates, Judged, Prompt, Rollout
 from lockstep.rl.verdict import Outcome, Verdict
 
 LIMIT = 9
@@ -19,7 +22,7 @@ def floats(draw: np.random.Generator, count: int, spread: float) -> Floats:
     return (spread * draw.standard_normal(count)).astype(np.float32)
 
 
-def groups_of(seed: int, *, masked: bool = True) -> list[list[Scored]]:
+def groups_of(seed: int, *, masked: bool = True) -> list[list[Estimated]]:
     """Groups of all verdicts, one all right and one all wrong, with prompts and completions of mixed lengths."""
     draw = np.random.default_rng(seed)
     groups, next_token = [], 0
@@ -46,13 +49,19 @@ def groups_of(seed: int, *, masked: bool = True) -> list[list[Scored]]:
             )
             near, far = (logp + floats(draw, length, spread) for spread in (0.2, 0.4))
             known = Estimates(near, far, floats(draw, length, 1))
-            group.append(Scored(rollout, Verdict(outcome), estimates=known))
+            verdict = Verdict(outcome)
+            group.append(Estimated(rollout, verdict, reward_of(Judged(rollout, verdict), RewardConfig()), known))
             next_token += length
         groups.append(group)
     return groups
 
 
-def policy_of(groups: Sequence[Sequence[Scored]], seed: int) -> Tensor:
+def samples_from(groups: Sequence[Sequence[Estimated]], config: RLConfig) -> list[Sample]:
+    """The samples of those groups that teach something."""
+    return samples_of([with_advantages(group, config) for group in groups if teaches(group, config)], config)
+
+
+def policy_of(groups: Sequence[Sequence[Estimated]], seed: int) -> Tensor:
     """Log-probabilities of all tokens by their numbers, near to those of the rollouts."""
     draw = np.random.default_rng(seed)
     reported = np.concatenate([s.rollout.logp for group in groups for s in group]).astype(np.float32)

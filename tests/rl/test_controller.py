@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from lockstep.data.tasks.problem import Problem
@@ -11,6 +12,7 @@ from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.algorithms.config import FlowConfig, ReferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.methods import Signal
 from lockstep.rl.algorithms.rewards import FormatTerm, RewardConfig
 from lockstep.rl.algorithms.samples import teaches
 from lockstep.rl.controller import Controller, StepRecord
@@ -18,7 +20,7 @@ from lockstep.rl.learner import Models
 from lockstep.rl.remote import ActorHandle, gather
 from lockstep.rl.rollout.config import RolloutConfig, SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.types import Advantaged, Prompt, Rollout
 from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
 from tests.rl.conftest import Actors
 
@@ -70,21 +72,21 @@ def test_a_stop_text_of_the_task_ends_what_is_judged_on_both_sides(actors: Actor
     made = controller_of(actors, Models(), TaskConfig(stop=["4"]), RewardConfig(correctness=2.0, format=empty))
     [record] = made.reinforce(config(FlowConfig(), steps=1))
     drawn = 0
-    for scored in record.scored:
-        text, stop, _ = actors.tokenizer.decode(scored.rollout.tokens).partition("4")
+    for each in record.completions:
+        text, stop, _ = actors.tokenizer.decode(each.rollout.tokens).partition("4")
         drawn += bool(stop)
-        assert scored.rollout.text == text
-        assert scored.reward == 2.0 * (scored.verdict.reward or 0) + 0.5 * (not text.strip())
+        assert each.rollout.text == text
+        assert each.reward.total == 2.0 * (each.verdict.reward or 0) + 0.5 * (not text.strip())
     assert drawn
-    assert not any("4" in scored.rollout.text for scored in made.evaluate(6))
+    assert not any("4" in each.rollout.text for each in made.evaluate(6))
     assert record.metrics["reward/format"] > 0
     assert record.metrics["reward"] == pytest.approx(
         record.metrics["reward/format"] + record.metrics["reward/correctness"]
     )
 
 
-def groups(record: StepRecord) -> list[list[Scored]]:
-    return [list(record.scored[i : i + SAMPLES]) for i in range(0, len(record.scored), SAMPLES)]
+def groups(record: StepRecord) -> list[list[Advantaged]]:
+    return [list(record.completions[i : i + SAMPLES]) for i in range(0, len(record.completions), SAMPLES)]
 
 
 def learned_with(record: StepRecord) -> int:
@@ -94,7 +96,7 @@ def learned_with(record: StepRecord) -> int:
 
 def check_samples(records: list[StepRecord]) -> None:
     """Every sample comes once, in order, with a version and a log-probability for each of its tokens."""
-    rollouts = [s.rollout for record in records for s in record.scored]
+    rollouts = [s.rollout for record in records for s in record.completions]
     assert [r.sample for r in rollouts] == list(range(len(rollouts)))
     for rollout in rollouts:
         assert len(rollout.tokens) == len(rollout.logp) == len(rollout.weight_versions) > 0
@@ -107,14 +109,15 @@ def test_no_sample_is_older_than_its_flow_allows(mode: str, controller: Controll
     check_samples(records)
     assert any("grad_norm" in record.metrics for record in records), "RL had nothing to learn from"
     for record in records:
-        ages = [learned_with(record) - s.rollout.weight_version for s in record.scored]
+        ages = [learned_with(record) - s.rollout.weight_version for s in record.completions]
         assert 0 <= max(ages) <= FLOWS[mode].staleness
         assert record.metrics["staleness_max"] == max(ages)
     ages = [int(record.metrics["staleness_max"]) for record in records]
     assert max(ages) == FLOWS[mode].staleness, "the bound was never reached"
     if FLOWS[mode].in_waves:
         for record in records:
-            assert all(len(set(s.rollout.weight_versions)) == 1 for s in record.scored), "weights changed within a wave"
+            versions = [s.rollout.weight_versions for s in record.completions]
+            assert all(len(set(each)) == 1 for each in versions), "weights changed within a wave"
 
 
 def test_groups_that_teach_nothing_are_replaced(controller: Controller) -> None:
@@ -125,6 +128,52 @@ def test_groups_that_teach_nothing_are_replaced(controller: Controller) -> None:
         assert record.metrics["replaced_groups"] == record.metrics["skipped_groups"] == len(groups(record)) - teaching
         assert teaching == GROUPS or len(groups(record)) == 6 * GROUPS
     assert sum(record.metrics["replaced_groups"] for record in records) > 0
+
+
+@pytest.mark.usefixtures("controller")
+def test_scores_of_a_reward_model_decide_which_groups_teach(actors: Actors) -> None:
+    reward = ModelGroup(Layout(), threads=1, trainer=TrainerConfig(row_tokens=256), role="reward")
+    gather(reward.start(actors.checkpoint, "float32", None, 1.0, "fast", "value"))
+    made = controller_of(actors, Models(reward=reward))
+    [record] = made.reinforce(config(FlowConfig(dynamic_sampling=True, most=2.0), steps=1))
+    assert all(each.score == each.reward.total == 0 for each in record.completions), "the head is 0 at first"
+    assert any(len({each.verdict.outcome for each in group}) > 1 for group in groups(record))
+    assert record.metrics["replaced_groups"] == record.metrics["skipped_groups"] == 2 * GROUPS
+    assert "grad_norm" not in record.metrics
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "best"])
+def test_rollouts_are_compared_by_rewards_less_their_kl(advantage: Signal, controller: Controller) -> None:
+    chosen = RLConfig(
+        advantage=advantage,
+        kl_beta=0.5,
+        kl_place="reward",
+        kl_estimator="k1",
+        reference=ReferenceConfig(kind="average", decay=0.9),
+        steps=3,
+        prompts_per_step=GROUPS,
+        group_size=SAMPLES,
+        flow=FlowConfig(dynamic_sampling=True, most=3.0),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        sampling=SamplingParams(max_new_tokens=6),
+    )
+    records = list(controller.reinforce(chosen))
+    check_samples(records)
+    learned = [record for record in records if "grad_norm" in record.metrics]
+    assert learned, "RL had nothing to learn from"
+    for group in (group for record in learned for group in groups(record)):
+        rewards = [s.verdict.reward or 0.0 for s in group]
+        costs = [0.5 * float(np.sum(np.float64(s.rollout.logp) - s.estimates.reference_logp)) for s in group]
+        net = [reward - cost for reward, cost in zip(rewards, costs, strict=True)]
+        mean = sum(net) / SAMPLES
+        expected = {
+            "grpo": [(n - mean) / (np.std(net) + 1e-6) for n in net],
+            "dr_grpo": [n - mean for n in net],
+            "rloo": [(n - mean) * SAMPLES / (SAMPLES - 1) for n in net],
+            "reinforce_pp_baseline": [n - mean for n in net],
+            "best": [1.0 if n == max(net) > 0 else None for n in net],
+        }[advantage]
+        assert [s.advantage for s in group] == pytest.approx(expected, abs=1e-6)
 
 
 def kill(member: ActorHandle) -> None:
@@ -148,7 +197,7 @@ def test_workers_that_die_are_replaced_and_nothing_is_lost(mode: str, controller
     check_samples(records)
     assert records[-1].metrics["replaced_workers"] - records[0].metrics["replaced_workers"] == 2
     for record in records:
-        assert max(learned_with(record) - s.rollout.weight_version for s in record.scored) <= FLOWS[mode].staleness
+        assert max(learned_with(record) - s.rollout.weight_version for s in record.completions) <= FLOWS[mode].staleness
 
 
 def test_weights_that_were_given_back_come_again_when_nothing_was_learned(actors: Actors) -> None:
@@ -182,16 +231,16 @@ def test_a_critic_learns_beside_the_policy_in_several_updates_a_step(controller:
     check_samples(records)
     for record in records:
         assert record.metrics["critic_grad_norm"] > 0
-        for scored in record.scored:
-            known = scored.estimates
+        for each in record.completions:
+            known = each.estimates
             lengths = [len(column) for column in (known.value, known.reference_logp, known.proximal_logp)]
-            assert lengths == [len(scored.rollout.tokens)] * 3
+            assert lengths == [len(each.rollout.tokens)] * 3
             # Synchronous: the policy that wrote the tokens is the one that the trainer has before the step.
-            assert known.proximal_logp == pytest.approx(scored.rollout.logp, abs=1e-4)
+            assert known.proximal_logp == pytest.approx(each.rollout.logp, abs=1e-4)
     first, last = records[0], records[-1]
-    assert all(value == 0 for scored in first.scored for value in scored.estimates.value), "the head is 0 at first"
-    assert first.scored[0].estimates.reference_logp == pytest.approx(first.scored[0].rollout.logp, abs=1e-4)
-    assert last.scored[0].estimates.reference_logp != pytest.approx(last.scored[0].rollout.logp, abs=1e-4)
+    assert all(value == 0 for each in first.completions for value in each.estimates.value), "the head is 0 at first"
+    assert first.completions[0].estimates.reference_logp == pytest.approx(first.completions[0].rollout.logp, abs=1e-4)
+    assert last.completions[0].estimates.reference_logp != pytest.approx(last.completions[0].rollout.logp, abs=1e-4)
     assert last.metrics["value_loss"] < first.metrics["value_loss"]
 
 

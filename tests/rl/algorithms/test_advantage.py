@@ -2,16 +2,18 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lockstep.rl.algorithms.advantage import best, centred, generalised, leave_one_out, overlong, whitened
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.samples import teaches, with_advantages
-from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.types import Estimated, Estimates, Prompt, Reward, Rollout
 from lockstep.rl.verdict import Outcome, Verdict
 
 METHODS = {True: RLConfig(), False: RLConfig(method="dr_grpo")}
@@ -20,12 +22,18 @@ METHODS = {True: RLConfig(), False: RLConfig(method="dr_grpo")}
 outcomes = st.lists(st.sampled_from(Outcome), max_size=10)
 
 
-def group(results: list[Outcome]) -> list[Scored]:
+def completion(number: int, verdict: Verdict, reward: float | None) -> Estimated:
     prompt = Prompt(0, "1 + 1 =", (1, 2), "2")
-    return [
-        Scored(Rollout(prompt, i, (3,), (-0.5,), "2", "stop", (0,)), Verdict(outcome))
-        for i, outcome in enumerate(results)
-    ]
+    rollout = Rollout(prompt, number, (3,), (-0.5,), "2", "stop", (0,))
+    return Estimated(rollout, verdict, Reward(reward, {}), Estimates())
+
+
+def group(results: list[Outcome]) -> list[Estimated]:
+    return [completion(i, Verdict(outcome), Verdict(outcome).reward) for i, outcome in enumerate(results)]
+
+
+def earning(rewards: list[float]) -> list[Estimated]:
+    return [completion(i, Verdict(Outcome.correct), reward) for i, reward in enumerate(rewards)]
 
 
 @given(st.lists(st.floats(-10, 10), max_size=12), st.booleans())
@@ -40,20 +48,55 @@ def test_centred_equals_its_formula(rewards: list[float], scale: bool) -> None:
 
 @given(outcomes, st.booleans())
 def test_ungradable_rollouts_are_left_out(results: list[Outcome], scale: bool) -> None:
-    scored = with_advantages(group(results), METHODS[scale])
+    compared = with_advantages(group(results), METHODS[scale])
     graded = [1.0 if o is Outcome.correct else 0.0 for o in results if o is not Outcome.ungradable]
     expected = iter(centred(graded, scale_by_deviation=scale))
-    assert [s.rollout.sample for s in scored] == list(range(len(results)))
-    for one, outcome in zip(scored, results, strict=True):
+    assert [s.rollout.sample for s in compared] == list(range(len(results)))
+    for one, outcome in zip(compared, results, strict=True):
         assert one.verdict.outcome is outcome
         assert one.advantage == (None if outcome is Outcome.ungradable else next(expected))
 
 
 @given(outcomes, st.booleans())
 def test_a_group_teaches_where_its_rewards_differ(results: list[Outcome], scale: bool) -> None:
-    scored = with_advantages(group(results), METHODS[scale])
-    assert teaches(scored, METHODS[scale]) == ({Outcome.correct, Outcome.incorrect} <= set(results))
-    assert math.isclose(sum(s.advantage or 0.0 for s in scored), 0, abs_tol=1e-9)
+    assert teaches(group(results), METHODS[scale]) == ({Outcome.correct, Outcome.incorrect} <= set(results))
+    found = with_advantages(group(results), METHODS[scale])
+    assert math.isclose(sum(s.advantage or 0.0 for s in found), 0, abs_tol=1e-9)
+
+
+WHOLE = [RLConfig.model_validate({"advantage": name}) for name in ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")]
+
+
+@pytest.mark.parametrize("method", WHOLE, ids=lambda method: method.advantage)
+@given(reward=st.floats(-10, 10), size=st.integers(1, 9))
+@example(reward=0.1, size=3)
+def test_equal_rewards_never_teach(method: RLConfig, reward: float, size: int) -> None:
+    """The mean of three times 0.1 is not 0.1 in fp64, so that advantages are 1e-17 and not 0."""
+    assert not teaches(earning([reward] * size), method)
+    assert teaches(earning([reward] * size + [reward + 1e-6]), method)
+
+
+def test_what_teaches_where_a_group_is_no_baseline() -> None:
+    alike, lost = group([Outcome.incorrect] * 2), group([Outcome.ungradable] * 2)
+    for method in ("ppo", "reinforce_pp"):
+        assert teaches(alike, RLConfig(method=method))
+        assert not teaches(lost, RLConfig(method=method))
+    assert teaches(lost, RLConfig(method="distill"))
+    best_of = RLConfig(method="rsft", accept_above=0.5)
+    assert [teaches(earning(r), best_of) for r in ([0.5, 0.5], [0.6, 0.6], [0.1, 0.7], [])] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_groups_are_told_apart_by_their_overlong_punishment() -> None:
+    short, long = earning([1.0, 1.0])
+    long = replace(long, rollout=replace(long.rollout, tokens=(3,) * 9, logp=(-0.5,) * 9, weight_versions=(0,) * 9))
+    sampling = SamplingParams(max_new_tokens=10)
+    assert teaches([short, long], RLConfig(overlong_share=0.2, sampling=sampling))
+    assert not teaches([short, long], RLConfig(sampling=sampling))
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig
 from lockstep.rl.algorithms.methods import METHODS
-from lockstep.rl.algorithms.samples import samples_of
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Scored
-from tests.rl.drawn import LIMIT, groups_of, policy_of, total
+from lockstep.rl.types import Estimated
+from tests.rl.drawn import LIMIT, groups_of, policy_of, samples_from, total
 
-Groups = list[list[Scored]]
+Groups = list[list[Estimated]]
 Tokens = list[tuple[Tensor, float, float, float, float]]
 """Of the tokens that the model wrote in one rollout: log p of policy, behaviour, trainer, reference; and the value."""
 
@@ -25,7 +24,7 @@ def config(method: str, **keys: Any) -> RLConfig:
     return RLConfig.model_validate({"method": method, "sampling": SamplingParams(max_new_tokens=LIMIT), **keys})
 
 
-def tokens(scored: Scored, logp: Tensor) -> Tokens:
+def tokens(scored: Estimated, logp: Tensor) -> Tokens:
     rollout, known = scored.rollout, scored.estimates
     assert known.proximal_logp is not None
     assert known.reference_logp is not None
@@ -39,17 +38,21 @@ def tokens(scored: Scored, logp: Tensor) -> Tokens:
     ]
 
 
-def graded(group: Sequence[Scored]) -> list[tuple[Scored, float]]:
+def graded(group: Sequence[Estimated]) -> list[tuple[Estimated, float]]:
     return [(s, s.verdict.reward) for s in group if s.verdict.reward is not None]
 
 
-def compared(groups: Groups, advantage: Callable[[list[float]], list[float]]) -> list[tuple[Scored, float]]:
-    """Rollouts of groups whose advantages are not all 0."""
+def differ(pairs: Sequence[tuple[Estimated, float]]) -> bool:
+    return len({reward for _, reward in pairs}) > 1
+
+
+def compared(groups: Groups, advantage: Callable[[list[float]], list[float]]) -> list[tuple[Estimated, float]]:
+    """Rollouts of groups whose rewards differ."""
     found = []
     for group in groups:
         pairs = graded(group)
         advantages = advantage([reward for _, reward in pairs])
-        if any(advantages):
+        if differ(pairs):
             found += [(s, a) for (s, _), a in zip(pairs, advantages, strict=True)]
     return found
 
@@ -98,9 +101,12 @@ def naive_dr_grpo(groups: Groups, logp: Tensor) -> Tensor:
 
 
 def naive_rloo(groups: Groups, logp: Tensor) -> Tensor:
-    """Ahmadian et al. 2024, eq. 8 of rewards less 0.1 · KL (k1, of whole completions), in units of the longest."""
+    """Ahmadian et al. 2024, eq. 8 of rewards less 0.1 · KL (k1, of whole completions), in units of the longest, where
+    rewards differ."""
     kept = []
     for group in groups:
+        if not differ(graded(group)):
+            continue
         pairs = [(s, r - 0.1 * sum(t - ref for _, _, t, ref, _ in tokens(s, logp))) for s, r in graded(group)]
         for i, (s, reward) in enumerate(pairs):
             kept.append((s, reward - mean([r for j, (_, r) in enumerate(pairs) if j != i])))
@@ -159,7 +165,7 @@ def naive_dapo(groups: Groups, logp: Tensor) -> Tensor:
     for group in groups:
         pairs = [(s, r + punishment(len(s.rollout.tokens))) for s, r in graded(group)]
         advantages = scaled([r for _, r in pairs])
-        if any(advantages):
+        if differ(pairs):
             kept += [(tokens(s, logp), a) for (s, _), a in zip(pairs, advantages, strict=True)]
     count = sum(len(each) for each, _ in kept)
     return -sum(ppo((p - t).exp(), a, 0.2, 0.28) / count for each, a in kept for p, _, t, _, _ in each)
@@ -236,7 +242,7 @@ def test_loss_and_gradient_are_those_of_the_paper(name: str, seed: int) -> None:
     chosen, naive = CASES[name]
     groups = groups_of(seed)
     logp = policy_of(groups, seed)
-    loss, report = total(samples_of(groups, chosen), logp, chosen.objective)
+    loss, report = total(samples_from(groups, chosen), logp, chosen.objective)
     expected = naive(groups, logp)
     (found,) = torch.autograd.grad(loss, logp)
     (wanted,) = torch.autograd.grad(expected, logp)
@@ -251,7 +257,7 @@ def test_neither_rows_nor_ranks_change_a_number(name: str) -> None:
     chosen, _ = CASES[name]
     groups = groups_of(7)
     logp = policy_of(groups, 7)
-    samples = samples_of(groups, chosen)
+    samples = samples_from(groups, chosen)
     whole, report = total(samples, logp, chosen.objective, budget=1000)
     (wanted,) = torch.autograd.grad(whole, logp)
     for budget, ranks in ((1, 1), (30, 1), (1000, 2), (20, 3)):
@@ -266,7 +272,7 @@ def test_the_critic_learns_the_returns() -> None:
     chosen, _ = CASES["ppo"]
     groups = groups_of(3)
     values = policy_of(groups, 3)
-    loss, _ = total(samples_of(groups, chosen), values, chosen.critic_loss)
+    loss, _ = total(samples_from(groups, chosen), values, chosen.critic_loss)
     kept, _, goals = critic_targets(groups, values)
     count = sum(map(len, kept))
     expected = torch.zeros((), dtype=torch.float64)
@@ -297,7 +303,7 @@ def test_corrections_weigh_by_trainer_over_rollout(kind: str, level: str) -> Non
             weights.append(min(ratio, high) if kind == "truncate" else ratio * (low <= ratio <= high))
             expected = expected - weights[-1] * ppo((p - t).exp(), a, 0.2, 0.2) / count
     assert len({w in (0, high) for w in weights}) == 2
-    loss, report = total(samples_of(groups, chosen), logp, chosen.objective)
+    loss, report = total(samples_from(groups, chosen), logp, chosen.objective)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     assert report["correction"] == pytest.approx(mean(weights), rel=1e-5)
     found, wanted = (torch.autograd.grad(value, logp)[0] for value in (loss, expected))
@@ -311,7 +317,7 @@ def test_with_one_update_the_trainer_itself_is_where_ratios_start() -> None:
     kept = [(tokens(s, logp), a) for s, a in compared(groups, scaled)]
     count = sum(len(each) for each, _ in kept)
     expected = -sum((p - b).exp().detach() * a * p / count for each, a in kept for p, b, _, _, _ in each)
-    loss, report = total(samples_of(groups, chosen), logp, chosen.objective)
+    loss, report = total(samples_from(groups, chosen), logp, chosen.objective)
     found, wanted = (torch.autograd.grad(value, logp)[0] for value in (loss, expected))
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert report["clipped"] == 0
@@ -327,7 +333,7 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens() -> None:
     gains = [(ppo((p - t).exp(), a, 0.2, 0.2), a) for each, a in kept for p, _, t, _, _ in each]
     assert any(a < 0 and gain < 1.5 * a for gain, a in gains)
     expected = -sum(torch.clamp_min(gain, 1.5 * a) if a < 0 else gain for gain, a in gains) / count
-    loss, _ = total(samples_of(groups, chosen), logp, chosen.objective)
+    loss, _ = total(samples_from(groups, chosen), logp, chosen.objective)
     found, wanted = (torch.autograd.grad(value, logp)[0] for value in (loss, expected))
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     np.testing.assert_allclose(found, wanted, atol=1e-6)

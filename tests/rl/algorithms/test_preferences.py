@@ -19,22 +19,22 @@ from lockstep.rl.controller import Controller
 from lockstep.rl.learner import Models
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.types import Judged, Prompt, Rollout
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.workers.worker_groups import ModelGroup
 from tests.rl.conftest import Actors
 
 
-def scored(outcome: Outcome, *tokens: int) -> Scored:
+def judged(outcome: Outcome, *tokens: int) -> Judged:
     prompt = Prompt(3, "p", (1, 2), "")
-    return Scored(Rollout(prompt, 0, tokens, (0.0,) * len(tokens), "", "stop", (0,) * len(tokens)), Verdict(outcome))
+    return Judged(Rollout(prompt, 0, tokens, (0.0,) * len(tokens), "", "stop", (0,) * len(tokens)), Verdict(outcome))
 
 
 def test_pairs_are_of_distinct_completions_that_were_graded() -> None:
     right, wrong, unknown = Outcome.correct, Outcome.incorrect, Outcome.ungradable
-    group = [scored(wrong, 5), scored(right, 6), scored(unknown, 7), scored(right, 6), scored(wrong), scored(wrong, 8)]
+    group = [judged(wrong, 5), judged(right, 6), judged(unknown, 7), judged(right, 6), judged(wrong), judged(wrong, 8)]
     assert by_verdict([group], pairs=4) == [Comparison(RankedTokens(3, (1, 2), ((6,), (5,))))]
-    group.append(scored(right, 9))
+    group.append(judged(right, 9))
     assert [c.ranked.completions for c in by_verdict([group, group[:1]], pairs=4)] == [((6,), (5,)), ((9,), (8,))]
     assert len(by_verdict([group], pairs=1)) == 1
 

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from lockstep.rl.algorithms.rewards import RewardConfig, means, reward_of, rewarded, share_of_script
-from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.types import Judged, Prompt, Rollout
 from lockstep.rl.verdict import Outcome, Verdict, of_credit
 
 PROMPT = Prompt(0, "1 + 1?", (1, 2), "2")
@@ -19,20 +19,20 @@ ALL = RewardConfig.model_validate(
 )
 
 
-def scored(text: str, length: int, verdict: Verdict, score: float | None = None) -> Scored:
+def judged(text: str, length: int, verdict: Verdict, score: float | None = None) -> Judged:
     rollout = Rollout(PROMPT, 0, (1,) * length, (-0.5,) * length, text, "stop", (0,) * length)
-    return Scored(rollout, verdict, score=score)
+    return Judged(rollout, verdict, score=score)
 
 
 def test_the_plain_reward_is_the_verdicts() -> None:
     for verdict in (Verdict(Outcome.correct), Verdict(Outcome.incorrect), of_credit(0.25)):
-        reward = reward_of(scored("2", 3, verdict), RewardConfig())
+        reward = reward_of(judged("2", 3, verdict), RewardConfig())
         assert reward.total == verdict.reward
         assert reward.terms == {"correctness": verdict.reward}
 
 
 def test_terms_are_named_weighted_and_add_up() -> None:
-    reward = reward_of(scored("<think>да</think>no", 80, of_credit(0.5)), ALL)
+    reward = reward_of(judged("<think>да</think>no", 80, of_credit(0.5)), ALL)
     assert reward.terms == pytest.approx(
         {"correctness": 1.0, "format": 0.5, "overlong": -0.5, "length": 0.25, "language": 0.1 * 12 / 14}
     )
@@ -40,10 +40,10 @@ def test_terms_are_named_weighted_and_add_up() -> None:
 
 
 def test_what_could_not_be_graded_has_terms_but_no_reward_and_no_part_in_the_means() -> None:
-    lost = reward_of(scored("<think></think>", 95, Verdict(Outcome.ungradable, "the grader died")), ALL)
+    lost = reward_of(judged("<think></think>", 95, Verdict(Outcome.ungradable, "the grader died")), ALL)
     assert lost.total is None
     assert "correctness" not in lost.terms
-    kept = [reward_of(scored("no", 20, Verdict(outcome)), ALL) for outcome in (Outcome.correct, Outcome.incorrect)]
+    kept = [reward_of(judged("no", 20, Verdict(outcome)), ALL) for outcome in (Outcome.correct, Outcome.incorrect)]
     assert means([*kept, lost]) == pytest.approx(
         {
             "reward/correctness": 1.0,
@@ -58,19 +58,18 @@ def test_what_could_not_be_graded_has_terms_but_no_reward_and_no_part_in_the_mea
 
 def test_a_reward_models_score_takes_the_place_of_the_verdict_and_the_other_terms_stay() -> None:
     group = [
-        scored("<think></think>", 20, Verdict(Outcome.correct)),
-        scored("<think></think>", 20, Verdict(Outcome.correct), score=-1.5),
-        scored("<think></think>", 20, Verdict(Outcome.ungradable), score=-1.5),
+        judged("<think></think>", 20, Verdict(Outcome.correct)),
+        judged("<think></think>", 20, Verdict(Outcome.correct), score=-1.5),
+        judged("<think></think>", 20, Verdict(Outcome.ungradable), score=-1.5),
     ]
-    judged, *by_model = rewarded(group, ALL)
-    assert judged.reward == pytest.approx(2.0 + 0.5 + 0.25 + 0.1 * 1)
+    by_verdict, *by_model = rewarded(group, ALL)
+    assert by_verdict.reward.total == pytest.approx(2.0 + 0.5 + 0.25 + 0.1 * 1)
     for one in by_model:
-        assert one.earned is not None
-        assert one.earned.terms == pytest.approx(
+        assert one.reward.terms == pytest.approx(
             {"score": -3.0, "format": 0.5, "overlong": 0, "length": 0.25, "language": 0.1}
         )
-        assert one.reward == pytest.approx(-2.15)
-    assert group[1].reward == -1.5
+        assert one.reward.total == pytest.approx(-2.15)
+    assert group[1].grade == -1.5
 
 
 def test_the_language_is_that_of_the_letters() -> None:

@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.rl.algorithms.config import FlowConfig
+from lockstep.rl.algorithms.rewards import CORRECTNESS, rewarded
 from lockstep.rl.collector.batch_scheduler import BatchScheduler
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Prompt, Rollout, Scored
+from lockstep.rl.types import Judged, Prompt, Rollout
 from lockstep.rl.verdict import Outcome, Verdict
 
 
@@ -16,7 +17,7 @@ class Slowest:
     """The worst that rollout workers can do: the first token of a group is drawn when it is asked for."""
 
     def __init__(self, teaching: list[bool]) -> None:
-        self.version, self.groups, self.open_most = 0, dict[int, list[Scored]](), 0
+        self.version, self.groups, self.open_most = 0, dict[int, list[Judged]](), 0
         self._teaching = teaching
 
     def ask(self, prompts: Mapping[int, Prompt], sampling: SamplingParams, samples: int, seed: int) -> None:
@@ -24,10 +25,10 @@ class Slowest:
             outcome = Outcome.correct if self._teaching[number % len(self._teaching)] else Outcome.incorrect
             versions = (self.version, self.version + 1)
             rollout = Rollout(prompt, number, (1, 2), (0.0, 0.0), "", "stop", versions)
-            self.groups[number] = [Scored(rollout, Verdict(outcome))]
+            self.groups[number] = [Judged(rollout, Verdict(outcome))]
         self.open_most = max(self.open_most, len(self.groups))
 
-    def take(self, group: int) -> list[Scored]:
+    def take(self, group: int) -> list[Judged]:
         return self.groups.pop(group)
 
 
@@ -51,7 +52,7 @@ def test_the_bound_holds_for_every_group(flow: FlowConfig, groups: int, teaching
         samples=1,
         sampling=SamplingParams(),
         seed=0,
-        compare=list,
+        reward=lambda groups: [rewarded(group, CORRECTNESS) for group in groups],
         teaches=lambda group: group[0].verdict.outcome is Outcome.correct,
     )
     taken = 0
@@ -61,6 +62,7 @@ def test_the_bound_holds_for_every_group(flow: FlowConfig, groups: int, teaching
         numbers = [group[0].rollout.sample for group in batch.groups]
         assert numbers == list(range(taken, taken + len(numbers)))
         taken = stream.position
+        assert list(batch.teaching) == [teaching[number % len(teaching)] for number in numbers]
         assert max(batch.staleness) <= flow.staleness
         assert max(batch.staleness) == min(version, flow.staleness) or flow.dynamic_sampling
         most = int(flow.most * groups) if flow.dynamic_sampling else groups

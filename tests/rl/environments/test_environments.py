@@ -24,7 +24,7 @@ from lockstep.distributed.groups import Groups
 from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.config import Numerics
 from lockstep.rl.algorithms.config import RLConfig
-from lockstep.rl.algorithms.samples import samples_of
+from lockstep.rl.algorithms.samples import samples_of, teaches
 from lockstep.rl.controller import Controller
 from lockstep.rl.environments.calculator import NoArithmetic, calculate
 from lockstep.rl.environments.config import EnvironmentConfig
@@ -38,7 +38,7 @@ from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
 from lockstep.rl.sandbox.isolation import NOTHING, SandboxLimits
-from lockstep.rl.types import Prompt, Rollout, Scored, answered, own_logp, turns
+from lockstep.rl.types import Judged, Prompt, Rollout, answered, own_logp, turns
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.workers.environment_worker import EnvironmentWorker
@@ -336,9 +336,9 @@ def asking(actors: Actors) -> Iterator[EnvironmentGroup]:
     environments.worker.end()
 
 
-def check_episode(scored: Scored, tokenizer: Tokenizer) -> None:
+def check_episode(judged: Judged, tokenizer: Tokenizer) -> None:
     """Answers stand where they should, and nothing else was not written by the model."""
-    rollout = scored.rollout
+    rollout = judged.rollout
     assert len(rollout.tokens) <= 56
     assert rollout.final is not None
     if rollout.written:
@@ -370,11 +370,12 @@ def test_two_steps_of_rl_learn_from_what_the_model_wrote(actors: Actors, asking:
     for record in records:
         assert record.metrics["grad_norm"] > 0
         assert record.metrics["mismatch_max"] < 1e-4
-        for scored in record.scored:
-            check_episode(scored, actors.tokenizer)
-    found = [s for record in records for s in record.scored]
+        for completion in record.completions:
+            check_episode(completion, actors.tokenizer)
+    found = [s for record in records for s in record.completions]
     assert sum(turns(s.rollout) > 1 for s in found) > 8
-    samples = samples_of([found[i : i + 4] for i in range(0, len(found), 4)], config)
+    groups = [found[i : i + 4] for i in range(0, len(found), 4)]
+    samples = samples_of([group for group in groups if teaches(group, config)], config)
     masks = {s.rollout.tokens: s.rollout.written or (True,) * len(s.rollout.tokens) for s in found}
     assert any(not all(masks[tuple(sample.completion.tolist())]) for sample in samples)
     for sample in samples:
