@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 COLUMNS = ("weight", "advantage", "old_logp", "proximal_logp", "reference_logp", "value", "returns")
 """Of a sample's tokens; `Sample` says what each means."""
-_PREDICTED = ("targets", "samples", *COLUMNS)
+_PREDICTED = ("targets", "samples", "numbers", *COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Sample:
     """What a critic expected, before the update, of the rewards from this token on."""
     returns: Floats
     """What a critic should have expected."""
+    numbers: Ints
+    """Of each token, in the global batch, where scores of single tokens are asked for: by it they are told apart."""
     group: int = 0
     """Samples of one prompt with the same number are compared with each other."""
     preference: float = 0.0
@@ -57,6 +59,7 @@ def sample(
     reference_logp: float | Floats = 0.0,
     value: float | Floats = 0.0,
     returns: float | Floats = 0.0,
+    numbers: int | Ints = 0,
     group: int = 0,
     preference: float = 0.0,
 ) -> Sample:
@@ -76,7 +79,8 @@ def sample(
         for name, column in zip(COLUMNS, columns, strict=True)
     }
     tokens = np.asarray(prompt, np.int64), np.asarray(completion, np.int64)
-    return Sample(*tokens, **shaped, group=group, preference=preference)
+    numbered = np.broadcast_to(np.asarray(numbers, np.int64), len(completion))
+    return Sample(*tokens, **shaped, numbers=numbered, group=group, preference=preference)
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,8 @@ class TokenBatch:
     """[K] the tokens that are predicted."""
     samples: Ints
     """[K] the numbers, within the row, of the samples that they belong to."""
+    numbers: Ints
+    """[K] the numbers of the predicted tokens, see `Sample`."""
     members: Members
     weight: Floats
     advantage: Floats
@@ -179,6 +185,7 @@ def row(chosen: Sequence[Document], length: int) -> TokenBatch:
         predictors=_joined(predictors, np.int64),
         targets=_joined([s.completion for s in members], np.int64),
         samples=np.repeat(np.arange(len(members)), [len(s.completion) for s in members]),
+        numbers=_joined([s.numbers for s in members], np.int64),
         members=members_of(members),
         **{c: _joined([getattr(s, c) for s in members], np.float32) for c in COLUMNS},
     )

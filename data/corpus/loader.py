@@ -243,6 +243,7 @@ def _row(cuts: Sequence[Cut], tokens: int, *, length: int, multiple: int, weight
         predictors=predictors,
         targets=_joined([p.targets for p in parts]),
         samples=np.zeros(len(predictors), np.int64),
+        numbers=np.zeros(len(predictors), np.int64),
         members=members_of([]),  # text has no samples that could be compared
         **dict.fromkeys(COLUMNS, alike * 0) | {"weight": alike * np.float32(weight), "advantage": alike},
     )

@@ -24,7 +24,8 @@ from lockstep.data.batch import (
 
 PROMPTS = ([1], [2, 3], [2, 3, 4], [1, 1, 1, 1, 1, 1, 1])
 
-Prediction = tuple[tuple[int, ...], int, tuple[float, ...]]
+Prediction = tuple[tuple[int, ...], int, int, tuple[float, ...]]
+"""What is read, what is predicted, its number and its columns."""
 
 
 @st.composite
@@ -32,16 +33,17 @@ def one_sample(draw: st.DrawFn) -> Sample:
     completion = draw(st.lists(st.integers(0, 9), min_size=1, max_size=7))
     number = st.sampled_from([0.0, 0.25, -1.5, 2.0])
     columns = {c: np.array(draw(st.lists(number, min_size=len(completion), max_size=len(completion)))) for c in COLUMNS}
-    return sample(draw(st.sampled_from(PROMPTS)), completion, **columns)
+    numbers = draw(st.lists(st.integers(0, 1 << 40), min_size=len(completion), max_size=len(completion)))
+    return sample(draw(st.sampled_from(PROMPTS)), completion, numbers=np.array(numbers), **columns)
 
 
 many_samples = st.lists(one_sample(), min_size=1, max_size=12)
 
 
 def naive_predictions(samples: Sequence[Sample]) -> Counter[Prediction]:
-    """(everything read so far → next token, columns) for every token that has weight."""
+    """(everything read so far → next token, number, columns) for every token that has weight."""
     return Counter(
-        ((*s.prompt.tolist(), *s.completion[:i].tolist()), int(s.completion[i]), columns)
+        ((*s.prompt.tolist(), *s.completion[:i].tolist()), int(s.completion[i]), int(s.numbers[i]), columns)
         for s in samples
         for i in range(len(s.completion))
         if (columns := tuple(float(getattr(s, c)[i]) for c in COLUMNS))[0] != 0
@@ -65,7 +67,8 @@ def predictions(rows: Sequence[TokenBatch]) -> Counter[Prediction]:
     for row in rows:
         seen = contexts(row)
         for i, (predictor, target) in enumerate(zip(row.predictors, row.targets, strict=True)):
-            found[seen[predictor], int(target), tuple(float(getattr(row, c)[i]) for c in COLUMNS)] += 1
+            columns = tuple(float(getattr(row, c)[i]) for c in COLUMNS)
+            found[seen[predictor], int(target), int(row.numbers[i]), columns] += 1
     return found
 
 

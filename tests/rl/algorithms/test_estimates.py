@@ -1,5 +1,7 @@
 """Scores come back to the tokens that they are of, whatever the layout, and equal plain forward passes."""
 
+from array import array
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from lockstep.model.loading import build, transformer_of
 from lockstep.model.training.config import row_rules
 from lockstep.model.training.forward import score
 from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.algorithms.estimates import columns, of_answers, of_tokens, scores_of
+from lockstep.rl.algorithms.estimates import columns, of_answers, of_completions, of_tokens, scores_of
 from lockstep.rl.types import Prompt, Rollout
 
 MODEL = ModelConfig(
@@ -43,6 +45,18 @@ def test_each_number_comes_back_to_its_token(drawn: list[tuple[int, list[int]]])
     found = [scores_of(rows, [row.targets.astype(np.float32) for row in rows]) for rows in shares]
     columns_ = columns(found, [len(r.tokens) for r in rollouts])
     assert [tuple(column.astype(int)) for column in columns_] == [r.tokens for r in rollouts]
+
+
+def test_numbers_above_those_that_fp32_tells_apart_come_back() -> None:
+    """More than 2²⁴ tokens, of which the last ones would share their numbers in fp32."""
+    lengths = [1 << 24, 3, 2]
+    texts = [([1], array("q", range(length) if length < 9 else bytes(8 * length))) for length in lengths]
+    samples = of_completions(texts)[1:]
+    [rows] = rows_for_ranks(samples, RowRules(budget=8, multiple=4))
+    numbers, scores = scores_of(rows, [row.targets.astype(np.float32) for row in rows])
+    first = np.arange(lengths[0]), np.zeros(lengths[0], np.float32)
+    _, *found = columns([first, (numbers, scores)], lengths)
+    assert [column.tolist() for column in found] == [[0, 1, 2], [0, 1]]
 
 
 def scored(groups: Groups, head: str, answers: bool) -> tuple[Ints, Floats]:
