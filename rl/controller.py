@@ -1,4 +1,7 @@
-"""Verifier-based reinforcement learning as the algorithm reads: write, judge, compare, learn, hand over."""
+"""The training loop: the supervised, preference and RL phases of a run, step by step, over its actors.
+
+A step of RL collects judged groups of rollouts, learns from them and syncs the weights to the rollout workers.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +46,7 @@ Placed = TypeVar("Placed")
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step of a phase reports."""
+    """Metrics of one step of a phase and, after a step of RL, its completions."""
 
     phase: str
     step: int
@@ -57,7 +60,7 @@ class StepRecord:
 
 
 class Controller:
-    """Runs phases of training on its actors; owns nothing but the order of things."""
+    """Runs the phases of training on its actors, and decides nothing but the order of calls."""
 
     def __init__(
         self,
@@ -87,11 +90,11 @@ class Controller:
 
     @property
     def version(self) -> int:
-        """Of the weights that rollout workers have."""
+        """The version of the weights that the rollout workers have."""
         return self._producer.version
 
     def resume(self, version: int) -> None:
-        """Go on with the weights of the policy as this version."""
+        """Gives the rollout workers the policy's weights as this version."""
         self._producer.resume(version)
 
     def evaluate(self, max_new_tokens: int) -> list[Judged]:
@@ -103,14 +106,14 @@ class Controller:
     def _answers(
         self, prompts: Mapping[int, Prompt], sampling: SamplingParams, samples: int, seed: int
     ) -> list[list[Judged]]:
-        """Groups of completions, outside of the stream of RL."""
+        """Judged groups of completions, outside of the batches of RL."""
         self._producer.ask(prompts, sampling, samples, seed)
         found = [self._producer.take(number) for number in prompts]
         self._producer.drop()
         return found
 
     def supervised(self, config: SupervisedConfig, done: int = 0) -> Iterator[StepRecord]:
-        """Learn the answers to training problems, then give the weights to the rollout workers.
+        """Fine-tunes the policy on the answers to training problems, then syncs its weights to the rollout workers.
 
         Args:
             done: steps that have been taken before.
@@ -132,7 +135,7 @@ class Controller:
     def prefer(
         self, config: PreferenceConfig, comparisons: Sequence[Comparison], done: int = 0
     ) -> Iterator[StepRecord]:
-        """Learn from comparisons: the policy beside what it was before, or the reward model that it goes on with.
+        """Trains the policy (DPO, IPO) or the reward model on comparisons, and measures held-out ones.
 
         Args:
             comparisons: see `compare`.
@@ -168,7 +171,7 @@ class Controller:
         return self._reward_model
 
     def compare(self, config: PreferenceConfig) -> list[Comparison]:
-        """Comparisons of a file, or of the policy's completions, with what the policy says now where it is to learn."""
+        """Comparisons from a file or of the policy's completions, with its log-probabilities where it is to learn."""
         if config.source:
             found = read_comparisons(config, self._tokenizer)
         else:
@@ -182,7 +185,7 @@ class Controller:
         return with_reference(found, logp)
 
     def reinforce(self, config: RLConfig, done: int = 0, position: int = 0) -> Iterator[StepRecord]:
-        """Verifier-based policy gradients; every step ends with the rollout workers on the new weights.
+        """Runs steps of reinforcement learning; each ends with the rollout workers on the new weights.
 
         Args:
             done: steps that have been taken before.
@@ -217,7 +220,7 @@ class Controller:
         self._producer.drop()
 
     def _stream(self, config: RLConfig, first: int) -> BatchScheduler:
-        """Groups of completions of training prompts, one batch a step."""
+        """The scheduler of batches of training prompts, one batch a step."""
         return BatchScheduler(
             self._producer,
             lambda number: self._place(self._train, number, "rl"),
@@ -236,8 +239,7 @@ class Controller:
         return sample(prompt.tokens, self._tokenizer.encode(prompt.demonstration) + eos)
 
     def _place(self, things: Sequence[Placed], number: int, phase: str) -> Placed:
-        """A phase's prompt, or comparison, of this number: an epoch after the other, each in its own order, which the
-        seed decides."""
+        """The prompt, or comparison, of this number in a phase: epoch after epoch, each shuffled by the seed."""
         epoch, index = divmod(number, len(things))
         order = np.random.default_rng([self._seed, *phase.encode(), epoch]).permutation(len(things))
         return things[order[index]]
@@ -261,7 +263,7 @@ class _Stopwatch:
 
 
 def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str, float]) -> dict[str, float]:
-    """What a step's rollouts say; the entropy is estimated by −log p of the tokens that were drawn."""
+    """Metrics of a step's rollouts; the entropy is estimated by −log p of the sampled tokens."""
     completions = [s for group in learned.groups for s in group]
     rewards = [r for s in completions if (r := s.reward.total) is not None]
     lengths = [len(s.rollout.tokens) for s in completions]

@@ -1,4 +1,4 @@
-"""The side of learning: judged groups go in, models say what a method asks of their tokens, updates come out."""
+"""Updates of the policy, and of a critic, from groups of rollouts: rewards, estimates, advantages, gradient steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,21 +21,21 @@ from lockstep.rl.workers.worker_groups import ModelGroup
 
 @dataclass(frozen=True)
 class Models:
-    """Who learns or scores beside the policy; None where a method has no use for it."""
+    """The models beside the policy, which learn or score; None where the method does not use one."""
 
     critic: ModelGroup | None = None
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     reward: ModelGroup | None = None
     """Scores answers, in the place of verdicts."""
     reference: ModelGroup | None = None
-    """Apart from the policy; without it the policy keeps its own."""
+    """In processes of its own; without it the policy's ranks hold the reference."""
     teacher: ModelGroup | None = None
     """Scores tokens, in the place of the reference."""
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What a step learned from, and what it reports."""
+    """The groups and samples of a step, and the metrics of its updates."""
 
     groups: tuple[tuple[Advantaged, ...], ...]
     samples: list[Sample]
@@ -44,7 +44,7 @@ class Learned:
 
 
 class Learner:
-    """The policy and the models beside it."""
+    """Trains the policy, and the critic where there is one, with the estimates of the models beside it."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Learner:
         self._reward = reward
 
     def begin(self, config: RLConfig) -> None:
-        """Forget all moments; the reference is the policy as it is now."""
+        """Begins a phase: resets the optimizers' moments; the reference is the policy as it is now."""
         has_own = config.reference.kind != "none" and not self._models.reference
         self._policy.begin_phase(config.reference if has_own else None)
         if self._models.critic:
@@ -116,7 +116,7 @@ class Learner:
         return [[Judged(j.rollout, j.verdict, score=float(next(scores)[0])) for j in group] for group in groups]
 
     def _estimated(self, groups: Sequence[Sequence[Rewarded]], config: RLConfig) -> tuple[tuple[Estimated, ...], ...]:
-        """The groups with what the method asks models of each token, all of them at the same time."""
+        """The groups with the estimates that the method needs; the models compute at the same time."""
         rollouts = [s.rollout for group in groups for s in group]
         samples = of_tokens(rollouts)
         calls: list[Call] = []
@@ -135,7 +135,7 @@ class Learner:
         )
 
     def _asked(self, config: RLConfig) -> list[tuple[str, ModelGroup]]:
-        """Which columns a method needs, and who has them."""
+        """The estimates that a method needs, and the model that computes each."""
         models: dict[str, tuple[str, ModelGroup | None]] = {
             "proximal": ("proximal_logp", self._policy),
             "reference": ("reference_logp", self._models.teacher or self._models.reference or self._policy),
@@ -151,7 +151,7 @@ class Learner:
 
 
 def _joined(reports: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of several updates the means, and of peaks the highest."""
+    """The metrics of several updates as one: means, and of peaks the highest."""
     if len(reports) == 1:
         return reports[0]
     peaks = {n: max if n.endswith("_max") or n == "memory_gb" else np.mean for n in (reports[0] if reports else {})}

@@ -1,4 +1,4 @@
-"""Problems as the model reads them: solved examples and an instruction are part of the task, not of who asks."""
+"""Builds prompts from problems: few-shot examples, instruction and chat template, as the task says."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ _PLACE = re.compile(r"\{([a-z]+)\}")
 def make_prompt(
     problem: Problem, task: TaskConfig, tokenizer: Tokenizer, shots: Sequence[Problem] = (), rules: str = ""
 ) -> Prompt:
-    """A problem as the model reads it.
+    """The prompt of a problem, with its tokens and what its verifier needs.
 
     Args:
         shots: solved problems to show before it, one more than `task.shots`: where it is one of them, the others serve.
-        rules: of the environment, which the system says last.
+        rules: of the environment, at the end of the system message.
     """
     system = "\n\n".join(filter(None, (task.system or problem.system, rules)))
     shown = [shot for shot in shots if shot.question != problem.question][: task.shots]
@@ -30,19 +30,19 @@ def make_prompt(
 
 
 def asked(problem: Problem, task: TaskConfig) -> str:
-    """What a person would say: the problem in the task's words, then the instruction."""
+    """The user's message: the problem in the task's template, then the instruction."""
     text = _filled(task.prompt, {"question": problem.question, "examples": problem.examples})
     return f"{text}\n\n{task.instruction}" if task.instruction else text
 
 
 def demonstration(problem: Problem, task: TaskConfig) -> str:
-    """What the model should say: solved examples show it, and supervised tuning teaches it."""
+    """The answer in the task's template, for few-shot examples and supervised fine-tuning."""
     solution = problem.solution or problem.answer
     return _filled(task.completion, {"answer": problem.answer, "solution": solution, "program": problem.program})
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
-    """The template with its places filled; braces around anything else stay, and so do those in what is filled in."""
+    """Fills the template's fields; braces around anything else stay, and so do those in the values."""
     return _PLACE.sub(lambda place: values.get(place[1], place[0]), template)
 
 

@@ -29,20 +29,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion: its tokens, their log-probabilities under the policy that drew them, and which policy it was."""
+    """One completion: tokens, their log-probabilities under the policy that sampled them, and its weight versions."""
 
     prompt: Prompt
     sample: int
     tokens: tuple[int, ...]
     logp: tuple[float, ...]
-    """Of each token under the policy: with the temperature, over the whole vocabulary."""
+    """Of each token under the policy, with the temperature, over the whole vocabulary."""
     text: str
     """What is judged: without the stop string that ended it, whose tokens are among those above."""
     finish_reason: str
     """`stop` where the model or a stop string ended it, `length` where the limit did, `abort` where a caller did,
     `turns` where its environment would have gone on after the last turn that it may have."""
     weight_versions: tuple[int, ...]
-    """Of each token: the weights that drew it."""
+    """Of each token: the version of the weights that sampled it."""
     sampling_logp: tuple[float, ...] = ()
     """Of each token under the distribution that it was drawn from, truncation included; training uses `logp`."""
     written: tuple[bool, ...] = ()
@@ -60,13 +60,13 @@ class Rollout:
 
     @property
     def weight_version(self) -> int:
-        """The oldest weights that drew any of it."""
+        """The oldest version of the weights that sampled any of its tokens."""
         return min(self.weight_versions, default=0)
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """What models say of each token of a rollout before an update, [C] each; None where nobody asked."""
+    """Log-probabilities and values of a rollout's tokens before an update, [C] each; None where not needed."""
 
     proximal_logp: Floats | None = None
     """Under the trainer's policy."""
@@ -78,7 +78,7 @@ class Estimates:
 
 @dataclass(frozen=True)
 class Reward:
-    """What a rollout earns: a sum, None for what could not be judged, and its terms by name, weights included."""
+    """The reward of a rollout: its total, None for an ungradable one, and its weighted terms by name."""
 
     total: float | None
     terms: dict[str, float]
@@ -122,7 +122,7 @@ class Advantaged(Estimated):
 
 
 def last_turn(rollout: Rollout) -> tuple[int, ...]:
-    """Tokens that the model wrote since it was last answered."""
+    """Tokens of the model's last turn: those behind the last token of its environment."""
     if not rollout.written:
         return rollout.tokens
     answered = max((place + 1 for place, own in enumerate(rollout.written) if not own), default=0)
@@ -130,7 +130,7 @@ def last_turn(rollout: Rollout) -> tuple[int, ...]:
 
 
 def turns(rollout: Rollout) -> int:
-    """How often the model was given the word and used it."""
+    """Number of turns in which the model wrote something."""
     begins = [own and not before for before, own in pairwise((False, *rollout.written))]
     return sum(begins) if rollout.written else int(bool(rollout.tokens))
 
@@ -142,7 +142,7 @@ def own_logp(rollout: Rollout) -> tuple[float, ...]:
 
 
 def answered(rollout: Rollout, tokens: Sequence[int]) -> Rollout:
-    """The rollout with tokens that its environment wrote behind it; the text stays that of before."""
+    """Appends the environment's tokens to a rollout, with log-probabilities of 0; the text stays as it is."""
     count, own = len(tokens), len(rollout.tokens)
     assert own, "there is nothing to answer"
     return replace(
@@ -157,7 +157,7 @@ def answered(rollout: Rollout, tokens: Sequence[int]) -> Rollout:
 
 
 def continued(before: Rollout, after: Rollout, decode: Callable[[list[int]], str]) -> Rollout:
-    """What was there before, and what the model wrote behind it."""
+    """Joins a rollout and the model's next turn into one rollout."""
     tokens = before.tokens + after.tokens
     supports = _supports(before) + _supports(after) if before.supports or after.supports else ()
     return replace(

@@ -1,4 +1,4 @@
-"""What a verifier says of one completion: three outcomes, because a broken grader must not look like a wrong answer."""
+"""The verdict on one completion: correct, incorrect or ungradable, because a broken grader is no wrong answer."""
 
 import enum
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Outcome(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """An outcome, why it was given (empty if plain), and the final answer that was read from the completion, if any.
+    """An outcome, its reason (empty if plain), and the final answer that was read from the completion, if any.
 
     Raises ValueError for credit outside of 0 to 1, and for credit of what could not be graded.
     """

@@ -1,1 +1,1 @@
-"""From verdicts to training samples, pure: rewards, baselines, advantages, preferences; the methods as values."""
+"""Rewards, advantages, training samples and preference pairs of every method, as pure functions of rollouts."""

@@ -1,6 +1,6 @@
-"""How much better than expected a rollout was, or each of its tokens: the arithmetic of every method's signal.
+"""Advantage estimators: group baselines, leave-one-out, best-of-N, returns, GAE, whitening, and the KL of tokens.
 
-Of numbers only; `lockstep.rl.algorithms.samples` knows which method asks for which, and whose rollouts they are of.
+Functions of numbers alone; `lockstep.rl.algorithms.samples` applies them to rollouts, as the method says.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Doubles = NDArray[np.float64]
 
 
 def centred(rewards: Sequence[float], *, scale_by_deviation: bool) -> list[float]:
-    """Rewards less their mean, divided by their standard deviation if wanted.
+    """Rewards less their mean, and with `scale_by_deviation` divided by their population standard deviation + 1e-6.
 
     With the division this is GRPO (Shao et al. 2024, §4.1.2), without it Dr. GRPO (Liu et al. 2025).
     """
@@ -25,7 +25,8 @@ def centred(rewards: Sequence[float], *, scale_by_deviation: bool) -> list[float
 
 
 def leave_one_out(rewards: Sequence[float]) -> list[float]:
-    """Each reward less the mean of the others: RLOO (Kool et al. 2019; Ahmadian et al. 2024, eq. 8), and 0 for one."""
+    """Each reward less the mean of the others; 0 for a single one: RLOO (Kool et al. 2019; Ahmadian et al. 2024, eq.
+    8)."""
     values = np.asarray(rewards, np.float64)
     others = len(values) - 1
     return ((values - values.mean()) * (len(values) / others) if others > 0 else values * 0).tolist()
@@ -41,7 +42,7 @@ def best(rewards: Sequence[float], above: float) -> list[float | None]:
 
 
 def returns(rewards_C: Sequence[float] | Doubles, discount: float = 1.0) -> Doubles:
-    """Σ discount^k · reward of each token and those that follow, [C]."""
+    """Discounted returns of each token, [C]: Σ_k discount^k · reward_{t+k}."""
     found = np.asarray(rewards_C, np.float64).copy()
     for place in range(len(found) - 2, -1, -1):
         found[place] += discount * found[place + 1]
@@ -49,7 +50,9 @@ def returns(rewards_C: Sequence[float] | Doubles, discount: float = 1.0) -> Doub
 
 
 def generalised(rewards_C: Doubles, values_C: Doubles, *, discount: float, trace: float) -> tuple[Doubles, Doubles]:
-    """Advantages and returns of each token, [C] each, where the last token ends all: GAE (Schulman et al. 2016).
+    """Generalised advantage estimates (GAE, Schulman et al. 2016) and returns of each token, [C] each.
+
+    The episode ends with the last token:
 
     δ_t = r_t + γ V_{t+1} − V_t,  A_t = Σ (γλ)^k δ_{t+k},  R_t = A_t + V_t.
 
@@ -63,7 +66,7 @@ def generalised(rewards_C: Doubles, values_C: Doubles, *, discount: float, trace
 
 
 def whitened(parts: Sequence[Doubles], *, shift: bool = True) -> list[Doubles]:
-    """Numbers of all parts divided by their deviation over all, less their mean if `shift`."""
+    """The parts normalised by mean and standard deviation over all of them; without `shift` the mean stays."""
     if not parts:
         return []
     whole = np.concatenate(parts)
@@ -73,15 +76,14 @@ def whitened(parts: Sequence[Doubles], *, shift: bool = True) -> list[Doubles]:
 
 
 def overlong(length: int, limit: int, cache: float) -> float:
-    """What a completion of so many tokens loses: 0 up to limit − cache, then evenly down to −1 at the limit.
+    """DAPO's soft overlong punishment: 0 up to limit − cache tokens, then linearly down to −1 at the limit.
 
-    DAPO's soft overlong punishment (Yu et al. 2025, eq. 13); a length of exactly the limit, which may have cut the
-    completion, gets −1.
+    Yu et al. 2025, eq. 13. A length of exactly the limit, which may have cut the completion, gets −1.
     """
     return -min(1.0, max(0.0, (length - (limit - cache)) / cache))
 
 
 def distance(logp_C: Floats | Doubles, reference_logp_C: Floats | Doubles, estimator: str) -> Doubles:
-    """KL of each drawn token to the reference in nats, [C]; see `lockstep.model.objectives.kl`."""
+    """Estimates the KL to the reference at each sampled token, in nats, [C]; see `lockstep.model.objectives.kl`."""
     gap = np.asarray(reference_logp_C, np.float64) - np.asarray(logp_C, np.float64)
     return {"k1": -gap, "k2": gap**2 / 2, "k3": np.expm1(gap) - gap}[estimator]

@@ -1,4 +1,4 @@
-"""Phases of training as a recipe has them: what each optimises, and with which batch."""
+"""Recipe sections of supervised fine-tuning, preference tuning and reinforcement learning, as pydantic models."""
 
 from dataclasses import replace
 from typing import Literal
@@ -14,7 +14,7 @@ from lockstep.rl.rollout.config import SamplingParams
 
 
 class FlowConfig(BaseModel):
-    """How rollouts and learning take turns."""
+    """How generation and training take turns: synchronous, one step off-policy, or asynchronous up to a staleness."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +38,7 @@ class FlowConfig(BaseModel):
 
     @property
     def staleness(self) -> int:
-        """The bound, in versions."""
+        """The bound on staleness: versions between the weights that wrote a sample and those that learn from it."""
         return {"synchronous": 0, "one_step_off": 1, "asynchronous": self.max_staleness}[self.mode]
 
     @model_validator(mode="after")
@@ -51,12 +51,12 @@ class FlowConfig(BaseModel):
 
     @property
     def in_waves(self) -> bool:
-        """Whether new groups are asked for only when all before have been written, so that no timing matters."""
+        """Whether groups are requested only when all earlier ones are complete, so that no timing changes a result."""
         return self.mode != "asynchronous"
 
 
 class SupervisedConfig(BaseModel):
-    """A supervised stage: the answers to training problems, in the form that task.completion gives."""
+    """Supervised fine-tuning (SFT) on the answers to training problems, in the form that task.completion gives."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,7 +66,10 @@ class SupervisedConfig(BaseModel):
 
 
 class PreferenceConfig(BaseModel):
-    """A stage that learns from pairs or rankings of answers: of a file, or of the policy's own by their verdicts."""
+    """Preference tuning (DPO, IPO) or training of a reward model, on pairs or rankings of answers.
+
+    They come from a file, or are the policy's own completions, compared by their verdicts.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -97,23 +100,23 @@ class PreferenceConfig(BaseModel):
 
     @property
     def judged(self) -> bool:
-        """Whether a reward model is trained, by the value at the last token, and not a policy beside its reference."""
+        """Whether a reward model is trained, whose score is the value at the last token; otherwise the policy is."""
         return self.method in ("reward_model", "ranking_model")
 
     @property
     def phase(self) -> str:
-        """What records call it: it is the policy that changes, or a reward model."""
+        """The phase's name in records: `reward` where a reward model is trained, `preference` where the policy is."""
         return "reward" if self.judged else "preference"
 
     @property
     def objective(self) -> PairLoss:
-        """The loss of this recipe."""
+        """The pair loss of the method."""
         chosen = {"dpo": DPO, "ipo": IPO, "reward_model": REWARD_MODEL, "ranking_model": RANKING_MODEL}[self.method]
         return chosen if self.judged else replace(chosen, beta=self.beta, smoothing=self.smoothing)
 
 
 class ReferenceConfig(BaseModel):
-    """The policy that another is kept near to."""
+    """The reference policy of the KL: a version of the policy, fixed or renewed, its moving average, or none."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -123,12 +126,12 @@ class ReferenceConfig(BaseModel):
 
     @property
     def moves(self) -> bool:
-        """Whether it ever changes."""
+        """Whether the reference changes during RL."""
         return self.kind == "average" or (self.kind == "version" and self.every > 0)
 
 
 class RLConfig(Method):
-    """Reinforcement learning by any method: its name gives the defaults of the keys of `Method`."""
+    """Reinforcement learning by one of `METHODS`, which gives the defaults of the keys of `Method`."""
 
     method: Literal[
         "grpo",
@@ -175,12 +178,12 @@ class RLConfig(Method):
 
     @property
     def one_update(self) -> bool:
-        """Whether a step's samples are learned from once."""
+        """Whether a step makes a single update of its samples."""
         return self.epochs == self.minibatches == 1
 
     @property
     def scores(self) -> frozenset[Score]:
-        """What models have to say of each token before samples are made of rollouts."""
+        """The estimates of each token that the method needs before an update: log-probabilities and values."""
         needed: set[Score] = set()
         if self.proximal == "trainer" and not self.one_update:
             needed.add("proximal")
@@ -192,14 +195,14 @@ class RLConfig(Method):
 
     @property
     def objective(self) -> TokenLoss:
-        """The loss of the policy."""
+        """The policy loss; with proximal=trainer and one update a step, its ratios are to the policy as it is."""
         now = self.proximal == "trainer" and self.one_update
         return replace(
             self.policy_loss, proximal="now" if now else "column", has_reference=self.reference.kind != "none"
         )
 
     def adapted(self, measured_kl: float) -> "RLConfig":
-        """The recipe of the next step, whose kl_beta follows the KL of this one where there is a target."""
+        """The configuration of the next step; with kl_target, kl_beta follows the measured KL (Ziegler et al. 2019)."""
         if self.kl_target is None:
             return self
         return self.model_copy(update={"kl_beta": adapted(self.kl_beta, measured_kl, self.kl_target)})

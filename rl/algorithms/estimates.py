@@ -13,12 +13,12 @@ from lockstep.rl.types import Rollout
 
 
 def of_tokens(rollouts: Sequence[Rollout]) -> list[Sample]:
-    """Samples whose every token is scored: by its log-probability, or by the value before it."""
+    """Samples that ask for a score of every token of rollouts: its log-probability, or the critic's value before it."""
     return of_completions([(r.prompt.tokens, r.tokens) for r in rollouts])
 
 
 def of_completions(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Sample]:
-    """`of_tokens` of prompts and completions that nobody drew."""
+    """The same for pairs of a prompt and a completion that are no rollouts."""
     starts = np.cumsum([0, *(len(tokens) for _, tokens in texts)])
     return [
         sample(prompt, tokens, numbers=np.arange(a, b))
@@ -27,7 +27,10 @@ def of_completions(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list
 
 
 def of_answers(rollouts: Sequence[Rollout]) -> list[Sample]:
-    """Samples of which the value behind the last token is a score: one token more, which is not read, stands there."""
+    """Samples that ask for one score of each rollout, a reward model's: the value at its last token.
+
+    The score is at the prediction of one token more, which stands behind the last one and is never read.
+    """
     found = []
     for number, rollout in enumerate(rollouts):
         last = np.zeros(len(rollout.tokens) + 1, np.float32)
@@ -37,13 +40,17 @@ def of_answers(rollouts: Sequence[Rollout]) -> list[Sample]:
 
 
 def scores_of(rows: Sequence[TokenBatch], scores: Sequence[Floats]) -> tuple[Ints, Floats]:
-    """The numbers of a rank's tokens, and what it says of each."""
+    """The numbers of the tokens in a rank's rows, and their scores."""
     numbers = [row.numbers for row, _ in zip(rows, scores, strict=False)]
     return np.concatenate([np.zeros(0, np.int64), *numbers]), np.concatenate([np.zeros(0, np.float32), *scores])
 
 
 def columns(found: Iterable[tuple[Ints, Floats]], lengths: Sequence[int]) -> list[Floats]:
-    """The scores of rollouts of so many tokens each, from those of all ranks."""
+    """Scores by rollout, [C] each, from the numbers and scores of all ranks.
+
+    Args:
+        lengths: of the rollouts, in tokens.
+    """
     starts = np.cumsum([0, *lengths])
     whole, came = np.zeros(starts[-1], np.float32), np.zeros(starts[-1], bool)
     for numbers, scores in found:

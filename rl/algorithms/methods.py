@@ -1,4 +1,4 @@
-"""The methods as values: which signal, which objective, which mean. `docs/methods.md` has the equation of each."""
+"""GRPO, RLOO, PPO and the other methods as values of one configuration; `docs/methods.md` has their equations."""
 
 import math
 from typing import Literal
@@ -17,7 +17,10 @@ Score = Literal["proximal", "reference", "value"]
 
 
 class CorrectionConfig(BaseModel):
-    """What weighs tokens for who drew them; see `lockstep.model.objectives.importance_ratio.Correction`."""
+    """Importance-sampling correction of tokens for the policy that sampled them, truncated or masked.
+
+    See `lockstep.model.objectives.importance_ratio.Correction`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,12 +31,12 @@ class CorrectionConfig(BaseModel):
 
     @property
     def value(self) -> Correction:
-        """What the objective takes."""
+        """The correction as the objective takes it."""
         return Correction(self.kind, self.level, self.low, math.inf if self.high is None else self.high)
 
 
 class Method(BaseModel):
-    """A method that learns from rollouts, and any of its relatives; the defaults are GRPO's."""
+    """A method that learns from rollouts: its advantage, loss and aggregation; the defaults are GRPO's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,16 +64,16 @@ class Method(BaseModel):
 
     @property
     def kl(self) -> KL:
-        """What the distance to the reference costs.
+        """The KL penalty: its weight, its estimator, and whether it is in the loss or in the reward.
 
         Raises:
-            ValueError: where the choice has no gradient.
+            ValueError: for an estimator whose gradient in the loss has a mean of 0.
         """
         return KL(self.kl_beta, self.kl_estimator, self.kl_place)
 
     @property
     def policy_loss(self) -> TokenLoss:
-        """The objective of the policy, where ratios are to a column."""
+        """The policy loss, with importance ratios to the column `proximal_logp`."""
         rule = self.correction
         return TokenLoss(
             gain=self.gain,
@@ -83,7 +86,7 @@ class Method(BaseModel):
 
     @property
     def critic_loss(self) -> ValueLoss:
-        """The objective of the critic, of methods that have one."""
+        """The value loss of the critic, for methods that have one."""
         return ValueLoss(self.value_clip)
 
 

@@ -1,8 +1,7 @@
-"""Comparisons of completions, by which `pair_loss` tunes a policy or a reward model: where they come from, and which
-are kept to measure with.
+"""Preference pairs and rankings for DPO, IPO and reward models: read from a file or made by verdicts, split, batched.
 
-A policy is compared with what it was when the phase began. So its log-probabilities of all completions are asked for
-once, before the first update, and travel with the comparisons; no second model is held.
+The reference of DPO and IPO is the policy as it was when the phase began. Its log-probabilities of all completions are
+computed once, before the first update, and are kept with the comparisons, so that no second model is in memory.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,19 +21,19 @@ from lockstep.rl.verdict import Outcome
 
 @dataclass(frozen=True)
 class Comparison:
-    """Completions of one prompt, best first, and what the reference says of each one's tokens."""
+    """Completions of one prompt, best first, with the reference's log-probabilities of their tokens."""
 
     ranked: RankedTokens
     reference_logp: tuple[Floats, ...] | None = None
     """None for a reward model, which has no reference."""
 
     def row(self) -> dict[str, Any]:
-        """Of a table."""
+        """The comparison as a row of a table."""
         return asdict(self.ranked) | {"reference_logp": self.reference_logp}
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Comparison":
-        """What became a row."""
+        """The comparison that a row holds."""
         logp = row["reference_logp"]
         return cls(
             RankedTokens(row["index"], tuple(row["prompt"]), tuple(map(tuple, row["completions"]))),
@@ -43,11 +42,11 @@ class Comparison:
 
 
 class TooFewComparisons(ValueError):
-    """There is nothing to learn from, or nothing to measure with."""
+    """No comparison is left to learn from."""
 
 
 def read_comparisons(config: PreferenceConfig, tokenizer: Tokenizer) -> list[Comparison]:
-    """All of a recipe's file.
+    """Reads and tokenizes all comparisons of the recipe's file.
 
     Raises:
         BadRow: names file, line and field.
@@ -56,7 +55,7 @@ def read_comparisons(config: PreferenceConfig, tokenizer: Tokenizer) -> list[Com
 
 
 def by_verdict(groups: Iterable[Sequence[Judged]], pairs: int) -> list[Comparison]:
-    """Correct before incorrect completions of a prompt, token by token as they were written.
+    """Pairs of a correct and an incorrect completion of one prompt, with the tokens that were sampled.
 
     Completions that are alike count once, each is in one pair at most, and the ungradable and the empty are in none.
 
@@ -73,7 +72,7 @@ def by_verdict(groups: Iterable[Sequence[Judged]], pairs: int) -> list[Compariso
 
 
 def apart(comparisons: Sequence[Comparison], held_out: int, seed: int) -> tuple[list[Comparison], list[Comparison]]:
-    """Comparisons to learn from and others to measure with, in an order that the seed decides.
+    """Splits comparisons into those to learn from and those held out, in an order that the seed decides.
 
     No prompt is on both sides: all comparisons of a held-out prompt are held out, so that there may be a few more.
 
@@ -93,7 +92,7 @@ def apart(comparisons: Sequence[Comparison], held_out: int, seed: int) -> tuple[
 
 
 def samples_to_compare(chosen: Sequence[Comparison], *, judged: bool) -> list[Sample]:
-    """The global batch of these comparisons, each a group of its own; see `preference_samples`."""
+    """The samples of a global batch of comparisons, each a group of its own; see `preference_samples`."""
     found = []
     for number, comparison in enumerate(chosen):
         completions = comparison.ranked.completions
@@ -110,12 +109,12 @@ def samples_to_compare(chosen: Sequence[Comparison], *, judged: bool) -> list[Sa
 
 
 def completions_of(comparisons: Sequence[Comparison]) -> list[tuple[Sequence[int], Sequence[int]]]:
-    """Prompt and completion, one by one."""
+    """The prompt and the completion of every completion of the comparisons, in order."""
     return [(c.ranked.prompt, completion) for c in comparisons for completion in c.ranked.completions]
 
 
 def with_reference(comparisons: Sequence[Comparison], logp: Iterable[Floats]) -> list[Comparison]:
-    """The comparisons with log-probabilities in the order of `completions_of`."""
+    """Adds the reference's log-probabilities to comparisons; they come in the order of `completions_of`."""
     columns = iter(logp)
     return [replace(c, reference_logp=tuple(next(columns) for _ in c.ranked.completions)) for c in comparisons]
 

@@ -32,7 +32,7 @@ class _Term(BaseModel):
 
 
 class FormatTerm(_Term):
-    """1 for a completion that has a form, 0 for others."""
+    """1 for a completion that matches a regular expression as a whole, 0 for others."""
 
     weight: float = Field(0.0, allow_inf_nan=False)
     pattern: str = Field(
@@ -64,7 +64,7 @@ class OverlongTerm(_Term):
 
 
 class LengthTerm(_Term):
-    """1 for a completion between two lengths, 0 outside of them."""
+    """1 for a completion whose length in tokens is within bounds, 0 for others."""
 
     weight: float = Field(0.0, allow_inf_nan=False)
     low: int = Field(0, ge=0, description="tokens at least")
@@ -79,7 +79,7 @@ class LanguageTerm(_Term):
 
 
 class RewardConfig(BaseModel):
-    """What a completion earns: the sum of these terms, each times its weight. Those of weight 0 are left out."""
+    """The reward of a completion: the sum of these terms, each times its weight. Those of weight 0 are left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -93,7 +93,7 @@ class RewardConfig(BaseModel):
 
 
 CORRECTNESS = RewardConfig()
-"""Nothing but the verdict."""
+"""The verdict's reward alone."""
 
 
 def rewarded(group: Sequence[Judged], config: RewardConfig) -> tuple[Rewarded, ...]:

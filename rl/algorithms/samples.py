@@ -23,7 +23,7 @@ from lockstep.rl.algorithms.methods import Aggregation, Method
 from lockstep.rl.types import Advantaged, Estimated, Rewarded
 
 Pieces = list[tuple[Doubles, Doubles]]
-"""For each rollout the advantages and the returns of the tokens that it wrote."""
+"""Of each rollout: advantages and returns of the tokens that the model wrote."""
 
 
 def teaches(group: Sequence[Rewarded], config: RLConfig) -> bool:
@@ -72,7 +72,7 @@ def samples_of(groups: Sequence[Sequence[Advantaged]], config: RLConfig) -> list
 
 
 def weighted(samples: Sequence[Sample], aggregation: Aggregation = "tokens", constant: int = 1) -> list[Sample]:
-    """The samples with weights that make sums over the global batch the mean that a method wants.
+    """Sets the samples' weights, so that weighted sums over the global batch are the mean that the method wants.
 
     Args:
         aggregation: a mean over all tokens; or a mean over samples, of the mean over each one's tokens, or of their sum
@@ -91,8 +91,10 @@ def weighted(samples: Sequence[Sample], aggregation: Aggregation = "tokens", con
 
 
 def updates_of(samples: Sequence[Sample], config: RLConfig, seed: int) -> Iterator[list[Sample]]:
-    """The global batch of each update that a step makes of its samples: all of them, or `minibatches` parts in a new
-    order each epoch. Samples that share a prompt stay together, and each part's weights are of that part."""
+    """Yields the global batch of each update of a step: all samples, or `minibatches` parts in a new order each epoch.
+
+    Samples that share a prompt stay together, and the weights of each part are normalised over that part.
+    """
     if config.minibatches == 1:
         yield from [list(samples)] * config.epochs
         return
@@ -114,10 +116,10 @@ def preference_samples(
     judged: bool = False,
     reference_logp: Sequence[Floats] | None = None,
 ) -> list[Sample]:
-    """The samples of `pair_loss` from completions of one prompt and how good they are; more is better.
+    """Samples for `pair_loss` from the completions of one prompt and their preferences; more is better.
 
     Args:
-        group: a number of this comparison alone, among those of the prompt.
+        group: number of this comparison, unique among those of the prompt.
         groups: how many comparisons the global batch has.
         judged: for a reward model, whose score is the value at the last token: the sample has one token more, which
             nothing is learned of but this value.
@@ -168,7 +170,7 @@ def _compared(rewards: list[float], config: RLConfig) -> Sequence[float | None]:
 
 
 def _pieces(kept: Sequence[Advantaged], config: RLConfig) -> Pieces:
-    """What the method makes of what `with_advantages` found, token by token."""
+    """Advantages and returns of each token, by the method, from the rollouts' advantages."""
     match config.advantage:
         case "gae":
             rewards = [_rewards(s, config) for s in kept]
@@ -195,13 +197,13 @@ def _alike(advantages: Doubles) -> tuple[Doubles, Doubles]:
 
 
 def _whole(advantaged: Advantaged) -> Doubles:
-    """The rollout's advantage at every token that it wrote."""
+    """The rollout's advantage at every token that the model wrote."""
     assert advantaged.advantage is not None
     return np.full(int(_written(advantaged).sum()), advantaged.advantage)
 
 
 def _rewards(advantaged: Advantaged, config: RLConfig) -> Doubles:
-    """Of each token written: its KL off the reward, and at the last what the rollout earned."""
+    """The reward of each token written: minus its KL, and at the last one the rollout's reward, too."""
     assert advantaged.advantage is not None
     cost = config.kl.in_reward * _distance(advantaged, config) if config.kl.in_reward else _whole(advantaged) * 0
     rewards = -cost

@@ -1,4 +1,4 @@
-"""The order in which groups are written and learned from, and how old the weights behind a sample may be.
+"""Schedules groups of rollouts into batches, in order, and bounds how stale the weights behind a sample may be.
 
 Groups are learned from in the order in which they were asked for, B at least in each step. With a bound of S versions a
 group is asked for only where fewer than r + S · B groups are before it: the r that the step at hand still takes, and S
@@ -15,22 +15,22 @@ from lockstep.rl.types import Judged, Prompt, Rewarded
 
 
 class Source(Protocol):
-    """Where groups come from: see `Producer`."""
+    """Where judged groups come from: see `lockstep.rl.collector.collector.Collector`."""
 
     @property
     def version(self) -> int:
-        """Of the weights that completions are written with."""
+        """The version of the weights that completions are written with."""
 
     def ask(self, prompts: Mapping[int, Prompt], sampling: SamplingParams, samples: int, seed: int) -> None:
-        """Ask for groups by their numbers."""
+        """Requests groups of completions, by their numbers."""
 
     def take(self, group: int) -> list[Judged]:
-        """A group that was asked for, when it is there."""
+        """Waits for a requested group."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from."""
+    """The groups of rollouts that a step learns from."""
 
     groups: tuple[tuple[Rewarded, ...], ...]
     """In the order in which they were asked for; those that were replaced, too."""
@@ -43,7 +43,7 @@ class Batch:
 
 
 class BatchScheduler:
-    """Batches of complete groups, in order."""
+    """Makes batches of complete groups, in the order in which they were requested."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class BatchScheduler:
         """Number of the next group to be taken, which is all that a run has to remember to go on."""
 
     def batch(self) -> Batch:
-        """The groups of the next step, when they are there; the next ones are asked for."""
+        """Waits for the groups of the next step, and requests those of the steps behind it."""
         taken: list[tuple[Rewarded, ...]] = []
         teaching: list[bool] = []
         replaced = 0
