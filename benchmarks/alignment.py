@@ -32,6 +32,7 @@ from lockstep.rl.prompts import make_prompt
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import load_rollout_engine
+from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.verifiers.math.grader import grade
 
@@ -207,8 +208,8 @@ def measured(name: str, settings: tuple[str, ...], groups: Groups) -> list[Measu
 
 def figures(engine: RolloutEngine, reference: Stage, prompts: list[Prompt]) -> tuple[float, float, float]:
     """Greedy accuracy, and mean reward and KL of two samples of each prompt."""
-    greedy = list(engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=6), samples=1, seed=0))
-    drawn = list(engine.generate(prompts, SamplingParams(max_new_tokens=6), samples=2, seed=1))
+    greedy = list(generate(engine, prompts, SamplingParams(temperature=0, max_new_tokens=6), samples=1, seed=0))
+    drawn = list(generate(engine, prompts, SamplingParams(max_new_tokens=6), samples=2, seed=1))
     log_ratios = reported(drawn) - rescored(reference, engine.transformer.groups, drawn, 1.0)
     return right(greedy), right(drawn), float(log_ratios.sum() / len(drawn))
 

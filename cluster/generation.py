@@ -13,8 +13,8 @@ import jinja2
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import TextStream
-from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.protocol import Request
+from lockstep.rl.rollout.output_processor import generate
+from lockstep.rl.rollout.protocol import Engine, Request
 from lockstep.rl.types import Prompt, Rollout
 
 Message = dict[str, str]
@@ -38,7 +38,7 @@ class Question:
 class Answerer:
     """An engine and how to draw from it."""
 
-    engine: RolloutEngine
+    engine: Engine
     tokenizer: Tokenizer
     sampling: SamplingParams
     seed: int = 0
@@ -75,7 +75,7 @@ class Answerer:
         prompts = [Prompt(i, q.text, self.tokens(q), "") for i, q in enumerate(questions)]
         found: dict[int, list[Rollout]] = {prompt.index: [] for prompt in prompts}
         following = iter(questions)
-        for rollout in self.engine.generate(prompts, self.sampling, samples=samples, seed=self.seed):
+        for rollout in generate(self.engine, prompts, self.sampling, samples=samples, seed=self.seed):
             found[rollout.prompt.index].append(rollout)
             while found and len(next(iter(found.values()))) == samples:
                 rollouts = found.pop(next(iter(found)))

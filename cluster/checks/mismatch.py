@@ -31,6 +31,7 @@ from lockstep.rl.prompts import make_prompt
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import as_lockstep
+from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt, Rollout
 
 ROW_TOKENS = 2048
@@ -107,7 +108,7 @@ def measure(
     model, weights = merged(ModelConfig(**source.manifest["model"]), source)
     stage = build(model, groups, DTYPES[dtype], weights, numerics)
     engine = RolloutEngine(transformer_of(stage), decode=Tokenizer(source.files).decode)
-    rollouts = list(engine.generate(prompts, sampling, samples=samples, seed=seed))
+    rollouts = list(generate(engine, prompts, sampling, samples=samples, seed=seed))
     return compare(reported(rollouts), rescored(stage, groups, rollouts, sampling.temperature or 1.0))
 
 

@@ -5,17 +5,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from lockstep.cluster.evaluation.accuracy import Estimate, Tally, estimate_accuracy, mean_pass_at_k, tally
 from lockstep.cluster.evaluation.answer_folder import Answer, AnswerFolder
 from lockstep.data.tasks.task import Split, TaskConfig, held_out_problems, make_split
-from lockstep.distributed.checkpoint.tensors import digest, to_numpy
 from lockstep.rl.prompts import make_prompt
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import open_engine
+from lockstep.rl.rollout.output_processor import generate
+from lockstep.rl.rollout.protocol import Engine
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.verifiers.judge import Judge, Note
@@ -100,7 +99,7 @@ class _Sitting:
 
     work: Evaluation
     prompts: Sequence[Prompt]
-    engine: RolloutEngine
+    engine: Engine
     judge: Judge
     answers: AnswerFolder
 
@@ -119,7 +118,7 @@ class _Sitting:
         """Completions of the problems of which some are missing; those that are there are drawn alike again."""
         has = self.answers.has
         missing = [p for p in self.prompts if not all(has(mode, p.index, s) for s in range(samples))]
-        return self.engine.generate(missing, sampling, samples=samples, seed=self.work.seed)
+        return generate(self.engine, missing, sampling, samples=samples, seed=self.work.seed)
 
     def _judged(self, mode: str, samples: int, rollouts: Sequence[Rollout]) -> Iterator[Answer]:
         verdicts = self.judge.grade([(r.text, r.prompt) for r in rollouts])
@@ -159,13 +158,12 @@ def _problems(task: TaskConfig, seed: int) -> Split:
     return Split((), held_out_problems(task, seed), "")
 
 
-def _settings(work: Evaluation, prompts: Sequence[Prompt], engine: RolloutEngine) -> dict[str, Any]:
+def _settings(work: Evaluation, prompts: Sequence[Prompt], engine: Engine) -> dict[str, Any]:
     """All that completions and verdicts depend on; weights and problems by their digests."""
     asked = "".join(f"{p.text}\0{p.answer}\0{p.tests}\0" for p in prompts)
-    weights = np.array([digest(to_numpy(p)) for p in engine.transformer.parameters()])
     return {
         "checkpoint": work.checkpoint,
-        "weights": digest(weights),
+        "weights": engine.weights_digest(),
         "dtype": work.dtype,
         "task": work.task.model_dump(mode="json"),
         "problems": xxhash.xxh3_64_hexdigest(asked.encode("utf-8", "surrogatepass")),

@@ -14,8 +14,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Self
 
-from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.protocol import Request, Statistics, TokenOutput
+from lockstep.rl.rollout.protocol import Engine, Request, Statistics, TokenOutput
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class Outlet:
 class AsyncEngine:
     """Completions of one engine for many tasks of one event loop, as an asynchronous context."""
 
-    def __init__(self, engine: RolloutEngine, *, places: int) -> None:
+    def __init__(self, engine: Engine, *, places: int) -> None:
         """
         Args:
             places: completions that may run and wait together.
@@ -118,7 +117,7 @@ class AsyncEngine:
 
         Raises:
             Busy: when there is no place for all of them.
-            Ended, EngineFailed: also while tokens are read, as is what `RolloutEngine.add` raises.
+            Ended, EngineFailed: also while tokens are read, as is what `Engine.add` raises.
         """
         if self.failure:
             raise EngineFailed(self.failure)

@@ -11,7 +11,7 @@ from aiohttp import web
 from lockstep.cluster.serving.app import Server
 from lockstep.cluster.serving.async_engine import AsyncEngine
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.protocol import Engine
 
 POLL_S = 0.05
 
@@ -30,14 +30,14 @@ class Settings:
 
 
 def serve(
-    engine: RolloutEngine, tokenizer: Tokenizer, door: socket.socket, settings: Settings, say: Callable[[str], None]
+    engine: Engine, tokenizer: Tokenizer, door: socket.socket, settings: Settings, say: Callable[[str], None]
 ) -> None:
     """Serve until SIGINT or SIGTERM; a second one ends at once."""
     asyncio.run(_served(engine, tokenizer, door, settings, say))
 
 
 async def _served(
-    engine: RolloutEngine, tokenizer: Tokenizer, door: socket.socket, settings: Settings, say: Callable[[str], None]
+    engine: Engine, tokenizer: Tokenizer, door: socket.socket, settings: Settings, say: Callable[[str], None]
 ) -> None:
     asked, again = _signals()
     async with AsyncEngine(engine, places=settings.places) as service:

@@ -1,13 +1,15 @@
 """Completions by continuous batching: a sequence that ends makes room at once for one that waits."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lockstep.distributed.checkpoint.tensors import digest, to_numpy
+from lockstep.distributed.device import give_back
 from lockstep.model import cpu_decoder
 from lockstep.model.attention.exact_kv_cache import exact_cache
 from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
@@ -15,14 +17,11 @@ from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.block_pool import BlockPool, pool_sizes
-from lockstep.rl.rollout.config import OnUpdate, SamplingParams
+from lockstep.rl.rollout.config import OnUpdate
 from lockstep.rl.rollout.detokenizer import StopStrings
-from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
 from lockstep.rl.rollout.parallel_sampler import ParallelSampler
 from lockstep.rl.rollout.protocol import PromptTooLong, Request, Statistics, TokenOutput
-from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler
-from lockstep.rl.rollout.scheduler import SequenceState as Running
-from lockstep.rl.types import Prompt, Rollout
+from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler, SequenceState
 from lockstep.rl.weight_sync.receiver import Receiver
 from lockstep.rl.weight_sync.shards import Shard
 
@@ -71,7 +70,7 @@ class RolloutEngine:
         self._cache: KVCache | None = None
         pools = [BlockPool(count) for count in counts]
         self._scheduler = Scheduler(kinds(model), pools, sequences=sequences, budget=budget)
-        self._sequences: dict[str | int, Running] = {}
+        self._sequences: dict[str | int, SequenceState] = {}
         self.weight_version = 0
         self._receiver: Receiver | None = None
         self._given_back: dict[nn.Parameter, torch.Size] = {}
@@ -160,6 +159,11 @@ class RolloutEngine:
             self.transformer.unpack()
             for parameter in self._given_back:
                 parameter.data = parameter.data.new_empty(0)
+        give_back(self.device)
+
+    def weights_digest(self) -> str:
+        """See `Engine.weights_digest`."""
+        return digest(np.array([digest(to_numpy(parameter)) for parameter in self.transformer.parameters()]))
 
     @property
     def has_work(self) -> bool:
@@ -188,6 +192,29 @@ class RolloutEngine:
         lengths = range(1, self.length + 1)
         return bisect_left(lengths, True, key=lambda length: self._scheduler.lacking(length - 1) is not None)
 
+    def check(self, request: Request) -> None:
+        """See `Engine.check`."""
+        model, new, prompt = self.transformer.model, request.sampling.longest, len(request.tokens)
+        if not prompt:
+            raise ValueError(
+                "a prompt without tokens has no next token: give at least one, for example the text's begin"
+            )
+        if prompt + new > self.length:
+            raise PromptTooLong(
+                f"a prompt of {prompt} tokens and {new} new ones need a context of {prompt + new}, "
+                f"and rollouts have {self.length}"
+            )
+        lacking = self._scheduler.lacking(prompt + new - 1)
+        if lacking:
+            raise PromptTooLong(
+                f"a prompt of {prompt} tokens and {new} new ones need {lacking[0]} blocks of {BLOCK} tokens, and the "
+                f"cache has {lacking[1]}: raise cache_gib, or ask for fewer tokens"
+            )
+        named = (*request.tokens, *request.sampling.stop_tokens, *request.sampling.logit_bias)
+        strange = next((t for t in named if not 0 <= t < model.vocabulary), None)
+        if strange is not None:
+            raise ValueError(f"there is no token {strange}: the vocabulary has 0 … {model.vocabulary - 1}")
+
     def add(self, request: Request) -> None:
         """Take a request, to be run as soon as there is room.
 
@@ -195,11 +222,11 @@ class RolloutEngine:
             PromptTooLong: when prompt and completion do not fit into the context or the cache.
             ValueError: when the prompt is empty or has numbers of no token, or the key is in use.
         """
-        self._check(request)
+        self.check(request)
         if request.key in self._sequences:
             raise ValueError(f"a request with the key {request.key!r} is running already: give each a key of its own")
         stops = StopStrings(request.sampling.stop, self.decode) if request.sampling.stop else None
-        self._sequences[request.key] = sequence = Running(request, stops=stops)
+        self._sequences[request.key] = sequence = SequenceState(request, stops=stops)
         self._scheduler.waiting.append(sequence)
         self._prompt_tokens += len(request.tokens)
 
@@ -231,57 +258,6 @@ class RolloutEngine:
         except BaseException:
             self._scheduler.restart()
             raise
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, samples: int, seed: int
-    ) -> Iterator[Rollout]:
-        """`samples` completions of each prompt, each as soon as it ends; nothing else may be running.
-
-        Sample s of the prompt with index i has the number i · samples + s, which is also its key, and is drawn from
-        random numbers that depend on (seed, that number, position) only.
-
-        Raises:
-            PromptTooLong: before anything runs.
-        """
-        assert not self.has_work
-        orders = [
-            RolloutRequest(prompt.index * samples + s, prompt, sampling, seed)
-            for prompt in prompts
-            for s in range(samples)
-        ]
-        for order in orders:
-            self._check(order.request)
-        writer = OutputProcessor(self)
-        for order in orders:
-            writer.add(order)
-        try:
-            while writer.has_work:
-                yield from writer.step()
-        finally:
-            writer.drop()
-
-    def _check(self, request: Request) -> None:
-        """Refuse what cannot be run; see `add`."""
-        model, new, prompt = self.transformer.model, request.sampling.longest, len(request.tokens)
-        if not prompt:
-            raise ValueError(
-                "a prompt without tokens has no next token: give at least one, for example the text's begin"
-            )
-        if prompt + new > self.length:
-            raise PromptTooLong(
-                f"a prompt of {prompt} tokens and {new} new ones need a context of {prompt + new}, "
-                f"and rollouts have {self.length}"
-            )
-        lacking = self._scheduler.lacking(prompt + new - 1)
-        if lacking:
-            raise PromptTooLong(
-                f"a prompt of {prompt} tokens and {new} new ones need {lacking[0]} blocks of {BLOCK} tokens, and the "
-                f"cache has {lacking[1]}: raise cache_gib, or ask for fewer tokens"
-            )
-        named = (*request.tokens, *request.sampling.stop_tokens, *request.sampling.logit_bias)
-        strange = next((t for t in named if not 0 <= t < model.vocabulary), None)
-        if strange is not None:
-            raise ValueError(f"there is no token {strange}: the vocabulary has 0 … {model.vocabulary - 1}")
 
     def _stepped(self, plan: Plan) -> list[TokenOutput]:
         if not plan.chunks:
@@ -322,7 +298,7 @@ class RolloutEngine:
         assert isinstance(attend, PagedAttention)
         return self._decoder(tokens, positions, attend)
 
-    def _extended(self, sequences: list[Running], local_BV: Tensor) -> list[TokenOutput]:
+    def _extended(self, sequences: list[SequenceState], local_BV: Tensor) -> list[TokenOutput]:
         """Draw a token for each sequence, which ends there or goes on."""
         found = []
         for sequence, drawn in zip(sequences, self._drawing(sequences, local_BV), strict=True):
@@ -337,7 +313,7 @@ class RolloutEngine:
         self._generated_tokens += len(found)
         return found
 
-    def _reason(self, sequence: Running) -> str | None:
+    def _reason(self, sequence: SequenceState) -> str | None:
         """Why a sequence ends with its last token, if it does."""
         sampling, written = sequence.request.sampling, len(sequence.tokens)
         if sampling.exact_lengths:

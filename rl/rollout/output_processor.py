@@ -1,15 +1,12 @@
 """Completions that are asked for one by one, put together from the tokens that an engine says pass by pass."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import before_stop
-from lockstep.rl.rollout.protocol import Request, TokenOutput
+from lockstep.rl.rollout.protocol import Engine, Request, TokenOutput
 from lockstep.rl.types import Prompt, Rollout, continued
-
-if TYPE_CHECKING:
-    from lockstep.rl.rollout.engine import RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class RolloutRequest:
 class OutputProcessor:
     """The orders that an engine works on, and what each has so far."""
 
-    def __init__(self, engine: "RolloutEngine") -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._orders: dict[int, RolloutRequest] = {}
         self._parts: dict[str | int, list[TokenOutput]] = {}
@@ -55,7 +52,7 @@ class OutputProcessor:
         """Take an order.
 
         Raises:
-            PromptTooLong, ValueError: see `RolloutEngine.add`.
+            PromptTooLong, ValueError: see `Engine.add`.
         """
         self._engine.add(order.request)
         self._orders[order.number], self._parts[order.number] = order, []
@@ -88,3 +85,29 @@ class OutputProcessor:
             supports=tuple(t.support for t in tokens) if any(t.support for t in tokens) else (),
         )
         return written if order.begun is None else continued(order.begun, written, self._engine.decode)
+
+
+def generate(
+    engine: Engine, prompts: Sequence[Prompt], sampling: SamplingParams, *, samples: int, seed: int
+) -> Iterator[Rollout]:
+    """`samples` completions of each prompt, each as soon as it ends; the engine may have nothing else to do.
+
+    Sample s of the prompt with index i has the number i · samples + s, which is also its key, and is drawn from
+    random numbers that depend on (seed, that number, position) only.
+
+    Raises:
+        PromptTooLong: before anything runs.
+    """
+    assert not engine.has_work
+    numbered = [(prompt.index * samples + s, prompt) for prompt in prompts for s in range(samples)]
+    requests = [RolloutRequest(number, prompt, sampling, seed) for number, prompt in numbered]
+    for each in requests:
+        engine.check(each.request)
+    processor = OutputProcessor(engine)
+    for each in requests:
+        processor.add(each)
+    try:
+        while processor.has_work:
+            yield from processor.step()
+    finally:
+        processor.drop()

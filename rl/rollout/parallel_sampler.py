@@ -12,12 +12,12 @@ from lockstep.model.ops.exact.reductions import gathered
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.sampler import Row, draw, likeliest, uniforms
-from lockstep.rl.rollout.scheduler import SequenceState as Running
+from lockstep.rl.rollout.scheduler import SequenceState
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A token, and what `Token` says of how it was drawn."""
+    """A token, and what `TokenOutput` says of how it was drawn."""
 
     token: int
     logp: float
@@ -38,7 +38,7 @@ class ParallelSampler:
         numerics = self._transformer.numerics
         return local_logits(hidden_BD, weight, self._first_row, model.vocabulary, model.logit_cap, numerics)
 
-    def __call__(self, sequences: Sequence[Running], local_BV: Tensor) -> list[Drawn]:
+    def __call__(self, sequences: Sequence[SequenceState], local_BV: Tensor) -> list[Drawn]:
         """A token for each sequence, from a row of logits each."""
         whole_BV = self._whole(local_BV)
         requests = [s.request for s in sequences]
@@ -65,7 +65,7 @@ class ParallelSampler:
         """Of the vocabulary on this rank."""
         return self._transformer.groups.tensor_rank * len(self._transformer.head_weight)
 
-    def _row(self, sequence: Running, number: float) -> Row:
+    def _row(self, sequence: SequenceState, number: float) -> Row:
         request = sequence.request
         early = len(sequence.tokens) < request.sampling.min_new_tokens
         forbidden = self.ends(request.sampling) if early and not request.sampling.exact_lengths else ()

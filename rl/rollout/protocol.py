@@ -1,8 +1,17 @@
-"""Engine (protocol), Request, TokenOutput."""
+"""The interface between a rollout engine and those who use it, and the records that pass through it.
 
+An engine draws completions by continuous batching: requests come at any time, and every `step` returns the next tokens.
+`Engine` is all that the output processor, the server, evaluation and the rollout workers know of one.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from lockstep.rl.rollout.config import SamplingParams
+
+if TYPE_CHECKING:  # torch and megatron-core, which a driver has no use for
+    from lockstep.rl.weight_sync.shards import Shard
 
 
 class PromptTooLong(ValueError):
@@ -58,3 +67,110 @@ class TokenOutput:
     """The likeliest tokens and their log-probabilities under the policy, where the request asks for `logprobs`."""
     support: tuple[int, ...] = ()
     """Tokens among which it was drawn, in order, where the request asks for `support` and something was cut off."""
+
+
+class Engine(Protocol):
+    """A language model that completes prompts, whose weights can be replaced while requests run.
+
+    Training relies on what an implementation has to keep:
+
+    - `TokenOutput.logp` is under the policy: softmax(logits / temperature) over the whole vocabulary (at temperature 0
+      the policy at 1), without penalties, bias and truncation. `sampling_logp` is under the distribution that the token
+      was drawn from.
+    - Every token carries the version of the weights that drew it. Weights change in `end_update` only, and nothing
+      that was computed under old weights is found by requests that begin after it.
+    - The random number of a token depends on (seed, sample, position) only, and so does a completion, up to rounding:
+      it does not depend on the batch, on other requests, or on when it was added.
+    - A request ends with exactly one token that has a finish reason, or by `cancel`; `holds` is true until then.
+    - Tensor ranks of one model each have an engine; they make the same calls and return the same tokens.
+    - One thread uses an engine at a time; only `statistics` may be read from others.
+
+    tests/rl/rollout/test_protocol.py is the suite that every implementation passes.
+    """
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights that draw the next tokens, 0 before the first update."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request has neither ended nor been cancelled."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """Requests, cache and tokens at this moment."""
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that prompt and completion together may have: context and cache have room for them."""
+
+    def decode(self, tokens: list[int], /) -> str:
+        """The text of tokens, without special ones."""
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that can never run.
+
+        Raises:
+            PromptTooLong: when prompt and completion do not fit into the context or the cache.
+            ValueError: when the prompt is empty or a token is not in the vocabulary.
+        """
+
+    def add(self, request: Request) -> None:
+        """Queue a request, which runs as soon as there is room.
+
+        Raises:
+            PromptTooLong, ValueError: as `check`; also when a running request has the same key.
+        """
+
+    def cancel(self, key: str | int) -> None:
+        """Abort a request: `step` returns no more of its tokens. One that has ended or was never added is no error."""
+
+    def holds(self, key: str | int) -> bool:
+        """Whether a request was added and has neither ended nor been cancelled."""
+
+    def step(self) -> list[TokenOutput]:
+        """Run one forward pass; returns the tokens that it drew, at most one of each request.
+
+        After an error no request is lost: the next step computes again what was running.
+
+        Raises:
+            RuntimeError: between `begin_update` and `end_update`, or after `release` of the weights.
+        """
+
+    def ready_for_update(self) -> bool:
+        """Whether `begin_update` may be called; where running requests have to end before it (`OnUpdate`), call `step`
+        until they have. Requests that wait then begin after the update only."""
+
+    def begin_update(self, version: int) -> None:
+        """Begin to replace all weights.
+
+        Raises:
+            RuntimeError: unless `ready_for_update`.
+        """
+
+    def take(self, shards: "Sequence[Shard]") -> None:
+        """Write a part of the new weights; shards may come from any layout, in messages of any size.
+
+        Raises:
+            WeightsDiffer: when bits differ from those that the policy signed, or a part comes twice.
+        """
+
+    def end_update(self) -> None:
+        """Use the new weights from the next `step` on; `weight_version` is theirs.
+
+        Raises:
+            WeightsDiffer: when a part is missing.
+        """
+
+    def weights_digest(self) -> str:
+        """Digest of this rank's weights: equal where all bits are equal."""
+
+    def forget(self) -> None:
+        """Empty the prefix cache: no request finds what earlier ones have computed."""
+
+    def release(self, *, weights: bool = False) -> None:
+        """Free the memory of the KV cache; running requests are computed again when they go on.
+
+        Args:
+            weights: free that of the weights as well; an update has to come before the next `step`.
+        """

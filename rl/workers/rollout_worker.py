@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import Numerics
 from lockstep.rl.rollout.config import RolloutConfig
 from lockstep.rl.rollout.loading import load_rollout_engine
 from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
+from lockstep.rl.rollout.protocol import Engine
 from lockstep.rl.types import Rollout
 from lockstep.rl.weight_sync.broadcast import Broadcast
 from lockstep.rl.weight_sync.shards import Shard
@@ -34,7 +34,7 @@ class RolloutWorker(RankWorker):
     ) -> None:
         """Load this tensor rank's part of the model as weight version 0."""
         groups = join(Layout(tensor=limits.tensor), rank=rank, meeting=meeting_at(address, port))
-        self.engine = load_rollout_engine(
+        self.engine: Engine = load_rollout_engine(
             checkpoint,
             dtype=dtype,
             length=limits.length,
@@ -49,7 +49,7 @@ class RolloutWorker(RankWorker):
         self.log.info("ready for %d sequences", limits.sequences)
 
     def begin_update(self, version: int) -> None:
-        """See `RolloutEngine.begin_update`."""
+        """See `Engine.begin_update`."""
         self.engine.begin_update(version)
 
     def take(self, *shards: list[Shard]) -> None:
@@ -67,7 +67,7 @@ class RolloutWorker(RankWorker):
                 self.engine.take(shards)
 
     def end_update(self) -> None:
-        """See `RolloutEngine.end_update`."""
+        """See `Engine.end_update`."""
         self.engine.end_update()
         self.step = self.engine.weight_version
 
@@ -96,4 +96,3 @@ class RolloutWorker(RankWorker):
     def release(self) -> None:
         """Give memory back to those who share this process's device, that of the weights included."""
         self.engine.release(weights=True)
-        give_back(self.engine.device)

@@ -21,6 +21,7 @@ from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt
 from lockstep.rl.weight_sync.shards import shards_of
 
@@ -146,7 +147,7 @@ def test_an_engine_decodes_with_it_and_with_new_weights(groups: Groups, prompts:
         if stage is policy:
             other = build(LLAMA, groups, torch.bfloat16, weights)
             engine.receive(1, shards_of(transformer_of(policy)))
-        rollouts = list(engine.generate(asked, SamplingParams(max_new_tokens=30), samples=2, seed=0))
+        rollouts = list(generate(engine, asked, SamplingParams(max_new_tokens=30), samples=2, seed=0))
         same, different = (compare(reported(rollouts), rescored(s, groups, rollouts, 1.0)) for s in (stage, other))
         assert same.tokens > 50 * prompts
         assert same.mean < 0.02
@@ -162,7 +163,7 @@ def test_in_exact_numerics_its_bits_are_the_trainers(groups: Groups, change: dic
     engine = RolloutEngine(transformer_of(stage), decode=lambda tokens: "", length=150)
     asked = [Prompt(i, "", tuple(range(3, 9 + 30 * i)), "") for i in range(4)]
     torch.set_num_threads(2)
-    rollouts = list(engine.generate(asked, SamplingParams(temperature=0.8, max_new_tokens=30), samples=3, seed=0))
+    rollouts = list(generate(engine, asked, SamplingParams(temperature=0.8, max_new_tokens=30), samples=3, seed=0))
     torch.set_num_threads(1)
     assert isinstance(engine._decoder, CpuDecoder)
     found = compare(reported(rollouts), rescored(stage, groups, rollouts, 0.8))

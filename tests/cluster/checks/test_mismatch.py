@@ -13,6 +13,7 @@ from lockstep.model.formats.huggingface.reader import HuggingFaceFolder, read_te
 from lockstep.model.loading import build, transformer_of
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt
 
 
@@ -48,7 +49,7 @@ def test_every_token_is_scored_again_at_its_place(temperature: float, tiny_folde
     engine = RolloutEngine(transformer_of(stage), decode=Tokenizer(read_text_files(tiny_folder)).decode)
     prompts = [Prompt(i, "", tuple(range(3, 4 + 5 * i)), "") for i in range(4)]
     sampling = SamplingParams(temperature=temperature, max_new_tokens=12)
-    rollouts = list(engine.generate(prompts, sampling, samples=3, seed=1))
+    rollouts = list(generate(engine, prompts, sampling, samples=3, seed=1))
     found = compare(reported(rollouts), rescored(stage, groups, rollouts, temperature))
     assert found.tokens == sum(len(r.tokens) for r in rollouts)
     assert found.largest <= 1e-4

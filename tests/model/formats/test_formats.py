@@ -27,6 +27,7 @@ from lockstep.model.layers.logprobs import local_logits
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import load_rollout_engine, to_lockstep
+from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt
 
 
@@ -203,7 +204,7 @@ def test_gguf_speaks_greedily_as_transformers_does(ours: tuple[RolloutEngine, To
     encoded = [tokenizer.encode(text) for text in chats(tokenizer)]
     prompts = [Prompt(i, "", tuple(tokens), "") for i, tokens in enumerate(encoded)]
     sampling = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS)
-    rollouts = {r.prompt.index: r for r in engine.generate(prompts, sampling, samples=1, seed=0)}
+    rollouts = {r.prompt.index: r for r in generate(engine, prompts, sampling, samples=1, seed=0)}
     eos = engine.transformer.model.eos_tokens
     width = max(map(len, encoded))
     padded = torch.tensor([[eos[0]] * (width - len(t)) + t for t in encoded])

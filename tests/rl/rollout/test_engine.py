@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.device import give_back
 from lockstep.distributed.groups import Groups
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.config import ModelConfig
@@ -21,7 +20,7 @@ from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
+from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest, generate
 from lockstep.rl.rollout.protocol import PromptTooLong
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.weight_sync.shards import shards_of
@@ -43,7 +42,7 @@ def engine_of(transformer: Transformer, tokenizer: Tokenizer, slots: int, prefil
 def run(
     engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingParams, samples: int = 1
 ) -> dict[tuple[int, int], Rollout]:
-    found = list(engine.generate(prompts, sampling, samples=samples, seed=6))
+    found = list(generate(engine, prompts, sampling, samples=samples, seed=6))
     by_place = {(r.prompt.index, r.sample): r for r in found}
     assert len(by_place) == len(found) == len(prompts) * samples
     return by_place
@@ -174,7 +173,7 @@ def test_a_sequence_that_ends_makes_room_at_once(
 def test_a_prompt_is_read_once_for_all_its_samples(
     transformer: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], passes: Passes
 ) -> None:
-    list(engine_of(transformer, tokenizer, 64).generate(prompts, SamplingParams(max_new_tokens=1), samples=5, seed=0))
+    list(generate(engine_of(transformer, tokenizer, 64), prompts, SamplingParams(max_new_tokens=1), samples=5, seed=0))
     assert passes.rows == [sum(LENGTHS)]
 
 
@@ -183,7 +182,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_runs(
 ) -> None:
     engine = engine_of(transformer, tokenizer, 2)
     with pytest.raises(PromptTooLong, match=r"a prompt of 40 tokens and 61 new ones need a context of 101, and .* 100"):
-        list(engine.generate(prompts, SamplingParams(max_new_tokens=61), samples=1, seed=0))
+        list(generate(engine, prompts, SamplingParams(max_new_tokens=61), samples=1, seed=0))
     assert passes.rows == []
     rollouts = run(engine, prompts[1:2], SamplingParams(temperature=1, max_new_tokens=60, exact_lengths=(60,)))
     assert [len(r.tokens) for r in rollouts.values()] == [60]
@@ -197,7 +196,7 @@ def test_the_context_of_the_model_bounds_the_cache(transformer: Transformer, tok
     engine = RolloutEngine(transformer, sequences=1, length=1 << 20, decode=tokenizer.decode)
     prompt = Prompt(0, "", (5,) * 250, "")
     with pytest.raises(PromptTooLong, match="rollouts have 256"):
-        list(engine.generate([prompt], SamplingParams(max_new_tokens=7), samples=1, seed=0))
+        list(generate(engine, [prompt], SamplingParams(max_new_tokens=7), samples=1, seed=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -234,7 +233,7 @@ def test_released_memory_is_given_back_and_what_was_running_goes_on(groups: Grou
     engine = RolloutEngine(wide, sequences=80, decode=tokenizer.decode, blocks=[1400])
     long = [Prompt(i, "", (3 + i,) * 240, "") for i in range(64)]
     orders = [RolloutRequest(p.index, p, SamplingParams(max_new_tokens=8), 0) for p in long]
-    wanted = {r.sample: r.tokens for r in engine.generate(long, orders[0].sampling, samples=1, seed=0)}
+    wanted = {r.sample: r.tokens for r in generate(engine, long, orders[0].sampling, samples=1, seed=0)}
     writer, found = OutputProcessor(engine), {}
     for order in orders:
         writer.add(order)
@@ -244,7 +243,6 @@ def test_released_memory_is_given_back_and_what_was_running_goes_on(groups: Grou
             assert not found
             before = psutil.Process().memory_info().rss
             engine.release()
-            give_back(engine.device)
             held = 64 * 240 * 8192
             assert before - psutil.Process().memory_info().rss > 0.9 * held
     assert found == wanted
@@ -261,12 +259,11 @@ def test_weights_that_were_given_back_come_again_with_an_update(
     prompt, sampling = [Prompt(0, "", (3, 5, 9), "")], SamplingParams(max_new_tokens=8)
     before = psutil.Process().memory_info().rss
     engine.release(weights=True)
-    give_back(engine.device)
     size = model.parameters * dtype.itemsize
     assert before - psutil.Process().memory_info().rss > 0.9 * size
     with pytest.raises(RuntimeError, match="given back: update them first"):
-        list(engine.generate(prompt, sampling, samples=2, seed=0))
+        list(generate(engine, prompt, sampling, samples=2, seed=0))
     engine.release(weights=True)
     engine.receive(1, shards_of(policy))
-    found, wanted = (list(each.generate(prompt, sampling, samples=2, seed=0)) for each in (engine, fresh))
+    found, wanted = (list(generate(each, prompt, sampling, samples=2, seed=0)) for each in (engine, fresh))
     assert [(r.tokens, r.logp) for r in found] == [(r.tokens, r.logp) for r in wanted]

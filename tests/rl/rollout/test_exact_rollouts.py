@@ -15,6 +15,7 @@ from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.ops.cpu import kernels
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt
 from tests.model.exact_rollouts import transformer
 
@@ -32,7 +33,7 @@ def differing_bits(groups: Groups, names: list[str], dtype: str, blocks: int) ->
             Prompt(i, "", tuple(draw.integers(0, 301, n).tolist()), "") for i, n in enumerate((1, 90, 17, 64, 33, 5))
         ]
         sampling = SamplingParams(temperature=0.9, top_p=0.95, max_new_tokens=40)
-        rollouts = list(engine.generate(prompts, sampling, samples=3, seed=1))
+        rollouts = list(generate(engine, prompts, sampling, samples=3, seed=1))
         again = rescored(trainer.stage, groups, rollouts, 0.9)
         shared = engine.statistics.cached_prompt_tokens
         found.append((compare(reported(rollouts), again).differing_bits, engine.statistics.preemptions, shared))

@@ -18,6 +18,7 @@ from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.rollout.protocol import PromptTooLong, Request, TokenOutput
 from lockstep.rl.types import Prompt
 from lockstep.rl.weight_sync.shards import shards_of
@@ -202,7 +203,7 @@ def test_a_completion_that_is_cancelled_is_handed_out_as_it_is(models: dict[str,
     engine = engine_of(models["all"])
     sampling = SamplingParams(max_new_tokens=30, exact_lengths=(30, 2))
     rollouts = []
-    for rollout in engine.generate([Prompt(0, "", (5, 6), "")], sampling, samples=2, seed=0):
+    for rollout in generate(engine, [Prompt(0, "", (5, 6), "")], sampling, samples=2, seed=0):
         rollouts.append(rollout)
         engine.cancel(0)
     assert [(r.sample, r.finish_reason) for r in rollouts] == [(1, "length"), (0, "abort")]
