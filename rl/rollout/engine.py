@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -10,18 +9,17 @@ from torch import Tensor, nn
 
 from lockstep.distributed.checkpoint.tensors import digest, to_numpy
 from lockstep.distributed.device import give_back
-from lockstep.model import cpu_decoder
-from lockstep.model.attention.exact_kv_cache import exact_cache
-from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
+from lockstep.model.attention.kv_cache import block_bytes, kinds
 from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.block_pool import BlockPool, pool_sizes
 from lockstep.rl.rollout.config import OnUpdate
 from lockstep.rl.rollout.detokenizer import StopStrings
+from lockstep.rl.rollout.model_runner import ModelRunner, kv_heads_of
 from lockstep.rl.rollout.parallel_sampler import ParallelSampler
 from lockstep.rl.rollout.protocol import PromptTooLong, Request, Statistics, TokenOutput
-from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler, SequenceState
+from lockstep.rl.rollout.scheduler import Plan, Scheduler, SequenceState
 from lockstep.rl.weight_sync.receiver import Receiver
 from lockstep.rl.weight_sync.shards import Shard
 
@@ -51,23 +49,18 @@ class RolloutEngine:
             blocks: of each kind of layer (see `kv_cache.kinds`), instead of what `cache_gib` allows.
             on_update: see `OnUpdate`.
         """
-        model, parameter = transformer.model, next(transformer.parameters())
+        model = transformer.model
         self.transformer, self.decode = transformer, decode
-        self._drawing = ParallelSampler(transformer)
-        self.device = parameter.device
         self.length = min(length, model.context)
-        kv_heads, dtype = model.kv_heads // transformer.groups.layout.tensor, parameter.dtype
         counts = blocks or pool_sizes(
             kinds(model),
-            block_bytes(model, kv_heads=kv_heads, dtype=dtype),
+            block_bytes(model, kv_heads=kv_heads_of(transformer), dtype=next(transformer.parameters()).dtype),
             memory=int(cache_gib * 2**30),
             sequences=sequences,
             length=self.length,
             budget=budget,
         )
-        of_blocks = exact_cache if transformer.numerics == "exact" else KVCache
-        self._new_cache = partial(of_blocks, model, kv_heads=kv_heads, blocks=counts, dtype=dtype, device=self.device)
-        self._cache: KVCache | None = None
+        self.runner, self._sampler = ModelRunner(transformer, counts), ParallelSampler(transformer)
         pools = [BlockPool(count) for count in counts]
         self._scheduler = Scheduler(kinds(model), pools, sequences=sequences, budget=budget)
         self._sequences: dict[str | int, SequenceState] = {}
@@ -75,10 +68,7 @@ class RolloutEngine:
         self._receiver: Receiver | None = None
         self._given_back: dict[nn.Parameter, torch.Size] = {}
         self._coming, self._on_update = 0, on_update
-        self._may_decode = cpu_decoder.serves(transformer)
-        self._decoder: cpu_decoder.CpuDecoder | None = None
         self._prompt_tokens = self._generated_tokens = 0
-        self._pack()
 
     def receive(self, version: int, shards: Sequence[Shard]) -> None:
         """Take over new weights in one message.
@@ -89,11 +79,6 @@ class RolloutEngine:
         self.begin_update(version)
         self.take(shards)
         self.end_update()
-
-    def _pack(self) -> None:
-        """Make ready for inference what depends on the weights."""
-        self._decoder = None
-        self.transformer.pack()
 
     def ready_for_update(self) -> bool:
         """Whether new weights may come; where old requests are to end under the old ones, `step` until they have.
@@ -134,7 +119,7 @@ class RolloutEngine:
         assert self._receiver is not None
         self._receiver.close()
         self._receiver = None
-        self._pack()
+        self.runner.pack()
         self.weight_version = self._coming
         self._scheduler.admits = True
         if self._on_update == "pause":
@@ -153,13 +138,13 @@ class RolloutEngine:
             weights: give that of the weights back, too, which an update has to bring again before anything goes on.
         """
         self._scheduler.restart()
-        self._cache = self._decoder = None
+        self.runner.release()
         if weights and not self._given_back:
             self._given_back = {parameter: parameter.shape for parameter in self.transformer.parameters()}
             self.transformer.unpack()
             for parameter in self._given_back:
                 parameter.data = parameter.data.new_empty(0)
-        give_back(self.device)
+        give_back(self.runner.device)
 
     def weights_digest(self) -> str:
         """See `Engine.weights_digest`."""
@@ -260,48 +245,13 @@ class RolloutEngine:
             raise
 
     def _stepped(self, plan: Plan) -> list[TokenOutput]:
-        if not plan.chunks:
-            return []
-        cache = self._cache = self._cache or self._new_cache()
-        if self._may_decode and not plan.forks and _decodes(plan.chunks):
-            return self._extended([chunk.sequence for chunk in plan.chunks], self._decoded(plan.chunks, cache))
-        ends = torch.tensor([chunk.count for chunk in plan.chunks]).cumsum(0) - 1
-        hidden = self._hidden(plan.chunks, cache)
-        for fork in plan.forks:
-            for kind, copied in enumerate(fork.copies):
-                if copied:
-                    cache.copy(kind, *copied)
-        row = {id(chunk): end for chunk, end in zip(plan.chunks, ends.tolist(), strict=True)}
-        drawing = [(chunk.sequence, row[id(chunk)]) for chunk in plan.chunks if chunk.draws]
-        drawing += [(fork.sequence, row[id(fork.source)]) for fork in plan.forks]
-        if not drawing:
-            return []
-        rows, places = torch.tensor([place for _, place in drawing]).unique(return_inverse=True)
-        logits = self._drawing.logits(hidden[rows.to(self.device)])
-        return self._extended([sequence for sequence, _ in drawing], logits[places.to(self.device)])
-
-    def _hidden(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
-        """Activations [T, width] of all tokens of a pass."""
-        tokens = np.concatenate([c.sequence.part(c.start, c.start + c.count) for c in chunks])
-        positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
-        attend = cache.attention(_spans(chunks))
-        tokens_T, positions_T = (torch.from_numpy(x).to(self.device) for x in (tokens, positions))
-        hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
-        return hidden[:, 0]
-
-    def _decoded(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
-        """Logits [B, V] behind chunks of one token each."""
-        self._decoder = self._decoder or cpu_decoder.CpuDecoder(self.transformer, cache)
-        tokens = torch.tensor([c.sequence.part(c.start, c.start + 1)[0] for c in chunks])
-        positions = torch.tensor([c.start for c in chunks])
-        attend = cache.attention(_spans(chunks))
-        assert isinstance(attend, PagedAttention)
-        return self._decoder(tokens, positions, attend)
+        logits_BV = self.runner.run(plan) if plan.chunks else None
+        return [] if logits_BV is None else self._extended(plan.drawing, logits_BV)
 
     def _extended(self, sequences: list[SequenceState], local_BV: Tensor) -> list[TokenOutput]:
         """Draw a token for each sequence, which ends there or goes on."""
         found = []
-        for sequence, drawn in zip(sequences, self._drawing(sequences, local_BV), strict=True):
+        for sequence, drawn in zip(sequences, self._sampler(sequences, local_BV), strict=True):
             sequence.tokens.append(drawn.token)
             reason, key, how = self._reason(sequence), sequence.request.key, (drawn.top, drawn.support)
             found.append(
@@ -320,15 +270,6 @@ class RolloutEngine:
             wanted = sampling.exact_lengths[sequence.request.sample % len(sampling.exact_lengths)]
             return "length" if written >= wanted else None
         stopped = sequence.stops is not None and sequence.stops.found(sequence.tokens)
-        if written >= sampling.min_new_tokens and (stopped or sequence.tokens[-1] in self._drawing.ends(sampling)):
+        if written >= sampling.min_new_tokens and (stopped or sequence.tokens[-1] in self._sampler.ends(sampling)):
             return "stop"
         return "length" if written >= sampling.max_new_tokens else None
-
-
-def _decodes(chunks: Sequence[Chunk]) -> bool:
-    """Whether a decoder can run a pass: one token of each sequence, all of which draw the next."""
-    return len(chunks) <= cpu_decoder.ROWS and all(c.draws and c.count == 1 for c in chunks)
-
-
-def _spans(chunks: Sequence[Chunk]) -> list[Span]:
-    return [Span(c.sequence.tables, c.start, c.count) for c in chunks]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.model.layers.logprobs import local_logits, reduced
+from lockstep.model.layers.logprobs import reduced
 from lockstep.model.ops.exact.reductions import gathered
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.config import SamplingParams
@@ -31,12 +31,6 @@ class ParallelSampler:
 
     def __init__(self, transformer: Transformer) -> None:
         self._transformer, self._group = transformer, transformer.groups.tensor
-
-    def logits(self, hidden_BD: Tensor) -> Tensor:
-        """Of this tensor rank's part of the vocabulary [B, V/tensor]."""
-        model, weight = self._transformer.model, self._transformer.inference_head
-        numerics = self._transformer.numerics
-        return local_logits(hidden_BD, weight, self._first_row, model.vocabulary, model.logit_cap, numerics)
 
     def __call__(self, sequences: Sequence[SequenceState], local_BV: Tensor) -> list[Drawn]:
         """A token for each sequence, from a row of logits each."""

@@ -71,6 +71,11 @@ class Plan:
     chunks: list[Chunk] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
 
+    @property
+    def drawing(self) -> list[SequenceState]:
+        """Sequences whose next token is drawn after the pass, those of chunks before those of forks."""
+        return [chunk.sequence for chunk in self.chunks if chunk.draws] + [fork.sequence for fork in self.forks]
+
 
 class Scheduler:
     """Sequences that run and wait, and the blocks that they hold."""

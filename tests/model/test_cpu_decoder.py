@@ -152,7 +152,7 @@ def test_an_engine_decodes_with_it_and_with_new_weights(groups: Groups, prompts:
         assert same.tokens > 50 * prompts
         assert same.mean < 0.02
         assert different.mean > 0.1
-        assert isinstance(engine._decoder, CpuDecoder)
+        assert isinstance(engine.runner.decoder, CpuDecoder)
 
 
 @pytest.mark.usefixtures("multiplied")
@@ -165,7 +165,7 @@ def test_in_exact_numerics_its_bits_are_the_trainers(groups: Groups, change: dic
     torch.set_num_threads(2)
     rollouts = list(generate(engine, asked, SamplingParams(temperature=0.8, max_new_tokens=30), samples=3, seed=0))
     torch.set_num_threads(1)
-    assert isinstance(engine._decoder, CpuDecoder)
+    assert isinstance(engine.runner.decoder, CpuDecoder)
     found = compare(reported(rollouts), rescored(stage, groups, rollouts, 0.8))
     assert found.tokens == 360
     assert found.differing_bits == 0

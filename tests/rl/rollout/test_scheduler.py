@@ -55,10 +55,9 @@ def run_pass(scheduler: Scheduler, memories: list[Memory], plan: Plan) -> list[S
             copied = fork.copies[kind]
             if copied:
                 memory.copy(*copied)
-    drawing = [chunk.sequence for chunk in plan.chunks if chunk.draws] + [fork.sequence for fork in plan.forks]
-    for sequence in drawing:
+    for sequence in plan.drawing:
         sequence.tokens.append(hash((sequence.part(0, sequence.known), sequence.request.sample)) % 7)
-    return drawing
+    return plan.drawing
 
 
 def begun(text: int, length: int) -> tuple[int, ...]:
@@ -135,7 +134,7 @@ def finished(scheduler: Scheduler, *sequences: SequenceState) -> list[Plan]:
     plans = []
     while scheduler.running or scheduler.waiting:
         plans.append(scheduler.plan())
-        drawing = [c.sequence for c in plans[-1].chunks if c.draws] + [f.sequence for f in plans[-1].forks]
+        drawing = plans[-1].drawing
         for sequence in drawing:
             sequence.tokens.append(1)
             if len(sequence.tokens) == sequence.request.sampling.max_new_tokens:

@@ -1,0 +1,119 @@
+"""Forward passes of a transformer with a KV cache: the tokens of a plan in, logits out.
+
+Passes that compute one token of each sequence go through the CPU decoder where it serves the model; others go module
+by module.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.model import cpu_decoder
+from lockstep.model.attention.exact_kv_cache import exact_cache
+from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span
+from lockstep.model.layers.logprobs import local_logits
+from lockstep.model.transformer import Transformer
+from lockstep.rl.rollout.scheduler import Chunk, Plan
+
+
+def kv_heads_of(transformer: Transformer) -> int:
+    """Heads of keys and values on this tensor rank."""
+    return transformer.model.kv_heads // transformer.groups.layout.tensor
+
+
+class ModelRunner:
+    """A transformer with its KV cache, which the first pass allocates; tensor ranks run the same plans."""
+
+    def __init__(self, transformer: Transformer, blocks: Sequence[int]) -> None:
+        """
+        Args:
+            blocks: of the KV cache, for each kind of layer (see `kv_cache.kinds`).
+        """
+        self.transformer, parameter = transformer, next(transformer.parameters())
+        self.device = parameter.device
+        self._new_cache = partial(
+            exact_cache if transformer.numerics == "exact" else KVCache,
+            transformer.model,
+            kv_heads=kv_heads_of(transformer),
+            blocks=blocks,
+            dtype=parameter.dtype,
+            device=self.device,
+        )
+        self._cache: KVCache | None = None
+        self._may_decode = cpu_decoder.serves(transformer)
+        self.decoder: cpu_decoder.CpuDecoder | None = None
+        """Of passes that only decode, after the first of them."""
+        self.pack()
+
+    def pack(self) -> None:
+        """Reorder the weights as they are now for inference; to be called whenever they have changed."""
+        self.decoder = None
+        self.transformer.pack()
+
+    def release(self) -> None:
+        """Free the KV cache; the next pass allocates it again, with nothing in it."""
+        self._cache = self.decoder = None
+
+    def run(self, plan: Plan) -> Tensor | None:
+        """Run one forward pass; returns the logits [B, V/tensor] of `plan.drawing`, or None where no sequence draws."""
+        cache = self._cache = self._cache or self._new_cache()
+        if self._may_decode and not plan.forks and _decodes(plan.chunks):
+            return self._decoded(plan.chunks, cache)
+        hidden_TD = self._hidden(plan.chunks, cache)
+        for fork in plan.forks:
+            for kind, copied in enumerate(fork.copies):
+                if copied:
+                    cache.copy(kind, *copied)
+        return self._logits(hidden_TD, _rows(plan)) if plan.drawing else None
+
+    def _hidden(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
+        """Activations [T, width] of all tokens of a pass."""
+        tokens = np.concatenate([c.sequence.part(c.start, c.start + c.count) for c in chunks])
+        positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
+        attend = cache.attention(_spans(chunks))
+        tokens_T, positions_T = (torch.from_numpy(x).to(self.device) for x in (tokens, positions))
+        hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
+        return hidden[:, 0]
+
+    def _decoded(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
+        """Logits [B, V] behind chunks of one token each."""
+        self.decoder = self.decoder or cpu_decoder.CpuDecoder(self.transformer, cache)
+        tokens = torch.tensor([c.sequence.part(c.start, c.start + 1)[0] for c in chunks])
+        positions = torch.tensor([c.start for c in chunks])
+        attend = cache.attention(_spans(chunks))
+        assert isinstance(attend, PagedAttention)
+        return self.decoder(tokens, positions, attend)
+
+    def _logits(self, hidden_TD: Tensor, rows: list[int]) -> Tensor:
+        """Logits [B, V/tensor] behind some rows; those of a row that several sequences share are computed once."""
+        transformer, model = self.transformer, self.transformer.model
+        rows_K, places_B = torch.tensor(rows).unique(return_inverse=True)
+        logits_KV = local_logits(
+            hidden_TD[rows_K.to(self.device)],
+            transformer.inference_head,
+            transformer.groups.tensor_rank * len(transformer.head_weight),
+            model.vocabulary,
+            model.logit_cap,
+            transformer.numerics,
+        )
+        return logits_KV[places_B.to(self.device)]
+
+
+def _rows(plan: Plan) -> list[int]:
+    """For each sequence of `plan.drawing` the row of its last token among all tokens of the pass."""
+    ends = np.cumsum([chunk.count for chunk in plan.chunks]) - 1
+    row = {id(chunk): int(end) for chunk, end in zip(plan.chunks, ends, strict=True)}
+    sources = [chunk for chunk in plan.chunks if chunk.draws] + [fork.source for fork in plan.forks]
+    return [row[id(chunk)] for chunk in sources]
+
+
+def _decodes(chunks: Sequence[Chunk]) -> bool:
+    """Whether a decoder can run a pass: one token of each sequence, all of which draw the next."""
+    return len(chunks) <= cpu_decoder.ROWS and all(c.draws and c.count == 1 for c in chunks)
+
+
+def _spans(chunks: Sequence[Chunk]) -> list[Span]:
+    return [Span(c.sequence.tables, c.start, c.count) for c in chunks]
