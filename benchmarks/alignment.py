@@ -29,7 +29,7 @@ from lockstep.distributed.pipeline import Stage
 from lockstep.model.config import ModelConfig
 from lockstep.model.loading import DTYPES, build
 from lockstep.rl.prompts import make_prompt
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import load_rollout_engine
 from lockstep.rl.rollout.output_processor import generate
@@ -200,7 +200,8 @@ def measured(name: str, settings: tuple[str, ...], groups: Groups) -> list[Measu
     split = make_split(recipe.task, recipe.seed)
     found = []
     for step, place in places.items():
-        engine, tokenizer = load_rollout_engine(place, dtype="float32", length=32, cache_gib=0.1, groups=groups)
+        config = EngineConfig(length=32, cache_gib=0.1)
+        engine, tokenizer = load_rollout_engine(place, config, dtype="float32", groups=groups)
         prompts = [make_prompt(problem, recipe.task, tokenizer) for problem in split.held_out]
         found.append(Measured(step, spent(recipe, step), *figures(engine, reference, prompts)))
     return found

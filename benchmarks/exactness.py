@@ -36,7 +36,7 @@ from lockstep.model.objectives.token_loss import nll
 from lockstep.model.training.device_batch import DeviceBatch, rows_of
 from lockstep.model.training.forward import scorer
 from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import to_lockstep
 from lockstep.rl.rollout.protocol import Request
@@ -121,9 +121,8 @@ def check(
     blocks = RUNNING // 3 * (longest_prompt + longest_completion) // 2 // 16 + 70
     engine = RolloutEngine(
         transformer_of(stage),
+        EngineConfig(sequences=RUNNING, budget=384),
         decode=lambda tokens: "",
-        sequences=RUNNING,
-        budget=384,
         blocks=[blocks] * len(kinds(model)),
     )
     draw = np.random.default_rng(seed)
@@ -202,7 +201,7 @@ def trials(
     keys = iter(range(1 << 30))
 
     def engine_of(count: int, length: int, new: int) -> RolloutEngine:
-        engine = RolloutEngine(transformer, decode=lambda tokens: "", sequences=count)
+        engine = RolloutEngine(transformer, EngineConfig(sequences=count), decode=lambda tokens: "")
         for _ in range(count):
             add(engine, length, new)
         return engine

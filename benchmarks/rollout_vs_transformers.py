@@ -27,7 +27,7 @@ from lockstep.model.config import Numerics
 from lockstep.model.formats.registry import QUICKSTART_MODEL
 from lockstep.model.ops.linear import PackedWeight, packed
 from lockstep.rl.remote import ENVIRONMENT
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import load_rollout_engine, to_lockstep
 from lockstep.rl.rollout.protocol import Request
@@ -112,7 +112,7 @@ def seconds(work: Callable[[], Any], repeats: int) -> float:
 
 
 def ours(model: Path, wanted: Sequence[str]) -> dict[str, Any]:
-    engine, _ = load_rollout_engine(model, dtype="bfloat16", sequences=MANY, cache_gib=2.0)
+    engine, _ = load_rollout_engine(model, EngineConfig(sequences=MANY, cache_gib=2.0), dtype="bfloat16")
     found: dict[str, Any] = {}
     run(engine, [request(0, prompt(20, 0), 8)])
     if "batch" in wanted:

@@ -71,6 +71,7 @@ def generate(
         stop_tokens=tuple(stop_token or ()),
     )
     from lockstep.cluster.generation import Answerer, Question, conversation, talk
+    from lockstep.rl.rollout.config import EngineConfig
     from lockstep.rl.rollout.loading import open_engine
 
     if prompt is not None:
@@ -78,7 +79,8 @@ def generate(
         questions = [Question({"prompt": prompt}, messages, prompt)]
     else:
         questions = [] if chat else _questions(input_file or "-", raw=raw, system=system)
-    with open_engine(checkpoint, dtype, sequences=1 if chat else 64, cache_gib=cache_gib) as (engine, tokenizer):
+    config = EngineConfig(sequences=1 if chat else 64, cache_gib=cache_gib)
+    with open_engine(checkpoint, dtype, config) as (engine, tokenizer):
         answerer = Answerer(engine, tokenizer, sampling, seed)
         if chat:
             _edit_lines()
@@ -121,11 +123,12 @@ def serve(
         raise ValueError(f"{error}: set LOCKSTEP_API_KEY or give --api-key, or leave out --host") from error
     with door:
         from lockstep.cluster.serving.server import Settings, serve
+        from lockstep.rl.rollout.config import EngineConfig
         from lockstep.rl.rollout.loading import open_engine
 
         settings = Settings(name or Path(checkpoint).resolve().name, api_key or None, sequences + waiting, grace)
-        opened = open_engine(checkpoint, dtype, sequences=sequences, length=length, cache_gib=cache_gib)
-        with opened as (engine, tokenizer):
+        config = EngineConfig(sequences=sequences, length=length, cache_gib=cache_gib)
+        with open_engine(checkpoint, dtype, config) as (engine, tokenizer):
             serve(engine, tokenizer, door, settings, lambda line: err.print(line, markup=False, highlight=False))
 
 

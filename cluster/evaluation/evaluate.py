@@ -11,7 +11,7 @@ from lockstep.cluster.evaluation.accuracy import Estimate, Tally, estimate_accur
 from lockstep.cluster.evaluation.answer_folder import Answer, AnswerFolder
 from lockstep.data.tasks.task import Split, TaskConfig, held_out_problems, make_split
 from lockstep.rl.prompts import make_prompt
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.loading import open_engine
 from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.rollout.protocol import Engine
@@ -81,7 +81,8 @@ def evaluate_checkpoint(work: Evaluation, folder: Path, progress: Callable[[int,
         ValueError: one sentence on what does not fit, before anything is written.
     """
     split = _problems(work.task, work.seed)
-    with open_engine(work.checkpoint, work.dtype, sequences=64, cache_gib=work.cache_gib) as (engine, tokenizer):
+    config = EngineConfig(cache_gib=work.cache_gib)
+    with open_engine(work.checkpoint, work.dtype, config) as (engine, tokenizer):
         prompts = [make_prompt(problem, work.task, tokenizer, split.shots) for problem in split.held_out]
         answers = AnswerFolder(folder, _settings(work, prompts, engine))
         with Judge(work.verifier, work.task.grader, note) as judge:

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from lockstep.distributed.checkpoint.tensors import digest, to_numpy
 from lockstep.distributed.device import give_back
-from lockstep.model.attention.kv_cache import block_bytes, kinds
+from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
-from lockstep.rl.rollout.block_pool import BlockPool, pool_sizes
-from lockstep.rl.rollout.config import OnUpdate
+from lockstep.rl.rollout.block_pool import BlockPool
+from lockstep.rl.rollout.config import EngineConfig
 from lockstep.rl.rollout.detokenizer import StopStrings
-from lockstep.rl.rollout.model_runner import ModelRunner, kv_heads_of
+from lockstep.rl.rollout.model_runner import ModelRunner, block_counts
 from lockstep.rl.rollout.parallel_sampler import ParallelSampler
 from lockstep.rl.rollout.protocol import PromptTooLong, Request, Statistics, TokenOutput
 from lockstep.rl.rollout.scheduler import Plan, Scheduler, SequenceState
 from lockstep.rl.weight_sync.receiver import Receiver
 from lockstep.rl.weight_sync.shards import Shard
+
+DEFAULTS = EngineConfig()
 
 
 class RolloutEngine:
@@ -30,44 +32,28 @@ class RolloutEngine:
     def __init__(
         self,
         transformer: Transformer,
+        config: EngineConfig = DEFAULTS,
         *,
         decode: Callable[[list[int]], str],
-        length: int = 1 << 20,
-        sequences: int = 64,
-        cache_gib: float = 1.0,
-        budget: int = 2048,
         blocks: Sequence[int] | None = None,
-        on_update: OnUpdate = "restart",
     ) -> None:
         """
         Args:
+            config: its length is bounded by the model's context, and its memory is not taken before it is needed.
             decode: tokens to text, for stop strings and `Rollout.text`.
-            length: tokens of the longest prompt and completion together; the model's context bounds it.
-            sequences: completions that run at the same time.
-            cache_gib: memory for keys and values at most; it is not taken before it is needed.
-            budget: tokens that are computed in one forward pass.
-            blocks: of each kind of layer (see `kv_cache.kinds`), instead of what `cache_gib` allows.
-            on_update: see `OnUpdate`.
+            blocks: of the KV cache, for each kind of layer (see `kv_cache.kinds`), instead of what `cache_gib` allows.
         """
-        model = transformer.model
         self.transformer, self.decode = transformer, decode
-        self.length = min(length, model.context)
-        counts = blocks or pool_sizes(
-            kinds(model),
-            block_bytes(model, kv_heads=kv_heads_of(transformer), dtype=next(transformer.parameters()).dtype),
-            memory=int(cache_gib * 2**30),
-            sequences=sequences,
-            length=self.length,
-            budget=budget,
-        )
+        self.length, self._on_update = min(config.length, transformer.model.context), config.on_update
+        counts = blocks or block_counts(transformer, config)
         self.runner, self._sampler = ModelRunner(transformer, counts), ParallelSampler(transformer)
         pools = [BlockPool(count) for count in counts]
-        self._scheduler = Scheduler(kinds(model), pools, sequences=sequences, budget=budget)
+        self._scheduler = Scheduler(kinds(transformer.model), pools, sequences=config.sequences, budget=config.budget)
         self._sequences: dict[str | int, SequenceState] = {}
         self.weight_version = 0
         self._receiver: Receiver | None = None
         self._given_back: dict[nn.Parameter, torch.Size] = {}
-        self._coming, self._on_update = 0, on_update
+        self._coming = 0
         self._prompt_tokens = self._generated_tokens = 0
 
     def receive(self, version: int, shards: Sequence[Shard]) -> None:

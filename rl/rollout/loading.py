@@ -17,19 +17,15 @@ from lockstep.model.formats.recast import Recast
 from lockstep.model.formats.registry import OpenModel, open_model
 from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.weights.lora import merged
-from lockstep.rl.rollout.config import OnUpdate
+from lockstep.rl.rollout.config import EngineConfig
 from lockstep.rl.rollout.engine import RolloutEngine
 
 
 def load_rollout_engine(
     checkpoint: Path | Storage,
+    config: EngineConfig,
     *,
     dtype: str,
-    length: int = 1 << 20,
-    sequences: int = 64,
-    cache_gib: float = 1.0,
-    budget: int = 2048,
-    on_update: OnUpdate = "restart",
     groups: Groups | None = None,
     numerics: Numerics = "fast",
 ) -> tuple[RolloutEngine, Tokenizer]:
@@ -42,16 +38,7 @@ def load_rollout_engine(
     model, weights = merged(model, source)
     stage = build(model, groups or alone(), DTYPES[dtype], weights, numerics)
     gc.freeze()  # weights and libraries, which are no garbage: looking through them takes as long as a forward pass
-    engine = RolloutEngine(
-        transformer_of(stage),
-        decode=tokenizer.decode,
-        length=length,
-        sequences=sequences,
-        cache_gib=cache_gib,
-        budget=budget,
-        on_update=on_update,
-    )
-    return engine, tokenizer
+    return RolloutEngine(transformer_of(stage), config, decode=tokenizer.decode), tokenizer
 
 
 def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:
@@ -72,9 +59,7 @@ def _written(opened: OpenModel, destination: Path, dtype: str | None = None) -> 
 
 
 @contextmanager
-def open_engine(
-    name: str, dtype: str, *, sequences: int, length: int = 1 << 20, cache_gib: float = 1.0
-) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
+def open_engine(name: str, dtype: str, config: EngineConfig) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
     """A rollout engine over a checkpoint of any format; other formats pass through a temporary checkpoint of ours.
 
     Raises:
@@ -85,7 +70,7 @@ def open_engine(
     try:
         with tempfile.TemporaryDirectory() as folder:
             ours = as_lockstep(name, Path(folder))
-            opened = load_rollout_engine(ours, dtype=dtype, sequences=sequences, length=length, cache_gib=cache_gib)
+            opened = load_rollout_engine(ours, config, dtype=dtype)
         yield opened
     finally:
         leave()

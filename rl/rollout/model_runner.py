@@ -13,15 +13,25 @@ from torch import Tensor
 
 from lockstep.model import cpu_decoder
 from lockstep.model.attention.exact_kv_cache import exact_cache
-from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span
+from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.layers.logprobs import local_logits
 from lockstep.model.transformer import Transformer
+from lockstep.rl.rollout.block_pool import pool_sizes
+from lockstep.rl.rollout.config import EngineConfig
 from lockstep.rl.rollout.scheduler import Chunk, Plan
 
 
-def kv_heads_of(transformer: Transformer) -> int:
-    """Heads of keys and values on this tensor rank."""
-    return transformer.model.kv_heads // transformer.groups.layout.tensor
+def block_counts(transformer: Transformer, config: EngineConfig) -> list[int]:
+    """Blocks of a KV cache for each kind of layer (see `kv_cache.kinds`), of `config.cache_gib` together."""
+    model, dtype = transformer.model, next(transformer.parameters()).dtype
+    return pool_sizes(
+        kinds(model),
+        block_bytes(model, kv_heads=_kv_heads(transformer), dtype=dtype),
+        memory=int(config.cache_gib * 2**30),
+        sequences=config.sequences,
+        length=min(config.length, model.context),
+        budget=config.budget,
+    )
 
 
 class ModelRunner:
@@ -37,7 +47,7 @@ class ModelRunner:
         self._new_cache = partial(
             exact_cache if transformer.numerics == "exact" else KVCache,
             transformer.model,
-            kv_heads=kv_heads_of(transformer),
+            kv_heads=_kv_heads(transformer),
             blocks=blocks,
             dtype=parameter.dtype,
             device=self.device,
@@ -100,6 +110,11 @@ class ModelRunner:
             transformer.numerics,
         )
         return logits_KV[places_B.to(self.device)]
+
+
+def _kv_heads(transformer: Transformer) -> int:
+    """Heads of keys and values on this tensor rank."""
+    return transformer.model.kv_heads // transformer.groups.layout.tensor
 
 
 def _rows(plan: Plan) -> list[int]:

@@ -1,5 +1,18 @@
-"""WeightSyncConfig: bucket size, transport."""
+"""How new weights travel from the policy to the rollout workers."""
 
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 Transport = Literal["auto", "memory", "broadcast"]
+
+
+class WeightSyncConfig(BaseModel):
+    """Size of a message of weights, and what carries it; keys of a recipe's section [rollout]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bucket_mib: float = Field(64.0, gt=0, description="weights travel in messages of at most this size")
+    transport: Transport = Field(
+        "auto", description="how: in shared memory, by broadcasts between hosts, or as where processes run asks for"
+    )

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from lockstep.rl.remote import ActorHandle, Call, WorkerDied, WorkerFailed, gather, wait_for
-from lockstep.rl.weight_sync.config import Transport
+from lockstep.rl.weight_sync.config import WeightSyncConfig
 
 TRIES = 3
 """How often a broadcast is begun; in a team that died while it went on, others' connections end, too."""
@@ -21,13 +21,12 @@ Teams = Mapping[int, Sequence[ActorHandle]]
 class WeightTransfer:
     """Gives weights to teams, as often as there are new ones."""
 
-    def __init__(self, bucket_mib: float, transport: Transport) -> None:
+    def __init__(self, config: WeightSyncConfig) -> None:
         """
         Args:
-            bucket_mib: size of a message at most.
-            transport: auto for shared memory where all processes are on one host, and broadcasts where they are not.
+            config: its transport `auto` is shared memory where all processes are on one host, and broadcasts otherwise.
         """
-        self._size, self._transport = int(bucket_mib * 2**20), transport
+        self._size, self._transport = int(config.bucket_mib * 2**20), config.transport
         self._linked: list[Any] = []
         self._nodes: dict[Any, str] = {}
 

@@ -34,17 +34,7 @@ class RolloutWorker(RankWorker):
     ) -> None:
         """Load this tensor rank's part of the model as weight version 0."""
         groups = join(Layout(tensor=limits.tensor), rank=rank, meeting=meeting_at(address, port))
-        self.engine: Engine = load_rollout_engine(
-            checkpoint,
-            dtype=dtype,
-            length=limits.length,
-            sequences=limits.sequences,
-            cache_gib=limits.cache_gib,
-            budget=limits.budget,
-            on_update=limits.on_update,
-            groups=groups,
-            numerics=numerics,
-        )[0]
+        self.engine: Engine = load_rollout_engine(checkpoint, limits, dtype=dtype, groups=groups, numerics=numerics)[0]
         self.writer, self._speaks = OutputProcessor(self.engine), rank == 0
         self.log.info("ready for %d sequences", limits.sequences)
 

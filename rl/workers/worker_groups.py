@@ -125,7 +125,7 @@ class RolloutGroup:
         self._limits, self._threads, self._places = limits, threads, places
         self.teams = [self._team(number) for number in range(limits.workers)]
         self.version = 0
-        self._delivery = WeightTransfer(limits.bucket_mib, limits.transport)
+        self._delivery = WeightTransfer(limits)
 
     def start(self, checkpoint: Path | Storage, dtype: str, numerics: Numerics = "fast") -> list[Call]:
         """Calls that load the checkpoint, to be gathered."""

@@ -19,7 +19,7 @@ from lockstep.model.loading import build, transformer_of
 from lockstep.model.ops.cpu import kernels, library
 from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt
@@ -141,7 +141,7 @@ def test_an_engine_decodes_with_it_and_with_new_weights(groups: Groups, prompts:
     with torch.no_grad():
         for parameter in policy.module.parameters():
             parameter.mul_(1.3)
-    engine = RolloutEngine(transformer_of(worker), decode=lambda tokens: "", length=100)
+    engine = RolloutEngine(transformer_of(worker), EngineConfig(length=100), decode=lambda tokens: "")
     asked = [Prompt(i, "", tuple(range(3, 9 + 2 * i)), "") for i in range(prompts)]
     for stage, other in ((worker, policy), (policy, worker)):
         if stage is policy:
@@ -160,7 +160,7 @@ def test_an_engine_decodes_with_it_and_with_new_weights(groups: Groups, prompts:
 def test_in_exact_numerics_its_bits_are_the_trainers(groups: Groups, change: dict[str, Any]) -> None:
     model = LLAMA.model_copy(update=change)
     stage = build(model, groups, torch.bfloat16, RandomWeights(model, 0, deviation=0.08), "exact")
-    engine = RolloutEngine(transformer_of(stage), decode=lambda tokens: "", length=150)
+    engine = RolloutEngine(transformer_of(stage), EngineConfig(length=150), decode=lambda tokens: "")
     asked = [Prompt(i, "", tuple(range(3, 9 + 30 * i)), "") for i in range(4)]
     torch.set_num_threads(2)
     rollouts = list(generate(engine, asked, SamplingParams(temperature=0.8, max_new_tokens=30), samples=3, seed=0))

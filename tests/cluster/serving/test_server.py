@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.model.transformer import Transformer
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.protocol import Request, TokenOutput
 from tests.cluster.cli_process import Command, refused, until
@@ -387,7 +387,7 @@ def test_clients_that_hang_up_leave_nothing_behind(server: Running, client: Open
 
 
 def test_more_than_may_wait_are_told_to_come_again(transformer: Transformer, tokenizer: Tokenizer) -> None:
-    engine = RolloutEngine(transformer, decode=tokenizer.decode, sequences=1)
+    engine = RolloutEngine(transformer, EngineConfig(sequences=1), decode=tokenizer.decode)
     with serving(engine, tokenizer, places=3) as server:
         body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 200, "logit_bias": ENDLESS}
         stream = server.client().completions.create(**body, n=3, stream=True)

@@ -33,7 +33,7 @@ from lockstep.model.training.trainer import Trainer
 from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.names import logical_tensors
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt
@@ -292,7 +292,7 @@ def test_packed_documents_and_branches_equal_separate_texts(alone: Transformer) 
 
 def test_greedy_rollouts_say_what_whole_forward_passes_do(alone: Transformer) -> None:
     prompts = [Prompt(i, "", tuple(text(n, seed=n).tolist()), "") for i, n in enumerate((5, 2, 19, 8))]
-    engine = RolloutEngine(alone, sequences=3, length=64, decode=str)
+    engine = RolloutEngine(alone, EngineConfig(sequences=3, length=64), decode=str)
     sampling = SamplingParams(temperature=0, max_new_tokens=14, exact_lengths=(14,))
     rollouts = list(generate(engine, prompts, sampling, samples=1, seed=0))
     assert len(rollouts) == len(prompts)

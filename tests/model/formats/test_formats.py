@@ -24,7 +24,7 @@ from lockstep.model.formats.huggingface.families.registry import from_huggingfac
 from lockstep.model.formats.huggingface.families.registry import to_huggingface as to_huggingface_config
 from lockstep.model.formats.huggingface.reader import BadFolder, HuggingFaceFolder, read_text_files
 from lockstep.model.layers.logprobs import local_logits
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import load_rollout_engine, to_lockstep
 from lockstep.rl.rollout.output_processor import generate
@@ -176,7 +176,7 @@ def theirs() -> Any:
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
     checkpoint = to_lockstep(str(GGUF), tmp_path_factory.mktemp("gguf"))
-    yield load_rollout_engine(checkpoint, dtype="float32", sequences=len(QUESTIONS), length=128)
+    yield load_rollout_engine(checkpoint, EngineConfig(sequences=len(QUESTIONS), length=128), dtype="float32")
     leave()
 
 

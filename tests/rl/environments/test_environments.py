@@ -34,7 +34,7 @@ from lockstep.rl.environments.python_tool import python_tool
 from lockstep.rl.environments.tool_calls import ChatForm
 from lockstep.rl.environments.tools import CALCULATOR, ToolEnvironment
 from lockstep.rl.remote import gather
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
 from lockstep.rl.sandbox.isolation import NOTHING, SandboxLimits
@@ -306,7 +306,10 @@ def test_log_probabilities_of_all_turns_are_the_trainers(
     sampling = SamplingParams(temperature=0.9, stop_tokens=ENDS, max_new_tokens=150, frequency_penalty=0.2)
     form = ChatForm(tokenizer, chat=True)
     engine = RolloutEngine(
-        model, decode=tokenizer.decode, length=300, sequences=4, blocks=[60] * len(kinds(model.model))
+        model,
+        EngineConfig(length=300, sequences=4),
+        decode=tokenizer.decode,
+        blocks=[60] * len(kinds(model.model)),
     )
     found = played(engine, form, prompts, sampling)
     assert engine.statistics.cached_prompt_tokens > 100, "keys and values of earlier turns were not found"
@@ -321,7 +324,7 @@ def test_log_probabilities_of_all_turns_are_the_trainers(
     assert mismatch.largest <= 1e-4
     if numerics == "exact":
         assert mismatch.differing_bits == 0
-        alone = RolloutEngine(model, decode=tokenizer.decode, length=300, sequences=1)
+        alone = RolloutEngine(model, EngineConfig(length=300, sequences=1), decode=tokenizer.decode)
         assert [r.tokens for r in played(alone, form, prompts, sampling)] == [r.tokens for r in found]
 
 

@@ -18,7 +18,7 @@ from lockstep.model.loading import build, transformer_of
 from lockstep.model.ops.linear import PackedWeight
 from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest, generate
 from lockstep.rl.rollout.protocol import PromptTooLong
@@ -36,7 +36,8 @@ def prompts() -> list[Prompt]:
 
 
 def engine_of(transformer: Transformer, tokenizer: Tokenizer, slots: int, prefill: int = 2048) -> RolloutEngine:
-    return RolloutEngine(transformer, sequences=slots, length=100, decode=tokenizer.decode, budget=prefill)
+    config = EngineConfig(sequences=slots, length=100, budget=prefill)
+    return RolloutEngine(transformer, config, decode=tokenizer.decode)
 
 
 def run(
@@ -193,7 +194,7 @@ def test_no_prompts_give_no_completions(transformer: Transformer, tokenizer: Tok
 
 
 def test_the_context_of_the_model_bounds_the_cache(transformer: Transformer, tokenizer: Tokenizer) -> None:
-    engine = RolloutEngine(transformer, sequences=1, length=1 << 20, decode=tokenizer.decode)
+    engine = RolloutEngine(transformer, EngineConfig(sequences=1), decode=tokenizer.decode)
     prompt = Prompt(0, "", (5,) * 250, "")
     with pytest.raises(PromptTooLong, match="rollouts have 256"):
         list(generate(engine, [prompt], SamplingParams(max_new_tokens=7), samples=1, seed=0))
@@ -230,7 +231,7 @@ def test_released_memory_is_given_back_and_what_was_running_goes_on(groups: Grou
     sizes = {"layers": 2, "width": 64, "heads": 8, "kv_heads": 8, "head_dim": 64, "intermediate": 64}
     model = ModelConfig(**sizes, vocabulary=300, context=256, tied=True)
     wide = transformer_of(build(model, groups, torch.float32, RandomWeights(model, seed=0)))
-    engine = RolloutEngine(wide, sequences=80, decode=tokenizer.decode, blocks=[1400])
+    engine = RolloutEngine(wide, EngineConfig(sequences=80), decode=tokenizer.decode, blocks=[1400])
     long = [Prompt(i, "", (3 + i,) * 240, "") for i in range(64)]
     orders = [RolloutRequest(p.index, p, SamplingParams(max_new_tokens=8), 0) for p in long]
     wanted = {r.sample: r.tokens for r in generate(engine, long, orders[0].sampling, samples=1, seed=0)}
@@ -255,7 +256,9 @@ def test_weights_that_were_given_back_come_again_with_an_update(
     sizes = {"layers": 2, "width": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "intermediate": 2048}
     model = ModelConfig(**sizes, vocabulary=8000, context=64, tied=True)
     policy, worker = (transformer_of(build(model, groups, dtype, RandomWeights(model, seed=i))) for i in (0, 1))
-    engine, fresh = (RolloutEngine(each, decode=tokenizer.decode, sequences=4) for each in (worker, policy))
+    engine, fresh = (
+        RolloutEngine(each, EngineConfig(sequences=4), decode=tokenizer.decode) for each in (worker, policy)
+    )
     prompt, sampling = [Prompt(0, "", (3, 5, 9), "")], SamplingParams(max_new_tokens=8)
     before = psutil.Process().memory_info().rss
     engine.release(weights=True)

@@ -13,7 +13,7 @@ from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.ops.cpu import kernels
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt
@@ -26,7 +26,10 @@ def differing_bits(groups: Groups, names: list[str], dtype: str, blocks: int) ->
     for name in names:
         trainer, model = transformer(groups, name, dtype)
         engine = RolloutEngine(
-            model, decode=str, length=300, sequences=12, budget=50, blocks=[blocks] * len(kinds(model.model))
+            model,
+            EngineConfig(length=300, sequences=12, budget=50),
+            decode=str,
+            blocks=[blocks] * len(kinds(model.model)),
         )
         draw = np.random.default_rng(0)
         prompts = [

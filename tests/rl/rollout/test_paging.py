@@ -16,7 +16,7 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.loading import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.rollout.protocol import PromptTooLong, Request, TokenOutput
@@ -51,8 +51,9 @@ def text(tokens: Sequence[int]) -> str:
     return "".join(chr(97 + t % 26) for t in tokens)
 
 
-def engine_of(model: Transformer, **limits: object) -> RolloutEngine:
-    return RolloutEngine(model, decode=text, **{"sequences": 6, "budget": 64, **limits})  # type: ignore[arg-type]
+def engine_of(model: Transformer, blocks: Sequence[int] | None = None, **limits: object) -> RolloutEngine:
+    config = EngineConfig.model_validate({"sequences": 6, "budget": 64, **limits})
+    return RolloutEngine(model, config, decode=text, blocks=blocks)
 
 
 def answers(engine: RolloutEngine, requests: Sequence[Request]) -> dict[str | int, list[TokenOutput]]:
