@@ -1,4 +1,4 @@
-"""Continuous batching against drawing one prompt at a time, and against whole forward passes."""
+"""Our engine's passes, its packed weights and its memory; what every engine keeps is in test_protocol.py."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from lockstep.distributed.groups import Groups
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
-from lockstep.model.layers.logprobs import local_logits, token_logprobs
+from lockstep.model.layers.logprobs import local_logits
 from lockstep.model.loading import build, transformer_of
 from lockstep.model.ops.linear import PackedWeight
 from lockstep.model.transformer import Transformer
@@ -49,96 +49,7 @@ def run(
     return by_place
 
 
-@torch.no_grad()
-def whole_logits(transformer: Transformer, tokens: Sequence[int]) -> Tensor:
-    """Logits [T, V] of one forward pass without a cache."""
-    text = torch.tensor(tokens)
-    hidden = transformer(text, torch.arange(len(text)), DocumentAttention([[len(text)]], text.device))
-    return local_logits(hidden[:, 0], transformer.head_weight, 0, transformer.model.vocabulary)
-
-
 SAMPLING = SamplingParams(temperature=1.2, max_new_tokens=20)
-UNEVEN = SAMPLING.model_copy(update={"stop": tuple("aeiounst 123")})
-"""A random model seldom ends by itself, so that anything that looks like a text ends it here."""
-
-
-@pytest.mark.parametrize(("slots", "prefill"), [(1, 2048), (2, 2048), (5, 30), (64, 2048), (64, 1)])
-def test_batching_changes_no_completion(
-    slots: int, prefill: int, transformer: Transformer, tokenizer: Tokenizer, prompts: list[Prompt]
-) -> None:
-    together = run(engine_of(transformer, tokenizer, slots, prefill), prompts, UNEVEN, samples=3)
-    alone: dict[tuple[int, int], Rollout] = {}
-    for prompt in prompts:
-        alone |= run(engine_of(transformer, tokenizer, 1), [prompt], UNEVEN, samples=3)
-    assert {k: r.tokens for k, r in together.items()} == {k: r.tokens for k, r in alone.items()}
-    for place, rollout in together.items():
-        assert rollout.logp == pytest.approx(alone[place].logp, abs=1e-4)
-        assert (rollout.text, rollout.finish_reason) == (alone[place].text, alone[place].finish_reason)
-    assert len({r.tokens for r in together.values()}) > len(prompts)
-    assert len({len(r.tokens) for r in together.values()}) > 4
-
-
-def test_greedy_equals_a_loop_of_whole_forward_passes(
-    transformer: Transformer, tokenizer: Tokenizer, prompts: list[Prompt]
-) -> None:
-    sampling = SamplingParams(temperature=0, max_new_tokens=10)
-    found = run(engine_of(transformer, tokenizer, 3), prompts, sampling)
-    for prompt in prompts:
-        tokens: list[int] = []
-        while len(tokens) < 10 and not (tokens and tokens[-1] in transformer.model.eos_tokens):
-            tokens.append(int(whole_logits(transformer, [*prompt.tokens, *tokens])[-1].argmax()))
-        assert found[prompt.index, prompt.index].tokens == tuple(tokens)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_reported_log_probabilities_are_the_trainers(
-    temperature: float, transformer: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], groups: Groups
-) -> None:
-    sampling = SamplingParams(temperature=temperature, max_new_tokens=12)
-    for rollout in run(engine_of(transformer, tokenizer, 4), prompts, sampling, samples=2).values():
-        text = torch.tensor([*rollout.prompt.tokens, *rollout.tokens])
-        start = len(rollout.prompt.tokens)
-        with torch.no_grad():
-            hidden = transformer(text, torch.arange(len(text)), DocumentAttention([[len(text)]], text.device))
-            logp = token_logprobs(
-                hidden[start - 1 : -1, 0],
-                transformer.head_weight,
-                text[start:],
-                vocabulary=transformer.model.vocabulary,
-                group=groups.tensor,
-                temperature=temperature,
-            )
-        assert rollout.logp == pytest.approx(logp.tolist(), abs=1e-4)
-
-
-def test_limits_and_ends_are_reported(transformer: Transformer, tokenizer: Tokenizer, prompts: list[Prompt]) -> None:
-    found = run(engine_of(transformer, tokenizer, 8), prompts, SamplingParams(temperature=2, max_new_tokens=9), 40)
-    eos = set(transformer.model.eos_tokens)
-    for rollout in found.values():
-        assert not eos & set(rollout.tokens[:-1])
-        assert rollout.finish_reason == ("stop" if rollout.tokens[-1] in eos else "length")
-        assert len(rollout.tokens) == len(rollout.logp) <= 9
-        assert rollout.finish_reason == "stop" or len(rollout.tokens) == 9
-        assert rollout.text == tokenizer.decode(rollout.tokens)
-        assert rollout.weight_version == 0
-    assert {r.finish_reason for r in found.values()} == {"stop", "length"}
-
-
-def test_a_stop_string_ends_a_completion_where_it_is_whole(
-    transformer: Transformer, tokenizer: Tokenizer, prompts: list[Prompt]
-) -> None:
-    free = run(engine_of(transformer, tokenizer, 4), prompts, SAMPLING)
-    longest = max(free.values(), key=lambda r: len(r.tokens))
-    cut = next(i for i in range(5, 20) if "\ufffd" not in tokenizer.decode(longest.tokens[i - 2 : i]))
-    stop = tokenizer.decode(longest.tokens[cut - 2 : cut])
-    stopped = run(engine_of(transformer, tokenizer, 4), prompts, SAMPLING.model_copy(update={"stop": (stop,)}))
-    assert len(stop) >= 2
-    for place, rollout in free.items():
-        ends = [n for n in range(1, len(rollout.tokens) + 1) if stop in tokenizer.decode(rollout.tokens[:n])]
-        assert stopped[place].tokens == rollout.tokens[: ends[0] if ends else None]
-        assert stopped[place].text == rollout.text.partition(stop)[0]
-        assert stopped[place].finish_reason == ("stop" if ends else rollout.finish_reason)
-    assert len(stopped[longest.prompt.index, longest.sample].tokens) <= cut < len(longest.tokens)
 
 
 class Passes:
@@ -187,17 +98,6 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_runs(
     assert passes.rows == []
     rollouts = run(engine, prompts[1:2], SamplingParams(temperature=1, max_new_tokens=60, exact_lengths=(60,)))
     assert [len(r.tokens) for r in rollouts.values()] == [60]
-
-
-def test_no_prompts_give_no_completions(transformer: Transformer, tokenizer: Tokenizer) -> None:
-    assert run(engine_of(transformer, tokenizer, 2), [], SAMPLING) == {}
-
-
-def test_the_context_of_the_model_bounds_the_cache(transformer: Transformer, tokenizer: Tokenizer) -> None:
-    engine = RolloutEngine(transformer, EngineConfig(sequences=1), decode=tokenizer.decode)
-    prompt = Prompt(0, "", (5,) * 250, "")
-    with pytest.raises(PromptTooLong, match="rollouts have 256"):
-        list(generate(engine, [prompt], SamplingParams(max_new_tokens=7), samples=1, seed=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -21,7 +21,6 @@ from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.rollout.protocol import PromptTooLong, Request, TokenOutput
 from lockstep.rl.types import Prompt
-from lockstep.rl.weight_sync.shards import shards_of
 
 FULL = ModelConfig(
     layers=2, width=16, heads=4, kv_heads=2, head_dim=4, intermediate=24, vocabulary=48, context=256, eos_tokens=(3,)
@@ -209,38 +208,6 @@ def test_a_completion_that_is_cancelled_is_handed_out_as_it_is(models: dict[str,
         engine.cancel(0)
     assert [(r.sample, r.finish_reason) for r in rollouts] == [(1, "length"), (0, "abort")]
     assert 2 <= len(rollouts[1].tokens) == len(rollouts[1].logp) < 30
-
-
-@pytest.mark.parametrize("on_update", ["finish", "pause", "restart"])
-def test_new_weights_come_while_requests_run(on_update: str, groups: Groups) -> None:
-    old, new = (transformer(groups, seed=seed) for seed in (0, 1))
-    greedy = SamplingParams(temperature=0, max_new_tokens=12, exact_lengths=(12,))
-    request = Request("running", tuple(range(4, 40)), greedy, 0, 0)
-    engine = engine_of(transformer(groups), on_update=on_update, sequences=1)
-    engine.add(request)
-    engine.add(replace(request, key="waiting"))
-    tokens = [token for _ in range(5) for token in engine.step()]
-    while not engine.ready_for_update():
-        tokens += engine.step()
-    engine.begin_update(7)
-    with pytest.raises(RuntimeError, match="weights of version 7 have come in part only"):
-        engine.step()
-    for shard in shards_of(new):
-        engine.take([shard])
-    engine.end_update()
-    while engine.has_work:
-        tokens += engine.step()
-    versions = {key: [t.weight_version for t in tokens if t.key == key] for key in ("running", "waiting")}
-    assert versions == {"running": [0] * 12 if on_update == "finish" else [0] * 5 + [7] * 7, "waiting": [7] * 12}
-    found = [t.token for t in tokens if t.key == "running"]
-    begun = drawn(answers(engine_of(old), [request]))["running"]
-    assert found[:5] == begun[:5]
-    turn = replace(
-        request, tokens=(*request.tokens, *found[:5]), sampling=greedy.model_copy(update={"exact_lengths": (7,)})
-    )
-    recomputed = drawn(answers(engine_of(new), [turn]))["running"]
-    assert {"finish": found == begun, "pause": found[5:] != begun[5:], "restart": found[5:] == recomputed}[on_update]
-    assert [t.token for t in tokens if t.key == "waiting"] == drawn(answers(engine_of(new), [request]))["running"]
 
 
 def rank_answers(groups: Groups, kind: str) -> dict[str | int, list[tuple[int, float]]]:
