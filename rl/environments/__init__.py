@@ -1,1 +1,1 @@
-"""Environments of several turns: tools and tasks that answer what the model writes."""
+"""Multi-turn environments: what answers the model between its turns, such as tools, and ends an episode."""

@@ -1,19 +1,19 @@
-"""A calculator of exact fractions: it reads arithmetic and nothing else, so no text of a model runs as a program."""
+"""Evaluates arithmetic exactly, in fractions, by a parser of its own: no text of a model is run as a program."""
 
 import re
 from fractions import Fraction
 
 BITS = 8192
-"""Of the largest number that a result or a step may have: some 2400 digits."""
+"""Bits of the largest number that a result or an intermediate step may have: some 2400 digits."""
 NESTED = 50
-"""Parentheses inside of each other."""
+"""Nesting depth of parentheses and exponents."""
 
 _TOKEN = re.compile(r"\s*(?:(?P<number>\d[\d_,]*(?:\.\d*)?|\.\d+)|(?P<sign>\*\*|//|[-+*/%^()]))")
 _SPELLED = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"})
 
 
 class NoArithmetic(ValueError):
-    """What cannot be calculated, in one sentence."""
+    """An expression that cannot be calculated; the message says why, in one sentence."""
 
 
 def calculate(expression: str) -> str:
@@ -35,13 +35,13 @@ def calculate(expression: str) -> str:
 
 
 class _Reader:
-    """Recursive descent, one method a level of precedence."""
+    """A recursive-descent parser that evaluates as it reads; each level of precedence is a method."""
 
     def __init__(self, text: str) -> None:
         self._tokens, self._depth = list(reversed(_tokens(text))), 0
 
     def value(self) -> Fraction:
-        """Of the whole text."""
+        """The value of the whole text."""
         found = self._sum()
         if self._tokens:
             raise NoArithmetic(f"{self._tokens[-1]!r} stands where an operator or the end should be")

@@ -1,4 +1,4 @@
-"""Which environment a recipe puts its policy into."""
+"""The `[environment]` section of a recipe: which environment answers the policy's turns, and its limits."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ TOOLS = ("calculator", "python")
 
 
 class EnvironmentConfig(BaseModel):
-    """What answers the policy's turns."""
+    """Kind, tools and limits of the environment."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,6 +31,6 @@ class EnvironmentConfig(BaseModel):
 
     @property
     def is_own(self) -> bool:
-        """Whether the kind names a class or a function."""
+        """Whether `kind` names a class or function of the user's, as `module:Class`."""
         module, separator, name = self.kind.partition(":")
         return bool(separator) and all(part.isidentifier() for part in [*module.split("."), name])

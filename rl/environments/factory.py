@@ -1,4 +1,4 @@
-"""What makes the environments that a recipe names, and holds what they share."""
+"""Makes the environments that a recipe names, and owns the processes that they share."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,16 +17,16 @@ from lockstep.rl.verifiers.judge import grader_of
 
 
 class NoEnvironment(ValueError):
-    """An environment of one's own that is not there, in one sentence."""
+    """`environment.kind` names a class that cannot be imported."""
 
 
 @contextmanager
 def opened(config: EnvironmentConfig) -> Iterator[Opening]:
-    """Environments of a recipe's kind; what they share ends with the context.
+    """A factory of episodes of the recipe's kind; the processes that they share end with the context.
 
     Raises:
-        NoEnvironment: when there is none of one's own under the name.
-        SandboxError: when programs are to run and this machine cannot keep them in.
+        NoEnvironment: when `kind` names a class that cannot be imported.
+        SandboxError: when programs are to run and this machine cannot isolate them as required.
     """
     with ExitStack() as stack:
         if config.kind == "tools":
@@ -40,7 +40,7 @@ def opened(config: EnvironmentConfig) -> Iterator[Opening]:
 
 
 def told(config: EnvironmentConfig) -> str:
-    """What the system message says of an environment; empty where the task says it all."""
+    """What an environment adds to the system message: its tools; empty for environments without tools."""
     if config.kind != "tools":
         return ""
     known = {"calculator": CALCULATOR.signature, "python": PYTHON}
@@ -54,7 +54,7 @@ def _tool(name: str, config: EnvironmentConfig, stack: ExitStack) -> Tool:
 
 
 def _own(config: EnvironmentConfig) -> Opening:
-    """Each episode has an object of its own; one of `verifiers` serves all."""
+    """A factory over the user's class: an object for each episode, or one of `verifiers` that serves all."""
     module, _, name = config.kind.partition(":")
     try:
         found = getattr(import_module(module), name)

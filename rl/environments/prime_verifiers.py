@@ -1,4 +1,4 @@
-"""Environments of the package `verifiers` (Prime Intellect), by the shape of their calls: nothing of it is imported.
+"""Adapts environments of Prime Intellect's package `verifiers`, recognised by their methods and never imported.
 
 One object of theirs serves all episodes, each with a dict for its state: `setup_state(state)`, `is_completed(state)`,
 `env_response(messages, state)` and `rubric.score_rollout(state)`, as from version 0.1.8 on. The model's turns are put
@@ -18,25 +18,25 @@ from lockstep.rl.verdict import of_credit
 
 
 def is_foreign(made: object) -> bool:
-    """Whether an object has the shape of an environment of `verifiers`."""
+    """Whether an object has the methods of an environment of `verifiers`."""
     return all(hasattr(made, name) for name in ("env_response", "is_completed", "setup_state", "rubric"))
 
 
 class PrimeEnvironment:
-    """An episode of a `MultiTurnEnv`."""
+    """One episode of a `MultiTurnEnv` of `verifiers`, as an `Environment`."""
 
     def __init__(self, shared: Any) -> None:
         self._shared = shared
 
     async def reset(self, prompt: Prompt) -> None:
-        """See `Environment.reset`. The prompt is one message of the user's, as the model reads it."""
+        """See `Environment.reset`. The prompt becomes one user message, as the model reads it."""
         opening = [{"role": "user", "content": prompt.text}]
         row = {"prompt": opening, "answer": prompt.answer, "task": "default", "info": {}, "example_id": prompt.index}
         self._state = await self._shared.setup_state(await self._new_state(row))
         self._messages: list[dict[str, Any]] = list(opening)
 
     async def step(self, turn: Turn) -> Reply:
-        """See `Environment.step`. ValueError for a reward that is no credit."""
+        """See `Environment.step`. Raises ValueError for a reward outside of 0 to 1."""
         said = _message(turn.text)
         step = {"prompt": list(self._messages), "completion": [said], "response": None, "tokens": None, "reward": None}
         self._state["trajectory"].append(step | {"advantage": None, "extras": {}})
@@ -48,7 +48,7 @@ class PrimeEnvironment:
         return Reply(tuple(Message(m["role"], str(m["content"])) for m in heard))
 
     async def close(self) -> None:
-        """What theirs holds it gives back itself, when it is complete."""
+        """Does nothing: an environment of `verifiers` cleans up when it is complete."""
 
     async def _new_state(self, row: dict[str, Any]) -> Any:
         if hasattr(self._shared, "init_state"):
@@ -65,7 +65,7 @@ class PrimeEnvironment:
 
 
 def _message(text: str) -> dict[str, Any]:
-    """A turn as OpenAI's interface has it, with its calls apart."""
+    """A turn as an assistant message of OpenAI's API, tool calls in a field of their own."""
     calls = [
         {"id": str(i), "type": "function", "function": {"name": c.name, "arguments": json.dumps(c.arguments)}}
         for i, c in enumerate(calls_of(text))

@@ -1,7 +1,7 @@
-"""What an environment is: three calls of an episode, in one's own words and never in tokens.
+"""The protocol of environments: `reset`, `step` and `close` of one episode, on text and never on tokens.
 
-An environment reads what the model says in a turn and answers with messages, or ends the episode. Tokens are not its
-business: what the model wrote stays as it is, and its answer alone is encoded (see `chat_tools`).
+An environment reads what the model wrote in a turn and answers with messages, or ends the episode. Tokens are not its
+business: those that the model wrote are kept, and the answer alone is encoded (see `tool_calls`).
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from lockstep.rl.verdict import Verdict
 
 @dataclass(frozen=True)
 class Message:
-    """A part of a conversation, as chat templates know it."""
+    """One message of a conversation, as chat templates take it."""
 
     role: str
     content: str
@@ -22,7 +22,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the model said since it was last answered."""
+    """What the model wrote since it was last answered."""
 
     text: str
     number: int
@@ -35,39 +35,39 @@ class Turn:
 
 @dataclass(frozen=True)
 class Reply:
-    """What an environment answers: messages, after which the model goes on, or none, which ends the episode."""
+    """An environment's answer: messages, after which the model goes on, or none, which ends the episode."""
 
     messages: tuple[Message, ...] = ()
     verdict: Verdict | None = None
-    """On the episode, with its end; None leaves it to the verifier, which judges the last turn."""
+    """Of the episode, where it ends; None leaves it to the verifier, which judges the last turn."""
 
 
 class Environment(Protocol):
-    """One episode. Its calls come one after the other; those of many episodes take turns on one event loop."""
+    """One episode. Its methods are called one after the other; many episodes share one event loop."""
 
     async def reset(self, prompt: Prompt) -> None:
-        """Begin with a problem that the model is reading."""
+        """Start the episode of a prompt, which the model is reading."""
 
     async def step(self, turn: Turn) -> Reply:
-        """Answer a turn. After the last one messages are not heard. Whatever is raised makes the rollout ungradable."""
+        """Answer a turn. Messages after the last turn are dropped; an exception makes the rollout ungradable."""
 
     async def close(self) -> None:
-        """Give back what the episode holds: comes once, however the episode ended."""
+        """Release what the episode holds: called once, however the episode ended."""
 
 
 Opening = Callable[[], Environment]
-"""Makes the environment of an episode."""
+"""A factory of episodes: called once for each."""
 
 
 @dataclass(frozen=True)
 class EnvironmentResponse:
-    """What becomes of a rollout after a turn."""
+    """How a rollout goes on after a turn: with tokens of an answer, or not at all."""
 
     tokens: tuple[int, ...] = ()
-    """To go on behind; none where the episode has ended."""
+    """Of the answer, behind which the model goes on; none where the episode has ended."""
     verdict: Verdict | None = None
-    """With the end, where the environment has one."""
+    """Where the episode has ended and its environment gave one."""
     final: str = ""
-    """With the end: the last turn, for a verifier to judge."""
+    """Where the episode has ended: the last turn, for a verifier to judge."""
     finish_reason: str = ""
-    """With the end, where a limit brought it and not the model: `turns`, or `length` of the completion."""
+    """Where a limit ended the episode: `turns`, or `length` of the completion."""

@@ -1,4 +1,4 @@
-"""A tool that runs Python in the code verifier's sandbox: each call is a program of its own, and keeps nothing."""
+"""The Python tool: runs each call as a program of its own in the code verifier's sandbox, without state."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ PYTHON = Signature(
 
 
 def python_tool(pool: CodePool) -> Tool:
-    """Runs a program in a sandbox of the pool, within the pool's limits, and says what it printed."""
+    """A tool that runs a program in a sandbox of the pool, within its limits, and returns what it printed."""
 
     async def run(code: str) -> str:
         seen = await asyncio.to_thread(pool.run, code)

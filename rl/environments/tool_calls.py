@@ -1,11 +1,11 @@
-"""How a model calls tools and hears their results, in one form: that of Hermes and Qwen.
+"""Parses tool calls in the format of Hermes and Qwen, and encodes tool results behind the tokens of a turn.
 
     <tool_call>
     {"name": "calculator", "arguments": {"expression": "12 * 34"}}
     </tool_call>
 
 Results are messages of the chat template. Only what is new is encoded: the template renders a conversation with a
-stand-in where the model spoke, and what follows the stand-in is the answer, up to where the model has the word again.
+stand-in where the model spoke, and what follows the stand-in is the answer, up to where the next assistant turn begins.
 What the model wrote is never rendered: its tokens stay what they are, also where its text has other tokens.
 """
 
@@ -26,7 +26,7 @@ _STAND_IN, _PROBE = "0d5f3a-what-the-model-said", "0d5f3a-what-it-hears"
 
 @dataclass(frozen=True)
 class Call:
-    """A call that a model wrote, or what is wrong with it."""
+    """A tool call that a model wrote, or what is wrong with it."""
 
     name: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Call:
 
 
 def calls_of(text: str) -> list[Call]:
-    """The calls of a turn in order; one that is not closed counts, since a stop string may have cut off its end."""
+    """The tool calls of a turn, in order; one without its end tag counts, as a stop string may have cut it off."""
     return [_call(found) for found in _CALL.findall(text)]
 
 
@@ -50,7 +50,7 @@ def _call(text: str) -> Call:
 
 
 def described(schemas: Sequence[dict[str, Any]]) -> str:
-    """What a system message says of tools, given their JSON schemas."""
+    """The part of a system message that lists tools, given their JSON schemas, and says how to call them."""
     listed = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
     return (
         f"You can call these functions:\n<tools>\n{listed}\n</tools>\n"
@@ -61,18 +61,18 @@ def described(schemas: Sequence[dict[str, Any]]) -> str:
 
 
 class ChatForm:
-    """An environment's messages as tokens behind those of a model."""
+    """Encodes an environment's messages as tokens to append to a model's turn."""
 
     def __init__(self, tokenizer: Tokenizer, *, chat: bool) -> None:
         """
         Args:
-            chat: whether prompts are in the tokenizer's chat template; plain text gets lines of its own otherwise.
+            chat: whether prompts use the tokenizer's chat template; messages are lines of plain text otherwise.
         """
         self._tokenizer, self._chat = tokenizer, chat
         self._known: dict[str, bool] = {}
 
     def answer(self, turn: Sequence[int], messages: Sequence[Message]) -> list[int]:
-        """Tokens to append to those of a turn; the one that ends a turn is among them where the model has not said it.
+        """Tokens to append to those of a turn, the end-of-turn token included where the model has not written it.
 
         Raises:
             BadTokenizer: when there is no chat template.
@@ -82,7 +82,7 @@ class ChatForm:
         return tokens[1:] if turn and tokens[:1] == list(turn[-1:]) and turn[-1] in self._tokenizer.special else tokens
 
     def _rendered(self, messages: Sequence[Message]) -> str:
-        """What the template puts behind a turn; messages of tools in the user's name where it knows no tools."""
+        """What the template renders behind a turn; tool results as user messages where it has no tool role."""
         return self._after_stand_in(messages if all(self._knows(m.role) for m in messages) else [_as_user(messages)])
 
     def _knows(self, role: str) -> bool:

@@ -1,6 +1,6 @@
-"""Tools that a model may call, and the environment that has them: what goes wrong with a call is said in its result.
+"""Tools that a model may call, and the environment that runs the calls of a turn and answers with their results.
 
-An error that the model made (no such tool, no arithmetic, a program that fails) is text that it reads. An error of the
+An error of the model's (no such tool, no arithmetic, a program that fails) is a result that it reads. An error of the
 tool itself is raised, and makes the rollout ungradable: nothing is learned from a broken tool.
 """
 
@@ -15,25 +15,25 @@ from lockstep.rl.environments.tool_calls import Call, calls_of
 from lockstep.rl.types import Prompt
 
 LONGEST = 4000
-"""Characters of a result."""
+"""Characters of a result at most."""
 
 
 class ToolError(ValueError):
-    """A call that fails by the model's own doing; its sentence is the call's result."""
+    """A call that fails through the model's own mistake; the message is the call's result."""
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a model is told of a tool."""
+    """Name, description and parameters of a tool, as a model is told of it."""
 
     name: str
     description: str
     parameters: Mapping[str, str]
-    """Name of each argument, all of which are needed, and what it is."""
+    """Each argument's name and description; all are required."""
 
     @property
     def schema(self) -> dict[str, Any]:
-        """As chat templates and OpenAI's interface have it."""
+        """The JSON schema that chat templates and OpenAI's API take."""
         named = {name: {"type": "string", "description": text} for name, text in self.parameters.items()}
         parameters = {"type": "object", "properties": named, "required": list(named)}
         return {
@@ -44,21 +44,21 @@ class Signature:
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call by name, with text for arguments."""
+    """A function that a model may call by name, with strings for arguments."""
 
     signature: Signature
     run: Callable[..., Awaitable[str]]
-    """Takes the arguments by name; raises ToolError where the model is to blame."""
+    """Takes the arguments by name and returns the result; raises ToolError for the model's mistakes."""
 
 
 class ToolEnvironment:
-    """Answers each call of a turn, all at the same time; a turn without one ends the episode."""
+    """Runs all calls of a turn concurrently and answers with their results; a turn without a call ends the episode."""
 
     def __init__(self, tools: Sequence[Tool]) -> None:
         self._tools = {tool.signature.name: tool for tool in tools}
 
     async def reset(self, prompt: Prompt) -> None:
-        """Nothing is kept from call to call."""
+        """Does nothing: no state is kept between calls."""
 
     async def step(self, turn: Turn) -> Reply:
         """See `Environment.step`."""
@@ -67,7 +67,7 @@ class ToolEnvironment:
         return Reply(tuple(Message("tool", result) for result in results))
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: an episode holds nothing."""
 
     async def _result(self, call: Call) -> str:
         if call.problem:
@@ -85,7 +85,7 @@ class ToolEnvironment:
 
 
 def shortened(text: str) -> str:
-    """At most `LONGEST` characters, and how many were left out."""
+    """The text cut to `LONGEST` characters, with the number of those left out."""
     left_out = len(text) - LONGEST
     return text if left_out <= 0 else f"{text[:LONGEST]}… ({left_out} characters more)"
 

@@ -1,4 +1,4 @@
-"""Grades in processes that can be killed, because only that stops a grader that hangs in C code or off the main thread.
+"""Grades answers in child processes with a deadline; killing a process is all that stops a grader that hangs in C code.
 
 A child works on one item at a time, so that a deadline covers one item's work and no queueing. An item whose grader
 overruns or dies is ungradable, its child is replaced, and no other item is touched. Children are started by the pool's
@@ -61,7 +61,7 @@ class AnswerPool(ProcessPool["_Child"]):
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
         """One verdict for each (response, reference answer), in order.
 
-        Raises VerifierPoolError if children cannot start, or if the pool is closed before the last verdict.
+        Raises AnswerPoolError if children cannot start, or if the pool is closed before the last verdict.
         """
         return self._each(self._grade_one, pairs, "it was grading")
 
@@ -84,7 +84,7 @@ class AnswerPool(ProcessPool["_Child"]):
 
 
 class _Child:
-    """One grading process and our end of its pipe. Used by one thread at a time."""
+    """One grading process and the pool's end of its pipe. Used by one thread at a time."""
 
     def __init__(self, grader: bytes) -> None:
         self._connection, theirs = Pipe()
@@ -150,7 +150,7 @@ def _program() -> str:
 
 
 def serve() -> None:
-    """The child's life: read the grader, say that it is ready, then answer pairs with verdicts until the pipe closes.
+    """Main function of a child: reads the grader, reports ready, then grades pairs until the pipe closes.
 
     Logging is off up to warnings: what matters is in the verdict, and math_verify warns that it has no time limit.
     """

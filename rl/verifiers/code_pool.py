@@ -1,8 +1,9 @@
-"""Judges completions of code problems in parallel sandboxes, each warm and each at one item.
+"""Judges completions of code problems in parallel sandboxes, which stay warm and take one item at a time.
 
-A completion is correct where the tests say so from outside of its process (see `examiner`), incorrect where they fail
-or where it overruns its limits or ends, and ungradable where the tests or the sandbox fail, or others have the
-machine's processors. Sandboxes are started by the pool's own threads only, as `VerifierPool`'s children are.
+A completion is correct where the tests pass outside of its process (see `lockstep.rl.sandbox.harness`), incorrect
+where they fail or where it overruns its limits or ends, and ungradable where the tests or the sandbox fail, or
+where other programs have the machine's processors. Sandboxes are started by the pool's own threads only, as
+`AnswerPool`'s children are.
 """
 
 import json
@@ -21,8 +22,8 @@ from lockstep.rl.verifiers.process_pool import ProcessPool
 class CodePool(ProcessPool[Sandbox]):
     """`workers` sandboxes that judge (completion, tests), each of them within `limits`.
 
-    requires: walls without which the pool refuses to start. uses: walls that it tries to build, for machines on which
-    one of them misbehaves. Threads may share a pool. Close it, or use it as a context manager.
+    requires: isolation mechanisms without which the pool refuses to start. uses: those that it tries to activate, for
+    machines on which one of them misbehaves. Threads may share a pool. Close it, or use it as a context manager.
     """
 
     failure = SandboxError
@@ -54,7 +55,7 @@ class CodePool(ProcessPool[Sandbox]):
         return self._each(self._grade_one, items, "it was grading")
 
     def run(self, code: str, stdin: str = "") -> Observation:
-        """What a program prints: at most `keeper.SHOWN` characters of it.
+        """What a program prints: at most `zygote.SHOWN` characters of it.
 
         Raises SandboxError if a sandbox fails, or if the pool is closed.
         """
@@ -121,7 +122,7 @@ _PYTHON = ("python", "py", "python3", "")
 
 
 def code_of(completion: str) -> str:
-    """The code that a completion offers.
+    """The program in a completion: its last fenced block of Python, or the whole text.
 
     A block begins with a line of three or more backticks or tildes and ends with a line of as many; one that never
     ends, as where the completion was cut off, goes to the end of the text. Of blocks that are named python, py, python3

@@ -1,4 +1,4 @@
-"""What verifiers may use and what they demand, as a recipe says it."""
+"""The `[verifier]` section of a recipe: processes, deadlines, and limits and isolation of the sandbox."""
 
 from typing import Literal, get_args
 
@@ -6,18 +6,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxLimits
 
-Wall = Literal["namespaces", "seccomp", "landlock"]
+Mechanism = Literal["namespaces", "seccomp", "landlock"]
 
 _LIMITS = SandboxLimits()
-_USUAL = tuple(wall for wall in get_args(Wall) if getattr(USUAL, wall))
+_USUAL = tuple(name for name in get_args(Mechanism) if getattr(USUAL, name))
 
 
 class SandboxConfig(BaseModel):
-    """What a run of a program may use, and the walls without which none is run; see `protection`."""
+    """Limits of a program's run, and the isolation without which none is run; see `lockstep.rl.sandbox.isolation`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    requires: tuple[Wall, ...] = Field(_USUAL, description="a machine that lacks one of these judges no programs")
+    requires: tuple[Mechanism, ...] = Field(_USUAL, description="a machine that lacks one of these judges no programs")
     seconds: float = Field(_LIMITS.seconds, ge=0.01, description="on a processor, for the whole of a run")
     memory_mib: int = Field(_LIMITS.memory_bytes >> 20, ge=256, description="address space, Python's 100 MiB included")
     folder_mib: int = Field(_LIMITS.folder_bytes >> 20, ge=1, description="of all files that it writes")
@@ -26,7 +26,7 @@ class SandboxConfig(BaseModel):
 
     @property
     def limits(self) -> SandboxLimits:
-        """What the sandbox takes."""
+        """The limits in the form that the sandbox takes."""
         return SandboxLimits(
             seconds=self.seconds,
             memory_bytes=self.memory_mib << 20,
@@ -37,7 +37,7 @@ class SandboxConfig(BaseModel):
 
     @property
     def required(self) -> Isolation:
-        """What the pool of sandboxes takes."""
+        """The required isolation in the form that the pool of sandboxes takes."""
         return Isolation(
             namespaces="namespaces" in self.requires,
             seccomp="seccomp" in self.requires,
@@ -46,7 +46,7 @@ class SandboxConfig(BaseModel):
 
 
 class VerifierConfig(BaseModel):
-    """The verifier workers."""
+    """How many verifier workers there are, with how many processes, and how long one answer may take."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

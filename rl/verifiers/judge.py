@@ -1,4 +1,4 @@
-"""Judges completions by what their problem has: the tests of a program, or else a reference answer."""
+"""Grades completions by what their problem has: the tests of a program, or else a reference answer."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,7 +19,7 @@ GraderName = Literal["answer", "gym"]
 
 
 def grader_of(name: GraderName) -> Grader:
-    """What compares a completion with what its problem has for an answer, by the name that tasks use."""
+    """The function that grades a completion against its problem's answer, by the name in `task.grader`."""
     if name == "answer":
         return grader.grade
     from lockstep.rl.verifiers import reasoning_gym  # loads reasoning-gym, which takes a second
@@ -28,7 +28,7 @@ def grader_of(name: GraderName) -> Grader:
 
 
 class Judge:
-    """Verifiers in processes of their own, started when the first problem of their kind comes; a context manager.
+    """Pools of graders and sandboxes, each started when the first problem of its kind comes; a context manager.
 
     Threads may share a judge.
     """
@@ -37,7 +37,7 @@ class Judge:
         """
         Args:
             grader: of problems without tests.
-            note: takes a sentence on what programs are kept in by, when these verifiers start.
+            note: takes the sentence that says how programs are isolated, when the sandboxes start.
         """
         self._config, self._grader, self._note = config, grader_of(grader), note
         self._started, self._starting = ExitStack(), Lock()
@@ -55,7 +55,7 @@ class Judge:
         """One verdict for each (completion, prompt), in order.
 
         Raises:
-            SandboxError: where programs come, and this machine cannot keep them in.
+            SandboxError: where there are programs, and this machine cannot isolate them as required.
         """
         answers = [(text, prompt.answer) for text, prompt in items if prompt.tests is None]
         programs = [(text, prompt.tests) for text, prompt in items if prompt.tests is not None]

@@ -1,4 +1,4 @@
-"""Pools of processes that judge, each taken by one thread at a time and given back by it."""
+"""A pool of worker processes and as many threads, each of which uses one process at a time."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -7,10 +7,10 @@ from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 
 class Killable(Protocol):
-    """A process that a pool ends."""
+    """A process that a pool can kill."""
 
     def kill(self) -> int:
-        """End it; its exit code."""
+        """Kill it; returns its exit code."""
         ...
 
 
@@ -20,10 +20,10 @@ Result = TypeVar("Result")
 
 
 class ProcessPool(Generic[Process]):
-    """As many threads as processes, so that an idle process is always at hand. A context manager that closes it."""
+    """Maps work over items with as many threads as processes. A context manager that closes the pool."""
 
     failure: ClassVar[type[RuntimeError]]
-    """What is raised where the pool cannot judge."""
+    """The exception for a pool that cannot work: closed, or its processes do not start."""
 
     def __init__(self, workers: int, name: str) -> None:
         """
@@ -35,7 +35,7 @@ class ProcessPool(Generic[Process]):
         self._idle: SimpleQueue[Process] = SimpleQueue()
 
     def close(self) -> None:
-        """Drops what is queued, lets items in work end or meet their deadline, kills every process. May be repeated."""
+        """Drops queued items, lets those in work end or reach their deadline, kills every process. Idempotent."""
         self._closed = True
         self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
@@ -48,10 +48,10 @@ class ProcessPool(Generic[Process]):
         self.close()
 
     def _each(self, work: Callable[[Item], Result], items: Iterable[Item], doing: str) -> list[Result]:
-        """Results of the work on all items, in order, by the pool's threads.
+        """Results of `work` on all items, in order, computed by the pool's threads.
 
         Args:
-            doing: what is cut short where the pool is closed meanwhile, for the error.
+            doing: what the pool was doing, for the error where it is closed meanwhile.
         """
         if self._closed:
             raise self.failure("this pool is closed: make a new one")

@@ -1,9 +1,9 @@
-"""Grades the tasks of reasoning-gym by their own scores, partial credit included.
+"""Grades answers to reasoning-gym's tasks by the tasks' own scorers, partial credit included.
 
 An entry (its question, answer and metadata) is JSON, so that it fits where other tasks have their answer. Some scorers
 trust what they read: four evaluate the answer as Python, five let sympy do so, and those get functions that read values
 and arithmetic only; one takes anything but True for False. The entry's own answer has to score 1 before a lower score
-counts against a completion. Scorers may hang, so grade untrusted text through `VerifierPool`.
+counts against a completion. Scorers may hang, so grade untrusted text through `AnswerPool`.
 """
 
 import ast
@@ -49,7 +49,7 @@ _TRUTHS = ("true", "false")
 
 
 class BadEntry(ValueError):
-    """An entry that cannot decide anything, in one sentence."""
+    """An entry by which nothing can be graded; the message says why, in one sentence."""
 
 
 def grade(response: str, entry: str) -> Verdict:

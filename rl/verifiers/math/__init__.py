@@ -1,1 +1,1 @@
-"""Grades the final answer of a mathematical response against a reference answer."""
+"""Grades mathematics: finds the final answer of a response and compares it with the reference answer."""

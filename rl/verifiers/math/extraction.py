@@ -1,4 +1,4 @@
-r"""Finds what a response states as its answer, never a number that merely stands in it.
+r"""Extracts the final answer of a response: what it states as its answer, never a number that merely occurs in it.
 
 What comes before `</think>` is no answer, and where there is an `<answer>…</answer>`, the last one holds it. Marked
 answers come first: `\boxed{...}`, `#### x`, "the answer is x" (or "Answer: x", or a heading "Final answer" above it).
@@ -48,7 +48,7 @@ _LONGEST = 10_000
 
 @dataclass(frozen=True)
 class Stated:
-    """An answer as the response writes it, and where."""
+    """An answer as the response writes it, and its position in the text."""
 
     text: str
     place: int
@@ -64,21 +64,21 @@ def final_answer(response: str) -> str | None:
 
 
 def candidates(response: str) -> dict[str, str]:
-    """What each rule alone would take for the answer, by the rule's name; rules that find nothing are left out."""
+    """The answer that each rule alone would find, by the rule's name; rules that find nothing are left out."""
     text, tagged = _final_part(response)
     found = {name: stated.text for name, rule in (MARKED | UNMARKED).items() if (stated := rule(text))}
     return found | ({"tag": text.strip()} if tagged and text.strip() else {})
 
 
 def tagged_or_boxed(response: str) -> str:
-    """For answers of any form: what the last `<answer>` holds, else the last box, else all after the thoughts."""
+    """For answers of any form: the content of the last `<answer>`, else of the last box, else all after `</think>`."""
     text, tagged = _final_part(response)
     box = None if tagged else _boxed(text)
     return box.text if box else text.strip()
 
 
 def boxed_list(response: str) -> str | None:
-    """The last boxes with but commas, "and" and "or" between them, as one list; None if the last stands alone."""
+    """The last boxes that only commas, "and" and "or" separate, joined as one list; None if there is only one."""
     text, _ = _final_part(response)
     every = sorted(boxes(text))
     found: list[str] = []

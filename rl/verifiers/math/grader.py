@@ -1,9 +1,9 @@
-r"""Grades mathematics without guessing: an answer counts only where the completion says that it is the answer.
+r"""Grades a mathematical response: correct only where the answer that it states as final is the reference answer.
 
-`extraction` finds the final answer and `reading` takes it as number, words or formula. Plain numbers are compared
+`extraction` finds the final answer and `parsing` takes it as number, words or formula. Plain numbers are compared
 exactly, as fractions; words as words; formulas without variables by their value to 30 digits; all others by
 math_verify. A decimal stands for a number that has no end only from six places on. Nothing here has a
-time limit: sympy can run for hours on a hostile expression, so grade untrusted text through `VerifierPool`.
+time limit: sympy can run for hours on a hostile expression, so grade untrusted text through `AnswerPool`.
 """
 
 import re
@@ -23,7 +23,7 @@ from lockstep.rl.verifiers.math.parsing import ARITHMETIC, EQUALS, Reading, answ
 from lockstep.rl.verifiers.math.units import agree
 
 EXAMPLES = ((r"\boxed{x^2-1}", "(x-1)(x+1)"), (r"\boxed{\sin^2 x+\cos^2 x}", "1"), (r"\boxed{(1, 2]}", "[1, 2]"))
-"""What a process grades once to load the parts of sympy that most formulas need: a second, then milliseconds."""
+"""Pairs that a process grades at its start, to load the parts of sympy that most formulas need (a second)."""
 _LONGEST_FORMULA = 1000
 _MOST_DIGITS = 10_000
 _I = Symbol("i", real=False)
@@ -51,7 +51,7 @@ def grade(response: str, answer: str) -> Verdict:
 
 
 def grade_stated(stated: str, answer: str) -> Verdict:
-    """As `grade`, of a final answer that was found already."""
+    """As `grade`, for a final answer that has been extracted already."""
     try:
         return _judge(stated, read(answer))
     except Exception as error:  # as in grade

@@ -1,4 +1,4 @@
-r"""One spelling for what is written in several ways: LaTeX's variants, Unicode's symbols, currency, spacing.
+r"""Normalises how answers are written: LaTeX's variants, Unicode's symbols, currency and spacing get one form.
 
 Text in, text out: nothing here knows numbers or sympy. Every pattern takes time linear in its text.
 """
@@ -78,7 +78,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def clean(text: str) -> str:
-    """text without currency and formula marks, spacing commands, quotes and final punctuation, in one spelling."""
+    """The text in normal form: no currency, math delimiters, spacing commands, quotes or final punctuation."""
     text = _REPEATING.sub(_as_fraction, text.translate(_SYMBOLS))
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
@@ -86,7 +86,7 @@ def clean(text: str) -> str:
 
 
 def as_words(text: str) -> str:
-    """Clean text in the form in which words are compared: without brackets around it, spaces by signs, plural, case.
+    """Clean text in the form in which words are compared: no enclosing brackets, spaces at signs, plural or case.
 
     The case of LaTeX commands and of formulas is kept.
     """

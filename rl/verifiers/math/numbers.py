@@ -1,4 +1,4 @@
-r"""Plain numbers, read exactly, as fractions: most answers are one, and none of them needs sympy.
+r"""Parses plain numbers exactly, as fractions, without sympy: most answers are one.
 
 A number may be an integer, a decimal, a fraction (3/4, \frac{3}{4}), mixed (1 1/2), in scientific notation, a
 percentage, with thousands separators, with a scale ("2 million"), and stand in prose that changes nothing about it.
@@ -41,7 +41,7 @@ _NOT_PROSE = re.compile(
 _SPACED = re.compile(r"[-+]?[0-9]{1,3}(?:\ [0-9]{3})+(?:\.[0-9]+)?")
 _CONTINENTAL = re.compile(r"[-+]?[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+")
 PLACES = 6
-"""Of a decimal that stands for a number without an end, as 0.333333 for 1/3: digits that it needs after its point."""
+"""Digits after the point that a decimal needs to stand for a number without an end, as 0.333333 for 1/3."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ def number_of(text: str) -> Number | None:
 
 
 def is_prose(text: str) -> bool:
-    """Whether text holds nothing that changes a number beside it: digits, operators, variables, "at least", "or"."""
+    """Whether text has nothing that would change a number beside it: digits, operators, variables, "at least", "or"."""
     return _NOT_PROSE.search(text) is None
 
 
 def same_number(one: Number, other: Number) -> bool:
-    """Exact equality, or a decimal of six places or more that a fraction without an end rounds or is cut to.
+    """Exact equality, or a decimal of six places or more to which a fraction without an end is rounded or truncated.
 
     A percentage is its number with or without the sign: 50% is 50 and 1/2, and no other percentage.
     """
@@ -88,7 +88,7 @@ def same_number(one: Number, other: Number) -> bool:
 
 
 def rounds_to(exact: Fraction, number: Number) -> bool:
-    """Whether number is a decimal of enough places and digits, and exact is rounded or cut to it."""
+    """Whether `number` is a decimal of enough places to which `exact` is rounded or truncated."""
     written, wanted = (abs(value) * 10**number.places for value in (number.value, exact))
     if number.places < PLACES or written < 10 ** (PLACES - 1) or number.value * exact < 0:
         return False

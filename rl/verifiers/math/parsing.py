@@ -1,4 +1,4 @@
-r"""How an answer is taken: as a number, as words or as a formula, before any algebra.
+r"""Parses a final answer as a number, as words or as a formula, before any algebra.
 
 Words are compared as words ("cat" is not c·a·t), formulas by sympy, numbers exactly. An "and" or "or" between formulas
 is the comma of a list, one \pm in a formula stands for two, and of an equation the side counts that is the answer.
@@ -28,22 +28,22 @@ _TEXT_UNIT = re.compile(
 
 @dataclass(frozen=True)
 class Reading:
-    """A final answer as text in one spelling; as a number, if it is a plain one; as a formula, if it is one."""
+    """A parsed answer: its normalised text, and its number or formula where it is one."""
 
     text: str
     number: Number | None
     formula: str | None
     unit: str = ""
-    """Canonical; empty where none was written."""
+    """The unit in its canonical form; empty where none was written."""
 
     @property
     def understood(self) -> bool:
-        """Whether it can be compared without algebra: formulas have yet to show that they can be read."""
+        """Whether it can be compared without algebra; a formula may yet turn out to be unreadable."""
         return self.number is not None or (len(self.text) <= _LONGEST and is_words(self.text))
 
 
 def read(raw: str) -> Reading:
-    """An answer, however it is written; one of more than 10,000 characters is read as words."""
+    """Parses an answer in any notation; one of more than 10,000 characters counts as words."""
     if len(raw) > _LONGEST:
         return Reading(raw, None, None)
     body, unit = _without_text_unit(raw)
@@ -60,18 +60,18 @@ def read(raw: str) -> Reading:
 
 
 def is_words(text: str) -> bool:
-    """Whether clean text has words, or numbers side by side, which algebra would multiply."""
+    """Whether clean text is words, or numbers side by side, which sympy would multiply."""
     bare = _LATEX_NAME.sub("|", text)
     return number_of(text) is None and (_WORD.search(bare) is not None or _JUXTAPOSED.search(bare) is not None)
 
 
 def is_list(text: str) -> bool:
-    """Whether clean text has several answers: commas outside of all brackets."""
+    """Whether clean text is a list of answers: has commas outside of all brackets."""
     return len(parts(text)) > 1
 
 
 def parts(text: str) -> list[str]:
-    """What stands between the commas of clean text that no bracket holds; one for a number with separators."""
+    """Clean text split at its commas outside of brackets; a number with thousands separators is one part."""
     depth, found, start = 0, [], 0
     for place, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -82,13 +82,13 @@ def parts(text: str) -> list[str]:
 
 
 def option_of(text: str) -> tuple[str, str] | None:
-    """The letter and the text of a choice, as in "(C) 18"."""
+    """Letter and text of a multiple-choice answer such as "(C) 18"; None for any other text."""
     match = _OPTION.match(text)
     return (match[1] or match[2], text[match.end() :].strip()) if match else None
 
 
 def answer_side(text: str) -> str:
-    """Of an equation or a chain the last side, unless it is one of several; of x ≈ y the exact one."""
+    """The side of an equation that is the answer: the last, unless it is a list; of x ≈ y the exact one."""
     sides = EQUALS.split(text)
     side = sides[-1] if sides[-1].strip() and not is_list(_listed(clean(text))) else text
     exact, *rounded = _APPROXIMATES.split(side)

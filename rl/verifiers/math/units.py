@@ -1,4 +1,4 @@
-"""Units: what stands after a number. Two spellings of a unit are the same; one that is left out agrees with any."""
+"""Units after a number: split off, brought to one form, compared. A missing unit agrees with any."""
 
 import re
 
@@ -30,7 +30,7 @@ _CANONICAL = {name: unit for unit, names in _SPELLINGS.items() for name in names
 _LONG = sorted((word for word in {*_SPELLINGS, *_CANONICAL, "unit"} if len(word) > 1 and word.isalpha()), key=len)
 _WORD = "|".join(f"{word}s?" for word in reversed(_LONG))
 POWERED = re.compile(rf"(?:\b(?:{_WORD})|^\sm)\s*\^\s*(?:\{{\s*[23]\s*\}}|[23])(?![0-9])", re.IGNORECASE)
-"""A unit with its power, where it stands after a number. Of m^2 without a space nobody can say whether m is a unit."""
+"""A unit with its power, after a number. In m^2 without a space before it, m may be a variable."""
 _TAIL = re.compile(
     rf"(?:(?<=[\s}})])|(?<=[0-9]))(?:(?:square|cubic|sq)\.?\s+)?(?:{_WORD})\b(?:\s*(?:/|\s+per\s+)\s*[a-z]+)?"
     r"(?:\s*\^\s*(?:\{[23]\}|[23]))?$"
@@ -41,7 +41,7 @@ _DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ)\s*$")
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""A clean answer and the unit at its end: words (25\pi cm), degrees, a modulus, the base of a number's digits."""
+    r"""Splits the unit off a clean answer: words (25\pi cm), degrees, a modulus, the base of a number."""
     if based := _BASED.fullmatch(text):
         return based[1], f"base {based[2] or based[3]}"
     if (modulus := _MODULUS.search(text)) and modulus.start():
@@ -53,7 +53,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def canonical(unit: str) -> str:
-    """A unit in one spelling: "square metres" and "m^2" are m^2, "miles per hour" is mi/h; other words stay words."""
+    """A unit in canonical form: "square metres" and "m^2" are m^2, "miles per hour" is mi/h; other words stay."""
     text = re.sub(r"[.,;:(){}]", " ", unit.casefold())
     text = re.sub(r"\s*\^\s*", "^", re.sub(r"\bper\b", "/", text)).replace("^\\circ", " degree ")
     words = [word for part in re.split(r"(/)|\s+", text) if (word := part)]
@@ -66,7 +66,7 @@ def canonical(unit: str) -> str:
 
 
 def agree(one: str, other: str) -> bool:
-    """Whether two canonical units may name the same: one is missing, or one goes on where the other ends."""
+    """Whether two canonical units may be the same: equal, or one missing, or one a prefix of the other by words."""
     shorter, longer = sorted((one, other), key=len)
     return longer == shorter or not shorter or longer.startswith(f"{shorter} ")
 
