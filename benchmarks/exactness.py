@@ -40,7 +40,7 @@ from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import to_lockstep
 from lockstep.rl.rollout.protocol import Request
-from lockstep.rl.types import Prompt, Rollout
+from lockstep.rl.types import Completion, Prompt, Rollout
 
 BASE = dict(layers=4, width=256, heads=8, kv_heads=4, head_dim=32, intermediate=700, vocabulary=5003, context=1024)
 SMALL = {
@@ -166,7 +166,9 @@ def written(engine: RolloutEngine, waiting: list[Request], draw: np.random.Gener
             logp[token.key].append(token.logp)
             tokens[token.key].append(token.token)
     return [
-        Rollout(Prompt(number, "", r.tokens, ""), number, tuple(tokens[key]), tuple(logp[key]), "", "length", (0,))
+        Completion(number, tuple(tokens[key]), tuple(logp[key]), "", "length", (0,)).with_prompt(
+            Prompt(number, "", r.tokens, "")
+        )
         for number, (key, r) in enumerate(everything.items())
     ]
 

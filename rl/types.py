@@ -7,10 +7,19 @@ which is always there. A function says by the types of its arguments which stage
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import TypeVar
 
 from lockstep.data.batch import Floats
 from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class AnswerKey:
+    """What a completion is judged by: the tests of a program, or else a reference answer."""
+
+    answer: str
+    tests: CodeTests | None = None
 
 
 @dataclass(frozen=True)
@@ -26,12 +35,19 @@ class Prompt:
     demonstration: str = ""
     """What supervised tuning teaches to say."""
 
+    @property
+    def answer_key(self) -> AnswerKey:
+        """What a verifier has to know of it."""
+        return AnswerKey(self.answer, self.tests)
+
 
 @dataclass(frozen=True)
-class Rollout:
-    """One completion: tokens, their log-probabilities under the policy that sampled them, and its weight versions."""
+class Completion:
+    """A completion: tokens, their log-probabilities under the policy that sampled them, and its weight versions.
 
-    prompt: Prompt
+    Engines return it: without its prompt, whose tests may be large.
+    """
+
     sample: int
     tokens: tuple[int, ...]
     logp: tuple[float, ...]
@@ -62,6 +78,26 @@ class Rollout:
     def weight_version(self) -> int:
         """The oldest version of the weights that sampled any of its tokens."""
         return min(self.weight_versions, default=0)
+
+    def with_prompt(self, prompt: Prompt) -> "Rollout":
+        """The completion as a rollout of this prompt."""
+        return Rollout(**vars(self), prompt=prompt)
+
+
+@dataclass(frozen=True)
+class Rollout(Completion):
+    """A completion and its prompt."""
+
+    prompt: Prompt = field(kw_only=True)
+
+    @property
+    def completion(self) -> Completion:
+        """The rollout without its prompt."""
+        return Completion(**{name: value for name, value in vars(self).items() if name != "prompt"})
+
+
+Written = TypeVar("Written", bound=Completion)
+"""A completion with or without its prompt."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +157,7 @@ class Advantaged(Estimated):
     """None for a rollout that is not learned from: an ungradable one, or with best-of-N one that is not the best."""
 
 
-def last_turn(rollout: Rollout) -> tuple[int, ...]:
+def last_turn(rollout: Completion) -> tuple[int, ...]:
     """Tokens of the model's last turn: those behind the last token of its environment."""
     if not rollout.written:
         return rollout.tokens
@@ -129,19 +165,19 @@ def last_turn(rollout: Rollout) -> tuple[int, ...]:
     return rollout.tokens[answered:]
 
 
-def turns(rollout: Rollout) -> int:
+def turns(rollout: Completion) -> int:
     """Number of turns in which the model wrote something."""
     begins = [own and not before for before, own in pairwise((False, *rollout.written))]
     return sum(begins) if rollout.written else int(bool(rollout.tokens))
 
 
-def own_logp(rollout: Rollout) -> tuple[float, ...]:
+def own_logp(rollout: Completion) -> tuple[float, ...]:
     """Log-probabilities of the tokens that the model wrote."""
     pairs = zip(rollout.logp, rollout.written or (True,) * len(rollout.logp), strict=True)
     return tuple(logp for logp, own in pairs if own)
 
 
-def answered(rollout: Rollout, tokens: Sequence[int]) -> Rollout:
+def answered(rollout: Written, tokens: Sequence[int]) -> Written:
     """Appends the environment's tokens to a rollout, with log-probabilities of 0; the text stays as it is."""
     count, own = len(tokens), len(rollout.tokens)
     assert own, "there is nothing to answer"
@@ -156,7 +192,7 @@ def answered(rollout: Rollout, tokens: Sequence[int]) -> Rollout:
     )
 
 
-def continued(before: Rollout, after: Rollout, decode: Callable[[list[int]], str]) -> Rollout:
+def continued(before: Completion, after: Written, decode: Callable[[list[int]], str]) -> Written:
     """Joins a rollout and the model's next turn into one rollout."""
     tokens = before.tokens + after.tokens
     supports = _supports(before) + _supports(after) if before.supports or after.supports else ()
@@ -172,5 +208,5 @@ def continued(before: Rollout, after: Rollout, decode: Callable[[list[int]], str
     )
 
 
-def _supports(rollout: Rollout) -> tuple[tuple[int, ...], ...]:
+def _supports(rollout: Completion) -> tuple[tuple[int, ...], ...]:
     return rollout.supports or ((),) * len(rollout.tokens)

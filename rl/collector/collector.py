@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.rl.remote import Call, WorkerDied, any_of, failed, gather
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.types import Judged, Prompt, Rollout, answered
+from lockstep.rl.types import Completion, Judged, Prompt, Rollout, answered
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.workers.worker_groups import PASSES, EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
@@ -72,6 +72,7 @@ class Collector:
         self._environments = environments
         self._playing: dict[Any, _Episode] = {}
         self._groups: dict[int, list[Judged | None]] = {}
+        self._prompts: dict[int, Prompt] = {}
         self._places: dict[int, tuple[int, int]] = {}
         self._deaths: Counter[str] = Counter()
         self._replaced = 0
@@ -95,9 +96,9 @@ class Collector:
             sampling = sampling.model_copy(update={"stop": (*sampling.stop, *self._environments.config.stop)})
         for group, prompt in prompts.items():
             numbers = range(group * samples, (group + 1) * samples)
-            self._groups[group] = [None] * samples
+            self._groups[group], self._prompts[group] = [None] * samples, prompt
             self._places |= {number: (group, sample) for sample, number in enumerate(numbers)}
-            self._assign([RolloutRequest(number, prompt, sampling, seed) for number in numbers])
+            self._assign([RolloutRequest(number, prompt.tokens, sampling, seed) for number in numbers])
 
     def take(self, group: int) -> list[Judged]:
         """The completions of a group with their verdicts, when they are there; the policy rests meanwhile.
@@ -109,6 +110,7 @@ class Collector:
             self._revive()
             self._watch()
             self._await_any()
+        del self._prompts[group]
         return [judged for judged in self._groups.pop(group) if judged is not None]
 
     def gather(self, calls: Sequence[Call]) -> list[Any]:
@@ -157,7 +159,7 @@ class Collector:
         self._rest()
         for team in self._teams:
             team.waiting, team.unwritten = [], {}
-        self._groups, self._places, self._judging, self._playing = {}, {}, {}, {}
+        self._groups, self._prompts, self._places, self._judging, self._playing = {}, {}, {}, {}, {}
         if self._environments:
             self._environments.drop()
 
@@ -223,14 +225,15 @@ class Collector:
         team = self._teams[number]
         calls, team.calls = team.calls, []
         try:
-            rollouts: list[Rollout] | None = gather(calls)[0]
+            completions: list[Completion] = gather(calls)[0]
         except WorkerDied as death:
             self._bury(f"rollout {number}", death)
             self._lose(number)
             return
-        if rollouts:
+        if completions:
             self._deaths.pop(f"rollout {number}", None)
-            orders = [team.unwritten.pop(rollout.sample) for rollout in rollouts]
+            orders = [team.unwritten.pop(each.sample) for each in completions]
+            rollouts = [each.with_prompt(self._prompts[self._places[each.sample][0]]) for each in completions]
             if not self._environments:
                 self._judge(rollouts)
                 return
@@ -261,7 +264,7 @@ class Collector:
             return
         self._deaths.pop("environment", None)
         if answer.tokens:
-            begun = answered(episode.rollout, answer.tokens)
+            begun = answered(episode.rollout.completion, answer.tokens)
             self._assign([replace(episode.order, begun=begun)], episode.team)
             return
         reason = answer.finish_reason or episode.rollout.finish_reason

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import before_stop
 from lockstep.rl.rollout.protocol import Engine, Request, TokenOutput
-from lockstep.rl.types import Prompt, Rollout, continued
+from lockstep.rl.types import Completion, Prompt, Rollout, continued
 
 
 @dataclass(frozen=True)
@@ -15,23 +15,24 @@ class RolloutRequest:
 
     number: int
     """Its name; with the seed and the position it decides what is drawn."""
-    prompt: Prompt
+    tokens: tuple[int, ...]
+    """Of the prompt."""
     sampling: SamplingParams
     seed: int
-    begun: Rollout | None = None
+    begun: Completion | None = None
     """What there is of it already, of earlier turns and their answers; behind that it goes on."""
 
     @property
     def request(self) -> Request:
         """What the engine is asked for."""
         if self.begun is None:
-            return Request(self.number, self.prompt.tokens, self.sampling, self.seed, self.number)
+            return Request(self.number, self.tokens, self.sampling, self.seed, self.number)
         before, limits = len(self.begun.tokens), self.sampling
         left = {
             "max_new_tokens": limits.max_new_tokens - before,
             "min_new_tokens": max(0, limits.min_new_tokens - before),
         }
-        tokens = self.prompt.tokens + self.begun.tokens
+        tokens = self.tokens + self.begun.tokens
         return Request(self.number, tokens, limits.model_copy(update=left), self.seed, self.number, before)
 
 
@@ -57,7 +58,7 @@ class OutputProcessor:
         self._engine.add(order.request)
         self._orders[order.number], self._parts[order.number] = order, []
 
-    def step(self) -> list[Rollout]:
+    def step(self) -> list[Completion]:
         """One forward pass; the completions that ended with it or were cancelled before."""
         for token in self._engine.step():
             self._parts[token.key].append(token)
@@ -69,12 +70,11 @@ class OutputProcessor:
             self._engine.cancel(number)
         self._orders, self._parts = {}, {}
 
-    def _completed(self, number: int) -> Rollout:
+    def _completed(self, number: int) -> Completion:
         order, tokens = self._orders.pop(number), self._parts.pop(number)
         ids = tuple(t.token for t in tokens)
         text, reason = self._engine.decode(list(ids)), (tokens and tokens[-1].finish_reason) or "abort"
-        written = Rollout(
-            prompt=order.prompt,
+        written = Completion(
             sample=number,
             tokens=ids,
             logp=tuple(t.logp for t in tokens),
@@ -99,8 +99,8 @@ def generate(
         PromptTooLong: before anything runs.
     """
     assert not engine.has_work
-    numbered = [(prompt.index * samples + s, prompt) for prompt in prompts for s in range(samples)]
-    requests = [RolloutRequest(number, prompt, sampling, seed) for number, prompt in numbered]
+    prompt_of = {prompt.index * samples + s: prompt for prompt in prompts for s in range(samples)}
+    requests = [RolloutRequest(number, prompt.tokens, sampling, seed) for number, prompt in prompt_of.items()]
     for each in requests:
         engine.check(each.request)
     processor = OutputProcessor(engine)
@@ -108,6 +108,6 @@ def generate(
         processor.add(each)
     try:
         while processor.has_work:
-            yield from processor.step()
+            yield from (each.with_prompt(prompt_of[each.sample]) for each in processor.step())
     finally:
         processor.drop()

@@ -7,7 +7,7 @@ from threading import Lock
 from typing import Literal, Self
 
 from lockstep.data.tasks.code_tests import CodeTests
-from lockstep.rl.types import Prompt
+from lockstep.rl.types import AnswerKey
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.answer_pool import AnswerPool, Grader
 from lockstep.rl.verifiers.code_pool import CodePool
@@ -51,17 +51,17 @@ class Judge:
         with self._starting:
             _ = self._programs if programs else self._answers
 
-    def grade(self, items: Sequence[tuple[str, Prompt]]) -> list[Verdict]:
-        """One verdict for each (completion, prompt), in order.
+    def grade(self, items: Sequence[tuple[str, AnswerKey]]) -> list[Verdict]:
+        """One verdict for each (completion, what it is judged by), in order.
 
         Raises:
             SandboxError: where there are programs, and this machine cannot isolate them as required.
         """
-        answers = [(text, prompt.answer) for text, prompt in items if prompt.tests is None]
-        programs = [(text, prompt.tests) for text, prompt in items if prompt.tests is not None]
+        answers = [(text, key.answer) for text, key in items if key.tests is None]
+        programs = [(text, key.tests) for text, key in items if key.tests is not None]
         of_answers = iter(self._grade_answers(answers) if answers else ())
         of_programs = iter(self._grade_programs(programs) if programs else ())
-        return [next(of_answers if prompt.tests is None else of_programs) for _, prompt in items]
+        return [next(of_answers if key.tests is None else of_programs) for _, key in items]
 
     def close(self) -> None:
         """End the verifiers' processes."""

@@ -11,7 +11,7 @@ from lockstep.rl.rollout.config import RolloutConfig
 from lockstep.rl.rollout.loading import load_rollout_engine
 from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
 from lockstep.rl.rollout.protocol import Engine
-from lockstep.rl.types import Rollout
+from lockstep.rl.types import Completion
 from lockstep.rl.weight_sync.broadcast import Broadcast
 from lockstep.rl.weight_sync.shards import Shard
 from lockstep.rl.workers.rank import RankWorker
@@ -61,14 +61,14 @@ class RolloutWorker(RankWorker):
         self.engine.end_update()
         self.step = self.engine.weight_version
 
-    def settle(self) -> list[Rollout]:
+    def settle(self) -> list[Completion]:
         """Completions that have to end before new weights may come, where `on_update` lets them end."""
         ended = []
         while not self.engine.ready_for_update():
             ended += self.writer.step()
         return ended if self._speaks else []
 
-    def work(self, orders: list[RolloutRequest], passes: int) -> list[Rollout]:
+    def work(self, orders: list[RolloutRequest], passes: int) -> list[Completion]:
         """Take orders and go on writing: until a completion has ended, but for so many forward passes at most."""
         for order in orders:
             self.writer.add(order)

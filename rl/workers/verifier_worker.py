@@ -1,6 +1,6 @@
 """The verifier workers' processes."""
 
-from lockstep.rl.types import Prompt
+from lockstep.rl.types import AnswerKey
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.verifiers.judge import GraderName, Judge
@@ -20,8 +20,8 @@ class VerifierWorker(Worker):
         """See `Judge.start`."""
         self.judge.start(programs=programs)
 
-    def grade(self, items: list[tuple[str, Prompt]]) -> list[Verdict]:
-        """Verdicts on (completion, prompt)."""
+    def grade(self, items: list[tuple[str, AnswerKey]]) -> list[Verdict]:
+        """Verdicts on (completion, what it is judged by)."""
         return self.judge.grade(items)
 
     def close(self) -> None:

@@ -192,7 +192,7 @@ class VerifierGroup:
 
     def judge(self, number: int, rollouts: Sequence[Rollout]) -> Call:
         """A call of a worker for verdicts on completions, in order."""
-        return self.workers[number].call("grade", [(r.judged, r.prompt) for r in rollouts])
+        return self.workers[number].call("grade", [(r.judged, r.prompt.answer_key) for r in rollouts])
 
     def replace(self, number: int) -> None:
         """A new worker in the place of one that died."""

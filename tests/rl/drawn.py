@@ -38,7 +38,6 @@ def groups_of(seed: int, *, masked: bool = True) -> list[list[Estimated]]:
             written = draw.random(length) < 0.7
             written[0] = True
             rollout = Rollout(
-                prompt,
                 place,
                 tuple(range(next_token, next_token + length)),
                 tuple(logp.tolist()),
@@ -46,6 +45,7 @@ def groups_of(seed: int, *, masked: bool = True) -> list[list[Estimated]]:
                 "length" if length == LIMIT else "stop",
                 (0,) * length,
                 written=tuple(written.tolist()) if masked and index == 4 else (),
+                prompt=prompt,
             )
             near, far = (logp + floats(draw, length, spread) for spread in (0.2, 0.4))
             known = Estimates(near, far, floats(draw, length, 1))

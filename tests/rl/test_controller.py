@@ -20,7 +20,7 @@ from lockstep.rl.learner import Models
 from lockstep.rl.remote import ActorHandle, gather
 from lockstep.rl.rollout.config import RolloutConfig, SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.types import Advantaged, Prompt, Rollout
+from lockstep.rl.types import Advantaged, Completion
 from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
 from tests.rl.conftest import Actors
 
@@ -261,13 +261,12 @@ def teams(actors: Actors) -> Iterator[RolloutGroup]:
         rollouts.end(number)
 
 
-def written(team: list[ActorHandle]) -> Rollout:
+def written(team: list[ActorHandle]) -> Completion:
     """What a team writes, greedily."""
     tokens = (1, 5, 3, 8)
-    prompt = Prompt(index=0, text="", tokens=tokens, answer="")
-    orders = [RolloutRequest(0, prompt, SamplingParams(temperature=0, max_new_tokens=8), 0)]
+    orders = [RolloutRequest(0, tokens, SamplingParams(temperature=0, max_new_tokens=8), 0)]
     while True:
-        found: list[Rollout] = gather([member.call("work", orders, PASSES) for member in team])[0]
+        found: list[Completion] = gather([member.call("work", orders, PASSES) for member in team])[0]
         if found:
             return found[0]
         orders = []

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.environments.protocol import Message
 from lockstep.rl.environments.tool_calls import ChatForm, calls_of
-from lockstep.rl.types import Prompt, Rollout, answered, continued, last_turn, own_logp, turns
+from lockstep.rl.types import Completion, answered, continued, last_turn, own_logp, turns
 
-PROMPT = Prompt(0, "", (5, 6), "")
 TOKENS = st.lists(st.integers(0, 299), min_size=1, max_size=12)
 """Of the tiny tokenizer: most are single bytes, so that a turn may end within a character, or be none."""
 
@@ -21,18 +20,18 @@ def form(tokenizer: Tokenizer) -> ChatForm:
     return ChatForm(tokenizer, chat=True)
 
 
-def turn(tokens: list[int], version: int, supports: bool) -> Rollout:
+def turn(tokens: list[int], version: int, supports: bool) -> Completion:
     count = len(tokens)
     logp = tuple(-0.5 - 0.25 * i for i in range(count))
     drawn = tuple((t, t + 1) for t in tokens) if supports else ()
-    return Rollout(PROMPT, 3, tuple(tokens), logp, "", "stop", (version,) * count, logp, supports=drawn)
+    return Completion(3, tuple(tokens), logp, "", "stop", (version,) * count, logp, supports=drawn)
 
 
 @given(st.lists(st.tuples(TOKENS, st.text(max_size=6), st.booleans()), min_size=1, max_size=4))
 def test_tokens_are_those_of_all_turns_and_answers(
     form: ChatForm, tokenizer: Tokenizer, parts: list[tuple[list[int], str, bool]]
 ) -> None:
-    whole: Rollout | None = None
+    whole: Completion | None = None
     said: list[int] = []
     own: list[int] = []
     for version, (tokens, result, supports) in enumerate(parts):

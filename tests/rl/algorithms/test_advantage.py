@@ -24,7 +24,7 @@ outcomes = st.lists(st.sampled_from(Outcome), max_size=10)
 
 def completion(number: int, verdict: Verdict, reward: float | None) -> Estimated:
     prompt = Prompt(0, "1 + 1 =", (1, 2), "2")
-    rollout = Rollout(prompt, number, (3,), (-0.5,), "2", "stop", (0,))
+    rollout = Rollout(number, (3,), (-0.5,), "2", "stop", (0,), prompt=prompt)
     return Estimated(rollout, verdict, Reward(reward, {}), Estimates())
 
 

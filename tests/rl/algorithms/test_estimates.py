@@ -30,7 +30,7 @@ LAYOUTS = [Layout(), Layout(tensor=2), Layout(data=2), Layout(pipeline=2)]
 
 def rollout(prompt: int, tokens: tuple[int, ...]) -> Rollout:
     asked = Prompt(prompt, "", tuple(range(1, 4 + prompt)), "")
-    return Rollout(asked, 0, tokens, (0.0,) * len(tokens), "", "stop", (0,) * len(tokens))
+    return Rollout(0, tokens, (0.0,) * len(tokens), "", "stop", (0,) * len(tokens), prompt=asked)
 
 
 ROLLOUTS = [

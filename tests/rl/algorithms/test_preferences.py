@@ -27,7 +27,9 @@ from tests.rl.conftest import Actors
 
 def judged(outcome: Outcome, *tokens: int) -> Judged:
     prompt = Prompt(3, "p", (1, 2), "")
-    return Judged(Rollout(prompt, 0, tokens, (0.0,) * len(tokens), "", "stop", (0,) * len(tokens)), Verdict(outcome))
+    return Judged(
+        Rollout(0, tokens, (0.0,) * len(tokens), "", "stop", (0,) * len(tokens), prompt=prompt), Verdict(outcome)
+    )
 
 
 def test_pairs_are_of_distinct_completions_that_were_graded() -> None:

@@ -20,7 +20,7 @@ ALL = RewardConfig.model_validate(
 
 
 def judged(text: str, length: int, verdict: Verdict, score: float | None = None) -> Judged:
-    rollout = Rollout(PROMPT, 0, (1,) * length, (-0.5,) * length, text, "stop", (0,) * length)
+    rollout = Rollout(0, (1,) * length, (-0.5,) * length, text, "stop", (0,) * length, prompt=PROMPT)
     return Judged(rollout, verdict, score=score)
 
 

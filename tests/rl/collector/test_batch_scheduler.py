@@ -24,7 +24,7 @@ class Slowest:
         for number, prompt in prompts.items():
             outcome = Outcome.correct if self._teaching[number % len(self._teaching)] else Outcome.incorrect
             versions = (self.version, self.version + 1)
-            rollout = Rollout(prompt, number, (1, 2), (0.0, 0.0), "", "stop", versions)
+            rollout = Rollout(number, (1, 2), (0.0, 0.0), "", "stop", versions, prompt=prompt)
             self.groups[number] = [Judged(rollout, Verdict(outcome))]
         self.open_most = max(self.open_most, len(self.groups))
 

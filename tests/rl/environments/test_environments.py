@@ -147,7 +147,7 @@ def test_tools_answer_and_errors_are_text() -> None:
 def rollout(tokens: list[int], number: int = 0, answer: str = "", reason: str = "stop") -> Rollout:
     count = len(tokens)
     prompt = Prompt(number, "", (1,), answer)
-    return Rollout(prompt, number, tuple(tokens), (-1.0,) * count, "", reason, (0,) * count)
+    return Rollout(number, tuple(tokens), (-1.0,) * count, "", reason, (0,) * count, prompt=prompt)
 
 
 def worker_of(tokenizer: Tokenizer, **given: object) -> EnvironmentWorker:
@@ -279,8 +279,9 @@ def test_what_is_wrong_with_a_section_is_said(tokenizer: Tokenizer) -> None:
 
 def played(engine: RolloutEngine, form: ChatForm, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
     """Episodes of three turns, as a producer has them written."""
-    writer, done = OutputProcessor(engine), []
-    orders = {prompt.index: RolloutRequest(prompt.index, prompt, sampling, 5) for prompt in prompts}
+    writer = OutputProcessor(engine)
+    done: list[Rollout] = []
+    orders = {prompt.index: RolloutRequest(prompt.index, prompt.tokens, sampling, 5) for prompt in prompts}
     for order in orders.values():
         writer.add(order)
     while writer.has_work:
@@ -288,7 +289,7 @@ def played(engine: RolloutEngine, form: ChatForm, prompts: list[Prompt], samplin
             tokens = form.answer(ended.tokens, [Message("tool", f"That makes {ended.sample}.")])
             room = len(ended.tokens) + len(tokens) < sampling.max_new_tokens
             if turns(ended) == 3 or ended.finish_reason == "length" or not room:
-                done.append(ended)
+                done.append(ended.with_prompt(prompts[ended.sample]))
             else:
                 writer.add(replace(orders[ended.sample], begun=answered(ended, tokens)))
     return sorted(done, key=lambda r: r.sample)
