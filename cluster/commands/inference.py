@@ -118,10 +118,10 @@ def serve(
     from lockstep.cluster.serving.bind import NeedsKey, bound
 
     try:
-        door = bound(host, port, has_key=bool(api_key))
+        listener = bound(host, port, has_key=bool(api_key))
     except NeedsKey as error:
         raise ValueError(f"{error}: set LOCKSTEP_API_KEY or give --api-key, or leave out --host") from error
-    with door:
+    with listener:
         from lockstep.cluster.serving.server import Settings, serve
         from lockstep.rl.rollout.config import EngineConfig
         from lockstep.rl.rollout.loading import open_engine
@@ -129,7 +129,7 @@ def serve(
         settings = Settings(name or Path(checkpoint).resolve().name, api_key or None, sequences + waiting, grace)
         config = EngineConfig(sequences=sequences, length=length, cache_gib=cache_gib)
         with open_engine(checkpoint, dtype, config) as (engine, tokenizer):
-            serve(engine, tokenizer, door, settings, lambda line: err.print(line, markup=False, highlight=False))
+            serve(engine, tokenizer, listener, settings, lambda line: err.print(line, markup=False, highlight=False))
 
 
 def _biases(pairs: Iterable[str]) -> dict[int, float]:

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP server over the rollout engine."""
+"""An OpenAI-compatible HTTP server over a rollout engine."""

@@ -1,4 +1,4 @@
-"""The endpoints: each reads a body, asks the engine and writes a reply; errors have OpenAI's shape."""
+"""The aiohttp application: OpenAI's endpoints, /health and /metrics. Errors are JSON in OpenAI's format."""
 
 import asyncio
 import hmac
@@ -30,7 +30,7 @@ LARGEST_BODY = 4 << 20
 """Bytes."""
 
 HUNG_UP = 499
-"""What proxies call the status of a client that did not wait."""
+"""Status of a request whose client closed the connection, as nginx numbers it."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -38,7 +38,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 @dataclass(frozen=True)
 class Server:
-    """What the endpoints share."""
+    """The state that all endpoints share, and the application made of them."""
 
     service: AsyncEngine
     tokenizer: Tokenizer
@@ -48,7 +48,7 @@ class Server:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def app(self) -> web.Application:
-        """All endpoints."""
+        """The application with all endpoints and middlewares."""
         metrics = Metrics(lambda: self.service.statistics)
         app = web.Application(middlewares=[_measured(metrics), _errors, self._guarded], client_max_size=LARGEST_BODY)
         answers = Answers(self, metrics)
@@ -65,9 +65,10 @@ class Server:
         return app
 
     def check_model(self, name: str) -> None:
-        """
+        """Check that a model is the one that is served.
+
         Raises:
-            Refused: when it is not the one that is served.
+            Refused: when it is not.
         """
         if name != self.name:
             raise Refused(
@@ -101,26 +102,26 @@ class Server:
 
 @dataclass(frozen=True)
 class Answers:
-    """The endpoints that ask the engine."""
+    """The endpoints for completions and chat completions."""
 
     server: Server
     metrics: Metrics
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        """`POST /v1/completions`."""
+        """Handle `POST /v1/completions`."""
         body = await self._body(request, CompletionBody)
         reply = CompletionReply(self.server.name, self._named, body.logprobs is not None)
         return await self._answer(request, body, reply, await asyncio.to_thread(self._maker.completion, body))
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        """`POST /v1/chat/completions`."""
+        """Handle `POST /v1/chat/completions`."""
         body = await self._body(request, ChatBody)
         reply = ChatReply(self.server.name, self._named, bool(body.logprobs))
         return await self._answer(request, body, reply, await asyncio.to_thread(self._maker.chat, body))
 
     @property
     def _named(self) -> Decode:
-        """Tokens as log-probabilities show them, special ones by their names."""
+        """Decodes tokens for log-probabilities, where special tokens are shown by their names."""
         return partial(self.server.tokenizer.decode, skip_special=False)
 
     @property
@@ -152,7 +153,7 @@ class Answers:
 
 
 class Answer:
-    """All choices of a request while their tokens come."""
+    """Turns the tokens of one HTTP request into pieces of its choices, as they come."""
 
     def __init__(self, job: EngineRequests, keys: Sequence[str | int], tokenizer: Tokenizer) -> None:
         befores = [echo for echo in job.echoes for _ in range(job.samples)] or [""] * len(keys)
@@ -165,11 +166,11 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        """So far."""
+        """Tokens of the prompts and of what has been generated so far."""
         return Usage(self._prompt_tokens, self._tokens)
 
     async def pieces(self, first: TokenOutput, others: AsyncIterator[TokenOutput]) -> AsyncIterator[Piece]:
-        """Of all choices, as they become certain."""
+        """Pieces of all choices, each as soon as its text is certain."""
         token: TokenOutput | None = first
         while token is not None:
             self._tokens += 1
@@ -182,7 +183,7 @@ class Answer:
 async def _streamed(
     request: web.Request, reply: Reply, answer: Answer, pieces: AsyncIterator[Piece], *, with_usage: bool
 ) -> web.StreamResponse:
-    """Server-sent events; an error after the first is an event too, since the status has been sent."""
+    """Stream the reply as server-sent events; an error becomes an event, since the status has been sent already."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
     try:
@@ -204,7 +205,7 @@ def _event(data: object) -> bytes:
 
 
 def _refusal(error: Exception) -> Refused:
-    """An error of any kind as clients are told of it."""
+    """The response for an exception: status, code and a message."""
     match error:
         case Refused():
             return error

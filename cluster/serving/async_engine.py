@@ -1,8 +1,8 @@
-"""The engine in a thread of its own, so that an event loop can talk to many clients while it computes.
+"""Runs an engine in a thread of its own for the tasks of an asyncio event loop.
 
-Requests go in through a queue and tokens come out on the event loop, all those of one forward pass together. What the
-loop knows (who listens, whether the engine failed) is changed on the loop only; the engine is touched by its thread
-only, except for its statistics.
+Requests go to the thread through a queue, and the tokens of each forward pass come back to the loop together. The state
+of the loop (outlets, whether the engine failed) is changed on the loop only; the engine is called by its thread only,
+except for its statistics.
 """
 
 import asyncio
@@ -22,34 +22,34 @@ Command = Callable[[], None]
 
 
 class Busy(Exception):
-    """As many completions wait as may."""
+    """As many completions run and wait as may."""
 
 
 class Ended(Exception):
-    """The service was closed before a completion was."""
+    """The server was closed before a completion ended."""
 
 
 class EngineFailed(Exception):
-    """The engine raised something that no request is to blame for."""
+    """The engine raised an error that no request caused; it serves no more requests."""
 
 
 class Outlet:
-    """Where the tokens of some requests come out."""
+    """The queue through which the tokens of some requests come back to the event loop."""
 
     def __init__(self, keys: set[str | int]) -> None:
         self.open = keys
-        """Requests that have not ended."""
+        """Keys of the requests that have not ended."""
         self._unread = len(keys)
         self._items: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
 
     def put(self, item: TokenOutput | Exception) -> None:
-        """Hand over a token, or what ends all of them."""
+        """Add a token, or an exception that ends all requests."""
         if isinstance(item, TokenOutput) and item.finish_reason:
             self.open.discard(item.key)
         self._items.put_nowait(item)
 
     async def tokens(self) -> AsyncIterator[TokenOutput]:
-        """In the order in which they are drawn, up to the last token of the last request."""
+        """Tokens in the order in which they are drawn, up to the last token of the last request."""
         while self._unread:
             item = await self._items.get()
             if isinstance(item, Exception):
@@ -59,7 +59,7 @@ class Outlet:
 
 
 class AsyncEngine:
-    """Completions of one engine for many tasks of one event loop, as an asynchronous context."""
+    """Completions of one engine for many tasks of an event loop; an asynchronous context manager."""
 
     def __init__(self, engine: Engine, *, places: int) -> None:
         """
@@ -68,13 +68,13 @@ class AsyncEngine:
         """
         self._engine, self.places = engine, places
         self.failure: str | None = None
-        """What the engine failed with; it serves nobody from then on."""
+        """The error that the engine failed with, after which it serves no requests; None while it works."""
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._outlets: set[Outlet] = set()
         self._by_key: dict[str | int, Outlet] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.accepts = True
-        """Whether new requests are taken."""
+        """Whether new requests are accepted."""
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -85,7 +85,7 @@ class AsyncEngine:
         await self.close()
 
     async def close(self) -> None:
-        """End all completions, and the thread after its forward pass."""
+        """End all completions, and the thread after its current forward pass."""
         self.accepts = False
         self._tell_all(Ended("the server ended before the completion did"))
         self._inbox.put(None)
@@ -93,30 +93,30 @@ class AsyncEngine:
 
     @property
     def statistics(self) -> Statistics:
-        """What the engine is doing."""
+        """Statistics of the engine at this moment."""
         return self._engine.statistics
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and completion together."""
+        """The most tokens that prompt and completion together may have."""
         return self._engine.longest
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody listens."""
+        """Whether no request is open."""
         return not self._outlets
 
     @property
     def open(self) -> int:
-        """Completions that run or wait."""
+        """Number of completions that run or wait."""
         return sum(len(outlet.open) for outlet in self._outlets)
 
     @asynccontextmanager
     async def completions(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[TokenOutput]]:
-        """The tokens of some requests; those that have not ended when the context is left are cancelled.
+        """Submit requests and iterate over their tokens; requests that are open when the context is left are cancelled.
 
         Raises:
-            Busy: when there is no place for all of them.
+            Busy: when `places` has no room for all of them.
             Ended, EngineFailed: also while tokens are read, as is what `Engine.add` raises.
         """
         if self.failure:
@@ -155,7 +155,7 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._failed, f"{type(error).__name__}: {error}")
 
     def _commands(self) -> list[Command] | None:
-        """All that are there; where there is nothing else to do, at least one. None once the service is closed."""
+        """The queued commands; waits for one where the engine has no work. None once the server is closed."""
         found: list[Command] = []
         wait = not self._engine.has_work
         while True:

@@ -1,4 +1,4 @@
-"""Who may knock: the address of a server, checked and taken before a model is loaded for it."""
+"""Binds the server's socket before a model is loaded, and refuses addresses that are open to others without a key."""
 
 import ipaddress
 import socket
@@ -9,7 +9,7 @@ class NeedsKey(ValueError):
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """Whether a host is a loopback address, which only this machine can reach."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -17,10 +17,10 @@ def is_local(host: str) -> bool:
 
 
 def bound(host: str, port: int, *, has_key: bool) -> socket.socket:
-    """A socket that nobody else can have; port 0 takes any that is free.
+    """Bind a TCP socket; port 0 takes any free port.
 
     Raises:
-        NeedsKey: when others could reach it without a key.
+        NeedsKey: when other machines could reach it and there is no key.
         OSError: when the port is taken or the host is not this machine's.
     """
     if not has_key and not is_local(host):

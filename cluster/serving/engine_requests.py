@@ -1,4 +1,4 @@
-"""What a body asks of the engine: prompts as tokens, and how to draw; what cannot be asked is refused."""
+"""Turns request bodies into requests of the engine: prompts as tokens, with sampling parameters and a seed."""
 
 import secrets
 from collections.abc import Sequence
@@ -19,33 +19,33 @@ COMPLETION_TOKENS = 16
 
 @dataclass(frozen=True)
 class EngineRequests:
-    """What a body asks of the engine."""
+    """The prompts of one request body, and how completions of them are sampled."""
 
     prompts: Sequence[Sequence[int]]
     sampling: SamplingParams
     samples: int
     seed: int
     echoes: Sequence[str] = ()
-    """Text before the completions of each prompt, where it is asked for."""
+    """Text of each prompt that its completions begin with, where the body asks for `echo`."""
 
     def requests(self, id: str) -> list[Request]:
-        """For the engine; those of one prompt follow each other, which lets it compute the prompt once."""
+        """Requests for the engine; those of one prompt are adjacent, so that the prompt is computed once."""
         prompts = [tuple(prompt) for prompt in self.prompts for _ in range(self.samples)]
         return [Request(f"{id}/{i}", prompt, self.sampling, self.seed, i) for i, prompt in enumerate(prompts)]
 
 
 @dataclass(frozen=True)
 class RequestMaker:
-    """Makes jobs for one engine."""
+    """Converts and checks request bodies for one engine."""
 
     tokenizer: Tokenizer
     longest: int
-    """Tokens of a prompt and its completion together."""
+    """The most tokens that a prompt and its completion together may have."""
     places: int
-    """Completions that may run and wait."""
+    """Number of completions that may run and wait."""
 
     def completion(self, body: CompletionBody) -> EngineRequests:
-        """Of `/v1/completions`.
+        """Convert a body of `/v1/completions`.
 
         Raises:
             Refused: names the field that is wrong.
@@ -59,7 +59,7 @@ class RequestMaker:
         return self._job(body, prompts, limit, body.logprobs or 0, texts)
 
     def chat(self, body: ChatBody) -> EngineRequests:
-        """Of `/v1/chat/completions`.
+        """Convert a body of `/v1/chat/completions`.
 
         Raises:
             Refused: names the field that is wrong.

@@ -1,20 +1,20 @@
-"""What a client is told when something is wrong, in the shape of OpenAI's API."""
+"""Errors that clients receive, in the JSON format of OpenAI's API."""
 
 from typing import Any
 
 from pydantic import ValidationError
 
 SHOWN = 60
-"""Characters of a wrong value that are repeated."""
+"""Number of characters of a wrong value that an error repeats."""
 
 
 class Refused(Exception):
-    """A request that is not answered.
+    """A request that is refused with an HTTP status and a message.
 
     Args:
-        status: of HTTP.
-        param: the field that is wrong, if it is one.
-        code: for programs.
+        status: HTTP status.
+        param: the field of the body that is wrong, if one is.
+        code: a machine-readable name of the error.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -23,22 +23,22 @@ class Refused(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """As the client reads it."""
+        """The JSON object that the client receives."""
         kinds = {429: "rate_limit_error", 401: "authentication_error"}
         kind = "server_error" if self.status >= 500 else kinds.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def unsupported(param: str) -> Refused:
-    """A field that would change the answer, and that is not supported."""
+    """The error for a field that would change the completion and is not supported."""
     return Refused(400, f"{param} is not supported: leave it out", param=param, code="unsupported_parameter")
 
 
 def invalid(error: ValidationError, names: dict[str, str] | None = None) -> Refused:
-    """The first thing that is wrong with a body.
+    """The error for the first field of a body that fails validation.
 
     Args:
-        names: of fields, where the client knows them by other names.
+        names: of fields that have other names in the client's body.
     """
     first = error.errors(include_url=False)[0]
     place = [str(part) for part in first["loc"]]

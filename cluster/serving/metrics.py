@@ -1,4 +1,4 @@
-"""What the server measures, for Prometheus: requests as they end, and the engine's own numbers at every scrape."""
+"""Prometheus metrics: requests as they end, and the engine's statistics at every scrape."""
 
 from collections.abc import Callable, Iterator
 
@@ -24,13 +24,13 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 class EngineNumbers(Collector):
-    """The statistics of an engine."""
+    """A Prometheus collector of an engine's statistics."""
 
     def __init__(self, statistics: Callable[[], Statistics]) -> None:
         self._statistics = statistics
 
     def collect(self) -> Iterator[Metric]:
-        """At this moment."""
+        """Gauges and counters of the engine at this moment."""
         now = self._statistics()
         for name, text in GAUGES.items():
             yield GaugeMetricFamily(f"lockstep_{name}", text, value=getattr(now, name))
@@ -39,13 +39,13 @@ class EngineNumbers(Collector):
 
 
 class Metrics:
-    """All numbers of one server."""
+    """All metrics of one server."""
 
     def __init__(self, statistics: Callable[[], Statistics]) -> None:
         self._registry = registry = CollectorRegistry()
         registry.register(EngineNumbers(statistics))
         self.requests = Counter("lockstep_requests", "Requests that ended.", ["path", "status"], registry=registry)
-        """By path and status; clients that hung up have the status 499."""
+        """Number of requests by path and status; the status is 499 where the client closed the connection."""
         self.seconds = Histogram(
             "lockstep_request_seconds", "Up to the last byte.", ["path"], buckets=SECONDS, registry=registry
         )
@@ -54,5 +54,5 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """In Prometheus' format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""What clients send: OpenAI's fields, a few more that the engine knows, and a sentence for each that it does not.
+"""Request bodies of the OpenAI endpoints, validated by pydantic, with a few more sampling fields of the engine.
 
 Fields that cannot change a completion are ignored. Fields that would change it and are not supported are refused, as
 are fields that nobody knows: an answer that silently leaves out what was asked for is worse than none.
@@ -23,7 +23,7 @@ IGNORED = {
     "store",
     "user",
 }
-"""Fields of OpenAI's that change nothing here."""
+"""OpenAI's fields that are ignored, since they change no completion."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -39,10 +39,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-"""Fields of OpenAI's that are not supported, and values, beside null, that ask for nothing."""
+"""OpenAI's fields that are not supported, with the values, beside null, that change nothing and are accepted."""
 
 STOPS, STOP_LENGTH = 16, 512
-"""Stop strings, and characters of one, that a request may have."""
+"""The most stop strings of a request, and the most characters of each."""
 
 ALIKE = (
     "temperature",
@@ -54,7 +54,7 @@ ALIKE = (
     "presence_penalty",
     "logit_bias",
 )
-"""Fields that the engine's sampling has by the same name."""
+"""Fields that `SamplingParams` has under the same name."""
 
 
 def _listed(given: Any) -> Any:
@@ -71,7 +71,7 @@ class StreamOptions(BaseModel):
 
 
 class Body(BaseModel):
-    """Fields that both endpoints have; null stands for the default."""
+    """The fields that both endpoints share; null stands for the default."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
@@ -98,7 +98,7 @@ class Body(BaseModel):
 
     @classmethod
     def read(cls, raw: bytes) -> Self:
-        """The body of a request.
+        """Parse and validate the body of a request.
 
         Raises:
             Refused: names the first field that is wrong.
@@ -113,16 +113,16 @@ class Body(BaseModel):
 
     @property
     def samples(self) -> int:
-        """Completions of each prompt."""
+        """Number of completions of each prompt."""
         return self.n or 1
 
     @property
     def usage_in_stream(self) -> bool:
-        """Whether a stream ends with the numbers of its tokens."""
+        """Whether a stream ends with an event of token usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, max_new_tokens: int, logprobs: int) -> SamplingParams:
-        """How the engine is to draw.
+        """The engine's sampling parameters for this body.
 
         Raises:
             Refused: names the first field that is wrong.
@@ -160,7 +160,7 @@ def _prompts(given: Any) -> Any:
 
 
 class CompletionBody(Body):
-    """`POST /v1/completions`."""
+    """The body of `POST /v1/completions`."""
 
     prompt: Annotated[Any, BeforeValidator(_prompts)]
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -168,7 +168,7 @@ class CompletionBody(Body):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """Texts, or tokens."""
+        """The prompts, as texts or as token numbers."""
         found: list[str] | list[list[int]] = self.prompt
         return found
 
@@ -181,12 +181,12 @@ class CompletionBody(Body):
 
 
 def _parts(given: Any) -> Any:
-    """A text is a list of one part."""
+    """The parts of a message's content; a plain text is one part."""
     return [{"type": "text", "text": given}] if isinstance(given, str) else given
 
 
 class Part(BaseModel):
-    """A part of a message."""
+    """One text part of a message's content."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -195,7 +195,7 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
@@ -204,13 +204,13 @@ class Message(BaseModel):
 
     @property
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """Role and content as chat templates take them; the role `developer` becomes `system`."""
         role = "system" if self.role == "developer" else self.role
         return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
 class ChatBody(Body):
-    """`POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None

@@ -1,4 +1,4 @@
-"""What clients receive: pieces of choices in the shapes of OpenAI's two endpoints, whole or as they come."""
+"""Response bodies of the OpenAI endpoints, whole or as chunks of a stream."""
 
 import time
 import uuid
@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """A token of a choice, and where its text begins, in characters from the begin of the choice's text."""
+    """A token of a choice with its text offset, in characters from the beginning of the choice's text."""
 
     token: TokenOutput
     offset: int
@@ -23,7 +23,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of a choice that is certain, and the tokens that have come since the piece before."""
+    """A part of a choice's text that is certain, with the tokens that have come since the piece before."""
 
     index: int
     text: str
@@ -33,7 +33,7 @@ class Piece:
 
 
 def merged(pieces: Sequence[Piece]) -> Piece:
-    """All pieces of a choice as one."""
+    """Join all pieces of a choice into one."""
     return Piece(
         pieces[0].index,
         "".join(piece.text for piece in pieces),
@@ -44,12 +44,12 @@ def merged(pieces: Sequence[Piece]) -> Piece:
 
 
 class Choice:
-    """One completion while its tokens come."""
+    """One choice of a response, which grows with its tokens."""
 
     def __init__(self, index: int, text: TextStream, before: str = "") -> None:
         """
         Args:
-            before: text that stands before the completion's own.
+            before: text that the choice begins with, for `echo`.
         """
         self._index, self._text, self._before = index, text, before
         self._shift = len(before)
@@ -57,7 +57,7 @@ class Choice:
         self._is_first = True
 
     def add(self, token: TokenOutput) -> Piece | None:
-        """What can be said with one more token, if anything."""
+        """Add a token; returns the piece that is certain now, or None."""
         self._places.append(Place(token, self._shift + self._text.length))
         text = self._before + self._text.add(token.token, token.finish_reason)
         if not text and not token.finish_reason:
@@ -69,14 +69,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of all prompts and completions of a request."""
+    """Numbers of tokens of all prompts and completions of a request."""
 
     prompt: int
     completion: int
 
     @property
     def json(self) -> Json:
-        """As clients read it."""
+        """The object `usage` of a response."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -90,7 +90,7 @@ def _now() -> int:
 
 @dataclass(frozen=True)
 class Reply(ABC):
-    """The shape of an answer."""
+    """Builds the response objects of one endpoint."""
 
     model: str
     decode: Decode
@@ -101,17 +101,17 @@ class Reply(ABC):
     @property
     @abstractmethod
     def id(self) -> str:
-        """Of the answer; keys of the engine's requests begin with it."""
+        """The id of the response; keys of the engine's requests begin with it."""
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> Json:
-        """All choices at once."""
+        """The response with all choices, for a request that does not stream."""
         shown = [self._choice(piece, streamed=False) for piece in choices]
         return self._head(streamed=False) | {"choices": shown, "usage": usage.json}
 
     def chunk(self, piece: Piece | None, usage: Usage | None, *, with_usage: bool) -> Json:
-        """An event of a stream: a piece of a choice, or, in the end, the usage.
+        """One chunk of a stream: a piece of a choice, or the usage at the end.
 
-        Streams that end with their usage have the field in every event.
+        Streams that end with their usage have the field `usage` in every chunk.
         """
         shown = [self._choice(piece, streamed=True)] if piece else []
         said = {"usage": usage.json if usage else None} if with_usage else {}
@@ -122,18 +122,18 @@ class Reply(ABC):
 
     @abstractmethod
     def _kind(self, streamed: bool) -> str:
-        """OpenAI's name for the object."""
+        """The value of the field `object`."""
 
     @abstractmethod
     def _choice(self, piece: Piece, *, streamed: bool) -> Json: ...
 
 
 class CompletionReply(Reply):
-    """Of `/v1/completions`."""
+    """Responses of `/v1/completions`."""
 
     @property
     def id(self) -> str:
-        """See `Reply`."""
+        """The id of the response, with OpenAI's prefix."""
         return f"cmpl-{self.unique}"
 
     def _kind(self, streamed: bool) -> str:
@@ -157,7 +157,7 @@ class CompletionReply(Reply):
         }
 
     def _top(self, token: TokenOutput) -> dict[str, float]:
-        """The likeliest tokens and the drawn one by their texts; of tokens that read alike the likeliest."""
+        """Log-probabilities of the likeliest tokens and the drawn one, by text; of equal texts the likeliest."""
         found: dict[str, float] = {}
         for number, logp in (*token.top, (token.token, token.logp)):
             found.setdefault(self.decode([number]), logp)
@@ -165,11 +165,11 @@ class CompletionReply(Reply):
 
 
 class ChatReply(Reply):
-    """Of `/v1/chat/completions`."""
+    """Responses of `/v1/chat/completions`."""
 
     @property
     def id(self) -> str:
-        """See `Reply`."""
+        """The id of the response, with OpenAI's prefix."""
         return f"chatcmpl-{self.unique}"
 
     def _kind(self, streamed: bool) -> str:
@@ -191,6 +191,6 @@ class ChatReply(Reply):
         return self._named(token.token, token.logp) | {"top_logprobs": [self._named(*pair) for pair in token.top]}
 
     def _named(self, number: int, logp: float) -> Json:
-        """A token with its text, and its bytes where they are whole characters."""
+        """A token's text and log-probability, and its bytes where these are whole characters."""
         text = self.decode([number])
         return {"token": text, "logprob": logp, "bytes": None if "\ufffd" in text else list(text.encode())}

@@ -1,4 +1,4 @@
-"""A server's life: a socket, an engine, and an end that lets streams finish for some seconds."""
+"""Runs the server on a bound socket until a signal, then lets open completions end for some seconds."""
 
 import asyncio
 import signal
@@ -18,33 +18,33 @@ POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve."""
+    """Settings of one server."""
 
     name: str
-    """Of the model, as clients call it."""
+    """The name of the model in requests and responses."""
     api_key: str | None
     places: int
-    """Completions that may run and wait."""
+    """Number of completions that may run and wait."""
     grace: float
-    """Seconds that completions have to end when the server is asked to."""
+    """Seconds that open completions have to end after the first signal."""
 
 
 def serve(
-    engine: Engine, tokenizer: Tokenizer, door: socket.socket, settings: Settings, say: Callable[[str], None]
+    engine: Engine, tokenizer: Tokenizer, listener: socket.socket, settings: Settings, say: Callable[[str], None]
 ) -> None:
     """Serve until SIGINT or SIGTERM; a second one ends at once."""
-    asyncio.run(_served(engine, tokenizer, door, settings, say))
+    asyncio.run(_served(engine, tokenizer, listener, settings, say))
 
 
 async def _served(
-    engine: Engine, tokenizer: Tokenizer, door: socket.socket, settings: Settings, say: Callable[[str], None]
+    engine: Engine, tokenizer: Tokenizer, listener: socket.socket, settings: Settings, say: Callable[[str], None]
 ) -> None:
     asked, again = _signals()
     async with AsyncEngine(engine, places=settings.places) as service:
         server = Server(service, tokenizer, settings.name, settings.api_key)
         runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
         await runner.setup()
-        site = web.SockSite(runner, door)
+        site = web.SockSite(runner, listener)
         await site.start()
         say(f"{settings.name} is served at {site.name}/v1")
         await asked.wait()
@@ -65,7 +65,7 @@ async def _until_idle(service: AsyncEngine, grace: float, at_once: asyncio.Event
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:
-    """Events for the first and the second signal to end."""
+    """Events that the first and the second SIGINT or SIGTERM set."""
     first, second = asyncio.Event(), asyncio.Event()
 
     def ask() -> None:

@@ -1,1 +1,1 @@
-"""The rollout engine: continuous batching over a paged KV cache."""
+"""Rollout engines: continuous batching over a paged KV cache, and the protocol that engines share."""

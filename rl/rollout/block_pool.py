@@ -1,7 +1,7 @@
-"""Blocks of a cache of keys and values: who refers to each, and which content may be found again.
+"""Reference-counted blocks of a KV cache, and prefix caching by the hash of what a block holds.
 
-A block that nobody refers to keeps its content, and its name if it has one, until its room is needed: of all such
-blocks the one that was left longest ago goes first.
+A block without references keeps its content, and its name (the hash) if it has one, until it is taken for new content.
+Such blocks are taken in the order in which they were released, those without a name before all others.
 """
 
 from collections import OrderedDict
@@ -14,16 +14,16 @@ import numpy as np
 from lockstep.model.attention.paged_kernel import BLOCK
 
 ROOT = b""
-"""What stands before the first block of a text."""
+"""The name before that of a text's first block."""
 
 
 def chained(before: bytes, tokens: tuple[int, ...]) -> bytes:
-    """The name of a block's content: its tokens and, through the name of the block before, all before them."""
+    """The name of a block: a hash of its tokens and, through the block before, of all tokens before them."""
     return blake2b(before + np.asarray(tokens, np.int64).tobytes(), digest_size=16).digest()
 
 
 def blocks_alone(tokens: int, window: int | None) -> int:
-    """Blocks of one kind of layer that a sequence of so many tokens needs at least, computed token by token."""
+    """The fewest blocks of one kind of layer that a sequence of this many tokens needs, computed token by token."""
     whole = -(-tokens // BLOCK)
     return whole if window is None else min(whole, (window + BLOCK - 2) // BLOCK + 1)
 
@@ -31,13 +31,13 @@ def blocks_alone(tokens: int, window: int | None) -> int:
 def pool_sizes(
     windows: Sequence[int | None], block_bytes: Sequence[int], *, memory: int, sequences: int, length: int, budget: int
 ) -> list[int]:
-    """Blocks of each kind of layer, so that sequences of full length use up all kinds together.
+    """Number of blocks for each kind of layer, such that sequences of full length use up all kinds at the same time.
 
     Args:
         windows: of each kind of layer, in tokens.
         block_bytes: of a block of each kind.
-        memory: bytes of all blocks together; sequences that all run at full length get no more than they can use.
-        budget: tokens of one pass, whose blocks behind a window are given back after it only.
+        memory: bytes of all blocks together, at most; never more than the sequences need when all have full length.
+        budget: tokens of one pass; its blocks behind a sliding window are released only after it.
     """
     whole, once = -(-length // BLOCK), -(-budget // BLOCK)
     each = [blocks_alone(length, window) for window in windows]
@@ -48,7 +48,7 @@ def pool_sizes(
 
 
 class BlockPool:
-    """`count` blocks, numbered from 0."""
+    """`count` blocks, numbered from 0, with their reference counts and names."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -59,23 +59,23 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks that can be taken."""
+        """Number of blocks without references, which can be taken."""
         return len(self._idle)
 
     def take(self) -> int:
-        """A block for new content, with one reference; what it held is forgotten."""
+        """Take a free block for new content, with one reference; its old content can no longer be found."""
         block, _ = self._idle.popitem(last=False)
         self._forget(block)
         self._references[block] = 1
         return block
 
     def share(self, block: int) -> None:
-        """One more reference to a block."""
+        """Add a reference to a block."""
         self._idle.pop(block, None)
         self._references[block] += 1
 
     def release(self, block: int) -> None:
-        """One reference less; without a name a block's content is of no use and goes first."""
+        """Remove a reference from a block; one without a name is taken again first: nobody can find its content."""
         self._references[block] -= 1
         assert self._references[block] >= 0
         if not self._references[block]:
@@ -84,18 +84,18 @@ class BlockPool:
                 self._idle.move_to_end(block, last=False)
 
     def name(self, block: int, name: bytes) -> None:
-        """Let a block be found by what it holds, unless another that holds the same can be."""
+        """Let `find` return a block for the hash of its content, unless it returns another block for it already."""
         if name not in self._by_name:
             self._forget(block)
             self._names[block] = name
             self._by_name[name] = block
 
     def find(self, name: bytes) -> int | None:
-        """The block that holds this content, if there is one."""
+        """The block whose content has this hash, or None."""
         return self._by_name.get(name)
 
     def forget_all(self) -> None:
-        """Let no block be found again."""
+        """Empty the prefix cache: no block is found by its content any more."""
         self._names = [None] * self.count
         self._by_name.clear()
 

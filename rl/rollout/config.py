@@ -7,8 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from lockstep.rl.weight_sync.config import WeightSyncConfig
 
 OnUpdate = Literal["finish", "pause", "restart"]
-"""What new weights mean to requests that run: they end under the old ones first, or go on with the keys and values that
-the old ones made, or these are computed again under the new ones. Every token carries the version that drew it."""
+"""What running requests do when new weights come: `finish` under the old weights first, `pause` and go on with the keys
+and values that the old weights made, or `restart`: these are computed again under the new weights. Every token carries
+the version of the weights that drew it."""
 
 
 class EngineConfig(BaseModel):
@@ -32,7 +33,7 @@ class RolloutConfig(WeightSyncConfig, EngineConfig):
 
 
 class SamplingParams(BaseModel):
-    """How tokens are drawn and when a completion ends.
+    """Sampling options of a completion, and the conditions that end it.
 
     The options apply in this order: penalties and bias, minimum length, temperature, top-k, top-p, min-p.
     """
@@ -65,5 +66,5 @@ class SamplingParams(BaseModel):
 
     @property
     def longest(self) -> int:
-        """The most tokens that a completion may have."""
+        """The most new tokens that any sample may have."""
         return max((self.max_new_tokens, *self.exact_lengths)) if self.exact_lengths else self.max_new_tokens

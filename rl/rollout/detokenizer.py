@@ -1,4 +1,7 @@
-"""Strings that end a completion, found while it is written: each token is decoded with a few before it only."""
+"""Incremental detokenization of growing completions: stop strings, and text that can be streamed.
+
+Each token is decoded with a few before it only, so that its cost does not grow with the completion.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -6,34 +9,34 @@ Decode = Callable[[list[int]], str]
 
 
 def before_stop(text: str, strings: Sequence[str]) -> str:
-    """The text up to the first of some strings; all of it where it has none."""
+    """The text before the first occurrence of any of some strings; all of it where there is none."""
     return text[: min((place for place in map(text.find, strings) if place >= 0), default=len(text))]
 
 
 class Reader:
-    """Decodes a completion as it grows, each part once."""
+    """Decodes a growing completion incrementally."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._context = 0
         self.read = 0
-        """Tokens that have been read."""
+        """Number of tokens that have been read."""
 
     def unread(self, tokens: Sequence[int]) -> str:
-        """Text behind the tokens that have been read.
+        """Text of the tokens that have not been read.
 
-        It is decoded behind the tokens that were read last, since some tokenizers drop a leading space.
+        They are decoded together with the tokens that were read last, since some tokenizers drop a leading space.
         """
         known = self._decode(list(tokens[self._context : self.read]))
         return self._decode(list(tokens[self._context :]))[len(known) :]
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """All tokens have been read."""
+        """Mark all tokens as read."""
         self._context, self.read = self.read, len(tokens)
 
 
 class StopStrings:
-    """Looks for any of some strings in the text of a completion that grows by a token at a time."""
+    """Detects stop strings in a completion that grows by one token at a time."""
 
     def __init__(self, strings: Sequence[str], decode: Decode) -> None:
         self._strings, self._reader = tuple(strings), Reader(decode)
@@ -41,9 +44,9 @@ class StopStrings:
         self._tail = ""
 
     def found(self, tokens: Sequence[int]) -> bool:
-        """Whether the completion contains one of the strings; to be asked after each of its tokens.
+        """Whether the completion contains a stop string; to be called after each of its tokens.
 
-        Where bytes do not form a character yet, the next ones are decoded together with them.
+        Bytes that do not form a character yet are decoded again together with those of the next tokens.
         """
         new = self._reader.unread(tokens)
         text = self._tail + new
@@ -58,17 +61,17 @@ PATIENCE = 12
 
 
 class TextStream:
-    """Decodes one completion, a token at a time; each is decoded with a few before it only."""
+    """Text of one completion for streaming: a piece is returned as soon as no later token can change or cut it off."""
 
     def __init__(self, decode: Decode, stop: Sequence[str] = ()) -> None:
         self._reader, self._stop = Reader(decode), tuple(stop)
         self._tokens: list[int] = []
         self._held = ""
         self.length = 0
-        """Characters that are known, whether they have been given or not."""
+        """Number of characters decoded so far, whether they have been returned or not."""
 
     def add(self, token: int, finish_reason: str | None = None) -> str:
-        """Text that is certain with one more token; with the last, which has a finish reason, all that is left."""
+        """Add a token; returns the text that is now certain, or all that is left with the last token."""
         self._tokens.append(token)
         new = self._characters(last=finish_reason is not None)
         self.length += len(new)
@@ -79,7 +82,7 @@ class TextStream:
         return text[:certain]
 
     def _characters(self, *, last: bool) -> str:
-        """Whole ones that have come with the last tokens."""
+        """Complete characters that the last tokens have added."""
         new = self._reader.unread(self._tokens)
         if new.endswith("\ufffd") and not last and len(self._tokens) - self._reader.read < PATIENCE:
             return ""
@@ -87,11 +90,11 @@ class TextStream:
         return new
 
     def _doubtful(self, text: str) -> int:
-        """Characters at the end with which a stop string may have begun."""
+        """Number of characters at the end that may be the beginning of a stop string."""
         return max((_overlap(text, string) for string in self._stop), default=0)
 
 
 def _overlap(text: str, string: str) -> int:
-    """The longest end of a text that is a beginning of a string, but not all of it."""
+    """Length of the longest suffix of a text that is a proper prefix of a string."""
     lengths = range(min(len(text), len(string) - 1), 0, -1)
     return next((n for n in lengths if text.endswith(string[:n])), 0)

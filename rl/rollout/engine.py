@@ -1,4 +1,7 @@
-"""Completions by continuous batching: a sequence that ends makes room at once for one that waits."""
+"""The rollout engine of this package: continuous batching on a transformer, and weight updates while requests run.
+
+A sequence that ends makes room at once for one that waits.
+"""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -27,7 +30,7 @@ DEFAULTS = EngineConfig()
 
 
 class RolloutEngine:
-    """Draws completions from a transformer; the ranks of a tensor group each run one and make the same calls."""
+    """Implements `Engine` on a transformer; each rank of a tensor group has one, and all make the same calls."""
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class RolloutEngine:
     ) -> None:
         """
         Args:
-            config: its length is bounded by the model's context, and its memory is not taken before it is needed.
+            config: the model's context bounds its length; the KV cache is allocated by the first pass.
             decode: tokens to text, for stop strings and `Rollout.text`.
             blocks: of the KV cache, for each kind of layer (see `kv_cache.kinds`), instead of what `cache_gib` allows.
         """
@@ -57,7 +60,7 @@ class RolloutEngine:
         self._prompt_tokens = self._generated_tokens = 0
 
     def receive(self, version: int, shards: Sequence[Shard]) -> None:
-        """Take over new weights in one message.
+        """Replace all weights by those in one message.
 
         Raises:
             WeightsDiffer: when a tensor is missing or its bits differ.
@@ -67,18 +70,15 @@ class RolloutEngine:
         self.end_update()
 
     def ready_for_update(self) -> bool:
-        """Whether new weights may come; where old requests are to end under the old ones, `step` until they have.
-
-        Requests that wait begin under the new weights.
-        """
+        """Whether `begin_update` may be called; with `on_update="finish"` waiting requests begin after the update."""
         self._scheduler.admits = self._on_update != "finish"
         return self._scheduler.admits or not self._scheduler.running
 
     def begin_update(self, version: int) -> None:
-        """Poison the weights, which `take` fills and `end_update` puts to use.
+        """Begin to replace all weights: they are NaN until `take` has filled them, and `end_update` puts them to use.
 
         Raises:
-            RuntimeError: when requests run that are to end under the old weights.
+            RuntimeError: while requests run that have to end under the old weights.
         """
         if not self.ready_for_update():
             raise RuntimeError("requests are to end under the old weights first: step until ready_for_update")
@@ -88,7 +88,7 @@ class RolloutEngine:
         self._receiver, self._coming = Receiver(self.transformer), version
 
     def take(self, shards: Sequence[Shard]) -> None:
-        """Fill a part of the weights; shards may come from any layout, in messages of any size.
+        """Write a part of the new weights; shards may come from any layout, in messages of any size.
 
         Raises:
             WeightsDiffer: when bits differ from those that the policy signed.
@@ -97,7 +97,7 @@ class RolloutEngine:
         self._receiver.take(shards)
 
     def end_update(self) -> None:
-        """Go on under the new weights.
+        """Use the new weights from the next step on; running requests go on as `on_update` says.
 
         Raises:
             WeightsDiffer: when a tensor is missing.
@@ -114,14 +114,14 @@ class RolloutEngine:
             self._scheduler.restart()
 
     def forget(self) -> None:
-        """Let no request find what earlier ones have computed."""
+        """Empty the prefix cache: no request finds what earlier ones have computed."""
         self._scheduler.forget()
 
     def release(self, *, weights: bool = False) -> None:
-        """Give the memory of keys and values back; requests that run are computed again when they go on.
+        """Free the memory of the KV cache; running requests are computed again when they go on.
 
         Args:
-            weights: give that of the weights back, too, which an update has to bring again before anything goes on.
+            weights: free that of the weights as well; an update has to come before the next step.
         """
         self._scheduler.restart()
         self.runner.release()
@@ -133,17 +133,17 @@ class RolloutEngine:
         give_back(self.runner.device)
 
     def weights_digest(self) -> str:
-        """See `Engine.weights_digest`."""
+        """Digest of this rank's weights: equal where all bits are equal."""
         return digest(np.array([digest(to_numpy(parameter)) for parameter in self.transformer.parameters()]))
 
     @property
     def has_work(self) -> bool:
-        """Whether a request is not complete."""
+        """Whether a request has neither ended nor been cancelled."""
         return bool(self._sequences)
 
     @property
     def statistics(self) -> Statistics:
-        """What the engine is doing."""
+        """Requests, cache and tokens at this moment."""
         scheduler = self._scheduler
         free = sum(pool.free for pool in scheduler.pools)
         return Statistics(
@@ -159,12 +159,12 @@ class RolloutEngine:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and completion together for which context and cache have room."""
+        """The most tokens that prompt and completion together may have: context and cache have room for them."""
         lengths = range(1, self.length + 1)
         return bisect_left(lengths, True, key=lambda length: self._scheduler.lacking(length - 1) is not None)
 
     def check(self, request: Request) -> None:
-        """See `Engine.check`."""
+        """Refuse a request that can never run; raises what `Engine.check` names."""
         model, new, prompt = self.transformer.model, request.sampling.longest, len(request.tokens)
         if not prompt:
             raise ValueError(
@@ -187,11 +187,11 @@ class RolloutEngine:
             raise ValueError(f"there is no token {strange}: the vocabulary has 0 … {model.vocabulary - 1}")
 
     def add(self, request: Request) -> None:
-        """Take a request, to be run as soon as there is room.
+        """Queue a request, which runs as soon as there is room.
 
         Raises:
             PromptTooLong: when prompt and completion do not fit into the context or the cache.
-            ValueError: when the prompt is empty or has numbers of no token, or the key is in use.
+            ValueError: when the prompt is empty, a token is not in the vocabulary, or the key is in use.
         """
         self.check(request)
         if request.key in self._sequences:
@@ -202,22 +202,22 @@ class RolloutEngine:
         self._prompt_tokens += len(request.tokens)
 
     def cancel(self, key: str | int) -> None:
-        """Forget a request; one that has ended or was never there is no error. `step` says no more of it."""
+        """Abort a request: `step` returns no more of its tokens. One that has ended or was never added is no error."""
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
             self._scheduler.finish(sequence)
 
     def holds(self, key: str | int) -> bool:
-        """Whether a request has neither ended nor been cancelled."""
+        """Whether a request was added and has neither ended nor been cancelled."""
         return key in self._sequences
 
     def step(self) -> list[TokenOutput]:
-        """One forward pass: the next tokens of the sequences that it completed, at most one for each.
+        """Run one forward pass; returns the tokens that it drew, at most one of each request.
 
-        Where it fails, nothing is lost: what was running is computed again.
+        After an error no request is lost: the next step computes again what was running.
 
         Raises:
-            RuntimeError: while an update of the weights is not complete, or they have been given back.
+            RuntimeError: between `begin_update` and `end_update`, or after `release` of the weights.
         """
         if self._receiver is not None:
             raise RuntimeError(f"weights of version {self._coming} have come in part only: end the update first")
@@ -235,7 +235,7 @@ class RolloutEngine:
         return [] if logits_BV is None else self._extended(plan.drawing, logits_BV)
 
     def _extended(self, sequences: list[SequenceState], local_BV: Tensor) -> list[TokenOutput]:
-        """Draw a token for each sequence, which ends there or goes on."""
+        """Draw a token for each sequence, and finish those that end with it."""
         found = []
         for sequence, drawn in zip(sequences, self._sampler(sequences, local_BV), strict=True):
             sequence.tokens.append(drawn.token)
@@ -250,7 +250,7 @@ class RolloutEngine:
         return found
 
     def _reason(self, sequence: SequenceState) -> str | None:
-        """Why a sequence ends with its last token, if it does."""
+        """The finish reason of a sequence that ends with its last token; None for one that goes on."""
         sampling, written = sequence.request.sampling, len(sequence.tokens)
         if sampling.exact_lengths:
             wanted = sampling.exact_lengths[sequence.request.sample % len(sampling.exact_lengths)]

@@ -1,4 +1,4 @@
-"""An engine over a checkpoint of any format."""
+"""Opens checkpoints of any format as rollout engines."""
 
 import gc
 import tempfile
@@ -29,7 +29,7 @@ def load_rollout_engine(
     groups: Groups | None = None,
     numerics: Numerics = "fast",
 ) -> tuple[RolloutEngine, Tokenizer]:
-    """A rollout engine over a checkpoint, in a world of this process alone unless `groups` says otherwise."""
+    """Load a checkpoint of ours as a rollout engine, in a world of this process alone unless `groups` is given."""
     source = Checkpoint(checkpoint)
     tokenizer = Tokenizer(source.files)
     model = ModelConfig(**source.manifest["model"])
@@ -60,7 +60,7 @@ def _written(opened: OpenModel, destination: Path, dtype: str | None = None) -> 
 
 @contextmanager
 def open_engine(name: str, dtype: str, config: EngineConfig) -> Iterator[tuple[RolloutEngine, Tokenizer]]:
-    """A rollout engine over a checkpoint of any format; other formats pass through a temporary checkpoint of ours.
+    """Open a checkpoint of any format as a rollout engine; other formats become a temporary checkpoint of ours first.
 
     Raises:
         ValueError: one sentence on what cannot be opened.

@@ -1,4 +1,4 @@
-"""The next tokens of running sequences, agreed on by all ranks of a tensor group."""
+"""Samples next tokens from vocabulary-parallel logits, such that all tensor ranks get the same tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from lockstep.rl.rollout.scheduler import SequenceState
 
 @dataclass(frozen=True)
 class Drawn:
-    """A token, and what `TokenOutput` says of how it was drawn."""
+    """A drawn token, with what `TokenOutput` reports of it."""
 
     token: int
     logp: float
@@ -27,13 +27,13 @@ class Drawn:
 
 
 class ParallelSampler:
-    """Draws from a transformer's logits; the ranks of its tensor group make the same calls."""
+    """Samples from the logits of a transformer; the ranks of its tensor group make the same calls."""
 
     def __init__(self, transformer: Transformer) -> None:
         self._transformer, self._group = transformer, transformer.groups.tensor
 
     def __call__(self, sequences: Sequence[SequenceState], local_BV: Tensor) -> list[Drawn]:
-        """A token for each sequence, from a row of logits each."""
+        """Draw a token for each sequence, from one row each of logits [B, V/tensor]."""
         whole_BV = self._whole(local_BV)
         requests = [s.request for s in sequences]
         places = [s.request.begun + len(s.tokens) for s in sequences]
@@ -51,12 +51,12 @@ class ParallelSampler:
         return [Drawn(*each) for each in zip(*columns, strict=True)]
 
     def ends(self, sampling: SamplingParams) -> tuple[int, ...]:
-        """Tokens that end a completion."""
+        """Tokens that end a completion: the model's own end tokens, and those of the request."""
         return (*self._transformer.model.eos_tokens, *sampling.stop_tokens)
 
     @property
     def _first_row(self) -> int:
-        """Of the vocabulary on this rank."""
+        """Number of the first token of this rank's part of the vocabulary."""
         return self._transformer.groups.tensor_rank * len(self._transformer.head_weight)
 
     def _row(self, sequence: SequenceState, number: float) -> Row:
@@ -68,13 +68,13 @@ class ParallelSampler:
         return Row(request.sampling, number, request.tokens, completion, forbidden)
 
     def _whole(self, local_BV: Tensor) -> Tensor:
-        """Logits of the whole vocabulary, on all tensor ranks."""
+        """Logits [B, V] of the whole vocabulary, on all tensor ranks."""
         if self._group.size() > 1:
             local_BV = torch.cat(gathered(local_BV, self._group), dim=1)
         return local_BV[:, : self._transformer.model.vocabulary]
 
     def _agreed(self, tokens_B: Tensor) -> Tensor:
-        """The first tensor rank's draws: others' processors might round in other ways."""
+        """The first tensor rank's draws, on all ranks: other processors might round in other ways."""
         if self._group.size() > 1:
             dist.broadcast(tokens_B, dist.get_global_rank(self._group, 0), group=self._group)
         return tokens_B

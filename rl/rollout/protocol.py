@@ -20,7 +20,7 @@ class PromptTooLong(ValueError):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What an engine is doing, and has done since it began."""
+    """Requests and cache blocks at one moment, and counts of tokens and preemptions since the engine began."""
 
     running: int
     waiting: int
@@ -36,7 +36,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion of one prompt."""
+    """A request for one completion of one prompt."""
 
     key: str | int
     """The caller's name for it, which its tokens carry."""

@@ -1,4 +1,4 @@
-"""The next token of each row of logits: rows of one batch may be drawn in different ways.
+"""Samples one token from each row of logits: temperature, top-k, top-p, min-p, penalties and bias, row by row.
 
 Two distributions matter. The policy is softmax(logits / temperature) over the whole vocabulary, which is what the
 trainer computes; at temperature 0 it is the policy at temperature 1. The sampling distribution is what a token was
@@ -27,7 +27,7 @@ CANDIDATES = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """What decides a draw beside the logits."""
+    """What decides, together with its logits, which token a row draws."""
 
     sampling: SamplingParams
     uniform: float
@@ -39,19 +39,19 @@ class Row:
 
     @property
     def policy_temperature(self) -> float:
-        """Of the policy; see the module."""
+        """Temperature of the policy: 1 where decoding is greedy."""
         return self.sampling.temperature or 1.0
 
     @property
     def is_plain(self) -> bool:
-        """Whether the sampling distribution is the policy."""
+        """Whether the sampling distribution equals the policy."""
         asked = self.sampling
         truncates = asked.top_k or asked.top_p < 1 or asked.min_p
         return bool(asked.temperature) and not truncates and not self.alters
 
     @property
     def alters(self) -> bool:
-        """Whether logits change before the temperature."""
+        """Whether penalties, bias or forbidden tokens change the logits before the temperature does."""
         asked = self.sampling
         penalties = asked.frequency_penalty or asked.presence_penalty or asked.repetition_penalty != 1
         return bool(penalties or asked.logit_bias or self.forbidden)
@@ -85,7 +85,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
-    """One token a row, by inverting the cumulative distribution at the row's uniform number."""
+    """Draw one token a row by inverse transform sampling, at the row's uniform number."""
     device = logits_BV.device
     tokens = torch.empty(len(rows), dtype=torch.long, device=device)
     sampling_logp = torch.full((len(rows),), float("nan"), device=device)
@@ -108,7 +108,7 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
 
 
 def likeliest(logits_V: Tensor, log_sum: Tensor, row: Row) -> tuple[tuple[int, float], ...]:
-    """As many tokens as the row asks for, likeliest first, with their log-probabilities under the policy."""
+    """The `logprobs` likeliest tokens of a row, likeliest first, with their log-probabilities under the policy."""
     best = (logits_V.float() / row.policy_temperature).topk(min(row.sampling.logprobs, len(logits_V)))
     return tuple(zip(best.indices.tolist(), (best.values - log_sum).tolist(), strict=True))
 
@@ -122,7 +122,7 @@ def _plain(logits_BV: Tensor, places: list[int], rows: Sequence[Row]) -> Tensor:
 
 
 def over_support(logits_KV: Tensor, supports: Sequence[Sequence[int]], targets_K: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities [K] of targets among the tokens that each was drawn among, from the policy's logits.
+    """Log-probabilities [K] of target tokens, each normalised over the tokens that it was drawn among.
 
     With `Rollout.supports` on both sides of an importance ratio, the ratio is exact in spite of a truncation: the
     policy that is compared could draw the same tokens as the one that drew (an empty support stands for all).

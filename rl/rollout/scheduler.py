@@ -1,4 +1,4 @@
-"""Which tokens of which sequences the next forward pass computes, and in which blocks their keys and values go.
+"""Schedules forward passes: which tokens of which sequences are computed next, and in which KV blocks they lie.
 
 Sequences run in the order of their arrival. Where blocks run out, the youngest gives all of its own back and is
 computed again later; the oldest can always go on, because a request that does not fit alone is refused. Layers that
@@ -17,7 +17,7 @@ from lockstep.rl.rollout.protocol import Request
 
 @dataclass(eq=False)
 class SequenceState:
-    """A completion while it is being written; the only thing in a rollout that changes."""
+    """A request while it waits or runs: its tokens so far, and its blocks of the KV cache."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
@@ -27,12 +27,12 @@ class SequenceState:
     tables: list[list[int]] = field(default_factory=list)
     """For each kind of layer the block of each BLOCK tokens; −1 where it has been given back."""
     names: list[bytes] = field(default_factory=list)
-    """Of what the text's full blocks hold, as far as they have been needed."""
+    """Hashes of the text's full blocks (see `block_pool.chained`), as far as they have been needed."""
     stops: StopStrings | None = None
 
     @property
     def known(self) -> int:
-        """Tokens of prompt and completion."""
+        """Number of tokens of prompt and completion."""
         return len(self.request.tokens) + len(self.tokens)
 
     def part(self, start: int, stop: int) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ class SequenceState:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start … start+count−1 of a sequence are computed."""
+    """Tokens start … start+count−1 of a sequence, which one pass computes."""
 
     sequence: SequenceState
     start: int
@@ -56,7 +56,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Fork:
-    """A sequence begins where another with the same prompt is after this pass, and draws from the same logits."""
+    """A sequence that shares the prompt of another in the same pass, and draws its first token from the same logits."""
 
     sequence: SequenceState
     source: Chunk
@@ -66,7 +66,7 @@ class Fork:
 
 @dataclass
 class Plan:
-    """One forward pass."""
+    """The work of one forward pass."""
 
     chunks: list[Chunk] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Plan:
 
 
 class Scheduler:
-    """Sequences that run and wait, and the blocks that they hold."""
+    """The running and the waiting sequences, and the blocks that they hold."""
 
     def __init__(self, windows: Many[int | None], pools: Many[BlockPool], *, sequences: int, budget: int) -> None:
         """
@@ -97,14 +97,14 @@ class Scheduler:
         self.preemptions = self.found = 0
 
     def lacking(self, tokens: int) -> tuple[int, int] | None:
-        """Blocks that a sequence of so many tokens needs and blocks that there are, where there are too few."""
+        """Blocks that a sequence of this many tokens needs and the pool has, where that is too few; else None."""
         for window, pool in zip(self._windows, self.pools, strict=True):
             if blocks_alone(tokens, window) > pool.count:
                 return blocks_alone(tokens, window), pool.count
         return None
 
     def plan(self) -> Plan:
-        """What to compute next; the keys and values of its tokens count as cached from now on."""
+        """Plan the next forward pass; the keys and values of its tokens count as cached from now on."""
         plan, left = Plan(), self._budget
         for place in range(len(self.running)):
             if place >= len(self.running):  # the others were preempted for those before
@@ -136,7 +136,7 @@ class Scheduler:
         return plan
 
     def finish(self, sequence: SequenceState) -> None:
-        """Give back what a running or waiting sequence holds."""
+        """Remove a running or waiting sequence, and release its blocks."""
         self._release(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
@@ -144,13 +144,13 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def restart(self) -> None:
-        """Have all running sequences computed again, and nothing that was computed so far be found."""
+        """Preempt all running sequences, which are computed again, and empty the prefix cache."""
         while self.running:
             self._preempt()
         self.forget()
 
     def forget(self) -> None:
-        """Let nothing that was computed so far be found by others."""
+        """Empty the prefix cache: nothing that was computed so far is found by other sequences."""
         for pool in self.pools:
             pool.forget_all()
 
