@@ -1,4 +1,4 @@
-"""The command line: thin; every command is one call into the package, and every user error is one sentence."""
+"""The command line `lockstep`: registers the commands and sets what Ray and Python's warnings read at the start."""
 
 import logging
 import os

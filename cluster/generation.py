@@ -1,4 +1,4 @@
-"""Answers for a person: one that is shown as it is drawn, many from a file, or a talk in turns."""
+"""Generates for people: a streamed completion, completions of a file of prompts, or a chat."""
 
 import json
 import signal
@@ -25,7 +25,7 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Question:
-    """A text or a conversation to be answered."""
+    """A prompt: a text to continue, or the messages of a conversation."""
 
     given: dict[str, Any]
     """The line that it came from, to be repeated beside the answer."""
@@ -36,7 +36,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answerer:
-    """An engine and how to draw from it."""
+    """A rollout engine with its tokenizer and sampling parameters."""
 
     engine: Engine
     tokenizer: Tokenizer
@@ -44,7 +44,7 @@ class Answerer:
     seed: int = 0
 
     def tokens(self, question: Question) -> tuple[int, ...]:
-        """The prompt as the model reads it.
+        """Tokenize a question, through the chat template where it has messages.
 
         Raises:
             ValueError: when there is no chat template, or it refuses the messages.
@@ -59,7 +59,7 @@ class Answerer:
     def stream(
         self, tokens: tuple[int, ...], sample: int = 0, sampling: SamplingParams | None = None
     ) -> Generator[str, None, None]:
-        """Pieces of one completion; one that is not read to its end is cancelled."""
+        """Generate one completion; yields pieces of text. One that is not read to its end is cancelled."""
         sampling = sampling or self.sampling
         text = TextStream(self.tokenizer.decode, sampling.stop)
         self.engine.add(Request("answer", tokens, sampling, self.seed, sample))
@@ -71,7 +71,7 @@ class Answerer:
             self.engine.cancel("answer")
 
     def rows(self, questions: Sequence[Question], samples: int) -> Iterator[dict[str, Any]]:
-        """Each question with its completions, in the order of the questions and each as soon as it can be."""
+        """Generate completions of many questions; yields a JSON row for each, in their order, as soon as it can be."""
         prompts = [Prompt(i, q.text, self.tokens(q), "") for i, q in enumerate(questions)]
         found: dict[int, list[Rollout]] = {prompt.index: [] for prompt in prompts}
         following = iter(questions)
@@ -90,13 +90,13 @@ def _sample(rollout: Rollout) -> int:
 
 
 def conversation(text: str, system: str | None) -> tuple[Message, ...]:
-    """A person's first turn, after a system message where there is one."""
+    """The messages of a first turn, after a system message where there is one."""
     before = [] if system is None else [{"role": "system", "content": system}]
     return (*before, {"role": "user", "content": text})
 
 
 def read_questions(lines: Iterable[str], *, raw: bool, system: str | None) -> list[Question]:
-    """One question a line: JSON with `prompt` or `messages`, or else a text; empty lines are left out.
+    """Parse questions, one a line: JSON with `prompt` or `messages`, or else a text; empty lines are skipped.
 
     Args:
         raw: whether prompts are continued as they are and not put to a chat template.
@@ -140,19 +140,19 @@ def _messages(given: Any, number: int) -> tuple[Message, ...]:
 
 
 class Stop:
-    """Whether Ctrl-C has been pressed."""
+    """A flag that Ctrl-C sets."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def ask(self, _: int, __: FrameType | None) -> None:
-        """The handler of a signal."""
+        """Set the flag; a signal handler."""
         self.asked = True
 
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Ctrl-C sets a flag, so that the engine is never interrupted in the middle of a pass."""
+    """Turn Ctrl-C into a flag, so that the engine is never interrupted in the middle of a forward pass."""
     stop = Stop()
     before = signal.signal(signal.SIGINT, stop.ask)
     try:
@@ -162,7 +162,7 @@ def interruptible() -> Iterator[Stop]:
 
 
 def talk(answerer: Answerer, read: Callable[[], str], write: Write, note: Write, *, system: str | None = None) -> None:
-    """Answer turn after turn until there is nothing to read; Ctrl-C ends an answer, and what was written of it counts.
+    """Chat until there is nothing to read; Ctrl-C ends an answer, and what was generated of it counts.
 
     Each turn's prompt begins with all before it, which the engine still has in its cache.
 

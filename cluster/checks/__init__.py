@@ -1,1 +1,1 @@
-"""Checks that exit with 1 when a promise is broken: layouts, rollouts against trainer, checkpoints."""
+"""Checks that exit with 1 when a promise is broken: parity of layouts, rollout/trainer mismatch, whole checkpoints."""

@@ -1,4 +1,4 @@
-"""Which experts tokens were sent to, and how close the calls were: what tells a router's tie from an error."""
+"""Records routers' choices of experts, and tells a tie, which rounding decides, from an error."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ TIE = 1e-6
 
 @dataclass(frozen=True)
 class Choices:
-    """Of one layer's router, over some tokens."""
+    """How many of some tokens one layer's router sent to each expert, and the smallest margin of its choices."""
 
     tokens_E: NDArray[np.int64]
     """[E] how many tokens went to each expert."""
@@ -31,7 +31,7 @@ Routing = Mapping[int, Choices]
 
 
 class RoutingWatch:
-    """Sees every choice of a transformer's routers, but for padding and for tokens of documents that count nothing."""
+    """Records every choice of a transformer's routers, except for padding and documents of weight 0."""
 
     def __init__(self, transformer: Transformer) -> None:
         self._found: defaultdict[int, list[Choices]] = defaultdict(list)
@@ -40,7 +40,7 @@ class RoutingWatch:
                 block.mlp.register_forward_pre_hook(partial(self._watch, int(index)))
 
     def taken(self) -> Routing:
-        """What was seen since the last call. What is computed again in the backward pass was seen twice."""
+        """The choices recorded since the last call. What is recomputed in the backward pass was recorded twice."""
         found = {layer: _joined(choices) for layer, choices in self._found.items()}
         self._found.clear()
         return found
@@ -59,7 +59,7 @@ def _joined(choices: Sequence[Choices]) -> Choices:
 
 
 def tie(expected: Routing, found: Sequence[Routing]) -> int | None:
-    """The layer whose router chose otherwise in some ranks together than in `expected`, and did so because of a tie.
+    """The layer whose router chose differently on some ranks than in `expected` because two experts tied, or None.
 
     Ranks may see tokens more than once, as tensor ranks and recomputation do, if all tokens equally often. A first
     difference where no two experts tie is none that rounding explains: None, as for no difference.

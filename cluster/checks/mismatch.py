@@ -1,4 +1,4 @@
-"""Do rollouts and training compute the same? A model writes completions of real prompts, and a trainer scores them."""
+"""Measures rollout/trainer mismatch: a model generates completions of real prompts, and a trainer scores them again."""
 
 import json
 import tempfile
@@ -40,7 +40,7 @@ ROW_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Of log-probabilities of the same tokens, in nats."""
+    """Statistics of the difference between the log-probabilities of the same tokens, in nats."""
 
     tokens: int
     mean: float
@@ -75,7 +75,7 @@ def compare(rollout: Floats, trainer: Floats) -> Mismatch:
 
 
 def rescored(stage: Stage, groups: Groups, rollouts: Sequence[Rollout], temperature: float) -> Floats:
-    """The trainer's log-probabilities of all tokens of rollouts, one rollout after the other.
+    """The trainer's log-probabilities of all tokens of rollouts [T], one rollout after the other.
 
     Rows are packed as in training: completions of a prompt share it.
 
@@ -88,7 +88,7 @@ def rescored(stage: Stage, groups: Groups, rollouts: Sequence[Rollout], temperat
 
 
 def reported(rollouts: Iterable[Rollout]) -> Floats:
-    """The log-probabilities that rollouts report, one rollout after the other."""
+    """The log-probabilities that the rollout engine reported [T], one rollout after the other."""
     parts: list[NDArray[np.float32]] = [np.asarray(r.logp, np.float32) for r in rollouts]
     return np.concatenate([np.zeros(0, np.float32), *parts])
 
@@ -103,7 +103,7 @@ def measure(
     samples: int,
     seed: int,
 ) -> Mismatch:
-    """Write completions and score them again, on every rank of a tensor group."""
+    """Generate completions, score them again, and compare: the body of every rank of a tensor group."""
     source = Checkpoint(checkpoint)
     model, weights = merged(ModelConfig(**source.manifest["model"]), source)
     stage = build(model, groups, DTYPES[dtype], weights, numerics)
@@ -117,7 +117,7 @@ TIMEOUT_S = 3600.0
 
 @dataclass(frozen=True)
 class Work:
-    """What is written, and in which arithmetic."""
+    """What is generated and scored, and in which dtype and numerics."""
 
     sampling: SamplingParams
     dtype: str = "bfloat16"
@@ -133,7 +133,7 @@ class Work:
 
 
 def measure_mismatch(name: str, work: Work) -> Mismatch:
-    """What `lockstep mismatch` prints, of a checkpoint of any format.
+    """Measure the mismatch of a checkpoint of any format; the body of `lockstep mismatch`.
 
     Raises:
         ValueError: one sentence on what does not fit.
@@ -149,7 +149,7 @@ def measure_mismatch(name: str, work: Work) -> Mismatch:
 
 
 def table(found: Mismatch, work: Work) -> Table:
-    """The mismatch for a terminal."""
+    """A table of the mismatch for a terminal."""
     shown = Table(title=f"rollouts against training: {work.numerics} numerics, {work.dtype}, tensor={work.tensor}")
     shown.add_column("")
     shown.add_column("", justify="right")

@@ -1,4 +1,4 @@
-"""Do layouts compute the same? Each trains on the same data from the same weights, and is compared with one process.
+"""Compares layouts: each trains on the same data from the same weights, and must agree with one process.
 
 Floating-point sums depend on their order, so no two layouts agree to the last bit. How far apart they may be is
 measured in the same breath: one process takes its micro-batches in another order, and what that changes is the noise
@@ -47,7 +47,7 @@ TIMEOUT_S = 3600.0
 
 @dataclass(frozen=True)
 class Job:
-    """What every layout trains."""
+    """What every layout trains: model, first weights, data, steps."""
 
     model: ModelConfig
     start: Path
@@ -63,7 +63,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Course:
-    """What a world saw: loss and gradient norm of each step; and, for weights, how far they are from the baseline's."""
+    """Loss and gradient norm of each step in one world; and, for weights, how far they are from the baseline's."""
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
@@ -76,7 +76,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest relative differences from one process."""
+    """Largest relative differences from one process, in loss, gradient norm and weights."""
 
     loss: float
     norm: float
@@ -86,13 +86,13 @@ class Difference:
     """Step and layer of the choice between equally probable experts that ended the comparison, one step before."""
 
     def beyond(self, bound: dict[str, float]) -> list[str]:
-        """What lies outside of a bound; a difference that is not a number does."""
+        """The names of the quantities that exceed a bound; one that is NaN does."""
         return [name for name, limit in bound.items() if not getattr(self, name) <= limit]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """A comparison of layouts."""
+    """The differences of all layouts, beside the noise floor and the bound."""
 
     floor: Difference
     bound: dict[str, float]
@@ -131,13 +131,14 @@ def _figures(d: Difference) -> str:
 
 
 class Runs:
-    """Trains layouts, and one process as far as each is compared with it."""
+    """Trains layouts, and one process for as many steps as each layout is compared with it."""
 
     def __init__(self, worlds: RankPool, job: Job, folder: Path) -> None:
         self._worlds, self._job, self._folder = worlds, job, folder
         self._baselines: dict[int, Course] = {}
 
     def difference(self, layout: Layout, reordered: bool = False) -> Difference:
+        """Train a layout and compare it with one process, up to the step before experts tie."""
         job, tied = self._job, None
         while True:
             one = self._baseline(job)
@@ -199,7 +200,7 @@ def job_of(recipe: Recipe, start: ModelContents, steps: int, folder: Path) -> Jo
 
 
 def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baseline: bool) -> Course:
-    """One rank of a world that trains; the baseline's weights are saved, all others are compared with them."""
+    """Train on one rank; the baseline saves its weights, all other layouts compare theirs with them."""
     stage = build(job.model, groups, DTYPES[job.dtype], manager.Checkpoint(job.start))
     trainer = Trainer(stage, groups, job.pretrain.optimizer, config=job.trainer)
     data = PretrainingData(job.data, seed=job.seed, vocabulary=job.model.vocabulary)
@@ -260,7 +261,7 @@ def _bound(dtype: str, floor: Difference) -> dict[str, float]:
 
 
 def table(parity: Parity) -> Table:
-    """The comparison for a terminal."""
+    """A table of the comparison for a terminal."""
     shown = Table(title="largest relative difference from one process")
     shown.add_column("layout", overflow="fold")
     for heading in ("loss", "gradient norm", "weights"):

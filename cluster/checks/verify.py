@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, and whether two hold the same; every byte is read, a part of a tensor at a time."""
+"""Verifies that a checkpoint is whole, or that two are equal; reads every byte, a part of a tensor at a time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Found:
-    """What came out: faults as sentences, and how much was looked at."""
+    """The result of a verification: faults as sentences, and how many tensors were read."""
 
     faults: tuple[str, ...]
     tensors: int
@@ -57,7 +57,7 @@ def _opened(name: str) -> OpenModel | str:
 
 
 def names_of(source: Source, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight and of the optimizer's state for each."""
+    """Name and shape of every weight, and of the optimizer state of each that has some."""
     shapes = logical_tensors(model)
     return shapes | {name: shapes[name.split("/", 1)[1]] for name in source.states}
 

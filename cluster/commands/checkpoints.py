@@ -1,4 +1,4 @@
-"""Convert, verify, inspect."""
+"""The commands `lockstep convert`, `lockstep verify` and `lockstep inspect`."""
 
 import json
 from functools import partial

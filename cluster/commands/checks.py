@@ -1,4 +1,4 @@
-"""Parity, mismatch."""
+"""The commands `lockstep parity` and `lockstep mismatch`."""
 
 import json
 import os

@@ -70,7 +70,7 @@ LINE_S = 10.0
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A function that is told what is done and all there is: a bar on a terminal, else a line now and then."""
+    """A progress bar on a terminal, else a line now and then; yields a function of what is done and of all there is."""
     if not err.is_terminal:
         yield _Lines(what)
         return
@@ -81,7 +81,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class _Lines:
-    """Progress as lines with the time that is left, at the mean pace since the first call."""
+    """Progress as lines with the estimated time left, at the mean pace since the first call."""
 
     def __init__(self, what: str) -> None:
         self._what, self._first = what, (time.monotonic(), 0)

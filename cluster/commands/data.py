@@ -1,4 +1,4 @@
-"""The commands that turn text into tokens: `lockstep data tokenize` and `lockstep data tokenizer`."""
+"""The commands `lockstep data tokenize` and `lockstep data tokenizer`."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The command `lockstep eval`: how good a model is at a task, and how sure that is."""
+"""The command `lockstep eval`: accuracy and pass@k of a model on held-out problems, with confidence intervals."""
 
 from collections.abc import Sequence
 from pathlib import Path

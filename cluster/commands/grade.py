@@ -1,4 +1,4 @@
-"""The command that says what a verifier says: `lockstep grade`."""
+"""The command `lockstep grade`: a verdict for each row of a file of answers."""
 
 import os
 import sys

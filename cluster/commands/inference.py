@@ -1,4 +1,4 @@
-"""The commands that let a model speak: `lockstep generate` for a person and `lockstep serve` for programs."""
+"""The commands `lockstep generate` and `lockstep serve`."""
 
 import json
 import sys

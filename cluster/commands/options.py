@@ -47,7 +47,7 @@ CacheGib = Annotated[float, typer.Option(min=0.001, help="GiB for keys and value
 
 
 def sampling_of(**values: Any) -> "SamplingParams":
-    """How tokens are drawn; what is not allowed is one sentence."""
+    """Sampling parameters from options; a value that is not allowed is an error of one sentence."""
     from lockstep.cluster.recipe.errors import validation_sentence
     from lockstep.rl.rollout.config import SamplingParams
 

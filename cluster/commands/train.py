@@ -1,4 +1,4 @@
-"""Train, submit, report."""
+"""The commands `lockstep train`, `lockstep submit` and `lockstep report`."""
 
 from pathlib import Path
 from typing import Annotated

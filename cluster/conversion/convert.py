@@ -1,4 +1,4 @@
-"""Checkpoints from one format to another: in parts that are small, in several processes, and on from where it stopped.
+"""Converts checkpoints between formats: in small parts, by several processes, resumable after a kill.
 
 Every tensor passes through the slice map of `model/weights/names.py`, and none is changed but in dtype.
 """
@@ -23,7 +23,7 @@ Progress = Callable[[int, int], object]
 
 @dataclass
 class Done:
-    """What a conversion took."""
+    """The result of a conversion: where it is, its size, and the peak memory of each process."""
 
     folder: Path | Storage
     size: int
@@ -32,7 +32,7 @@ class Done:
 
     @property
     def peak(self) -> int:
-        """Of all processes together."""
+        """Peak memory of all processes together, in bytes."""
         return sum(self.peaks.values())
 
 
@@ -115,7 +115,7 @@ def _check_space(folder: Path, parts: Sequence[Part]) -> None:
 
 
 def to_huggingface(name: str, destination: Path, *, dtype: str | None = None) -> Path:
-    """A model as a folder that `from_pretrained` reads.
+    """Convert a model to a folder that `from_pretrained` reads.
 
     Raises:
         BadTarget: when the destination exists.

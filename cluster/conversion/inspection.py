@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what a conversion would make of it; only names and shapes are read."""
+"""Describes a checkpoint, or what a conversion would write, from names and shapes alone."""
 
 import math
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from lockstep.model.formats.registry import TARGETS, BadSource, OpenModel, locat
 
 
 class ConfigurationAlone(WeightsOnly):
-    """A `Source` of a model that has a configuration and no weights yet: it says dtypes, and cannot be read."""
+    """A `Source` for a model that has a configuration and no weights yet: it knows dtypes, and cannot be read."""
 
     def __init__(self, dtype: str) -> None:
         self._dtype = DTYPES[dtype]
@@ -100,7 +100,7 @@ def _of_optimizer(source: Source, recast: Recast, title: str, has_place: bool) -
 
 
 def inspect_checkpoint(name: str) -> dict[str, Any]:
-    """What a checkpoint holds: shape in elements, size in bytes."""
+    """Describe a checkpoint as a JSON value: format, step, and tensors with shapes in elements and sizes in bytes."""
     opened = open_outline(name)
     source, model = opened.source, opened.config
     recast = Recast(source, model, None)
@@ -122,7 +122,7 @@ def inspect_checkpoint(name: str) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
-    """The same for people: a line about the whole, then one a tensor."""
+    """The description of `inspect_checkpoint` as text: a line about the whole, then one for each tensor."""
     rows = [(t["name"], str(t["shape"]), t["dtype"], in_words(t["bytes"])) for t in found["tensors"]]
     total = in_words(sum(tensor["bytes"] for tensor in found["tensors"]))
     yield f"{found['path']}: {found['format']}, {found['family']}, {found['parameters']:,} parameters, {total}"

@@ -1,4 +1,4 @@
-"""Who writes the parts of a conversion: this process, or several that open the source and the target for themselves."""
+"""Writes the parts of a conversion in this process, or in several that open source and target themselves."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ from lockstep.model.formats.registry import Location, OpenModel, open_location
 
 @dataclass(frozen=True)
 class Worked:
-    """What one process says of a task."""
+    """The result of one task: digests of its parts, and the peak memory of the process so far."""
 
     task: int
     digests: list[str]
@@ -33,7 +33,7 @@ Workers = Callable[[Conversion, OpenModel, Path | Storage, Sequence[int]], Itera
 
 
 def this_process() -> str:
-    """A name that no other process of a cluster has."""
+    """Host and process id: a name that no other process of a cluster has."""
     return f"{platform.node()} {os.getpid()}"
 
 

@@ -1,4 +1,4 @@
-"""Memory that a process needed for its work: its peak, less what its interpreter and imports held before."""
+"""Measures the peak memory that work needs beyond what the interpreter and imports hold; formats byte counts."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,14 @@ _STATUS = Path("/proc/self/status")
 
 
 class Watch:
-    """Measures from its making on; proc(5): writing 5 to clear_refs forgets the peak so far."""
+    """Measures peak resident memory from its construction on; proc(5): writing 5 to clear_refs resets the peak."""
 
     def __init__(self) -> None:
         self._before = _held("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """Bytes by which the resident size has been above what it was at the beginning, at most."""
+        """The most by which resident memory has exceeded what it was at construction, in bytes."""
         return max(0, _held("VmHWM") - self._before)
 
 
@@ -28,7 +28,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 1 << 10, "
 
 
 def size_of(text: str) -> int:
-    """Bytes that a person means by 5GB, 500MB or 64MiB.
+    """Parse a size as people write it, 5GB, 500MB or 64MiB, into bytes.
 
     Raises:
         ValueError: for anything else.
@@ -41,7 +41,7 @@ def size_of(text: str) -> int:
 
 
 def in_words(size: int) -> str:
-    """Bytes as people read them: 512 B, 3.1 MB, 141 GB."""
+    """Format bytes as people read them: 512 B, 3.1 MB, 141 GB."""
     if size < 1000:
         return f"{size} B"
     unit = next((u for u in ("KB", "MB", "GB") if size < 999.5 * _UNITS[u]), "TB")

@@ -1,4 +1,4 @@
-"""What a conversion is: from what into what, with how much of the machine, and the parts that follow from that."""
+"""Plans a conversion: source, destination, format, memory limit, and the parts that follow from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ _FIXED = 64 << 20
 
 
 class BadConversion(ValueError):
-    """A conversion that did not come to its end."""
+    """A conversion that cannot be done, or did not finish."""
 
 
 class TooMuchMemory(BadConversion):
-    """One that would need, or needs, more memory than it was given."""
+    """A conversion that would need, or needs, more memory than it was allowed."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is converted into what, and with how much of the machine."""
+    """Source, destination, format and dtype of a conversion, and the memory and processes that it may use."""
 
     source: str
     destination: Path | Storage
@@ -49,7 +49,7 @@ class Conversion:
 
     @property
     def part_bytes(self) -> int:
-        """Largest part that keeps every worker within its share of the memory.
+        """Size of the largest part, in bytes, that keeps every worker within its share of the memory.
 
         Raises:
             TooMuchMemory: when even small parts would not.
@@ -65,7 +65,7 @@ class Conversion:
 
 
 class Weights(WeightsOnly):
-    """A `Source` without the optimizer's state that it has."""
+    """A `Source` of another's weights, without its optimizer state."""
 
     def __init__(self, source: Source) -> None:
         self.read = source.read
@@ -77,7 +77,7 @@ def chosen(conversion: Conversion, opened: OpenModel) -> Source:
 
 
 def target_of(conversion: Conversion, opened: OpenModel, folder: Path | Storage) -> tuple[Target, Recast]:
-    """What is to be written into a folder, and the source as it is then read."""
+    """The target that writes into a folder, and the source as it is read for it: adapters merged, dtype cast."""
     source, model = chosen(conversion, opened), opened.config
     form = TARGETS[conversion.to]
     if not isinstance(folder, Path) and not form.to_stores:
@@ -95,7 +95,7 @@ def target_of(conversion: Conversion, opened: OpenModel, folder: Path | Storage)
 
 
 def tasks_of(parts: Sequence[Part], limit: int) -> list[list[Part]]:
-    """Parts in groups that are written one after the other: large ones alone, small ones together."""
+    """Group parts into tasks that one process writes: large parts alone, small ones together."""
     tasks: list[list[Part]] = []
     filled = limit + 1
     for part in parts:
@@ -108,7 +108,7 @@ def tasks_of(parts: Sequence[Part], limit: int) -> list[list[Part]]:
 
 
 def begun_with(conversion: Conversion, opened: OpenModel) -> dict[str, str | int | None]:
-    """What decides the bytes that are written."""
+    """All settings that determine the bytes written; a conversion resumes only if they are the same."""
     root = opened.root
     return {
         "source": str(root.resolve() if isinstance(root, Path) else root),

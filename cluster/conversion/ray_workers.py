@@ -1,4 +1,4 @@
-"""The parts of a conversion as tasks of a Ray cluster, whose hosts share the folders of source and destination."""
+"""Writes the parts of a conversion in tasks of a Ray cluster, whose hosts share the folders of source and target."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,7 +17,7 @@ from lockstep.model.formats.registry import OpenModel
 def ray_tasks(
     address: str, conversion: Conversion, opened: OpenModel, folder: Path | Storage, tasks: Sequence[int]
 ) -> Iterator[Worked]:
-    """`Workers` of the cluster at an address: so many tasks at a time as the conversion has workers."""
+    """`Workers` on the Ray cluster at an address: as many tasks at a time as the conversion has workers."""
     ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
     location, folder = (place.absolute() if isinstance(place, Path) else place for place in (opened.location, folder))
     remote, left = partial(ray.remote(work).remote, conversion, location, folder), iter(tasks)

@@ -1,4 +1,4 @@
-"""A conversion's folder while it is being written, `DST.partial`: what it was begun with, what is done, the content.
+"""The staging folder of a conversion, `DST.partial`: its settings, a journal of finished tasks, and the content.
 
 It takes its final name when everything is on disk; killed before, the same command goes on where it stopped.
 """
@@ -15,7 +15,7 @@ from lockstep.distributed.checkpoint.storage import Storage, sync
 
 
 class BadTarget(ValueError):
-    """A place that cannot be written to."""
+    """A destination that cannot be written to."""
 
 
 CONTENT = "content"
@@ -23,24 +23,24 @@ CONTENT = "content"
 
 
 def partial_folder(destination: Path | Storage) -> Path:
-    """`DST.partial`; in the working directory where DST is in a key-value store."""
+    """The staging folder `DST.partial`; in the working directory where DST is in a key-value store."""
     beside = destination if isinstance(destination, Path) else Path(destination.name)
     return beside.with_name(f"{beside.name}.partial")
 
 
 def content_of(destination: Path | Storage) -> Path | Storage:
-    """Where parts are written: a store has no folders to rename, and gets them under their final names."""
+    """Where parts are written. A store has no folders to rename, and gets them under their final names."""
     return partial_folder(destination) / CONTENT if isinstance(destination, Path) else destination
 
 
 def check_destination(destination: Path | Storage) -> None:
-    """Refuse to write over anything."""
+    """Refuse a destination that exists."""
     if destination.exists() if isinstance(destination, Path) else manager.exists(destination):
         raise BadTarget(f"{destination} exists: give a folder that does not")
 
 
 class Staging:
-    """`DST.partial`, locked by this process."""
+    """The staging folder `DST.partial`, locked by this process."""
 
     def __init__(self, destination: Path | Storage, begun_with: dict[str, Any]) -> None:
         """
@@ -59,13 +59,13 @@ class Staging:
         self.done = self._read()
 
     def record(self, task: int, digests: list[str]) -> None:
-        """Note that a task's parts are on disk."""
+        """Append a task to the journal once its parts are on disk."""
         self._journal.write(json.dumps({"task": task, "digests": digests}) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
     def commit(self) -> None:
-        """Give the content its final name."""
+        """Rename the content to its final name and remove the staging folder."""
         content = content_of(self._destination)
         if isinstance(content, Path) and isinstance(self._destination, Path):
             for path in (*content.rglob("*"), content):
@@ -77,7 +77,7 @@ class Staging:
         self.close()
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the lock."""
         self._journal.close()
 
     def _lock(self) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation says: shares of problems with how far other problems would have moved them.
+"""Accuracy and pass@k over problems, with 95% confidence intervals.
 
 Ungradable completions count as neither right nor wrong: they are left out, and their number stands beside the shares.
 """
@@ -18,7 +18,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Tally:
-    """Verdicts on the completions of one problem."""
+    """Counts of the verdicts on the completions of one problem."""
 
     correct: int = 0
     incorrect: int = 0
@@ -26,13 +26,13 @@ class Tally:
 
     @property
     def graded(self) -> int:
-        """Completions with a verdict."""
+        """Completions that were graded correct or incorrect."""
         return self.correct + self.incorrect
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems and its 95% interval; `problems` of them could be counted."""
+    """A mean over problems with its 95% interval, and how many problems it is of."""
 
     value: float
     low: float
@@ -41,7 +41,7 @@ class Estimate:
 
 
 def tally(outcomes: Sequence[str]) -> Tally:
-    """Verdicts of one problem's completions, by the names of `Outcome`."""
+    """Count the verdicts on one problem's completions, given as names of `Outcome`."""
     return Tally(*(sum(outcome == kind for outcome in outcomes) for kind in Outcome))
 
 
@@ -56,14 +56,14 @@ def wilson(correct: float, total: int, z: float = Z) -> tuple[float, float]:
 
 
 def estimate_accuracy(tallies: Sequence[Tally]) -> Estimate:
-    """The share of graded completions that are correct, one completion a problem, with Wilson's interval."""
+    """Accuracy: the share of graded completions that are correct, one a problem, with Wilson's interval."""
     correct, graded = sum(t.correct for t in tallies), sum(t.graded for t in tallies)
     low, high = wilson(correct, graded)
     return Estimate(correct / graded if graded else math.nan, low, high, graded)
 
 
 def pass_at_k(graded: int, correct: int, k: int) -> float:
-    """The probability that one of k completions is correct: 1 − C(n−c, k)/C(n, k), without bias.
+    """pass@k: the probability that one of k completions is correct, 1 − C(n−c, k)/C(n, k), without bias.
 
     Chen et al. 2021 (arXiv:2107.03374), equation 1, in whole numbers until the last division, so that problems of the
     same chance have the same value.
@@ -78,7 +78,7 @@ def pass_at_k(graded: int, correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(tallies: Sequence[Tally], k: int, seed: int = 0) -> Estimate:
-    """The mean of pass@k over problems; one with fewer than k graded completions is left out.
+    """Mean pass@k over problems, with a bootstrap interval; problems with fewer than k graded completions are left out.
 
     The interval is that of resampled problems (percentiles of the bootstrap, Efron 1979): completions of one problem
     are alike, and what another draw of problems would have brought is what matters. Where all problems have the same

@@ -1,4 +1,4 @@
-"""Completions with their verdicts, as JSON lines in a folder: what an evaluation leaves, and goes on from when killed.
+"""Stores an evaluation's completions and verdicts as JSON lines in a folder, from which a killed evaluation resumes.
 
 Lines are appended as completions end, and put in order when all have. Settings that the completions depend on lie
 beside them, so that an evaluation never goes on from another's.
@@ -19,11 +19,11 @@ Answer = Mapping[str, Any]
 
 
 class OtherSettings(ValueError):
-    """A folder that holds the completions of another evaluation, or something else."""
+    """A folder that holds the completions of an evaluation with other settings, or something else."""
 
 
 class AnswerFolder:
-    """The folder of one evaluation."""
+    """The folder of one evaluation: settings, completions, counts for each problem, summary."""
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Begin in an empty or new folder, or go on in one that was begun with the same settings.
@@ -43,7 +43,7 @@ class AnswerFolder:
         return len(self._answers)
 
     def has(self, mode: str, problem: int, sample: int) -> bool:
-        """Whether this completion is there."""
+        """Whether the folder has this completion."""
         return (mode, problem, sample) in self._answers
 
     def add(self, answers: Iterable[Answer]) -> None:
@@ -62,7 +62,7 @@ class AnswerFolder:
         return iter(found.items())
 
     def finish(self, counts: Sequence[Answer], summary: Mapping[str, Any]) -> None:
-        """Put the completions in order, and write what they say beside them."""
+        """Sort the completions, and write counts and summary beside them."""
         ordered = [self._answers[place] for place in sorted(self._answers)]
         replace_file(self.path / COMPLETIONS, _lines(ordered).encode())
         replace_file(self.path / COUNTS, _lines(counts).encode())

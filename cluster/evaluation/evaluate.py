@@ -1,4 +1,4 @@
-"""What `lockstep eval` does: a model answers held-out problems of a task, greedily and by drawing, and is judged."""
+"""Evaluates a model on held-out problems: greedy and sampled completions, judged, resumable; behind `lockstep eval`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ TOGETHER = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked of a checkpoint, and how."""
+    """Settings of an evaluation: checkpoint, task, sampling, verifier."""
 
     checkpoint: str
     task: TaskConfig
@@ -45,7 +45,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Findings:
-    """What an evaluation found."""
+    """The results of an evaluation: greedy accuracy, pass@k, and what was not graded."""
 
     greedy: Estimate
     correct: int
@@ -59,7 +59,7 @@ class Findings:
 
     @property
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """The results as lines for a terminal."""
         said = [f"{self.correct} of {self.greedy.problems} correct: {_interval(self.greedy)}"]
         for k, estimate in self.pass_at.items():
             said.append(f"pass@{k}: {_interval(estimate)} of {estimate.problems} problems, {self.samples} samples each")
@@ -71,7 +71,7 @@ class Findings:
 
 
 def evaluate_checkpoint(work: Evaluation, folder: Path, progress: Callable[[int, int], None], note: Note) -> Findings:
-    """Answer and judge every problem that the folder has no completions of, and say what all of them show.
+    """Generate and judge every completion that the folder lacks, and summarise all of them.
 
     Args:
         progress: told of completions that are there, and of all that there will be.
@@ -96,7 +96,7 @@ def evaluate_checkpoint(work: Evaluation, folder: Path, progress: Callable[[int,
 
 @dataclass(frozen=True)
 class _Sitting:
-    """A model, its questions, its judge, and where its answers go."""
+    """An evaluation in progress: the engine, the prompts, the judge, and the folder for answers."""
 
     work: Evaluation
     prompts: Sequence[Prompt]
@@ -105,7 +105,7 @@ class _Sitting:
     answers: AnswerFolder
 
     def answer(self) -> Iterator[int]:
-        """Answer everything that has no answer yet; how many there are, now and then."""
+        """Generate and judge what is missing; yields how many completions there are, now and then."""
         longest, stop = self.work.sampling.max_new_tokens, self.work.sampling.stop
         greedy = SamplingParams(temperature=0, max_new_tokens=longest, stop=stop)
         passes = [(GREEDY, greedy, 1), (SAMPLED, self.work.sampling, self.work.samples)]

@@ -1,4 +1,4 @@
-"""Grades a file of answers as it is read: one verdict a row, in the order of the rows, as soon as it is there.
+"""Grades a file of answers as a stream: one verdict for each row, in order, as soon as it is known.
 
 A row that cannot be read is ungradable and says where and why; the others are graded all the same.
 """
@@ -25,12 +25,12 @@ _AHEAD = 16
 
 
 class BadRow(ValueError):
-    """A row that cannot be graded: which field is wrong, and how."""
+    """A row that cannot be graded; the message names the field and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the file: what its pool grades, or what is wrong with it."""
+    """One line of the file: the item that a pool grades, or what is wrong with the line."""
 
     line: int
     item: tuple[str, Any] | None = None
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Graded:
-    """A row's verdict; for an audit, what each rule takes for the answer, and its verdict."""
+    """A row with its verdict; in an audit, also the answer and the verdict by each rule of extraction."""
 
     row: Row
     verdict: Verdict
@@ -49,7 +49,7 @@ class Graded:
 
     @property
     def disagree(self) -> bool:
-        """Whether rules come to different outcomes."""
+        """Whether the rules of extraction lead to different outcomes."""
         return len({verdict.outcome for _, verdict in self.rules.values()}) > 1
 
     def as_json(self, *, audit: bool) -> str:
@@ -64,7 +64,7 @@ class Graded:
 
 
 class Pool(Protocol):
-    """Grades in processes that can be killed; threads may share it."""
+    """A pool of killable processes that grade; threads may share it."""
 
     def grade(self, items: Any) -> list[Verdict]:
         """One verdict for each item, in order."""
@@ -73,7 +73,7 @@ class Pool(Protocol):
 
 @contextmanager
 def pool_for(task: Task, workers: int, deadline: float, say: Callable[[str], None]) -> Iterator[Pool]:
-    """The pool that grades a task's items; that for code says what protects this machine from it.
+    """The pool that grades a task's items; that for code reports which isolation the sandbox has.
 
     Raises:
         ValueError: where the pool cannot start or loses its processes, in one sentence.
@@ -108,7 +108,7 @@ def _code_pool(workers: int, deadline: float, say: Callable[[str], None]) -> Ite
 
 @contextmanager
 def auditor(workers: int, deadline: float) -> Iterator[Callable[[Row, Verdict], Graded]]:
-    """A function that adds to a row's verdict what each rule of extraction would have said."""
+    """A function that adds to a row's verdict the answer and verdict by each rule of extraction."""
     with AnswerPool(workers, deadline, grader.grade_stated) as pool:
 
         def audit(row: Row, verdict: Verdict) -> Graded:
@@ -125,7 +125,7 @@ def auditor(workers: int, deadline: float) -> Iterator[Callable[[Row, Verdict], 
 def grade_rows(
     rows: Iterable[Row], pool: Pool, workers: int, finish: Callable[[Row, Verdict], Graded] = Graded
 ) -> Iterator[Graded]:
-    """Verdicts in the order of the rows, each as soon as it and those before it are there.
+    """Grade rows in several threads; yields verdicts in the order of the rows, each as soon as it is known.
 
     A thread reads rows ahead of the verdicts, a few for each worker, so that a file of any size takes little memory and
     a slow writer at the other end of a pipe still sees each verdict.
@@ -154,7 +154,7 @@ def grade_rows(
 
 
 def read_rows(lines: Iterable[bytes], name: str, task: Task) -> Iterator[Row]:
-    """The rows of JSON lines; empty lines are left out. name: of the file, for what is said of a bad row."""
+    """Parse JSON lines into rows; empty lines are skipped. name: of the file, for messages on bad rows."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -166,7 +166,7 @@ def read_rows(lines: Iterable[bytes], name: str, task: Task) -> Iterator[Row]:
 
 
 def summary(graded: Counter[str], bad: int) -> str:
-    """What there was, as one sentence."""
+    """Counts of the verdicts, as one sentence."""
     total = sum(graded.values())
     decided = graded[Outcome.correct] + graded[Outcome.incorrect]
     share = f" ({graded[Outcome.correct] / decided:.1%} of those that could be graded)" if decided else ""
@@ -175,7 +175,7 @@ def summary(graded: Counter[str], bad: int) -> str:
 
 
 def audit_summary(graded: Iterable[Graded]) -> list[str]:
-    """What the rules say, a line each: how often each finds an answer, is right, and differs from the verdict."""
+    """A line for each rule of extraction: how often it finds an answer, is right, and differs from the verdict."""
     rows = list(graded)
     lines = [f"rules disagree on {sum(row.disagree for row in rows)} of {len(rows)} rows"]
     for rule in RULES:

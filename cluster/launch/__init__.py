@@ -1,1 +1,1 @@
-"""Before the first step of a run: who takes part, on which devices, checked, started or resumed."""
+"""Launches a run: plans and checks it, reserves devices, starts actors, and finds where it resumes."""

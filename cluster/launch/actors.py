@@ -1,4 +1,4 @@
-"""The actors of a run on problems, started as its recipe says and, where it goes on, with what they had learned."""
+"""Starts, saves and resumes the Ray actors of a run on problems: policy, rollouts, verifiers, models, environments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, Roll
 
 @dataclass(frozen=True)
 class RunActors:
-    """Everybody who works for a run."""
+    """All worker groups of a run."""
 
     plan: RunPlan
     first: Storage
@@ -40,19 +40,19 @@ class RunActors:
         return {name: model for name, model in found.items() if model and name in self.plan.trained_models}
 
     def keep_reference(self, step: int) -> None:
-        """Write the policy's weights down before RL, for who has them as its reference then or after a restart."""
+        """Save the policy's weights before RL, for a reference model that starts then, or after a restart."""
         if step and (self.plan.recipe.checkpoints.every or self.models.reference):
             self.policy.call("save_reference", step, self.plan.checkpoints_of("reference"))
 
     def load_reference(self) -> None:
-        """Have the reference that is apart from the policy load the weights that RL began with."""
+        """Load the weights that RL began with into the reference model, where it has processes of its own."""
         if self.models.reference:
             kept, model = reference_of(self.plan, self.first), self.plan.recipe.model
             heat = self.plan.models["reference"].temperature
             gather(self.models.reference.start(kept, model.dtype, None, heat, model.numerics))
 
     def save(self, said: Mapping[str, Any], at: Position) -> None:
-        """Begin a checkpoint of the policy, and of the models beside it that have learned, when those before are there.
+        """Begin to save the policy and the trained models beside it, once the checkpoints before are on disk.
 
         Args:
             said: what manifests say of the run.
@@ -67,12 +67,12 @@ class RunActors:
             model.call("save", step, dict(said), state, False)
 
     def save_reward_model(self, step: int, said: Mapping[str, Any]) -> None:
-        """A checkpoint of the reward model, which `roles.reward.source` of another recipe may name."""
+        """Save a checkpoint of the reward model, which `roles.reward.source` of another recipe may name."""
         self.learners["reward"].call("save", step, dict(said), False, False)
         self.learners["reward"].call("saved")
 
     def resume(self, last: Checkpoint, at: Position) -> None:
-        """Have who learns go on from a checkpoint, with the policy's reference as it was then."""
+        """Load a checkpoint into the models that are trained, and the policy's reference as it was then."""
         self.policy.call("restore", last.place)
         for name, place in trained_checkpoints(self.plan, at).items():
             if Checkpoint(place).states:
@@ -84,7 +84,7 @@ class RunActors:
             self.policy.call("resume_phase", kept, weights)
 
     def close(self) -> None:
-        """Wait for checkpoints, and end the processes that actors have."""
+        """Wait for checkpoints to be written, and end the processes that actors have started."""
         for model in (*self.learners.values(), self.policy):
             model.call("saved")
         self.verifiers.close()

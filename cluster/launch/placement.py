@@ -1,4 +1,4 @@
-"""Where the processes of each role run: on devices of their own, or in turns on those of the policy.
+"""Places the processes of each role in a Ray placement group: on devices of their own, or in turns on the policy's.
 
 What is reserved is one placement group of Ray, which is there as a whole or not at all, before any process starts.
 """
@@ -25,7 +25,7 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """Bundles of resources, and in which of them the processes of each role are."""
+    """Bundles of a placement group, and in which of them the processes of each role run."""
 
     bundles: tuple[dict[str, float], ...]
     places: dict[str, list[int]]
@@ -33,13 +33,13 @@ class PlacementPlan:
     """What each role reserves in all."""
 
     def share(self, bundle: int) -> dict[str, float]:
-        """What each process in a bundle counts for, so that all fit."""
+        """Resources that each process in a bundle requests, so that all of them fit."""
         count = Counter(number for places in self.places.values() for number in places)[bundle]
         return {kind: amount / count for kind, amount in self.bundles[bundle].items()}
 
 
 def plan_placement(roles: RolesConfig, processes: Mapping[str, int]) -> PlacementPlan:
-    """A plan for so many processes of each role; without bundles where nothing is reserved."""
+    """Plan bundles for the processes of each role; none where nothing is reserved."""
     own = [_resources(roles.policy.cpus, roles.policy.gpus)] * processes["policy"]
     bundles = list(own)
     places = {"policy": list(range(len(own)))}
@@ -58,7 +58,7 @@ def plan_placement(roles: RolesConfig, processes: Mapping[str, int]) -> Placemen
 
 
 def check(plan: PlacementPlan, there: Mapping[str, float]) -> None:
-    """Refuse what a cluster with these resources cannot hold.
+    """Refuse a plan that exceeds a cluster's resources.
 
     Raises:
         PlacementError: names what is needed, by role, and what is there.
@@ -75,7 +75,7 @@ def check(plan: PlacementPlan, there: Mapping[str, float]) -> None:
 
 
 class Placement:
-    """Reserved resources of a cluster; a context manager that gives them back."""
+    """A placement group of Ray; a context manager that removes it."""
 
     def __init__(self, chosen: PlacementPlan) -> None:
         """
@@ -98,7 +98,7 @@ class Placement:
             )
 
     def of(self, role: str) -> Places:
-        """Ray's options of each process of a role."""
+        """Options for Ray's `.options(…)` of each process of a role."""
         return [self._options(bundle) for bundle in self._plan.places[role]]
 
     def __enter__(self) -> "Placement":

@@ -1,4 +1,4 @@
-"""What cannot run is refused before anything is written."""
+"""Checks a run before anything is written: models are opened, and layouts, roles, data and checkpoints must fit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ def _check_text(config: PretrainConfig, seed: int, start: ModelContents) -> None
 
 
 def check_sandbox(config: SandboxConfig) -> str:
-    """What keeps programs in on this machine, in one line.
+    """Start a sandbox and return which isolation it has on this machine, in one line.
 
     Raises:
         ValueError: where that is less than the recipe requires.

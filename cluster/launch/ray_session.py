@@ -1,4 +1,4 @@
-"""A Ray cluster, joined or started; Ctrl-C."""
+"""Connects to a Ray cluster or starts one, and ends a run cleanly on Ctrl-C or SIGTERM."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ SHUTDOWN_S = 5.0
 
 
 class Interruption:
-    """The first Ctrl-C or SIGTERM ends a run as KeyboardInterrupt; later ones are ignored, so that cleaning up ends."""
+    """Raises KeyboardInterrupt at the first Ctrl-C or SIGTERM and ignores later ones, so that clean-up ends."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -29,7 +29,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Take the signals over; again after something else took them, as `ray.init` does."""
+        """Install the signal handlers; again after something else replaced them, as `ray.init` does."""
         for number in self.SIGNALS:
             signal.signal(number, self._interrupt)
 
@@ -41,7 +41,7 @@ class Interruption:
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
-    """A connection to the Ray cluster at `address`, or to one that is started here and stopped at the end."""
+    """Connect to the Ray cluster at `address`, or start one here and stop it at the end."""
     joined = address or os.environ.get("RAY_ADDRESS")
     try:
         _connect(joined)

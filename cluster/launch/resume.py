@@ -1,4 +1,4 @@
-"""Where a run is, as its checkpoints say it, and which of them it can go on from.
+"""Finds the checkpoint that a run resumes from, and its position: phase, step, weight version.
 
 The policy's checkpoint names the step. A model beside it that learns has a checkpoint of the same step in a folder of
 its own; all are begun when those before are on disk, and one more than asked for is kept, so that some step is whole.
@@ -16,7 +16,7 @@ from lockstep.rl.algorithms.config import RLConfig
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is: which step of which phase its weights are of."""
+    """The position of a run: phase and step that its weights are of."""
 
     phase: str = "sft"
     phase_step: int = 0
@@ -30,16 +30,16 @@ class Position:
     """Of all phases."""
 
     def done(self, phase: str) -> int:
-        """Steps of a phase that have been taken, where it is the present one."""
+        """Steps taken of a phase; 0 where it is not the present one."""
         return self.phase_step if self.phase == phase else 0
 
     def adapted(self, config: RLConfig) -> RLConfig:
-        """The recipe of the next step of RL."""
+        """The RL configuration of the next step, with the adapted KL coefficient."""
         return config if self.kl_beta is None else config.model_copy(update={"kl_beta": self.kl_beta})
 
 
 def position_of(last: Checkpoint | None) -> Position:
-    """What a checkpoint says of its place in a run; the beginning where there is none."""
+    """The position that a checkpoint's manifest records; the beginning where there is none."""
     if last is None:
         return Position()
     return Position(**last.manifest["position"], steps=int(last.manifest["step"]))

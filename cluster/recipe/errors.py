@@ -1,4 +1,4 @@
-"""What is wrong, in one sentence, with the nearest key."""
+"""Turns validation errors of a recipe into one sentence that names the nearest valid key."""
 
 import difflib
 import itertools
@@ -12,11 +12,11 @@ from lockstep.cluster.recipe.schema import Recipe
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot run, in one sentence."""
+    """A recipe that cannot run; the message is one sentence."""
 
 
 def validation_sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first thing that is wrong, as one sentence; it names the key, what was given and what is allowed."""
+    """The first validation error as one sentence: the key, what was given, what is allowed."""
     first = error.errors(include_url=False)[0]
     place = [str(part) for part in first["loc"]]
     key = ".".join(place)
@@ -67,7 +67,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
 
 
 def annotation(place: Sequence[str]) -> Any:
-    """The type of a key; None where there is no such key."""
+    """The type of a key of the recipe; None where there is no such key."""
     model: type[BaseModel] | None = Recipe
     annotation: Any = None
     for part in place:

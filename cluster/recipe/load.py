@@ -76,7 +76,7 @@ def parse_layout(text: str) -> Layout:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The resolved recipe, every default written out."""
+    """Serialise a recipe as TOML, with every default written out."""
     return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 

@@ -1,4 +1,4 @@
-"""SourceConfig and the model it means."""
+"""The [model] section of a recipe: which checkpoint or random weights a run starts from, its dtype and numerics."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from lockstep.model.weights.initialization import RandomWeights
 
 
 class SourceConfig(BaseModel):
-    """The model to start from, the dtype to compute in, and the order of sums."""
+    """The model to start from, the dtype to compute in, and exact or fast numerics."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +26,7 @@ class SourceConfig(BaseModel):
 
 
 def starting_point(config: SourceConfig, seed: int) -> ModelContents:
-    """The model that a recipe starts from: one that exists, or random weights of a given shape.
+    """Open the model that a recipe starts from, or make random weights of the given shape.
 
     Raises:
         BadSource: says what was given and what can be given.

@@ -1,4 +1,4 @@
-"""Where the processes of each role run, as a recipe says it."""
+"""The [roles] section of a recipe: devices, layout and checkpoint of each role."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from lockstep.model.training.config import OptimizerConfig
 
 
 class RoleConfig(BaseModel):
-    """Where the processes of a role run, and what each reserves."""
+    """Where the processes of a role run, and which resources each reserves."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,7 +27,7 @@ class RoleConfig(BaseModel):
 
 
 class PolicyRoleConfig(BaseModel):
-    """What each process of the policy reserves."""
+    """The resources that each process of the policy reserves."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,14 +36,14 @@ class PolicyRoleConfig(BaseModel):
 
 
 class CriticConfig(RoleConfig):
-    """A critic: the policy's first model with a value head."""
+    """A critic: the policy's first weights with a value head, trained with an optimizer of its own."""
 
     layout: Layout | None = Field(None, description="as [layout], which it is where none is given")
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
 class ScorerConfig(RoleConfig):
-    """A model that scores what the policy writes: a reward model, or a teacher."""
+    """A model that scores completions: a reward model, or a teacher."""
 
     source: str = Field("", description="a checkpoint, a folder or a name, as of [model]; empty for none")
     layout: Layout | None = Field(None, description="as [layout], which it is where none is given")
@@ -56,7 +56,7 @@ class ReferenceRoleConfig(RoleConfig):
 
 
 class RolesConfig(BaseModel):
-    """Where roles run."""
+    """The configuration of every role."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

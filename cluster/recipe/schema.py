@@ -1,4 +1,4 @@
-"""A recipe: one TOML file, composed of the configurations that stand beside the code they configure.
+"""The schema of a recipe: one TOML file, composed of the configurations that stand beside the code they configure.
 
 Any key can be overridden as `section.key=value`. What is wrong is said in one sentence that names the key, what was
 given, what is allowed and the nearest valid key.
@@ -33,7 +33,7 @@ class EvaluationConfig(_Section):
 
 
 class Recipe(_Section):
-    """Everything that a run depends on."""
+    """Everything that a run depends on, validated."""
 
     name: str = "run"
     seed: int = Field(0, ge=0)
@@ -96,11 +96,11 @@ class Recipe(_Section):
 
     @property
     def folder(self) -> Path:
-        """Where the run goes."""
+        """The run's folder."""
         return Path(self.run.replace("{name}", self.name))
 
     @property
     def saves(self) -> Storage:
-        """Where its checkpoints go."""
+        """The storage of the policy's checkpoints."""
         at = self.checkpoints.at
         return storage_of(at) if is_url(at) else Folder((Path(at) if at else self.folder / "checkpoints").absolute())

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: metrics, tables, the report and its charts."""
+"""Records of a run: metrics, Parquet tables, progress, the HTML report and its charts."""

@@ -1,4 +1,4 @@
-"""The curves of a run: what its records say over the steps, with the uncertainty of what was measured."""
+"""Chooses the charts of a run's report: metrics over steps, with confidence intervals where something was measured."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ MEMORY_UNIT = "GB, peak of the fullest trainer rank"
 
 @dataclass(frozen=True)
 class Chart:
-    """A titled picture with a sentence below it."""
+    """A titled SVG chart with a sentence below it."""
 
     title: str
     svg: Markup
@@ -27,7 +27,7 @@ class Chart:
 
 
 def run_charts(records: Sequence[Record]) -> list[Chart]:
-    """The curves that a run of this kind has."""
+    """The charts of a run, for the phases that it has."""
     rl, sft = of_phase(records, "rl"), of_phase(records, "sft")
     if text := of_phase(records, "pretrain"):
         return _pretrain_charts(text, of_phase(records, "held_out"))

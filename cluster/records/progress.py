@@ -1,4 +1,4 @@
-"""Progress is a picture on a terminal and a log on a pipe: the same numbers, drawn in place or a plain line a step."""
+"""Shows a run's progress: a live bar on a terminal, a plain line for each step on a pipe."""
 
 import math
 import time

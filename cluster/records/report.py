@@ -1,4 +1,4 @@
-"""A report is one page that anybody can open: what the run learned, how sure that is, and how it got there.
+"""Writes report.html, one self-contained page: accuracy by stage with intervals, charts, sample answers, settings.
 
 The page is read from the run folder alone, so it can be made during a run, after one, or after a crash; what is missing
 is said. It needs no network and no library: style, charts and script are inside. Python does the arithmetic and the
@@ -54,7 +54,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the policy wrote for one problem, and the verdict."""
+    """The policy's completion of one problem, and its verdict."""
 
     completion: str
     outcome: str
@@ -63,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Pair:
-    """One held-out problem with its first and its last answer."""
+    """The first and the last answer to one held-out problem."""
 
     problem: int
     prompt: str
@@ -73,7 +73,7 @@ class Pair:
 
     @property
     def change(self) -> str:
-        """One of CHANGES."""
+        """How the verdict changed: one of CHANGES."""
         was, now = self.before.outcome == "correct", self.after.outcome == "correct"
         if was:
             return "still correct" if now else "broken"
@@ -96,7 +96,7 @@ def write_report(run: Path) -> Path:
 
 
 def summary_table(run: Path) -> Table:
-    """The run in a few lines for a terminal: accuracy by stage, then steps, wall time and speed.
+    """A summary of the run for a terminal: accuracy by stage, then steps, wall time and speed.
 
     Raises:
         RunError: run is not a run's folder, or its metrics are damaged before the last line.

@@ -1,4 +1,4 @@
-"""A run is a folder: everything a run leaves lies there in open formats, readable while it runs and after a crash.
+"""The folder of a run: metrics, tables and summary in open formats, readable while it runs and after a crash.
 
 Lines are appended and flushed, whole files are written beside their place and renamed into it. So a reader sees each
 file complete or not at all, and a killed run loses at most the line that it was writing.
@@ -39,7 +39,7 @@ STATUSES = ("running", "finished", "interrupted", "failed")
 
 
 class RunError(ValueError):
-    """A path or a file that is not what a run folder holds; the sentence says what to change."""
+    """A path or file that is not part of a run folder; the message says what to change."""
 
 
 class RunFolder:
@@ -136,7 +136,7 @@ class RunFolder:
         return write_table(self.path / COMPARISONS, rows, COMPARISON_COLUMNS)
 
     def comparisons(self) -> list[Record]:
-        """What `keep_comparisons` wrote.
+        """Read the comparisons that `keep_comparisons` wrote.
 
         Raises:
             RunError: when there is none.

@@ -1,4 +1,4 @@
-"""Charts are text: series go in, one SVG string comes out, coloured by the page's style sheet and free of libraries.
+"""Draws line and point charts as SVG text, coloured by the page's style sheet, without a plotting library.
 
 No float can break a chart. NaN and infinities are gaps; a series without a finite point gives an empty frame that
 says so. Sizes are in the SVG's own units; the page scales it to the width that it has. Each chart carries its read-out
@@ -20,7 +20,7 @@ LETTER = 6.8
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its legend, and as many y as x."""
+    """One line of a chart: its legend, and as many y as x."""
 
     name: str
     xs: Sequence[float]
@@ -73,7 +73,7 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Value in at most about four digits: 0.53, 812, 12,300, 3.1e-6."""
+    """Format a value in about four digits at most: 0.53, 812, 12,300, 3.1e-6."""
     if not math.isfinite(value):
         return "none" if math.isnan(value) else str(value)
     if value and not 1e-3 <= abs(value) < 1e7:
@@ -84,7 +84,7 @@ def number(value: float) -> str:
 def line_chart(
     title: str, series: Sequence[Series], x_label: str, y_label: str, window: int = 1, zero: bool = False
 ) -> str:
-    """Lines over a shared axis.
+    """Draw lines over a shared axis.
 
     Args:
         title: Read by screen readers, not drawn.
@@ -108,7 +108,7 @@ def line_chart(
 
 
 def point_chart(title: str, points: Sequence[Point], x_label: str, y_label: str, marks: Sequence[Point] = ()) -> str:
-    """Measurements with their intervals, joined by a line; the y axis starts at zero.
+    """Draw measurements with their intervals, joined by a line; the y axis starts at zero.
 
     Args:
         title: Read by screen readers, not drawn.

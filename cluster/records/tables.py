@@ -1,4 +1,4 @@
-"""Columns and rows of rollouts, evaluations, comparisons."""
+"""Parquet tables of rollouts, evaluations and comparisons: their columns and rows."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +12,7 @@ from lockstep.rl.types import Advantaged, Judged, turns
 
 
 def answer_row(judged: Judged) -> dict[str, Any]:
+    """The row of an evaluation's completion, in EVALUATION_COLUMNS."""
     rollout, verdict = judged.rollout, judged.verdict
     return {
         "problem": rollout.prompt.index,
@@ -24,6 +25,7 @@ def answer_row(judged: Judged) -> dict[str, Any]:
 
 
 def rollout_row(step: int, number: int, completion: Advantaged) -> dict[str, Any]:
+    """The row of a rollout of a step, in ROLLOUT_COLUMNS."""
     rollout = completion.rollout
     return answer_row(completion) | {
         "step": step,
@@ -77,15 +79,18 @@ COMPARISON_COLUMNS: dict[str, pa.DataType] = {
 
 
 def parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder in order, without those that are still being written."""
     return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
 
 
 def read_rows(path: Path) -> list[Record]:
+    """Read a Parquet file as a list of rows."""
     rows: list[Record] = pq.read_table(path).to_pylist()
     return rows
 
 
 def write_table(path: Path, rows: Sequence[Row], columns: Mapping[str, pa.DataType]) -> Path:
+    """Write rows to a Parquet file atomically, with the given columns and those that rows have beyond them."""
     names = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
     table = pa.table({name: _column((row.get(name) for row in rows), columns.get(name)) for name in names})
     path.parent.mkdir(parents=True, exist_ok=True)

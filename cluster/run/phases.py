@@ -1,4 +1,4 @@
-"""The phases of a run on problems: supervised steps, preferences, reinforcement, and held-out accuracy between them."""
+"""Runs the phases of a run on problems: supervised, preferences, RL, with held-out accuracy measured between them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -35,7 +35,7 @@ def run_phases(
     placement: Placement,
     last: Checkpoint | None,
 ) -> None:
-    """All phases, or what is left of them after a checkpoint."""
+    """Run all phases, or those that are left after the checkpoint `last`."""
     plan, recipe, start = checked.plan, checked.plan.recipe, checked.start
     at = position_of(last)
     folder = recipe.folder / "model"

@@ -1,4 +1,4 @@
-"""The pretraining phase of a run: steps until the end, the held-out loss in between, speed in tokens and in FLOPs."""
+"""Runs pretraining: the loop over steps, held-out loss, checkpoints, tokens per second and MFU."""
 
 import math
 import statistics
@@ -28,7 +28,7 @@ from lockstep.rl.workers.worker_groups import ModelGroup, threads_for
 
 
 class Diverged(RuntimeError):
-    """A run that no longer learns; the sentence says since when, what is saved, and where the batch is."""
+    """A run that no longer learns; the message says since when, what is saved, and where the batch is."""
 
 
 def run_pretraining(
@@ -39,7 +39,7 @@ def run_pretraining(
     last: Checkpoint | None,
     places: Places = (),
 ) -> None:
-    """Train, measure, save.
+    """Train on text, measure held-out loss, save checkpoints.
 
     Args:
         traces: a folder for traces of the first steps, where they are wanted.

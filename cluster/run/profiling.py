@@ -1,4 +1,4 @@
-"""Traces of a run's first steps: one file a trainer rank, and a line that says where they are."""
+"""Traces the first steps of each trainer rank with torch.profiler."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Rewinds of a run: which losses stand, where its last snapshot is, and what it reads after steps were taken back."""
+"""Rewinds behind loss spikes: snapshots, the losses since, and the samples that are skipped afterwards."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from lockstep.rl.workers.worker_groups import ModelGroup
 
 
 class Rewinds:
-    """Keeps snapshots in the trainer's ranks and goes back to them; without a configuration it sees no spikes."""
+    """Takes snapshots on the trainer's ranks and rewinds to them; without a configuration it sees no spikes."""
 
     def __init__(
         self, config: SpikeConfig | None, samples: SampleSchedule, policy: ModelGroup, losses: Sequence[float] = ()
@@ -25,11 +25,11 @@ class Rewinds:
 
     @property
     def left(self) -> int:
-        """How many spikes the run may still go back behind."""
+        """How many more rewinds are allowed."""
         return self._config.rewinds - len(self.samples.rewinds) if self._config else 0
 
     def is_spike(self, loss: float) -> bool:
-        """Whether the loss of the next step is a spike beside those that stand."""
+        """Whether the loss of the next step is a spike compared with those before."""
         return self._config is not None and is_spike(loss, self._losses, self._config)
 
     def _keep_snapshot(self) -> None:
@@ -39,20 +39,20 @@ class Rewinds:
             self._policy.call("text", "keep_snapshot")
 
     def stand(self, loss: float) -> None:
-        """Count a step among those that stand."""
+        """Accept a step's loss; takes a snapshot where one is due."""
         self._losses.append(loss)
         if self._config and len(self._losses) % self._config.snapshot_every == 0:
             self._keep_snapshot()
 
     def take_back(self, step: int) -> int:
-        """Go back from a spike to the last snapshot, and on with samples after the spike's; returns its step."""
+        """Rewind from a spike to the last snapshot and skip samples up to the spike; returns the snapshot's step."""
         self.samples = self.samples.after(Rewind(self._snapshot, step))
         self._policy.call("text", "rewind", self._snapshot, self.samples)
         del self._losses[self._snapshot :]
         return self._snapshot
 
     def metrics(self) -> dict[str, int]:
-        """How often the run went back, and how many samples it left out; nothing where it does not look for spikes."""
+        """Counts of rewinds and of skipped samples; empty without a configuration."""
         if not self._config:
             return {}
         return {"rewinds": len(self.samples.rewinds), "samples_left_out": sum(map(len, self.samples.left_out))}

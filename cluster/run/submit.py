@@ -1,4 +1,4 @@
-"""A recipe as a job on a running Ray head: thin, the same recipe and the same program over there.
+"""Submits a recipe as a Ray job: the head runs the same recipe with this package.
 
 The package travels with the job. Paths in the recipe do not: they are made absolute, and mean the head's files.
 """
@@ -59,7 +59,7 @@ def submit_recipe(recipe: Recipe, address: str, console: Console) -> int:
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its run folder, and its model and problems where they are files here, as absolute paths."""
+    """The recipe with its run folder, and model and problems that are files here, as absolute paths."""
     source, task = recipe.model.source, recipe.task
     files = {key: _absolute(name) for key in ("generator", "held_out_from") if (name := getattr(task, key))}
     return recipe.model_copy(

@@ -1,4 +1,4 @@
-"""What `lockstep train` does: places the actors, runs the phases of a recipe, and keeps the record."""
+"""Trains a recipe, from checks to the report: preflight, run folder, Ray, phases; behind `lockstep train`."""
 
 import os
 import platform

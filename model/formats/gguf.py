@@ -1,4 +1,4 @@
-"""GGUF files: quantised blocks dequantised, rotary halves and norms as Hugging Face's files have them.
+"""Reads GGUF files: blocks dequantised to fp32, rotary halves and norms in Hugging Face's convention.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Tensors have the names of llama.cpp's own table,
 which the package `gguf` brings. What llama.cpp changes when it writes a file is undone: in the architecture llama it
@@ -68,7 +68,7 @@ class GGUFFile(WeightsOnly):
         return rows[:, *(slice(a, b) for a, b in columns)] if columns else rows
 
     def text_files(self) -> dict[str, str]:
-        """The tokenizer's files, or none where it is of a kind that is not known here."""
+        """The tokenizer as Hugging Face's files; empty where its kind is not supported."""
         try:
             return tokenizer_files(self._value)
         except (UnknownModel, BadFile):

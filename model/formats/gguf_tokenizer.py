@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file carries, as Hugging Face's files: byte-level BPE, special tokens and chat template.
+"""Converts the tokenizer of a GGUF file to Hugging Face's: byte-level BPE, special tokens and chat template.
 
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer. `tokenizer.ggml.pre` names how llama.cpp cuts
 a text before it merges; only names whose rule is known here are taken.
@@ -33,7 +33,7 @@ _PRE: dict[str, list[dict[str, Any]]] = {
 
 
 def tokenizer_files(value: Callable[..., Any]) -> dict[str, str]:
-    """The files `tokenizer.json` and `tokenizer_config.json`.
+    """The files `tokenizer.json` and `tokenizer_config.json`, from a GGUF file's values.
 
     Args:
         value: key of the file, and a default if there may be none → value.

@@ -1,4 +1,4 @@
-"""Our own checkpoints as a Target; write_checkpoint."""
+"""Writes our own checkpoints: as the target of a conversion, or whole by `write_checkpoint`."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +21,13 @@ from lockstep.model.weights.names import logical_tensors
 
 
 def tensors(source: Source, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every logical tensor, whole, one at a time."""
+    """Read every logical tensor, whole, one at a time."""
     for name, shape in logical_tensors(model).items():
         yield name, to_torch(np.ascontiguousarray(source.read(name, whole(shape))))
 
 
 def write_checkpoint(source: Source, model: ModelConfig, files: dict[str, str], destination: Path) -> Path:
-    """A model as our sharded checkpoint `destination/step-000000`."""
+    """Write a model as our sharded checkpoint `destination/step-000000`; returns its folder."""
     destination.mkdir(parents=True, exist_ok=True)
     chunks = (chunk for name, tensor in tensors(source, model) for chunk in chunks_of(tensor, name))
     Saver(destination).save(0, chunks, describe(model, Layout()), files)
@@ -35,7 +35,7 @@ def write_checkpoint(source: Source, model: ModelConfig, files: dict[str, str], 
 
 
 class LockstepTarget:
-    """Our own format, as a `Target`: a chunk of an array is a part."""
+    """Our own format as a `Target`: each chunk of an array is a part."""
 
     def __init__(self, folder: Path | Storage, wanted: Wanted) -> None:
         self._checkpoints, self._wanted = storage_of(folder), wanted

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's folders: `adapter_config.json` and `adapter_model.safetensors`, of a model that lies elsewhere.
+"""Reads and writes PEFT adapters: `adapter_config.json` and `adapter_model.safetensors`, beside a base model elsewhere.
 
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. A tensor's name there is `base_model.model.` and
 ours. What PEFT can do beyond plain LoRA of linear layers is refused.
@@ -31,7 +31,7 @@ _PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "f
 
 
 class PeftFolder:
-    """Adapters in a folder, to be laid over a model."""
+    """LoRA adapters in a folder, to be applied to a base model."""
 
     def __init__(self, folder: Path) -> None:
         """
@@ -57,7 +57,7 @@ class PeftFolder:
         )
 
     def over(self, model: ModelConfig, source: Source) -> tuple[ModelConfig, Source]:
-        """A model with these adapters, and its source.
+        """The base model's configuration and source with these adapters added.
 
         Raises:
             BadFolder: when a tensor that the model asks for is missing, has another shape, or is none of the model's.
@@ -74,12 +74,12 @@ class PeftFolder:
         return wanted, _Over(self, source)
 
     def read(self, name: str, box: Box) -> NDArray[Any] | None:
-        """A part of a tensor that is here."""
+        """Read a box of a tensor that the folder has; None where it has not."""
         return self._extents[name].read(box) if name in self._extents else None
 
 
 class _Over(WeightsOnly):
-    """A `Source` of adapters and of what they are for."""
+    """A `Source` of adapters and of their base model."""
 
     def __init__(self, adapters: PeftFolder, source: Source) -> None:
         self._adapters, self._source = adapters, source

@@ -1,4 +1,4 @@
-"""A source in another dtype, with fp32 weights where they belong: in an fp32 model, else in the optimizer's state."""
+"""Casts a source to another dtype, with fp32 master weights kept in the optimizer state where they belong."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,11 +23,11 @@ _FP32 = DTYPES["float32"]
 
 
 class BadValue(ValueError):
-    """A value that the wanted dtype cannot hold."""
+    """A value that float16 cannot hold."""
 
 
 class Recast:
-    """A `Source` whose weights have the dtype that was asked for; an optimizer's state stays fp32.
+    """A `Source` whose weights are cast to a dtype; optimizer state stays fp32.
 
     A model in fp32 needs no fp32 masters: its weights are the source's masters, where it has them. A model that
     becomes less than fp32 and has an optimizer's state keeps its fp32 weights as masters.
@@ -62,17 +62,17 @@ class Recast:
 
     @property
     def takes_masters(self) -> bool:
-        """Whether the weights are the source's fp32 masters, and not its own weights."""
+        """Whether the weights are read from the source's fp32 masters."""
         return self._wanted == _FP32 and bool(self._masters)
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and dtype of everything that can be read: the weights, then the optimizer's state."""
+        """Shape and dtype of everything that can be read: weights, then optimizer state."""
         weights = {name: (shape, self.dtype_of(name)) for name, shape in self._shapes.items()}
         return weights | {name: (self._shapes[name.split("/", 1)[1]], _FP32) for name in self.states}
 
     def dtype_of(self, name: str) -> np.dtype[Any]:
-        """The dtype that a weight has here."""
+        """The dtype that a weight is cast to."""
         return self._wanted or self._stored_dtype(name)
 
     def read(self, name: str, box: Box) -> NDArray[Any]:

@@ -25,7 +25,7 @@ QUICKSTART_MODEL = "smollm2-135m-instruct"
 
 
 class BadSource(ValueError):
-    """Something that is not a model in a format that Lockstep reads."""
+    """A name or path that is not a model in a format that Lockstep reads."""
 
 
 Location = Path | Storage
@@ -191,7 +191,7 @@ def open_location(location: Location) -> OpenModel:
 
 
 def tokenizer_files(name: str) -> dict[str, str]:
-    """A tokenizer's files by the name of its folder, or of a model that comes with one."""
+    """Read a tokenizer's files from its folder, or from a model that comes with one."""
     if (Path(name) / "tokenizer.json").is_file():
         return huggingface.read_text_files(Path(name))
     return open_model(name).files
@@ -224,7 +224,7 @@ def _from_hub(name: str) -> Path:
 
 @dataclass(frozen=True)
 class TargetFormat:
-    """A format that can be written."""
+    """A format of checkpoints that can be written."""
 
     title: str
     has_states: bool

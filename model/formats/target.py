@@ -1,4 +1,4 @@
-"""What a conversion is written in: rows of stored tensors, each small, and each written without knowing of the others.
+"""Targets of a conversion, written in independent parts: rows of stored tensors, small enough for memory.
 
 So any process may write any part, in any order, and again after it was killed.
 """
@@ -17,7 +17,7 @@ LARGEST_PART = 64 << 20
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [start, stop) of a stored tensor, and their bytes."""
+    """Rows [start, stop) of a stored tensor, and their size in bytes."""
 
     tensor: str
     start: int
@@ -32,7 +32,7 @@ class Target(Protocol):
     """All that is to be written, the same for the same source and options."""
 
     def create(self) -> None:
-        """Make the files that parts are written into; what is there already stays."""
+        """Create the files that parts are written into; content that exists stays."""
         ...
 
     def write(self, part: Part) -> str:
@@ -40,7 +40,7 @@ class Target(Protocol):
         ...
 
     def finish(self, digests: Mapping[Part, str]) -> None:
-        """Write what is said of the whole, when every part is on disk."""
+        """Write the metadata of the whole checkpoint, once every part is on disk."""
         ...
 
 
@@ -51,7 +51,7 @@ def write_whole(target: Target) -> None:
 
 
 def rows_of_part(shape: Sequence[int], item_bytes: int, limit: int) -> int:
-    """Rows of a tensor's parts: the fewest equal parts, a power of two of them, that are no larger than limit."""
+    """Rows of each part: a tensor is split into the fewest parts, a power of two, of at most `limit` bytes."""
     row_bytes, parts = math.prod(shape[1:]) * item_bytes, 1
     while -(-shape[0] // parts) * row_bytes > limit and parts < shape[0]:
         parts *= 2
@@ -59,7 +59,7 @@ def rows_of_part(shape: Sequence[int], item_bytes: int, limit: int) -> int:
 
 
 def split(tensor: str, shape: Sequence[int], item_bytes: int, limit: int) -> Iterator[Part]:
-    """The parts of one tensor, in order."""
+    """Split one tensor into parts, in order."""
     rows, row_bytes = rows_of_part(shape, item_bytes, limit), math.prod(shape[1:]) * item_bytes
     for start in range(0, shape[0], rows):
         stop = min(start + rows, shape[0])
@@ -68,7 +68,7 @@ def split(tensor: str, shape: Sequence[int], item_bytes: int, limit: int) -> Ite
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a target is made of, and how."""
+    """What a target is made from: configuration, source, text files, and the limits on sizes."""
 
     model: ModelConfig
     source: Recast

@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints, ZeRO 0 to 3 and universal: read without DeepSpeed, and without unpickling anything that runs.
+"""Reads DeepSpeed checkpoints, ZeRO 0 to 3 and universal, without DeepSpeed and without unpickling code.
 
 Two kinds of names are understood: those of a Hugging Face model, which one model-parallel rank holds whole, and those
 of Lockstep's own `Transformer` in any tensor and pipeline layout. fp32 masters and moments are the optimizer's own.
@@ -84,12 +84,12 @@ class DeepSpeedFolder:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `DeepSpeedFolder` is the one to read a folder; a `config.json` may lie in it, too."""
+    """Whether a folder is a DeepSpeed checkpoint; a `config.json` may lie in it, too."""
     return path.is_dir() and any(step_folder(path).glob("*mp_rank_*_model_states.pt"))
 
 
 def step_folder(path: Path) -> Path:
-    """The folder that has the files: the one given, or the newest in it.
+    """The folder that has the files of a step: the one given, or the newest in it.
 
     Raises:
         BadDeepSpeedFolder: when it is not there.

@@ -1,4 +1,4 @@
-"""Parameters as DeepSpeed's files hold them: in parts, laid flat, mapped from disk and read when they are needed."""
+"""Parameters as DeepSpeed's files store them: flat, in parts, memory-mapped and read when they are needed."""
 
 import argparse
 import errno
@@ -23,7 +23,7 @@ class BadDeepSpeedFolder(ValueError):
 
 
 class Ignored:
-    """Stands in for classes whose content nobody reads."""
+    """Stands in for pickled classes whose content is not needed."""
 
 
 _REBUILD_ARRAY = numpy.empty(0).__reduce__()[0]
@@ -46,7 +46,7 @@ _HARMLESS: list[Any] = [
 
 
 def load(path: Path) -> Any:
-    """The content of a file, its tensors mapped from disk; nothing but tensors and harmless classes is made.
+    """Load a file of `torch.save`, its tensors memory-mapped; refuses classes other than tensors and harmless ones.
 
     Raises:
         BadDeepSpeedFolder: when the file is not whole, or holds a class that could run code.
@@ -70,14 +70,14 @@ def load(path: Path) -> Any:
 
 
 def param(path: Path) -> Tensor:
-    """The tensor of a file in a universal checkpoint."""
+    """Load the tensor of a file in a universal checkpoint."""
     found = load(path)
     return found["param"] if isinstance(found, dict) else found
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A tensor in a file of its own, which is opened when the tensor is read."""
+    """A tensor in a file of its own, which is loaded when the tensor is read."""
 
     path: Path
     elements: int
@@ -93,7 +93,7 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class FlatTensor:
-    """A parameter's values: parts that are the parameter laid flat when they follow one another."""
+    """A parameter's values as parts, which joined are the flattened parameter."""
 
     shape: tuple[int, ...]
     parts: Sequence[Tensor | TensorFile]
@@ -103,11 +103,11 @@ class FlatTensor:
 
     @property
     def is_whole(self) -> bool:
-        """Whether there are parts for all values."""
+        """Whether the parts cover all values."""
         return sum(part.numel() for part in self.parts) >= math.prod(self.shape)
 
     def read(self, box: Box) -> Tensor:
-        """A part of the parameter; only its rows are read from disk."""
+        """Read a box of the parameter; only its rows are read from disk."""
         row = math.prod(self.shape[1:])
         (first, last), *_ = box
         found = list(between(self.parts, first * row, last * row))
@@ -116,7 +116,7 @@ class FlatTensor:
 
 
 def between(parts: Sequence[Tensor | TensorFile], start: int, stop: int) -> Iterator[Tensor]:
-    """The elements from start to stop of parts that follow one another."""
+    """Elements [start, stop) of the concatenation of parts."""
     ends = itertools.accumulate(part.numel() for part in parts)
     for part, end in zip(parts, ends, strict=True):
         begin = end - part.numel()
@@ -126,7 +126,7 @@ def between(parts: Sequence[Tensor | TensorFile], start: int, stop: int) -> Iter
 
 @dataclass
 class RankTensors:
-    """What one model-parallel rank holds, by the names that the module's parameters have."""
+    """Weights and optimizer state of one model-parallel rank, by the module's parameter names."""
 
     weights: dict[str, FlatTensor] = field(default_factory=dict)
     states: dict[str, dict[str, FlatTensor]] = field(default_factory=dict)
@@ -134,10 +134,10 @@ class RankTensors:
     updates: int = 0
 
     def kinds(self, name: str) -> dict[str, FlatTensor]:
-        """A parameter's weights and all of its state."""
+        """A parameter's weights and all of its optimizer state, by kind."""
         states = {kind: tensors[name] for kind, tensors in self.states.items() if name in tensors}
         return {"weights": self.weights[name]} | states
 
     def add(self, kind: str, name: str, shape: Sequence[int], parts: Sequence[Tensor | TensorFile]) -> None:
-        """Take in the fp32 values of a parameter's state."""
+        """Add the fp32 values of a kind of a parameter's optimizer state."""
         self.states.setdefault(kind, {})[name] = FlatTensor(tuple(shape), parts, torch.float32)

@@ -1,4 +1,4 @@
-"""Where the logical tensors of a model lie in a DeepSpeed checkpoint, by the names of the parameters there."""
+"""Maps logical tensors to the parameters of a DeepSpeed checkpoint, by Hugging Face's names or our own."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from lockstep.model.weights.sharding import parameter_pieces
 
 @dataclass(frozen=True)
 class Place:
-    """A part of a logical tensor, and where it lies."""
+    """A box of a logical tensor, and the rank, parameter and box where it is stored."""
 
     box: Box
     rank: int
@@ -35,7 +35,7 @@ _OUT = ".attention.out.weight"
 
 
 def places_of(model: ModelConfig, ranks: Sequence[RankTensors]) -> Places:
-    """Where every logical tensor lies in what the model-parallel ranks hold.
+    """Locate every logical tensor in what the model-parallel ranks store.
 
     Raises:
         BadDeepSpeedFolder: when the checkpoint lacks a value of the model, or has one that the model lacks.
@@ -78,7 +78,7 @@ def _in_huggingface(model: ModelConfig, ranks: Sequence[RankTensors]) -> Places:
 
 
 def huggingface_places(name: str, shape: tuple[int, ...], model: ModelConfig) -> Iterator[Place]:
-    """Where a logical tensor may lie: in a module of `transformers` 5 first, then in older ones and bare models."""
+    """Where a logical tensor may be stored: as in `transformers` 5 first, then as in older versions and bare models."""
     yield from _stacked(name, shape)
     in_files = STORED.get(model.family, Stored)(name)
     in_module = in_files if model.family == "gpt2" else Stored(name)

@@ -1,4 +1,4 @@
-"""Universal checkpoints of DeepSpeed, written in parts: fp32 weights and moments, a file of each for every parameter.
+"""Writes DeepSpeed universal checkpoints in parts: fp32 weights and moments, a file for each parameter and kind.
 
 The files are `torch.save`'s, made without their numbers, which are then written where they belong.
 """

@@ -1,4 +1,4 @@
-"""The files of a DeepSpeed checkpoint, one way of laying tensors out for each ZeRO stage.
+"""Reads the files of a DeepSpeed checkpoint, as each ZeRO stage lays tensors out.
 
 `engine.save_checkpoint` writes for every model-parallel rank the module (`mp_rank_XX_model_states.pt`, or with ZeRO 3
 one file for each data rank), and with ZeRO for each data rank `…zero_pp_rank_D_mp_rank_XX_optim_states.pt`, in which
@@ -33,7 +33,7 @@ _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_?opti
 
 
 def read_folder(folder: Path) -> list[RankTensors]:
-    """What each model-parallel rank of a checkpoint holds.
+    """Read what each model-parallel rank of a checkpoint stores.
 
     Args:
         folder: the one that has the files, such as `global_step100`.

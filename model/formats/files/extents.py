@@ -1,4 +1,4 @@
-"""Tensors as ranges of bytes in files, read by slices: what is in memory is what a reader asked for."""
+"""Tensors as byte ranges of files, read by slices; only the slice is in memory."""
 
 import math
 import os
@@ -21,7 +21,7 @@ class BadFile(ValueError):
 
 
 def read_bytes(path: Path, offset: int, size: int) -> NDArray[np.uint8]:
-    """`size` bytes from `offset` on.
+    """Read `size` bytes from `offset` on.
 
     Raises:
         BadFile: when the file ends before.
@@ -41,7 +41,7 @@ def read_bytes(path: Path, offset: int, size: int) -> NDArray[np.uint8]:
 
 
 def write_bytes(path: Path, offset: int, data: NDArray[np.uint8]) -> None:
-    """Write bytes at a place of a file, and wait until the disk has them."""
+    """Write bytes at an offset, and wait until they are on disk (fdatasync)."""
     descriptor = os.open(path, os.O_WRONLY)
     try:
         done = 0
@@ -56,7 +56,7 @@ def write_bytes(path: Path, offset: int, data: NDArray[np.uint8]) -> None:
 
 @dataclass(frozen=True)
 class Extent:
-    """A tensor that lies in a file, row after row without gaps."""
+    """A contiguous row-major tensor in a file: path, offset, shape, dtype."""
 
     path: Path
     offset: int
@@ -65,11 +65,11 @@ class Extent:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole tensor."""
+        """Size of the whole tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, box: Box) -> NDArray[Any]:
-        """A part of the tensor.
+        """Read a box of the tensor.
 
         Raises:
             BadFile: when the file ends before it.
@@ -85,7 +85,7 @@ class Extent:
         return out
 
     def write(self, start: int, rows: NDArray[Any]) -> None:
-        """Write rows, from `start` on, and wait until the disk has them."""
+        """Write rows from `start` on, and wait until they are on disk."""
         data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
         write_bytes(self.path, self.offset + start * self._row_size, data)
 
@@ -99,7 +99,7 @@ class Extent:
 
 
 def left_out(names: Iterable[str]) -> tuple[str, ...]:
-    """What is said of tensors that lie in a file and that the model does not have: a sentence, or none."""
+    """A sentence on tensors of a file that the model does not have; empty where there are none."""
     unused = sorted(names)
     shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
     return (f"{len(unused)} tensors that the model does not have are left out: {shown}",) if unused else ()

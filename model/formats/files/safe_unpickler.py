@@ -1,4 +1,4 @@
-"""Pickles from elsewhere, read with a list of the classes that they may hold: a pickle can call any function."""
+"""Unpickles files from elsewhere with a list of allowed classes, because a pickle can call any function."""
 
 import enum
 import importlib
@@ -17,15 +17,15 @@ _GETATTR = "builtins.getattr"
 
 
 class UnreadFile(ValueError):
-    """A file that is damaged, or holds something that is not on the list."""
+    """A file that is damaged, or holds a class that is not allowed."""
 
 
 class _Foreign(Exception):
-    """A class that is not on the list."""
+    """A class that is not allowed."""
 
 
 def load_torch(content: bytes, what: str) -> Any:
-    """What `torch.save` made these bytes of: tensors, containers, namespaces, and enumerations of megatron-core.
+    """Load bytes of `torch.save`: tensors, containers, namespaces, and enumerations of megatron-core.
 
     Args:
         what: name of the file, for the error.
@@ -44,7 +44,7 @@ def load_torch(content: bytes, what: str) -> Any:
 
 
 def load_pickle(file: IO[bytes], listed: Mapping[str, tuple[str, ...]], what: str) -> Any:
-    """What was pickled of classes that are `listed` by module, and of torch's dtypes.
+    """Unpickle classes that are `listed` by module, and torch's dtypes.
 
     Raises:
         UnreadFile: as `load_torch`.

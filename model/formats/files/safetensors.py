@@ -1,4 +1,4 @@
-"""safetensors files, read and written by slices: the header first, then each tensor at the place that it names.
+"""Reads and writes safetensors files by slices: the header first, then each tensor at its offset.
 
 Format: https://huggingface.co/docs/safetensors/index#format. The library of that name writes a file from tensors that
 are all in memory, which does not suit one of 5 GB.
@@ -34,7 +34,7 @@ Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
 def read_header(path: Path) -> dict[str, Extent]:
-    """Where each tensor of a file lies.
+    """The extent of each tensor of a file, by name.
 
     Raises:
         BadFile: when the file is no safetensors file, is cut off, or has a dtype that is not known here.
@@ -65,7 +65,7 @@ def _extent(path: Path, name: str, words: dict[str, Any], data: int) -> Extent:
 
 
 def layout(path: Path, tensors: Shapes) -> tuple[bytes, dict[str, Extent]]:
-    """A file's header, and where each tensor will lie; wider items come first, so that all are aligned."""
+    """The header of a new file, and the extent of each tensor; wider items come first, so that all are aligned."""
     words: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (shape, dtype) in sorted(tensors.items(), key=lambda tensor: -tensor[1][1].itemsize):

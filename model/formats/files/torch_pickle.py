@@ -1,4 +1,4 @@
-"""`pytorch_model.bin` files, read by slices: the pickle says where each tensor lies, and no tensor is loaded.
+"""Reads `pytorch_model.bin` files by slices: the pickle gives each tensor's offset, and no tensor is loaded.
 
 Format: https://docs.pytorch.org/docs/stable/notes/serialization.html. Only what `weights_only` allows is unpickled.
 """
@@ -18,7 +18,7 @@ from lockstep.model.formats.files.extents import BadFile, Extent
 
 
 def read_torch(path: Path) -> dict[str, Extent]:
-    """Where each tensor of a file of `torch.save` lies.
+    """The extent of each tensor of a file of `torch.save`, by name.
 
     Raises:
         BadFile: when it is damaged, has the format of before PyTorch 1.6, or holds more than tensors by name.

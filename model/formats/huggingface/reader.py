@@ -1,4 +1,4 @@
-"""Hugging Face folders, read: tensors in one file or several with an index, `config.json`, tokenizer files beside them.
+"""Reads Hugging Face folders: safetensors or .bin files, sharded or not, `config.json` and tokenizer files.
 
 Files name their tensors as `model/weights/names.py` does, except GPT-2's and Mixtral's. In GPT-2's, q, k and v are one
 tensor, linear layers are stored as [inputs, outputs], and blocks are called `transformer.h` (or `h`, in files of the
@@ -92,12 +92,12 @@ class HuggingFaceFolder(WeightsOnly):
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder has more than a configuration."""
+    """Whether a folder has files of weights, and not a configuration alone."""
     return any(folder.glob("*.safetensors*")) or any(folder.glob("pytorch_model*"))
 
 
 def read_words(folder: Path) -> dict[str, Any]:
-    """A folder's config.json.
+    """Parse a folder's config.json.
 
     Raises:
         BadFolder: when there is none, or it is no JSON.
@@ -108,7 +108,7 @@ def read_words(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model that a folder's config.json describes.
+    """Read a folder's config.json as a `ModelConfig`.
 
     Raises:
         BadFolder: when there is none, or it describes no possible model.
@@ -123,7 +123,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_text_files(folder: Path) -> dict[str, str]:
-    """Text of the files that stand beside the weights, the tokenizer's above all."""
+    """Read the text files beside the weights, the tokenizer's above all."""
     return {name: (folder / name).read_text() for name in TEXT_FILES if (folder / name).is_file()}
 
 

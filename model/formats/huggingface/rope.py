@@ -1,4 +1,4 @@
-"""Rotary positions in Hugging Face's words: `rope_parameters` (version 5), or `rope_theta` and `rope_scaling` (4)."""
+"""Rotary positions in config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ Words = dict[str, Any]
 
 
 def rope_from(given: Words, words: Words, theta: float) -> Rope:
-    """Rotary positions that a file describes.
+    """Read rotary positions from config.json.
 
     Args:
         given: its `rope_parameters` or `rope_scaling`.
@@ -70,7 +70,7 @@ def _yarn_magnitude(given: Words, factor: float) -> float:
 
 
 def rope_words(rope: Rope | None) -> Words:
-    """`rope_theta` and `rope_scaling`."""
+    """Write rotary positions as `rope_theta` and `rope_scaling`."""
     if rope is None:
         return {}
     scaling: Words | None = None

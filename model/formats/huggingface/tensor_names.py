@@ -1,4 +1,4 @@
-"""Names of GPT-2's and Mixtral's files."""
+"""Maps logical tensors to the stored names of GPT-2 and Mixtral, which join, transpose or rename them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a logical tensor lies in a file."""
+    """Name, orientation and part of the stored tensor that holds a logical tensor."""
 
     name: str
     transposed: bool = False
@@ -15,7 +15,7 @@ class Stored:
     parts: int = 1
 
     def shape(self, logical: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the stored tensor, from the logical one's."""
+        """Shape of the stored tensor, from that of the logical one."""
         shape = logical[::-1] if self.transposed else logical
         return (*shape[:-1], shape[-1] * self.parts)
 

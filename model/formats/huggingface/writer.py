@@ -1,4 +1,4 @@
-"""Hugging Face folders, written: every shard's header first, from the shapes alone, then the tensors in any order."""
+"""Writes Hugging Face folders in parts: headers of all shards first, from shapes alone, then tensors in any order."""
 
 import json
 import math
@@ -61,7 +61,7 @@ class HuggingFaceTarget:
         ]
 
     def create(self) -> None:
-        """See `Target`. The disk space of every file is taken."""
+        """See `Target`. The disk space of every file is allocated."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for file, header in self._headers.items():
             size = sum(self._extents[name].size for name in self._shards[file])

@@ -1,4 +1,4 @@
-"""Megatron-LM's arguments read into a `ModelConfig` and written back.
+"""Megatron-LM's arguments to and from ModelConfig.
 
 A checkpoint of Megatron-LM keeps its command line as a namespace; the words are those of megatron/training/arguments.py
 and, where those of `TransformerConfig` differ, either is read.
@@ -35,7 +35,7 @@ _REFUSED = (
 
 
 def from_megatron(words: Words, rows: int) -> ModelConfig:
-    """The model that arguments describe.
+    """Read Megatron-LM's arguments as a `ModelConfig`.
 
     Args:
         rows: of the stored embedding, which is the vocabulary where the arguments do not say it.
@@ -75,7 +75,7 @@ def from_megatron(words: Words, rows: int) -> ModelConfig:
 
 
 def to_megatron(model: ModelConfig) -> dict[str, Any]:
-    """The arguments that describe a model.
+    """Write a `ModelConfig` as Megatron-LM's arguments.
 
     Raises:
         UnknownModel: when there are none for some feature of this model.

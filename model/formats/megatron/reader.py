@@ -1,4 +1,4 @@
-"""Megatron-core's `torch_dist` folders of a GPTModel: weights, and Adam's state where a name says whose it is.
+"""Reads megatron-core's `torch_dist` checkpoints of a GPTModel: weights, and Adam's state where it can be attributed.
 
 Optimizer state has the tensors' names and shapes behind a prefix, in the format that Megatron calls fully reshardable.
 Format: https://docs.nvidia.com/megatron-core/developer-guide/latest/api-guide/core/dist_checkpointing.html.

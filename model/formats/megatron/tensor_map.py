@@ -1,4 +1,4 @@
-"""Where a GPTModel of megatron-core keeps each logical tensor.
+"""Maps logical tensors to the tensors of a megatron-core GPTModel.
 
 The layers of a model are one tensor [layers, …], and so are its experts [layers, experts, …], unless every layer has
 names of its own. q, k and v are one matrix in which each group of key and value heads has its query heads, its key and
@@ -28,7 +28,7 @@ class Place:
     period: int = 1
 
     def rows(self, first: int, stop: int) -> NDArray[np.int64]:
-        """Stored rows of the logical rows [first, stop): they rise."""
+        """Stored rows, in rising order, of the logical rows [first, stop)."""
         i = np.arange(first, stop)
         return self.start + i // self.run * self.period + i % self.run
 
@@ -57,7 +57,7 @@ _NORMS = {
 
 
 def place(name: str, model: ModelConfig) -> Place:
-    """Where a logical tensor lies, in a folder whose layers are stacked.
+    """Locate a logical tensor in a checkpoint whose layers are stacked.
 
     Raises:
         UnknownModel: for norms that a GPTModel does not have.
@@ -109,7 +109,7 @@ def _inner(owner: str, model: ModelConfig) -> int:
 
 
 def variants(found: Place) -> Iterator[Place]:
-    """All ways in which Megatron may have stored what this place says."""
+    """All forms in which Megatron may have stored a tensor: stacked, by layer, by expert, gate and up apart."""
     yield from _by_any_name(found)
     if not found.key.startswith("decoder.layers."):
         return
@@ -129,7 +129,7 @@ def _by_any_name(found: Place) -> Iterator[Place]:
 
 
 def other_names(key: str) -> Iterator[str]:
-    """Other names of a stored norm: not all specs of a layer keep it in the same place."""
+    """Other names of a stored norm: layer specs differ in where they keep it."""
     for names in _NORMS.values():
         for one, other in (names, names[::-1]):
             if one in key:
@@ -138,7 +138,7 @@ def other_names(key: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Part:
-    """One layer's part of a stored tensor, or one expert's, or the whole of one that has no layers."""
+    """One layer's or expert's slice of a stored tensor, or a whole one that has no layers."""
 
     key: str
     lead: tuple[int, ...]
@@ -149,17 +149,17 @@ class Part:
 
     @property
     def rows(self) -> int:
-        """Of this part."""
+        """Number of rows of this part."""
         return self.shape[len(self.lead)]
 
     @property
     def is_vocabulary(self) -> bool:
-        """Whether rows of padding may follow."""
+        """Whether rows of padding may follow (embedding and head)."""
         return self.tensors[0][0] in (EMBEDDING, HEAD)
 
 
 def parts(places: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]) -> list[Part]:
-    """What is stored, in the order of the logical tensors."""
+    """All parts that a checkpoint stores, in the order of the logical tensors."""
     grouped: dict[tuple[str, tuple[int, ...]], list[tuple[str, Place, int]]] = {}
     count: dict[str, tuple[int, ...]] = {}
     for name, found in places.items():
@@ -172,7 +172,7 @@ def parts(places: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def extra_states(stored: Iterable[Part]) -> Iterator[str]:
-    """What a GPTModel asks for beside its tensors: empty but for FP8, and of Transformer Engine's norms, too."""
+    """Names of the `_extra_state` objects of a GPTModel, Transformer Engine's norms included; empty but for FP8."""
     for part in stored:
         module = part.key.rsplit(".", 1)[0]
         if module.endswith(_STATELESS):

@@ -1,4 +1,4 @@
-"""Folders that torch.distributed.checkpoint writes, read and written a chunk at a time and without a process group.
+"""Reads and writes torch.distributed.checkpoint folders chunk by chunk, without a process group.
 
 `.metadata` is a pickle that lists tensors and their chunks, `__R_K.distcp` are chunks one after the other, each as
 `torch.save` made it. Megatron-core adds `metadata.json`, which names the format, and what is no tensor: in `common.pt`
@@ -111,7 +111,7 @@ class TorchDist:
         self.names = (*self._tensors, *self._objects)
 
     def dtype(self, name: str) -> torch.dtype:
-        """What a tensor is stored in."""
+        """The dtype that a tensor is stored in."""
         return self._tensors[name].dtype
 
     def common(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class TorchDist:
         return load_torch(path.read_bytes(), str(path))
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
-        """A part of one tensor, one place wide on each dim but the last two.
+        """Read a box of one tensor, of size 1 on each dim but the last two.
 
         Raises:
             BadTorchDist: when chunks are missing or cut off.
@@ -203,7 +203,7 @@ class Piece:
 
 
 class Writer:
-    """Writes a folder: its chunks are listed first, and written in any order; `close` makes it a checkpoint."""
+    """Writes a folder: all chunks are listed first, then written in any order; `close` makes it a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -213,7 +213,7 @@ class Writer:
         self._empty: tuple[str, ...] = ()
 
     def place(self, piece: Piece) -> _StorageInfo:
-        """Where a chunk will lie, which is listed by that."""
+        """List a chunk; returns its file and offset."""
         described = TensorStorageMetadata(TensorProperties(piece.dtype), torch.Size(piece.shape), [])
         chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.extent))
         self._tensors.setdefault(piece.name, described).chunks.append(chunk)
@@ -223,19 +223,19 @@ class Writer:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors so far."""
+        """Names of the tensors listed so far."""
         return tuple(self._tensors)
 
     def alias(self, name: str, of: str) -> None:
-        """Another name of a tensor that is listed: its chunks are stored once."""
+        """List another name of a listed tensor; its chunks are stored once."""
         self._tensors[name], self._places[name] = self._tensors[of], self._places[of]
 
     def add_empty(self, names: Iterable[str]) -> None:
-        """List objects of which there is nothing to say: Megatron looks for one beside each linear layer."""
+        """List empty objects: Megatron looks for an `_extra_state` beside each linear layer."""
         self._empty = tuple(names)
 
     def create(self) -> None:
-        """Make the files; what is there already stays."""
+        """Create the files; content that exists stays."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, end in enumerate(self._ends):
             with (self.folder / _file(number)).open("ab") as file:
@@ -249,7 +249,7 @@ class Writer:
         write_bytes(self.folder / place.relative_path, place.offset, np.frombuffer(buffer.getbuffer(), np.uint8))
 
     def close(self, common: dict[str, Any]) -> None:
-        """Describe what was written, and what else there is to say: `metadata.json` comes last."""
+        """Write the metadata files; `metadata.json` comes last."""
         buffer = io.BytesIO()
         torch.save([None], buffer)
         nothing = self._next(buffer.tell())

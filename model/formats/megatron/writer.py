@@ -1,4 +1,4 @@
-"""Megatron-core's `torch_dist` folders, written in parts: every chunk has its place before any is written."""
+"""Writes megatron-core's `torch_dist` checkpoints in parts: every chunk has its offset before any is written."""
 
 import json
 from argparse import Namespace
@@ -27,7 +27,7 @@ from lockstep.model.weights.names import EMBEDDING, logical_tensors
 
 @dataclass(frozen=True)
 class Adam:
-    """How the optimizer goes on from its state: what Megatron writes into its parameter groups and resumes with."""
+    """Adam's hyperparameters, which Megatron stores in its parameter groups and resumes with."""
 
     lr: float = 1e-4
     """Also the highest of the schedule; from 0.17, Megatron finds its groups by this and `min_lr`."""
@@ -135,7 +135,7 @@ class MegatronTarget:
 
 
 def write(folder: Path, model: ModelConfig, source: Source, files: Mapping[str, str], adam: Adam | None = None) -> None:
-    """Write a whole folder, in the source's own dtype; see `MegatronTarget`."""
+    """Write a whole checkpoint in the source's own dtype; see `MegatronTarget`."""
     write_whole(MegatronTarget(folder, model, Recast(source, model, None), files, adam=adam))
 
 

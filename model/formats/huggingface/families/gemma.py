@@ -1,4 +1,4 @@
-"""Gemma 1 to 3."""
+"""Gemma 1, 2 and 3: config.json to and from ModelConfig."""
 
 from lockstep.model.config import ModelConfig, refuse
 from lockstep.model.formats.huggingface.families.llama import read_llama, write_llama
@@ -8,7 +8,7 @@ from lockstep.model.rope import Rope
 
 
 def read_gemma(words: Words) -> Words:
-    """The first files say `gelu` and mean its tanh approximation."""
+    """Fields of a Gemma 1 model. Its first config.json files say `gelu` and mean the tanh approximation."""
     word = words.get("hidden_activation") or words.get("hidden_act") or "gelu_pytorch_tanh"
     word = "gelu_pytorch_tanh" if word == "gelu" else word
     return read_llama(words | {"hidden_act": word, "mlp_bias": False}, tied=True) | {
@@ -18,11 +18,13 @@ def read_gemma(words: Words) -> Words:
 
 
 def write_gemma(config: ModelConfig) -> Words:
+    """config.json of a Gemma 1 model."""
     words = write_llama(config)
     return words | {"hidden_activation": words["hidden_act"]}
 
 
 def read_gemma2(words: Words) -> Words:
+    """Fields of a Gemma 2 model."""
     types = layer_types_of(words, lambda layer: layer % 2)
     return (
         read_gemma(words)
@@ -37,6 +39,7 @@ def read_gemma2(words: Words) -> Words:
 
 
 def write_gemma2(config: ModelConfig) -> Words:
+    """config.json of a Gemma 2 model."""
     scalar = config.query_scalar or config.head_dim
     return write_gemma(config) | {
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
@@ -48,6 +51,7 @@ def write_gemma2(config: ModelConfig) -> Words:
 
 
 def read_gemma3(words: Words) -> Words:
+    """Fields of a Gemma 3 text model."""
     refuse("attn_logit_softcapping", words.get("attn_logit_softcapping"))
     pattern = words.get("sliding_window_pattern", 6)
     types = layer_types_of(words, lambda layer: (layer + 1) % pattern == 0)
@@ -67,5 +71,6 @@ def read_gemma3(words: Words) -> Words:
 
 
 def write_gemma3(config: ModelConfig) -> Words:
+    """config.json of a Gemma 3 text model."""
     local = config.window_rope or config.rope or Rope()
     return write_gemma2(config) | {"rope_local_base_freq": local.theta}

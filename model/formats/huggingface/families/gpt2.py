@@ -1,4 +1,4 @@
-"""GPT-2."""
+"""GPT-2: config.json to and from ModelConfig."""
 
 from lockstep.model.config import ModelConfig, need, refuse
 from lockstep.model.formats.huggingface.families.shared import activation_of
@@ -6,6 +6,7 @@ from lockstep.model.formats.huggingface.rope import Words
 
 
 def read_gpt2(words: Words) -> Words:
+    """Fields of a GPT-2 model."""
     need(words, "n_layer", "n_embd", "n_head", "vocab_size", "n_positions")
     for feature in ("add_cross_attention", "scale_attn_by_inverse_layer_idx"):
         refuse(feature, words.get(feature))
@@ -31,6 +32,7 @@ def read_gpt2(words: Words) -> Words:
 
 
 def write_gpt2(config: ModelConfig) -> Words:
+    """config.json of a GPT-2 model."""
     return {
         "n_layer": config.layers,
         "n_embd": config.width,

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Mixtral, SmolLM, OLMo 2."""
+"""Llama, Mistral, Mixtral, SmolLM 3 and OLMo 2: config.json to and from ModelConfig."""
 
 from lockstep.model.config import ModelConfig, MoEConfig, need
 from lockstep.model.formats.huggingface.families.shared import (
@@ -13,7 +13,7 @@ from lockstep.model.formats.huggingface.rope import Words, rope_from, rope_words
 
 
 def read_llama(words: Words, *, tied: bool = False, theta: float = 10000.0) -> Words:
-    """What Llama says, and the families that came after it say in the same words."""
+    """Fields of a Llama model, and those that later families share with it."""
     need(words, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     need(words, "vocab_size", "max_position_embeddings", "rms_norm_eps")
     heads = words["num_attention_heads"]
@@ -36,6 +36,7 @@ def read_llama(words: Words, *, tied: bool = False, theta: float = 10000.0) -> W
 
 
 def write_llama(config: ModelConfig) -> Words:
+    """config.json of a Llama model, which later families extend."""
     return {
         "num_hidden_layers": config.layers,
         "hidden_size": config.width,
@@ -53,15 +54,18 @@ def write_llama(config: ModelConfig) -> Words:
 
 
 def read_mistral(words: Words) -> Words:
+    """Fields of a Mistral model."""
     window = words.get("sliding_window", 4096)
     return read_llama(words) | {"biases": ()} | ({} if window is None else {"window": window})
 
 
 def write_mistral(config: ModelConfig) -> Words:
+    """config.json of a Mistral model."""
     return write_llama(config) | {"sliding_window": config.window}
 
 
 def read_smollm3(words: Words) -> Words:
+    """Fields of a SmolLM 3 model: layers without rotary positions, and sliding windows."""
     fields = read_llama(words, tied=True, theta=2_000_000.0)
     interval, layers = words.get("no_rope_layer_interval", 4), range(fields["layers"])
     rotated = words.get("no_rope_layers") or [(i + 1) % interval for i in layers]
@@ -74,6 +78,7 @@ def read_smollm3(words: Words) -> Words:
 
 
 def write_smollm3(config: ModelConfig) -> Words:
+    """config.json of a SmolLM 3 model."""
     return write_llama(config) | {
         "no_rope_layers": [int(config.rope_of(i) is not None) for i in range(config.layers)],
         "use_sliding_window": config.window is not None,
@@ -83,10 +88,12 @@ def write_smollm3(config: ModelConfig) -> Words:
 
 
 def read_olmo2(words: Words) -> Words:
+    """Fields of an OLMo 2 model: norms after each sub-layer, and of whole query and key rows."""
     return read_llama(words | {"mlp_bias": False}) | {"norm_at": "after", "qk_norm": "width"}
 
 
 def read_mixtral(words: Words) -> Words:
+    """Fields of a Mixtral model."""
     window = words.get("sliding_window")
     moe = MoEConfig(
         experts=words.get("num_local_experts", 8),
@@ -98,4 +105,5 @@ def read_mixtral(words: Words) -> Words:
 
 
 def write_mixtral(config: ModelConfig) -> Words:
+    """config.json of a Mixtral model."""
     return write_mistral(config) | expert_fields(config, "num_local_experts")

@@ -1,4 +1,4 @@
-"""Qwen 2, 3 and MoE."""
+"""Qwen 2 and 3, dense and mixture of experts: config.json to and from ModelConfig."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from lockstep.model.formats.huggingface.rope import Words
 
 
 def read_qwen2(words: Words) -> Words:
+    """Fields of a Qwen 2 model."""
     window = words.get("sliding_window", 4096) if words.get("use_sliding_window") else None
     full = words.get("max_window_layers", 28)
     return (
@@ -19,6 +20,7 @@ def read_qwen2(words: Words) -> Words:
 
 
 def write_qwen(config: ModelConfig) -> Words:
+    """config.json of a dense Qwen 2 or 3 model."""
     types = layer_types(config)
     return write_llama(config) | {
         "use_sliding_window": config.window is not None,
@@ -29,6 +31,7 @@ def write_qwen(config: ModelConfig) -> Words:
 
 
 def read_qwen3(words: Words) -> Words:
+    """Fields of a Qwen 3 model."""
     biases = read_llama(words | {"mlp_bias": False})["biases"]
     return read_qwen2(words) | {"biases": biases, "qk_norm": "head"}
 
@@ -54,16 +57,19 @@ def _read_qwen_experts(words: Words, **shared: Any) -> MoEConfig:
 
 
 def read_qwen3_moe(words: Words) -> Words:
+    """Fields of a Qwen 3 mixture-of-experts model."""
     return read_qwen3(words) | {"moe": _read_qwen_experts(words)}
 
 
 def read_qwen2_moe(words: Words) -> Words:
+    """Fields of a Qwen 2 mixture-of-experts model, with its shared expert."""
     need(words, "shared_expert_intermediate_size")
     moe = _read_qwen_experts(words, shared_intermediate=words["shared_expert_intermediate_size"], shared_gate=True)
     return read_qwen2(words) | {"biases": ("qkv",) if words.get("qkv_bias", True) else (), "moe": moe}
 
 
 def write_qwen_moe(config: ModelConfig) -> Words:
+    """config.json of a Qwen 2 or 3 mixture-of-experts model."""
     moe = config.moe
     assert moe is not None
     words = write_llama(config) | expert_fields(config, "num_experts")

@@ -1,4 +1,4 @@
-"""Model families: Hugging Face's `config.json` read into a `ModelConfig` and written back, a pair of functions each.
+"""The registry of model families: each reads Hugging Face's `config.json` into a `ModelConfig` and writes it back.
 
 What a file leaves out has the default of the family's class in `transformers`. Configurations are written in words
 that versions 4 and 5 both read.
@@ -41,7 +41,7 @@ from lockstep.model.formats.huggingface.rope import Words
 
 @dataclass(frozen=True)
 class Family:
-    """How one `model_type` says what a `ModelConfig` is."""
+    """How one `model_type` of config.json is read and written."""
 
     architecture: str
     read: Callable[[Words], Words]
@@ -51,7 +51,7 @@ class Family:
     """The class with one number in the place of logits, where its name does not follow from the architecture's."""
 
     def architecture_of(self, head: Head) -> str:
-        """The class in `transformers` that has this head."""
+        """The class in `transformers` for this family with this head."""
         if head == "vocabulary":
             return self.architecture
         stem = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
@@ -62,7 +62,7 @@ CLASSIFIER = "ForSequenceClassification"
 
 
 def from_huggingface(words: Words) -> ModelConfig:
-    """The model that a `config.json` describes.
+    """Read a `config.json` as a `ModelConfig`.
 
     Raises:
         UnknownModel: for a family, or a feature, that the block lacks.
@@ -84,7 +84,7 @@ def from_huggingface(words: Words) -> ModelConfig:
 
 
 def to_huggingface(config: ModelConfig, dtype: str) -> Words:
-    """The `config.json` that `transformers` reads.
+    """Write a `ModelConfig` as the `config.json` that `transformers` reads.
 
     Raises:
         UnknownModel: when the family has no words for some feature of this model.
