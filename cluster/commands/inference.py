@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -13,7 +13,8 @@ from lockstep.cluster.commands.console import err, sentences
 from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, sampling_of
 
 if TYPE_CHECKING:
-    from lockstep.cluster.generation import Question
+    from lockstep.cluster.generation import Answerer, Question
+    from lockstep.rl.rollout.config import SamplingParams
 
 TALK_TOKENS = 1024
 """Of an answer in a talk, unless it is said."""
@@ -52,8 +53,6 @@ def generate(
 
     Example: lockstep generate runs/quickstart "What is 12 + 34?" --top-p 0.9
     """
-    if (prompt is not None) + (input_file is not None) + chat != 1:
-        raise ValueError("what to answer comes from one place: give a prompt, --input or --chat")
     if chat and (raw or output or samples > 1):
         raise ValueError("--chat talks at this terminal: leave out --raw, --output and --samples")
     sampling = sampling_of(
@@ -70,29 +69,14 @@ def generate(
         stop=tuple(stop or ()),
         stop_tokens=tuple(stop_token or ()),
     )
-    from lockstep.cluster.generation import Answerer, Question, conversation, talk
-    from lockstep.rl.rollout.config import EngineConfig
-    from lockstep.rl.rollout.loading import open_engine
-
-    if prompt is not None:
-        messages = () if raw else conversation(prompt, system)
-        questions = [Question({"prompt": prompt}, messages, prompt)]
-    else:
-        questions = [] if chat else _questions(input_file or "-", raw=raw, system=system)
-    config = EngineConfig(sequences=1 if chat else 64, cache_gib=cache_gib)
-    with open_engine(checkpoint, dtype, config) as (engine, tokenizer):
-        answerer = Answerer(engine, tokenizer, sampling, seed)
+    questions = _questions(prompt, input_file, chat=chat, raw=raw, system=system)
+    with _answerer(checkpoint, dtype, 1 if chat else 64, cache_gib, sampling, seed) as answerer:
         if chat:
-            _edit_lines()
-            talk(answerer, _turn, _show, lambda sentence: err.print(sentence, markup=False), system=system)
+            _chat(answerer, system)
         elif prompt is not None and samples == 1 and output is None:
-            for piece in answerer.stream(answerer.tokens(questions[0])):
-                _show(piece)
-            _show("\n")
+            _stream(answerer, questions[0])
         else:
-            with _opened(output) as file:
-                for row in answerer.rows(questions, samples):
-                    print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+            _write(answerer, questions, samples, output)
 
 
 @sentences
@@ -139,13 +123,56 @@ def _biases(pairs: Iterable[str]) -> dict[int, float]:
         raise ValueError("--logit-bias is a token's number and what is added, as in --logit-bias 17=-2.5") from error
 
 
-def _questions(name: str, *, raw: bool, system: str | None) -> "list[Question]":
-    from lockstep.cluster.generation import read_questions
+def _questions(
+    prompt: str | None, input_file: str | None, *, chat: bool, raw: bool, system: str | None
+) -> "list[Question]":
+    """The prompt, or those of a file; none for a chat, whose turns are read later."""
+    from lockstep.cluster.generation import Question, conversation, read_questions
 
-    if name == "-":
-        return read_questions(sys.stdin, raw=raw, system=system)
-    with Path(name).open(encoding="utf-8") as lines:
+    if (prompt is not None) + (input_file is not None) + chat != 1:
+        raise ValueError("what to answer comes from one place: give a prompt, --input or --chat")
+    if prompt is not None:
+        return [Question({"prompt": prompt}, () if raw else conversation(prompt, system), prompt)]
+    if input_file is None:
+        return []
+    with nullcontext(sys.stdin) if input_file == "-" else Path(input_file).open(encoding="utf-8") as lines:
         return read_questions(lines, raw=raw, system=system)
+
+
+@contextmanager
+def _answerer(
+    checkpoint: str, dtype: str, sequences: int, cache_gib: float, sampling: "SamplingParams", seed: int
+) -> "Iterator[Answerer]":
+    """A checkpoint's engine, with how to sample from it."""
+    from lockstep.cluster.generation import Answerer
+    from lockstep.rl.rollout.config import EngineConfig
+    from lockstep.rl.rollout.loading import open_engine
+
+    config = EngineConfig(sequences=sequences, cache_gib=cache_gib)
+    with open_engine(checkpoint, dtype, config) as (engine, tokenizer):
+        yield Answerer(engine, tokenizer, sampling, seed)
+
+
+def _chat(answerer: "Answerer", system: str | None) -> None:
+    """Talk at this terminal."""
+    from lockstep.cluster.generation import talk
+
+    _edit_lines()
+    talk(answerer, _turn, _show, lambda sentence: err.print(sentence, markup=False), system=system)
+
+
+def _stream(answerer: "Answerer", question: "Question") -> None:
+    """Show one completion as it is generated."""
+    for piece in answerer.stream(answerer.tokens(question)):
+        _show(piece)
+    _show("\n")
+
+
+def _write(answerer: "Answerer", questions: "list[Question]", samples: int, output: Path | None) -> None:
+    """Write completions as JSON lines."""
+    with _opened(output) as file:
+        for row in answerer.rows(questions, samples):
+            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
 
 
 @contextmanager
