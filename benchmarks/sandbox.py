@@ -2,9 +2,9 @@
 
     python benchmarks/sandbox.py [--humaneval HumanEval.jsonl.gz] [--workers 2] [--rounds 5]
 
-An item is two forks (examiner and program), each into a new namespace of processes, with all walls. The bare side forks
-as many processes that end at once, from as many parents of the same size as there are workers, and waits for each.
-Rounds alternate; medians count.
+An item is two forks (harness and guest), each into a new namespace of processes, with all isolation. The bare side
+forks as many processes that end at once, from as many parents of the same size as there are workers, and waits for
+each. Rounds alternate; medians count.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main() -> None:
     work = items(options.humaneval)
     judged, bare = [], []
     with CodePool(options.workers) as pool:
-        print(pool.protection, f"load {os.getloadavg()[0]:.1f}")
+        print(pool.isolation, f"load {os.getloadavg()[0]:.1f}")
         for _ in range(options.rounds):
             begun = time.perf_counter()
             correct = sum(verdict.outcome is Outcome.correct for verdict in pool.grade(work))

@@ -100,7 +100,7 @@ def _code_pool(workers: int, deadline: float, say: Callable[[str], None]) -> Ite
 
     try:
         with CodePool(workers, SandboxLimits(seconds=deadline)) as pool:
-            say(str(pool.protection))
+            say(str(pool.isolation))
             yield pool
     except SandboxError as error:
         raise ValueError(str(error)) from error

@@ -103,7 +103,7 @@ def check_sandbox(config: SandboxConfig) -> str:
     """
     try:
         with CodePool(1, config.limits, config.required) as sandboxes:
-            return str(sandboxes.protection)
+            return str(sandboxes.isolation)
     except SandboxError as error:
         raise RecipeError(f"verifier.sandbox.requires={list(config.requires)}: {error}") from error
 

@@ -1,1 +1,1 @@
-"""The code jail: runs untrusted programs against tests in namespaces, seccomp, Landlock and resource limits."""
+"""Runs untrusted programs against tests, isolated by namespaces, seccomp, Landlock and resource limits."""

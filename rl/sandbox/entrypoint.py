@@ -1,4 +1,4 @@
-"""How a keeper's process starts: warm, then in namespaces of its own where the kernel grants them, else without."""
+"""Starts a zygote: imports what programs need, then enters new namespaces where the kernel grants them."""
 
 import gc
 import importlib
@@ -30,18 +30,18 @@ _WARM = (
     "unittest.mock", "urllib.parse", "uuid", "weakref", "zlib",
 )
 # fmt: on
-"""What programs import, loaded once."""
+"""Modules that programs often import, loaded once before any fork."""
 _DESCRIPTORS = 256
 
 
 def serve(connection: int, uses: Isolation, limits: SandboxLimits) -> None:
-    """The keeper's life: builds its walls, says which stand, then judges item by item until the pool's end closes."""
+    """Isolates this process, reports how, then runs the zygote's loop until the pool closes the connection."""
     control = socket.socket(fileno=connection)
     _settle()
     refused = ""
     if uses.namespaces:
-        refused = _enter_namespaces(lambda: Zygote(control, uses, limits).keep(), limits.folder_bytes)
-    Zygote(control, replace(uses, namespaces=False), limits).keep(refused)
+        refused = _enter_namespaces(lambda: Zygote(control, uses, limits).serve(), limits.folder_bytes)
+    Zygote(control, replace(uses, namespaces=False), limits).serve(refused)
 
 
 def _settle() -> None:
@@ -59,12 +59,12 @@ def _settle() -> None:
     gc.disable()
 
 
-def _enter_namespaces(keep: Callable[[], None], folder_bytes: int) -> str:
-    """Never returns where the kernel grants namespaces: a grandchild keeps in them. Else what was refused."""
+def _enter_namespaces(loop: Callable[[], None], folder_bytes: int) -> str:
+    """Never returns where the kernel grants namespaces: a grandchild runs `loop` in them. Else what was refused."""
     (ready, say_ready), (go, say_go), (trouble, say_trouble) = os.pipe(), os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        _live(lambda: _unshared(keep, folder_bytes, (say_ready, go, say_trouble)), say_trouble)
+        _live(lambda: _unshared(loop, folder_bytes, (say_ready, go, say_trouble)), say_trouble)
     for descriptor in (say_ready, go, say_trouble):
         os.close(descriptor)
     with suppress(OSError):
@@ -81,25 +81,25 @@ def _enter_namespaces(keep: Callable[[], None], folder_bytes: int) -> str:
     return problem
 
 
-def _unshared(keep: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
+def _unshared(loop: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
     """The process between: in the new namespaces but for that of processes, whose first process is its child."""
     say_ready, go, say_trouble = pipes
     syscalls.die_with_parent(signal.SIGKILL)
     unshare_all(say_ready, go)
     child = os.fork()
     if child == 0:
-        _live(lambda: _first_inside(keep, folder_bytes, pipes), say_trouble)
+        _live(lambda: _first_inside(loop, folder_bytes, pipes), say_trouble)
     os.close(say_trouble)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
 
 
-def _first_inside(keep: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
+def _first_inside(loop: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
     syscalls.die_with_parent(signal.SIGKILL)
     build_root(folder_bytes)
     for descriptor in pipes:
         os.close(descriptor)
     try:
-        keep()
+        loop()
     except Exception:
         traceback.print_exc()
         return 1
@@ -107,7 +107,7 @@ def _first_inside(keep: Callable[[], None], folder_bytes: int, pipes: tuple[int,
 
 
 def _live(life: Callable[[], int], say_trouble: int) -> NoReturn:
-    """All that a forked process does; what it raises goes to those who wait for trouble."""
+    """Runs a forked process to its end; the message of an exception is written to `say_trouble`."""
     code = 70
     try:
         code = life()
@@ -118,6 +118,6 @@ def _live(life: Callable[[], int], say_trouble: int) -> NoReturn:
 
 
 def main() -> None:
-    """A keeper as a program of its own: its connection and its settings are the arguments."""
+    """Entry point of the zygote's process: the arguments are its connection and its settings."""
     connection, settings = int(sys.argv[1]), json.loads(sys.argv[2])
     serve(connection, Isolation(**settings["uses"]), SandboxLimits(**settings["limits"]))

@@ -1,4 +1,4 @@
-"""The untrusted side: runs a completion, and answers calls to what it defines. Nothing here is believed by anybody.
+"""The untrusted side of a sandbox: runs a program and answers calls of its functions. No other side trusts it.
 
 The process knows the program and the arguments of each call, and never a test, an expected value or the way by which
 verdicts leave. A program that tampers with this module changes what it answers, which it can do by returning it.
@@ -35,7 +35,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def assembled(prefix: str, completion: str, entry_point: str) -> str:
-    """The source of a program: one that defines the entry point stands after a prefix if that is whole by itself."""
+    """The source to run: prefix and completion, or the completion alone if it is whole and the prefix cannot parse."""
     name = re.split(r"\W", entry_point, maxsplit=1)[0]
     if not name or name not in _defined(completion):
         return prefix + completion
@@ -57,7 +57,7 @@ def _defined(source: str) -> frozenset[str]:
 
 
 def run_whole(source: str) -> int:
-    """The exit code of a program that reads standard input and prints."""
+    """Runs a program that reads standard input and prints; returns its exit code."""
     _open_streams()
     code = _exit_code(source)
     for thread in threading.enumerate():
@@ -83,7 +83,7 @@ def _exit_code(source: str) -> int:
 
 
 def exit_code(end: SystemExit) -> int:
-    """As the interpreter takes it."""
+    """The exit code of a SystemExit, as the interpreter computes it."""
     if isinstance(end.code, (int, type(None))):
         return (end.code or 0) & 0xFF
     print(end.code, file=sys.stderr)
@@ -101,7 +101,7 @@ def _open_streams() -> None:
 
 
 def run_functions(source: str, channel: Channel) -> None:
-    """Loads the program, says so, and answers requests until the tests have ended."""
+    """Loads a program, reports that, and answers requests to its objects until the tests have ended."""
     try:
         module = _module("program")
         exec(compile(source, "program.py", "exec"), module)
@@ -161,7 +161,7 @@ def _raised(error: Exception) -> list[Any]:
 
 
 def load(descriptor: int) -> str:
-    """The source of the program that lies in a file, which is closed."""
+    """Reads the program in a file descriptor, which is closed; returns the source to run."""
     with os.fdopen(descriptor, "rb") as file:
         given = json.loads(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0))
     return assembled(given["prefix"], given["completion"], given["entry_point"])

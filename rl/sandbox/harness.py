@@ -1,7 +1,7 @@
-"""The trusted side: holds the tests and decides, beside an untrusted process that holds the program.
+"""The trusted side of a sandbox: runs the tests and gives the verdict; the program runs in another process.
 
 Tests of functions run here, and what they call is a `Remote`: arguments go to the program's process, results come back
-as plain values (see `values`). Equality, containment and truth of results are therefore those of Python's own types; an
+as plain values (see `wire`). Equality, containment and truth of results are therefore those of Python's own types; an
 object that cannot cross equals itself alone. The program can neither read a test nor change how it is judged.
 
 Correct means that the tests ran to their end, called the program, and that the program was alive and well formed to the
@@ -31,14 +31,14 @@ _PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class Observation:
-    """What a program printed, and what went wrong with it, as "ended with exit code 1 …"; empty where nothing did."""
+    """What a program printed, and how it failed, as "ended with exit code 1 …"; empty where it did not."""
 
     output: str
     problem: str = ""
 
 
 def examine(tests: CodeTests, start: Start, longest: int) -> Verdict:
-    """The verdict of all tests on the program that `start` runs; `longest` bounds outputs and values, in bytes."""
+    """Runs all tests on the program that `start` runs; `longest` bounds outputs and values, in bytes."""
     if not tests.program and not tests.cases:
         return Verdict(Outcome.ungradable, "there are no tests: give a program of tests, or cases")
     if tests.program:
@@ -129,7 +129,7 @@ def _judged(session: Session, run: Callable[[], None]) -> Verdict:
 
 
 def observe(stdin: str, start: Start, longest: int) -> Observation:
-    """What the program prints when it reads this; it is killed where it prints more than `longest` bytes."""
+    """Runs the program on this input; returns what it printed. More than `longest` bytes of output end it."""
     pipes = [os.pipe() for _ in range(3)]
     (input_read, input_write), (output_read, output_write), (errors_read, errors_write) = pipes
     ended = start([input_read, output_write, errors_write])
@@ -188,7 +188,7 @@ def _written(stdin: int, text: bytes) -> bytes:
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Equal line by line, but for space around words and at the end; decimals are equal by value, as 1.0 and 1.00."""
+    """Whether outputs are equal by lines, up to space around words and at the end, decimals by value (1.0 = 1.00)."""
     ours, theirs = (text.rstrip().split("\n") for text in (printed, expected))
     return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
 
@@ -207,7 +207,7 @@ def _same_word(ours: str, theirs: str) -> bool:
 
 
 def read_tests(descriptor: int) -> CodeTests | str:
-    """The tests that lie in a file, which is closed; or what the program is to read, where it is only to be run."""
+    """Reads the tests in a file descriptor, which is closed; a string is the input of a program that is only run."""
     with os.fdopen(descriptor, "rb") as file:
         given = json.loads(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0))
     if isinstance(given, str):

@@ -1,16 +1,16 @@
-"""What keeps an untrusted program in: a value, so that it can be printed, compared and demanded."""
+"""The set of active isolation mechanisms, as a comparable value that recipes can require, and limits of a run."""
 
 from dataclasses import dataclass, fields
 from typing import Self
 
 
 class SandboxError(RuntimeError):
-    """The sandbox cannot be had: the kernel refuses what is required, or its processes do not start."""
+    """The sandbox does not start: the kernel refuses an isolation that is required, or its processes fail."""
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """Three walls of Linux; limits, closed descriptors, an empty environment and the final kill come always."""
+    """Which of three Linux mechanisms are active; rlimits, closed descriptors and an empty environment always are."""
 
     namespaces: bool = True
     """Own user, processes, mounts, network, IPC and host name: no files but Python's, nobody to signal."""
@@ -20,15 +20,15 @@ class Isolation:
     """Files by a list as well: Python's to read, and the program's folder to write where namespaces made one."""
 
     def lacks(self, required: Self) -> tuple[str, ...]:
-        """Names of the walls that are required and not here."""
+        """Names of the mechanisms that are required and not active."""
         return tuple(
-            wall.name for wall in fields(self) if getattr(required, wall.name) and not getattr(self, wall.name)
+            each.name for each in fields(self) if getattr(required, each.name) and not getattr(self, each.name)
         )
 
     def __str__(self) -> str:
         """One line, for the start of a run."""
-        walls = [f"{wall.name} {'on' if getattr(self, wall.name) else 'OFF'}" for wall in fields(self)]
-        return f"code sandbox: {', '.join(walls)}"
+        said = [f"{each.name} {'on' if getattr(self, each.name) else 'OFF'}" for each in fields(self)]
+        return f"code sandbox: {', '.join(said)}"
 
 
 NOTHING = Isolation(namespaces=False, seccomp=False, landlock=False)
@@ -38,7 +38,7 @@ USUAL = Isolation(landlock=False)
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What one run of a program may use: the whole of a function's tests is one run, and so is each case."""
+    """Limits of one run of a program: all tests of a function are one run, and so is each case of input and output."""
 
     seconds: float = 5.0
     """On a processor, for the whole of a run; also how long it may do nothing at all, and without seccomp wall time."""

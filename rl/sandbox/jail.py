@@ -1,4 +1,4 @@
-"""The walls of the sandbox: what stands once (a root with only Python) and what each process puts on for good."""
+"""Isolates processes: a root file system with Python alone, then Landlock, seccomp and rlimits for each process."""
 
 import fcntl
 import math
@@ -32,8 +32,8 @@ _NAMESPACES = (
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _OPEN_FILES = 64
-_KEEPERS = 4
-"""Processes of the same user that stand around a program."""
+_OUTER_PROCESSES = 4
+"""Processes of the sandbox that run as the same user as a program."""
 _READ_AND_WRITE = 0b110
 _READ = 0b1101
 """Landlock: execute, read files, read folders (linux/landlock.h)."""
@@ -42,7 +42,7 @@ _FILE_ACCESSES = {1: 13, 2: 14, 3: 15, 5: 16}
 
 
 def unshare_all(ready: int, go: int) -> None:
-    """New namespaces for this process, and a process tree for its next child; its parent maps users when it says so.
+    """Moves this process into new namespaces, and its next child into a new process tree; its parent maps the users.
 
     ready, go: descriptors on which this process says that it waits, and is told to go on.
     """
@@ -53,7 +53,7 @@ def unshare_all(ready: int, go: int) -> None:
 
 
 def map_users(pid: int) -> None:
-    """Maps this user into the namespace of process pid as 0, and for root also nobody, as whom programs then run."""
+    """Maps this user to 0 in the user namespace of process pid; for root also nobody, as whom programs then run."""
     user, group = os.geteuid(), os.getegid()
     if user == 0:
         with suppress(OSError):
@@ -70,7 +70,7 @@ def _write_maps(pid: int, users: str, groups: str) -> None:
 
 
 def build_root(folder_bytes: int) -> None:
-    """Makes this process's root a file system with Python's libraries, to read, three devices and an empty folder."""
+    """Makes a new root file system: Python's libraries, read-only, three devices and an empty folder to write."""
     syscalls.mount("none", "/", flags=syscalls.RECURSIVE | syscalls.PRIVATE)
     sources = _library_folders()
     hidden = [path for source in sources for path in source.glob("python*/*-packages")]
@@ -112,7 +112,7 @@ def _bind(source: str, attributes: int) -> None:
 
 
 def renew_folder(folder_bytes: int, first: bool = False) -> None:
-    """An empty folder, unless it is one: what anybody left there goes."""
+    """Replaces the folder of programs by an empty one, unless it is empty already."""
     if not first:
         status = os.stat(FOLDER)
         if not os.listdir(FOLDER) and status.st_mode & 0o7777 == 0o777:
@@ -123,7 +123,7 @@ def renew_folder(folder_bytes: int, first: bool = False) -> None:
 
 
 def landlock_rules(private_root: bool) -> int | None:
-    """A descriptor of the rules for programs, or None where the kernel has no Landlock."""
+    """A descriptor of a Landlock ruleset for programs; None where the kernel has no Landlock."""
     version = syscalls.landlock_version()
     if version == 0:
         return None
@@ -139,22 +139,22 @@ def landlock_rules(private_root: bool) -> int | None:
 
 
 class Jail:
-    """What each process of a keeper puts on before it runs anything of somebody else's."""
+    """Restrictions that each forked process applies to itself before it runs any untrusted code."""
 
     def __init__(self, wanted: Isolation, limits: SandboxLimits) -> None:
-        """`wanted.namespaces` says whether they stand around this process already."""
+        """`wanted.namespaces` says whether this process is in namespaces already."""
         self._limits = limits
         self._rules = landlock_rules(wanted.namespaces) if wanted.landlock else None
         self._filters = {files: filter_program(files) if wanted.seccomp else None for files in (True, False)}
-        self.stand = replace(wanted, seccomp=self._filters[True] is not None, landlock=self._rules is not None)
+        self.active = replace(wanted, seccomp=self._filters[True] is not None, landlock=self._rules is not None)
 
-    def put_on(self, descriptors: list[int], writes: bool) -> None:
-        """For good: `descriptors` become 0, 1, 2 …, all others are closed; `writes` gives the folder, if any."""
-        writes = writes and self.stand.namespaces
+    def enter(self, descriptors: list[int], writes: bool) -> None:
+        """Restricts this process for good: `descriptors` become 0, 1, 2 …, others close; `writes` allows the folder."""
+        writes = writes and self.active.namespaces
         os.chdir(FOLDER if writes else "/")
         _keep_only(descriptors + ([] if self._rules is None else [self._rules]))
         self._limit(writes)
-        if self.stand.namespaces:
+        if self.active.namespaces:
             _become_nobody()
         syscalls.drop_capabilities()
         syscalls.die_with_parent(signal.SIGKILL)
@@ -176,8 +176,8 @@ class Jail:
             resource.RLIMIT_MEMLOCK: 0,
             resource.RLIMIT_MSGQUEUE: 0,
         }
-        if self.stand.namespaces:  # elsewhere all processes of the user count, on the whole machine
-            values[resource.RLIMIT_NPROC] = _KEEPERS + limits.threads
+        if self.active.namespaces:  # elsewhere all processes of the user count, on the whole machine
+            values[resource.RLIMIT_NPROC] = _OUTER_PROCESSES + limits.threads
         for name, value in values.items():
             resource.setrlimit(name, (value, value))
 

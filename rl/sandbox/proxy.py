@@ -1,4 +1,4 @@
-"""An untrusted object, seen from the tests."""
+"""Proxies of an untrusted program's objects, on which tests operate over a channel to its process."""
 
 import builtins
 import socket
@@ -10,21 +10,21 @@ from lockstep.rl.sandbox.wire import Channel, ClosedError, MalformedError, decod
 
 Start = Callable[[list[int]], Callable[[], str]]
 """Starts a run of the program with these descriptors (input, output, errors, and a channel for functions); the result
-waits for its end and says how that was, empty for exit code 0. Descriptor 0 of the examiner is /dev/null."""
+waits for its end and says how it ended, empty for exit code 0. Descriptor 0 of the harness is /dev/null."""
 SHOWN = 200
-"""Characters of a value in a reason."""
+"""Characters of a value in a verdict's reason."""
 
 
 class ProgramFailed(BaseException):
-    """Ends the tests whatever they catch; the session remembers it where they catch even this."""
+    """Raised to end the tests when the program has failed; the session remembers it where the tests catch even this."""
 
 
 class Unusable(BaseException):
-    """The tests ask for what this examiner cannot do; remembered likewise."""
+    """Raised where the tests pass what cannot cross to the program; remembered likewise."""
 
 
 class Session:
-    """One run of the program, and what went wrong in it."""
+    """One run of the program and the channel to it; remembers what went wrong."""
 
     def __init__(self, start: Start, longest: int) -> None:
         ours, theirs = socket.socketpair()
@@ -37,7 +37,7 @@ class Session:
         self.calls = 0
 
     def ready(self) -> str:
-        """Empty once the program is loaded, else why it is not."""
+        """Waits until the program is loaded; returns why it could not be, or an empty string."""
         try:
             reply = self._channel.receive()
         except MalformedError as error:
@@ -48,7 +48,7 @@ class Session:
         return "" if kind == "value" else f"the program raises when it is loaded: {str(parts[-1:])[2:-2][:SHOWN]}"
 
     def ask(self, operation: str, target: int, *arguments: object) -> Any:
-        """The result of an operation in the program's process; raises what it raised there."""
+        """Runs an operation in the program's process; returns its result or raises what it raised there."""
         if self.failure:
             raise ProgramFailed
         self.calls += operation == "call"
@@ -62,7 +62,7 @@ class Session:
             self.fail(f"the program answers with what is no value: {error}")
 
     def fail(self, reason: str) -> NoReturn:
-        """Makes the verdict incorrect, whatever the tests do from here."""
+        """Makes the verdict incorrect, whatever the tests do from here on."""
         self.failure = self.failure or reason
         raise ProgramFailed(reason)
 
@@ -90,7 +90,7 @@ class Session:
 
 
 class Remote:
-    """What stays with the program: to call, to read from and to go through. It is equal to itself alone."""
+    """A proxy of an object in the program's process: can be called, read, indexed, iterated. Equal to itself alone."""
 
     __slots__ = ("_session", "_target")
 

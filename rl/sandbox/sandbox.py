@@ -1,4 +1,4 @@
-"""A sandbox: a keeper's process, seen from the pool. It judges one item at a time, and can be killed with all in it."""
+"""A sandbox as its pool sees it: the zygote's process, which judges one item at a time and can be killed as a whole."""
 
 import json
 import os
@@ -19,18 +19,18 @@ from lockstep.rl.verdict import Outcome, Verdict
 
 _START_LIMIT = 60.0
 _PATIENCE = 20.0
-"""Seconds beyond all deadlines of an item after which the keeper itself is taken for dead."""
+"""Seconds beyond all deadlines of an item after which the zygote itself is taken for dead."""
 _EXIT_GRACE = 1.0
 _LONGEST_VERDICT = 1 << 16
 
 
 class Sandbox:
-    """A keeper's process. Used by one thread at a time; started by a thread that lives as long as it."""
+    """Handle of a zygote's process. Used by one thread at a time; started by a thread that lives as long as it."""
 
     def __init__(self, limits: SandboxLimits, uses: Isolation) -> None:
-        """Starts the process, with as much of `uses` as the kernel grants; `await_ready` waits for it."""
+        """Starts the process with as much of `uses` as the kernel grants; `await_ready` waits for it."""
         if sys.platform != "linux":
-            raise SandboxError(f"code is judged behind walls that only Linux has, and this is {sys.platform}")
+            raise SandboxError(f"programs are isolated by mechanisms that only Linux has, and this is {sys.platform}")
         self._limits = limits
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         settings = json.dumps({"uses": asdict(uses), "limits": asdict(limits)})
@@ -51,13 +51,13 @@ class Sandbox:
         return self._control.fileno() != -1
 
     def await_ready(self) -> tuple[Isolation, str]:
-        """Which walls stand, and what the kernel refused. SandboxError if the process does not start."""
+        """The active isolation, and what the kernel refused. Raises SandboxError if the process does not start."""
         said = self._hear(_START_LIMIT)
         if not said:
             code = self.kill(_EXIT_GRACE)
             raise SandboxError(f"a sandbox does not start (exit code {code}): its standard error says more")
         told = json.loads(said)
-        return Isolation(**told["protection"]), told["refused"]
+        return Isolation(**told["isolation"]), told["refused"]
 
     def judge(self, program: bytes, tests: bytes, runs: int) -> Verdict:
         """The verdict of tests on a program in at most `runs` runs; ungradable if the sandbox itself fails."""
@@ -71,10 +71,10 @@ class Sandbox:
             return Verdict(Outcome.incorrect, f"deadline of {self._limits.seconds} s passed")
         if said == STARVED:
             return Verdict(Outcome.ungradable, f"{self._starved()}: judge fewer at a time, or raise the limit")
-        return Verdict(Outcome.ungradable, "the examiner ended without a verdict")
+        return Verdict(Outcome.ungradable, "the harness ended without a verdict")
 
     def run(self, program: bytes, stdin: str) -> Observation:
-        """What a program prints. SandboxError if the sandbox itself fails."""
+        """Runs a program; returns what it prints. Raises SandboxError if the sandbox itself fails."""
         said, reply = self._told(program, json.dumps(stdin).encode(), 1)
         if said is None:
             raise SandboxError(f"the sandbox failed (exit code {self.kill(_EXIT_GRACE)})")
@@ -82,14 +82,14 @@ class Sandbox:
             return Observation(*json.loads(reply))
         if said == DEADLINE:
             return Observation("", f"ran longer than {self._limits.seconds} s")
-        raise SandboxError(self._starved() if said == STARVED else "the examiner ended without a word")
+        raise SandboxError(self._starved() if said == STARVED else "the harness ended without a word")
 
     def _starved(self) -> str:
         seconds = self._limits.seconds
         return f"in {longest_run(seconds)} s the machine had less than {seconds} s for the program"
 
     def _told(self, program: bytes, tests: bytes, runs: int) -> tuple[str | None, bytes]:
-        """What the keeper and the examiner say of a program."""
+        """What the zygote and the harness say of a program."""
         ours, theirs = os.pipe()
         files = [_file(program), _file(tests), theirs]
         try:
@@ -103,7 +103,7 @@ class Sandbox:
             return said, b"" if said is None else reply.read(_LONGEST_VERDICT)
 
     def _hear(self, seconds: float) -> str | None:
-        """The keeper's next message; None if it says nothing in time, or has ended."""
+        """The zygote's next message; None if none comes in time, or it has ended."""
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         if not poll.poll(seconds * 1000):
@@ -132,13 +132,13 @@ def _file(content: bytes) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Nothing of ours but where libraries lie; strings hash alike, so that a verdict can be had twice."""
+    """An environment with the library path alone; strings hash alike, so that verdicts repeat."""
     libraries = os.environ.get("LD_LIBRARY_PATH")
     return {"PYTHONHASHSEED": "0"} | ({"LD_LIBRARY_PATH": libraries} if libraries else {})
 
 
 def _program() -> str:
-    """The keeper's source. It imports from where we lie, and programs then from Python's own library alone."""
+    """Source of the zygote's process: it imports this package; programs then import Python's library alone."""
     room = str(Path(lockstep.__file__).absolute().parents[1])
     imports = "from lockstep.rl.sandbox.entrypoint import main"
     return f"import sys; sys.path.insert(0, {room!r}); {imports}; sys.path.remove({room!r}); main()"

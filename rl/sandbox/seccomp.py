@@ -1,4 +1,4 @@
-"""The system calls that a program of computation needs, as a list of what is allowed: new calls are refused unasked.
+"""A seccomp filter for untrusted programs: an allow-list of system calls, so that unknown ones are refused.
 
 Everything else fails with EPERM, which Python turns into an exception, so that an odd but honest program fails with a
 reason. Threads may start, processes may not: `clone` needs CLONE_THREAD, and `clone3`, whose flags a filter cannot
@@ -193,7 +193,7 @@ Instruction = tuple[int, int, int, int]
 
 
 def filter_program(files: bool) -> bytes | None:
-    """The filter for this machine, with or without calls that change files; None for an architecture not known here."""
+    """The BPF program for this machine, with or without calls that change files; None for an unknown architecture."""
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         return None

@@ -1,4 +1,4 @@
-"""Linux's calls that Python 3.11 has no function for. A refusal is an OSError that names the call."""
+"""Linux system calls that Python 3.11 has no functions for, by ctypes. A failure is an OSError that names the call."""
 
 import ctypes
 import os
@@ -38,17 +38,17 @@ def _syscall(name: str, number: int, *arguments: object) -> int:
 
 
 def unshare(flags: int) -> None:
-    """unshare(2)."""
+    """unshare(2): moves this process into new namespaces."""
     _checked("unshare", _libc().unshare(flags))
 
 
 def join(namespace: int, kind: int) -> None:
-    """setns(2): children, or this process, go into the namespace that a descriptor stands for."""
+    """setns(2): moves this process, or its children, into the namespace of a descriptor."""
     _checked("setns", _libc().setns(namespace, kind))
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
-    """mount(2)."""
+    """mount(2): mounts a file system, or binds a path, at a target."""
     texts = [text.encode() or None for text in (source, target, kind, options)]
     outcome = _libc().mount(texts[0], texts[1], texts[2], ctypes.c_ulong(flags), texts[3])
     _checked(f"mount of {source} at {target}", outcome)
@@ -63,32 +63,32 @@ def protect_mount(target: str, attributes: int, recursive: bool = False) -> None
 
 
 def unmount(target: str) -> None:
-    """umount2(2), detaching: what is still in use goes with its last user."""
+    """umount2(2) with MNT_DETACH: what is still in use is unmounted when its last user is done."""
     _checked(f"umount of {target}", _libc().umount2(target.encode(), _DETACH))
 
 
 def pivot_root(root: str, old: str) -> None:
-    """pivot_root(2)."""
+    """pivot_root(2): makes `root` the root file system and puts the previous one at `old`."""
     _syscall("pivot_root", _PIVOT_ROOT[platform.machine()], root.encode(), old.encode())
 
 
 def die_with_parent(signal: int) -> None:
-    """Linux sends `signal` when the thread ends that started this process; set it after any change of user."""
+    """prctl(PR_SET_PDEATHSIG): get `signal` when the parent thread ends; set it after any change of user."""
     _prctl("prctl(PDEATHSIG)", _PDEATHSIG, signal)
 
 
 def adopt_orphans() -> None:
-    """What a child leaves behind becomes this process's child."""
+    """prctl(PR_SET_CHILD_SUBREAPER): orphans below this process become its children."""
     _prctl("prctl(SUBREAPER)", _SUBREAPER, 1)
 
 
 def gain_nothing() -> None:
-    """No program that is executed from now on has more rights (no_new_privs)."""
+    """prctl(PR_SET_NO_NEW_PRIVS): nothing executed from now on gains privileges."""
     _prctl("prctl(NO_NEW_PRIVS)", _NO_NEW_PRIVILEGES, 1)
 
 
 def hide_memory() -> None:
-    """Processes of the same user can neither trace this one nor read its memory."""
+    """prctl(PR_SET_DUMPABLE, 0): processes of the same user can neither trace this one nor read its memory."""
     _prctl("prctl(DUMPABLE)", _DUMPABLE, 0)
 
 
@@ -97,25 +97,25 @@ def _prctl(name: str, option: int, value: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """capset(2) to none."""
+    """capset(2): gives up all capabilities."""
     header, nothing = struct.pack("=Ii", _CAPABILITIES_V3, 0), struct.pack("=6I", *[0] * 6)
     _checked("capset", _libc().capset(header, nothing))
 
 
 def landlock_version() -> int:
-    """The version of Landlock's interface; 0 where there is none."""
+    """Landlock's ABI version; 0 where the kernel has none."""
     return max(0, int(_libc().syscall(ctypes.c_long(_CREATE_RULESET), None, ctypes.c_size_t(0), 1)))
 
 
 def landlock_ruleset(files: int, network: int, scopes: int) -> int:
-    """A descriptor of a set of rules that handles these accesses (landlock_create_ruleset(2)), closed on exec."""
+    """landlock_create_ruleset(2): a descriptor of a ruleset that handles these accesses, closed on exec."""
     handled = struct.pack("=QQQ", files, network, scopes)
     size = 24 if scopes else 16 if network else 8
     return _syscall("landlock_create_ruleset", _CREATE_RULESET, handled, ctypes.c_size_t(size), 0)
 
 
 def landlock_allow(ruleset: int, path: str, accesses: int) -> None:
-    """Allows accesses beneath path."""
+    """landlock_add_rule(2): allows accesses beneath a path."""
     folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         _syscall(f"landlock rule for {path}", _ADD_RULE, ruleset, 1, struct.pack("=Qi", accesses, folder), 0)
@@ -124,12 +124,12 @@ def landlock_allow(ruleset: int, path: str, accesses: int) -> None:
 
 
 def landlock_enforce(ruleset: int) -> None:
-    """From now on this process and its children have the accesses of ruleset and no others."""
+    """landlock_restrict_self(2): this process and its children have the accesses of the ruleset and no others."""
     _syscall("landlock_restrict_self", _RESTRICT_SELF, ruleset, 0)
 
 
 def install_filter(program: bytes) -> None:
-    """A seccomp filter of struct sock_filter, for this process and its children, for good."""
+    """Installs a seccomp filter (an array of struct sock_filter) for this process and its children, for good."""
     code = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
     _checked("prctl(SECCOMP)", _libc().prctl(22, ctypes.c_ulong(2), header))

@@ -1,4 +1,4 @@
-"""Values that cross between a program and its tests: rebuilt from exact builtin types, so that nothing else can cross.
+"""Encodes values that cross between a program and its tests; decoding builds exact builtin types and nothing else.
 
 An untrusted program may return an object that is equal to everything. What arrives on the other side is made there,
 of None, bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, slice, Fraction,
@@ -21,19 +21,19 @@ _PLAIN_INT = 1 << 62
 
 
 class MalformedError(ValueError):
-    """The other side sent what is no message, or too much of it."""
+    """The other side sent something that is no message, or one that is too long."""
 
 
 class ClosedError(EOFError):
-    """The other side has ended."""
+    """The other side has closed the connection."""
 
 
 Encoder = Callable[[object], int | None]
-"""A number for an object that stays on this side; None refuses it."""
+"""Gives the number of an object that stays on this side; None refuses it."""
 
 
 def encode(value: object, refer: Encoder, depth: int = 0) -> Any:
-    """value as JSON can write it. TypeError if it holds what cannot cross, RecursionError if nested too deeply."""
+    """A value as JSON. Raises TypeError if it holds what cannot cross, RecursionError if it is nested too deeply."""
     if depth > _DEPTH:
         raise RecursionError(f"a value is nested more than {_DEPTH} deep")
 
@@ -78,7 +78,7 @@ _SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozens
 
 
 def decode(item: Any, find: Callable[[int], object], depth: int = 0) -> Any:
-    """The value that `encode` wrote, of exact builtin types. MalformedError for all else."""
+    """The value that `encode` wrote, of exact builtin types. Raises MalformedError for anything else."""
     if depth > _DEPTH + 1:
         raise MalformedError("a value is nested too deeply")
     if item is None or isinstance(item, (bool, int, float, str)):
@@ -122,13 +122,13 @@ def _rebuilt(kind: str, parts: list[Any], inner: Callable[[Any], Any], find: Cal
 
 
 class Channel:
-    """Messages over one connected socket. Used by one thread at a time."""
+    """Sends and receives messages over a connected socket. Used by one thread at a time."""
 
     def __init__(self, connection: socket.socket, longest: int) -> None:
         self._connection, self._longest = connection, longest
 
     def send(self, message: Any) -> None:
-        """ClosedError where nobody reads any more."""
+        """Sends a message. Raises ClosedError where nobody reads any more."""
         payload = json.dumps(message, separators=(",", ":")).encode()
         try:
             self._connection.sendall(struct.pack(">I", len(payload)) + payload)
@@ -136,7 +136,7 @@ class Channel:
             raise ClosedError(str(error)) from None
 
     def receive(self) -> Any:
-        """The next message; ClosedError at the end, MalformedError for what is none or over the longest."""
+        """The next message. Raises ClosedError at the end, MalformedError for one that is malformed or too long."""
         (length,) = struct.unpack(">I", self._exactly(4))
         if length > self._longest:
             raise MalformedError(f"a value takes {length} bytes, and {self._longest} are allowed")

@@ -1,9 +1,9 @@
-"""The process between a pool and the programs: it forks, keeps time and kills, and reads nothing.
+"""The warm process that forks a sandbox's processes, enforces time limits and kills; it reads no program and no test.
 
 Programs and tests lie in files that it hands on unread: a program's process is forked from its memory, where nothing of
-a test may ever have been. For each item it forks an examiner, which reads the tests and writes the verdict to the pool
-by itself, and for each run that the examiner asks for a process for the program. It has no threads, so that a fork is
-whole.
+a test may ever have been. For each item it forks a harness, which reads the tests and writes the verdict to the pool by
+itself, and for each run that the harness asks for a guest, the process of the program. It has no threads, so that forks
+are safe.
 """
 
 import gc
@@ -31,29 +31,29 @@ SHOWN = 4000
 """Characters of what a program printed that a pool is told, where it is only run."""
 
 DONE, DEADLINE, STARVED = "done", "deadline", "starved"
-"""What a pool is told: that the examiner has ended, or that time was over before, used by the run or by others."""
+"""What a pool is told: that the harness has ended, or that time was over before, used by the run or by others."""
 
 _PROGRAM, _CHANNEL = 3, 4
-"""Descriptors of a program's process, after input, output and errors."""
-_TESTS, _REPLY, _KEEPER = 3, 4, 5
-"""Descriptors of an examiner's process."""
+"""Descriptors of a guest, after input, output and errors."""
+_TESTS, _REPLY, _ZYGOTE = 3, 4, 5
+"""Descriptors of a harness."""
 
 
 class Zygote:
-    """The loop over items, one at a time."""
+    """Judges items one at a time: forks a harness for each, and guests as the harness asks for them."""
 
     def __init__(self, control: socket.socket, uses: Isolation, limits: SandboxLimits) -> None:
-        """Of `uses`, the namespaces stand around this process already, or do not."""
+        """`uses.namespaces` says whether this process is in namespaces already."""
         self._control, self._limits = control, limits
-        self._walls = Jail(uses, limits)
+        self._jail = Jail(uses, limits)
         self._null = os.open(os.devnull, os.O_RDWR)
         self._itself = os.pidfd_open(os.getpid())
         syscalls.hide_memory()
         syscalls.adopt_orphans()
 
-    def keep(self, refused: str = "") -> None:
-        """Says which walls stand and what the kernel refused, then judges until the pool closes its end."""
-        self._control.send(json.dumps({"protection": asdict(self._walls.stand), "refused": refused}).encode())
+    def serve(self, refused: str = "") -> None:
+        """Reports the active isolation and what the kernel refused, then judges until the pool closes its end."""
+        self._control.send(json.dumps({"isolation": asdict(self._jail.active), "refused": refused}).encode())
         with suppress(_AbandonedError):
             while True:
                 _, descriptors, _, _ = socket.recv_fds(self._control, 16, 3)
@@ -65,10 +65,10 @@ class Zygote:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         given = [self._null, self._null, self._null, tests, reply, theirs.fileno()]
         longest = self._limits.output_bytes
-        examiner = self._fork(lambda: _examine(longest), given, writes=False)
+        harness = self._fork(lambda: _run_harness(longest), given, writes=False)
         for descriptor in (tests, reply, theirs.detach()):
             os.close(descriptor)
-        item = _Item(self, program, examiner, ours)
+        item = _Item(self, program, harness, ours)
         try:
             return item.follow(self._limits.seconds, self._control)
         finally:
@@ -76,15 +76,15 @@ class Zygote:
             self.clear(spared=set())
 
     def start(self, program: int, descriptors: list[int]) -> "_Child":
-        """A process for the program, of functions if it gets a channel, else of input and output."""
+        """Forks a guest: one whose functions are called if it gets a channel, else one that reads and prints."""
         streams, channel = descriptors[:3], descriptors[3:]
         longest = self._limits.output_bytes
         life = (lambda: _serve_functions(longest)) if channel else (lambda: run_whole(load(_PROGRAM)))
         return self._fork(life, [*streams, program, *channel], writes=True)
 
     def _fork(self, life: Callable[[], int], descriptors: list[int], writes: bool) -> "_Child":
-        """A child that is the first process of a namespace of its own, behind all walls."""
-        apart = self._walls.stand.namespaces
+        """A child in the jail, the first process of a PID namespace of its own where there are namespaces."""
+        apart = self._jail.active.namespaces
         if apart:
             syscalls.unshare(syscalls.NEW_PIDS)
         pid = os.fork()
@@ -98,7 +98,7 @@ class Zygote:
         code = 70
         try:
             os.setsid()
-            self._walls.put_on(descriptors, writes)
+            self._jail.enter(descriptors, writes)
             gc.enable()
             code = life()
         except SystemExit as end:
@@ -111,14 +111,14 @@ class Zygote:
 
     @property
     def sees_all_work(self) -> bool:
-        """Whether the clock of a program's process is that of all its work: it can start no other."""
-        return self._walls.stand.seccomp
+        """Whether the CPU clock of a guest counts all its work: it can start no other process."""
+        return self._jail.active.seccomp
 
     def clear(self, spared: set[int]) -> None:
-        """Nothing of a run stays for the next, neither files nor processes but the spared."""
-        if self._walls.stand.namespaces:
+        """Removes what a run left: files, and processes but the spared."""
+        if self._jail.active.namespaces:
             renew_folder(self._limits.folder_bytes)
-        elif not self._walls.stand.seccomp:
+        elif not self._jail.active.seccomp:
             _kill_children(spared)
 
 
@@ -132,7 +132,7 @@ def longest_run(seconds: float) -> float:
 
 
 class Allowance:
-    """The time of a run: so many seconds on a processor, and as many by the clock in which it does nothing at all.
+    """The time limit of a run: so many seconds on a processor, and as many by the clock in which it does nothing.
 
     On a busy machine a run that takes 15 ms alone may get less than that in a second.
     """
@@ -165,15 +165,15 @@ class Allowance:
 class _Item:
     """The processes of the item in work."""
 
-    def __init__(self, keeper: Zygote, program: int, examiner: "_Child", requests: socket.socket) -> None:
-        self._keeper, self._program = keeper, program
-        self._examiner, self._requests = examiner, requests
+    def __init__(self, zygote: Zygote, program: int, harness: "_Child", requests: socket.socket) -> None:
+        self._zygote, self._program = zygote, program
+        self._harness, self._requests = harness, requests
         self._run: _Child | None = None
         self._runs = 0
         self._used_before = 0.0
 
     def follow(self, seconds: float, control: socket.socket) -> str:
-        """Until the examiner has ended; each run that it asks for has `seconds`, see `Allowance`."""
+        """Until the harness has ended; each run that it asks for has `seconds`, see `Allowance`."""
         time_left = Allowance(seconds, time.monotonic())
         while True:
             happened = self._wait(control, time_left.end)
@@ -189,26 +189,26 @@ class _Item:
                     return DONE
                 self._begin(descriptors)
                 time_left = Allowance(seconds, time.monotonic())
-            elif self._examiner.ending in happened:
+            elif self._harness.ending in happened:
                 return DONE
 
     def _wait(self, control: socket.socket, end: float) -> set[int]:
         """Descriptors that can be read, of which those of processes mean their end; none when time is over."""
         poll = select.poll()
-        for descriptor in (control.fileno(), self._requests.fileno(), self._examiner.ending):
+        for descriptor in (control.fileno(), self._requests.fileno(), self._harness.ending):
             poll.register(descriptor, select.POLLIN)
         if self._run:
             poll.register(self._run.ending, select.POLLIN)
         return {descriptor for descriptor, _ in poll.poll(max(0.0, end - time.monotonic()) * 1000)}
 
     def _used(self) -> float | None:
-        """Seconds that the run and its examiner were on a processor; None where they may have started processes."""
-        if not self._keeper.sees_all_work:
+        """Seconds that the run and its harness were on a processor; None where they may have started processes."""
+        if not self._zygote.sees_all_work:
             return None
-        return self._examiner.used() - self._used_before + (self._run.used() if self._run else 0.0)
+        return self._harness.used() - self._used_before + (self._run.used() if self._run else 0.0)
 
     def _requested(self) -> list[int]:
-        """Descriptors for a run; none where the examiner has ended, be it with a message that it did not read."""
+        """Descriptors for a run; none where the harness has ended, be it with a message that it did not read."""
         with suppress(ConnectionResetError):
             return list(socket.recv_fds(self._requests, 16, 4)[1])
         return []
@@ -216,10 +216,10 @@ class _Item:
     def _begin(self, descriptors: list[int]) -> None:
         if self._run:
             self._run.kill()
-        self._keeper.clear(spared={self._examiner.pid})
-        self._run = self._keeper.start(self._program, descriptors)
+        self._zygote.clear(spared={self._harness.pid})
+        self._run = self._zygote.start(self._program, descriptors)
         self._runs += 1
-        self._used_before = self._examiner.used()
+        self._used_before = self._harness.used()
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -230,7 +230,7 @@ class _Item:
 
     def end(self) -> None:
         """Kills what is left, and closes what the item had."""
-        for child in (self._run, self._examiner):
+        for child in (self._run, self._harness):
             if child:
                 child.kill()
         self._requests.close()
@@ -271,7 +271,7 @@ def _signal_name(number: int) -> str:
 
 
 def _kill_children(spared: set[int]) -> None:
-    """Without walls: kills what this process has adopted, until nothing but the spared is left."""
+    """Without namespaces and seccomp: kills what this process has adopted, until nothing but the spared is left."""
     while found := set(_children()) - spared:
         for pid in found:
             with suppress(ProcessLookupError):
@@ -289,9 +289,9 @@ def _children() -> list[int]:
     return found
 
 
-def _examine(longest: int) -> int:
-    """The life of an examiner's process."""
-    start = _starter(socket.socket(fileno=_KEEPER))
+def _run_harness(longest: int) -> int:
+    """Main function of a harness; returns its exit code."""
+    start = _starter(socket.socket(fileno=_ZYGOTE))
     tests = read_tests(_TESTS)
     if isinstance(tests, str):
         seen = observe(tests, start, longest)
@@ -304,7 +304,7 @@ def _examine(longest: int) -> int:
 
 
 def _starter(requests: socket.socket) -> Start:
-    """Runs of the program by way of the keeper, which numbers them."""
+    """A function that asks the zygote for runs of the program, which it numbers."""
     runs = 0
 
     def start(descriptors: list[int]) -> Callable[[], str]:
@@ -324,6 +324,6 @@ def _ended(requests: socket.socket, number: int) -> str:
 
 
 def _serve_functions(longest: int) -> int:
-    """The life of a program's process whose functions are tested."""
+    """Main function of a guest whose functions are tested; returns its exit code."""
     run_functions(load(_PROGRAM), Channel(socket.socket(fileno=_CHANNEL), longest))
     return 0

@@ -41,7 +41,7 @@ class CodePool(ProcessPool[Sandbox]):
         super().__init__(workers, "code-pool")
         try:
             started = [self._threads.submit(self._new) for _ in range(workers)]
-            self.protection, refused = [one.result() for one in started].pop()
+            self.isolation, refused = [one.result() for one in started].pop()
             self._check(requires, refused)
         except BaseException:
             self.close()
@@ -67,7 +67,7 @@ class CodePool(ProcessPool[Sandbox]):
         return sandbox.await_ready()
 
     def _check(self, requires: Isolation, refused: str) -> None:
-        if missing := self.protection.lacks(requires):
+        if missing := self.isolation.lacks(requires):
             why = f" ({refused})" if refused else ""
             raise SandboxError(
                 f"programs would run without {' and '.join(missing)}{why}, which this pool requires: "
@@ -107,7 +107,7 @@ class CodePool(ProcessPool[Sandbox]):
     def _anew(self) -> Sandbox:
         sandbox = Sandbox(self._limits, self._uses)
         standing, refused = sandbox.await_ready()
-        if lost := standing.lacks(self.protection):
+        if lost := standing.lacks(self.isolation):
             sandbox.kill()
             raise SandboxError(f"a sandbox that was started again has no {' and '.join(lost)} ({refused})")
         return sandbox

@@ -84,7 +84,7 @@ class Judge:
     def _programs(self) -> CodePool:
         sandbox = self._config.sandbox
         pool = self._started.enter_context(CodePool(self._config.processes, sandbox.limits, sandbox.required))
-        self._note(str(pool.protection))
+        self._note(str(pool.isolation))
         return pool
 
     def __enter__(self) -> Self:

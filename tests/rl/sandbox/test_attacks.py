@@ -50,19 +50,19 @@ def judge(attacks: list[Attack], uses: Isolation, secret: Path, port: socket.soc
     """What each attack got that was judged correct or ungradable, after all of it was seen to leave no trace."""
     begun, before = time.time(), state(secret)
     with CodePool(WORKERS, LIMITS, requires=NOTHING, uses=uses) as pool:
-        assert pool.protection == uses, "the kernel does not grant what this test is about"
+        assert pool.isolation == uses, "the kernel does not grant what this test is about"
         assert [verdict for verdict in pool.grade(HONEST) if verdict.outcome is not Outcome.correct] == []
-        kept = keepers(begun)
+        kept = zygotes(begun)
         places = dict(file=secret, port=port.getsockname()[1], parent=os.getpid())
         items = [(attack.completion(**places), attack.tests) for attack in attacks]
         started = time.monotonic()
         verdicts = pool.grade(items)
         assert time.monotonic() - started < len(attacks) * (3 * LIMITS.seconds + 1) / WORKERS + 10, "something hung"
         failed = [(a.name, v.reason) for a, v in zip(attacks, verdicts, strict=True) if v.outcome is Outcome.ungradable]
-        assert keepers(begun) == kept, f"a keeper died, or a process was left behind: {failed}"
+        assert zygotes(begun) == kept, f"a zygote died, or a process was left behind: {failed}"
         assert [verdict for verdict in pool.grade(HONEST) if verdict.outcome is not Outcome.correct] == []
     # The kernel kills what a killed process had started; it is gone when it has had its turn on a processor.
-    assert all(gone(pid) for pid in keepers(begun))
+    assert all(gone(pid) for pid in zygotes(begun))
     assert state(secret) == before
     with pytest.raises(BlockingIOError):
         port.accept()
@@ -86,7 +86,7 @@ def state(secret: Path) -> dict[str, object]:
     }
 
 
-def keepers(begun: float) -> set[int]:
+def zygotes(begun: float) -> set[int]:
     """Processes of sandboxes with these limits, wherever in the tree, that were started since."""
     found, settings = set(), json.dumps(asdict(LIMITS))
     for process in psutil.process_iter(["pid", "cmdline", "create_time"]):
@@ -132,13 +132,13 @@ def test_processes_of_pools_that_other_tests_killed_are_not_counted() -> None:
     with subprocess.Popen([sys.executable, "-c", ELSEWHERE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"ready\n"
-        [keeper] = psutil.Process(other.pid).children()
-        keeper.suspend()  # else it ends with its pool, sooner or later
+        [zygote] = psutil.Process(other.pid).children()
+        zygote.suspend()  # else it ends with its pool, sooner or later
         other.kill()
     try:
-        assert keepers(begun) == set()
+        assert zygotes(begun) == set()
     finally:
-        keeper.kill()
+        zygote.kill()
 
 
 def test_no_attack_is_judged_correct(secret: Path, port: socket.socket) -> None:

@@ -1,4 +1,4 @@
-"""A sandbox says which walls stand, refuses to do with fewer than are required, and its failure costs one item."""
+"""A sandbox says how it isolates, refuses to start with less than is required, and its failure costs one item."""
 
 import json
 import os
@@ -32,7 +32,7 @@ VALUES = st.recursive(
 )
 
 
-def test_protection_is_one_line_and_says_what_it_lacks() -> None:
+def test_isolation_is_one_line_and_says_what_it_lacks() -> None:
     some = Isolation(seccomp=False)
     assert str(some) == "code sandbox: namespaces on, seccomp OFF, landlock on"
     assert some.lacks(Isolation()) == ("seccomp",)
@@ -47,16 +47,16 @@ def test_a_pool_refuses_to_start_with_less_than_is_required() -> None:
 
 def test_what_a_pool_says_stands_was_asked_for() -> None:
     with CodePool(1, requires=NOTHING, uses=NOTHING) as pool:
-        assert pool.protection == NOTHING
+        assert pool.isolation == NOTHING
         assert [verdict.outcome for verdict in pool.grade([(RIGHT, TESTS)])] == [Outcome.correct]
 
 
-def test_a_keeper_that_dies_costs_one_item_and_is_replaced() -> None:
+def test_a_zygote_that_dies_costs_one_item_and_is_replaced() -> None:
     with CodePool(1, SandboxLimits(seconds=3), requires=NOTHING) as pool:
         assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.correct
-        [keeper] = [each for each in psutil.Process().children() if "sandbox.entrypoint" in " ".join(each.cmdline())]
-        below = keeper.children(recursive=True)
-        os.kill(keeper.pid, signal.SIGKILL)
+        [zygote] = [each for each in psutil.Process().children() if "sandbox.entrypoint" in " ".join(each.cmdline())]
+        below = zygote.children(recursive=True)
+        os.kill(zygote.pid, signal.SIGKILL)
         assert not psutil.wait_procs(below, timeout=10)[1]  # one that is still dying may answer, and rightly
         first, *rest = pool.grade([(RIGHT, TESTS)] * 3)
         assert (first.outcome, first.reason) == (Outcome.ungradable, "the sandbox failed (exit code -9)")
@@ -80,7 +80,7 @@ time.sleep(0.1)
     ],
     ids=["a signal without a name", "a name that is no text"],
 )
-def test_a_keeper_outlives_what_programs_can_do_without_walls(program: str, reason: str) -> None:
+def test_a_zygote_outlives_what_programs_can_do_without_isolation(program: str, reason: str) -> None:
     with CodePool(1, SandboxLimits(seconds=3), requires=NOTHING, uses=NOTHING) as pool:
         verdicts = pool.grade([(f"{program}\n{RIGHT}", TESTS), (RIGHT, TESTS)])
         assert [verdict.outcome for verdict in verdicts] == [
@@ -90,10 +90,10 @@ def test_a_keeper_outlives_what_programs_can_do_without_walls(program: str, reas
         assert verdicts[0].reason == reason
 
 
-def test_a_keeper_that_cannot_be_replaced_is_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zygote_that_cannot_be_replaced_is_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
     with CodePool(1, requires=NOTHING, uses=NOTHING) as pool:
-        [keeper] = [each for each in psutil.Process().children() if "sandbox.entrypoint" in " ".join(each.cmdline())]
-        keeper.kill()
+        [zygote] = [each for each in psutil.Process().children() if "sandbox.entrypoint" in " ".join(each.cmdline())]
+        zygote.kill()
         assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.ungradable
         with monkeypatch.context() as broken:
             broken.setattr(sys, "executable", "/bin/false")
@@ -102,7 +102,7 @@ def test_a_keeper_that_cannot_be_replaced_is_replaced_later(monkeypatch: pytest.
         assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.correct
 
 
-def test_a_keeper_waits_for_its_children_where_its_parent_ignores_its_own() -> None:
+def test_a_zygote_waits_for_its_children_where_its_parent_ignores_its_own() -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         with CodePool(1, requires=NOTHING, uses=NOTHING) as pool:

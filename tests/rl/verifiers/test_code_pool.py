@@ -96,7 +96,7 @@ HONEST = {
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_programs_are_correct(pool: CodePool, name: str) -> None:
     program, tests = HONEST[name]
-    if name.endswith("prints") and not pool.protection.namespaces:
+    if name.endswith("prints") and not pool.isolation.namespaces:
         pytest.skip("without namespaces programs have no folder to write in")
     assert outcome(pool, program, CodeTests(tests)) == (Outcome.correct, "")
 
