@@ -14,7 +14,6 @@ import numpy as np
 from lockstep.data.batch import Sample, documents, sample
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.step_result import StepResult
 from lockstep.model.objectives.token_loss import nll
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.algorithms.estimates import columns, of_completions
@@ -36,6 +35,7 @@ from lockstep.rl.learner import Learned, Learner, Models
 from lockstep.rl.prompts import make_prompt
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.stubs import ModelWorker
 from lockstep.rl.types import Advantaged, Judged, Prompt, own_logp
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
@@ -126,7 +126,7 @@ class Controller:
             prompts = [self._place(self._train, n, "sft") for n in range((step - 1) * count, step * count)]
             samples = weighted([self._demonstration(p) for p in prompts])
             rate = config.optimizer.rate(step, config.steps)
-            result: StepResult = gather(self._policy.update(step, samples, nll, rate))[0]
+            result = gather(self._policy.update(step, samples, nll, rate))[0]
             seconds = self._clock() - started
             speed = {"train_tokens_per_second": _computed(samples) / seconds, "step_seconds": seconds}
             yield StepRecord("sft", step, result.values | {"grad_norm": result.grad_norm} | speed)
@@ -154,13 +154,13 @@ class Controller:
             chosen = [self._place(train, n, "preference") for n in range((step - 1) * count, step * count)]
             samples = samples_to_compare(chosen, judged=config.judged)
             rate = config.optimizer.rate(step, config.steps)
-            result: StepResult = gather(learns.update(step, samples, config.objective, rate))[0]
+            result = gather(learns.update(step, samples, config.objective, rate))[0]
             seconds = self._clock() - started
             metrics = result.values | {"grad_norm": result.grad_norm, "step_seconds": seconds}
             metrics["train_tokens_per_second"] = _computed(samples) / seconds
             if held_out and config.measures_at(step):
                 kept = samples_to_compare(held_out, judged=config.judged)
-                found: dict[str, float] = gather(learns.measure(kept, config.objective))[0]
+                found = gather(learns.measure(kept, config.objective))[0]
                 metrics |= {f"held_out_{name}": found[name] for name in ("loss", "accuracy", "margin")}
             yield StepRecord(config.phase, step, metrics)
         if not config.judged:
@@ -209,7 +209,7 @@ class Controller:
             elif not config.flow.staleness:
                 self._producer.drop()
             if config.flow.release:
-                self._policy.call("release")
+                self._policy.call(ModelWorker.release)
             clock.lap("sync")
             metrics = learned.metrics | _summary(batch, learned, config, clock.seconds) | self._producer.metrics()
             completions = tuple(s for group in learned.groups for s in group)

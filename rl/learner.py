@@ -1,20 +1,19 @@
 """Updates of the policy, and of a critic, from groups of rollouts: rewards, estimates, advantages, gradient steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any
 
 import numpy as np
 
-from lockstep.data.batch import Floats, Sample
-from lockstep.distributed.step_result import StepResult
+from lockstep.data.batch import Floats, Ints, Sample
 from lockstep.model.training.config import OptimizerConfig
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.estimates import columns, of_answers, of_tokens
 from lockstep.rl.algorithms.rewards import RewardConfig, rewarded
 from lockstep.rl.algorithms.samples import samples_of, updates_of, with_advantages
-from lockstep.rl.remote import Call
+from lockstep.rl.remote import Call, Gather
+from lockstep.rl.stubs import ModelWorker
 from lockstep.rl.types import Advantaged, Estimated, Estimates, Judged, Rewarded
 from lockstep.rl.workers.worker_groups import ModelGroup
 
@@ -50,7 +49,7 @@ class Learner:
         self,
         policy: ModelGroup,
         models: Models,
-        gather: Callable[[Sequence[Call]], list[Any]],
+        gather: Gather,
         seed: int,
         reward: RewardConfig,
     ) -> None:
@@ -83,7 +82,7 @@ class Learner:
         order = int(np.random.default_rng([self._seed, step]).integers(1 << 62))
         reports = [self._update(step, part, config) for part in updates_of(samples, config, order)] if samples else []
         if reports:
-            self._gather([worker.call("follow", step) for worker in self._policy.workers])
+            self._gather([worker.call(ModelWorker.follow, step) for worker in self._policy.workers])
         return Learned(compared, samples, _joined(reports))
 
     def _update(self, step: int, samples: list[Sample], config: RLConfig) -> dict[str, float]:
@@ -94,7 +93,7 @@ class Learner:
         if self._models.critic:
             rate = self._models.critic_optimizer.rate(step, config.steps)
             calls += self._models.critic.update(step, samples, config.critic_loss, rate)
-        results: list[StepResult] = self._gather(calls)
+        results = self._gather(calls)
         report = results[0].values | {"grad_norm": results[0].grad_norm}
         if self._models.critic:
             said = results[ranks]
@@ -119,7 +118,7 @@ class Learner:
         """The groups with the estimates that the method needs; the models compute at the same time."""
         rollouts = [s.rollout for group in groups for s in group]
         samples = of_tokens(rollouts)
-        calls: list[Call] = []
+        calls: list[Call[tuple[Ints, Floats]]] = []
         asked: dict[str, slice] = {}
         for name, model in self._asked(config):
             begun, beside = len(calls), name == "reference_logp" and model is self._policy

@@ -1,14 +1,17 @@
-"""Calls of Ray's actors, each a process for one worker, and waiting for them.
+"""Typed calls of Ray actors, each a process for one worker, and waiting for their results.
 
-An actor loads the class that works in it, and what that imports, in its own process only. `gather` waits for all and
-fails with the first that fails, so that a dead worker never leaves the others waiting unnoticed.
+`worker.call(ModelWorker.update, …)` is checked by mypy against the method's own signature. An actor imports the class
+that works in it, and what that imports, in its own process only: the caller names classes by `lockstep.rl.stubs`.
+`gather` waits for all calls and fails with the first that fails, so that a dead worker never leaves the others waiting
+unnoticed.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from inspect import isawaitable
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import ray
 
@@ -22,10 +25,15 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""What worker processes are started with."""
+"""Environment variables that worker processes are started with."""
 
 GRACE_S = 3.0
-"""After the first failure, how long others may take to be heard."""
+"""Seconds that other calls get to end after the first failure, so that its cause is among those that are compared."""
+
+Worker = TypeVar("Worker", covariant=True)
+Result = TypeVar("Result")
+Answer = TypeVar("Answer", covariant=True)
+Params = ParamSpec("Params")
 
 
 class WorkerFailed(RuntimeError):
@@ -37,117 +45,182 @@ class WorkerDied(WorkerFailed):
 
 
 @dataclass(frozen=True)
-class ActorHandle:
+class Call(Generic[Answer]):
+    """A call of an actor's method, which may still run; `gather` waits for it and returns its result."""
+
+    actor: "ActorHandle[Any]"
+    ref: Any
+    """Ray's reference to the result."""
+
+
+@dataclass(frozen=True)
+class StoredCall(Generic[Answer]):
+    """A call whose result stays in Ray's object store, for other workers to read."""
+
+    ended: Call[None]
+    value: Answer
+    """Ray's reference to the result. It is typed as the result because Ray replaces it by that where it is an argument
+    of another call, which is all that it may be used for."""
+
+
+@dataclass(frozen=True)
+class ActorHandle(Generic[Worker]):
     """An actor and its name in logs and errors."""
 
     name: str
     handle: Any
 
-    def call(self, method: str, *args: Any, **named: Any) -> "Call":
-        """A call of a method of its worker, to be gathered."""
-        return self, self.handle.call.remote(method, *args, **named)
+    @overload
+    def call(
+        self,
+        method: Callable[Concatenate[Worker, Params], Coroutine[Any, Any, Result]],
+        *args: Params.args,
+        **named: Params.kwargs,
+    ) -> Call[Result]: ...
+    @overload
+    def call(
+        self, method: Callable[Concatenate[Worker, Params], Result], *args: Params.args, **named: Params.kwargs
+    ) -> Call[Result]: ...
+    def call(self, method: Callable[..., Any], *args: Any, **named: Any) -> Call[Any]:
+        """Calls a method of the actor's worker, without waiting for its result."""
+        return Call(self, self.handle.call.remote(method.__name__, *args, **named))
 
-    def keep(self, method: str, *args: Any) -> "tuple[Call, Any]":
-        """A call whose result stays where it is, for others; and where that is."""
-        ended, result = self.handle.keep.remote(method, *args)
-        return (self, ended), result
+    def store(
+        self, method: Callable[Concatenate[Worker, Params], Result], *args: Params.args, **named: Params.kwargs
+    ) -> StoredCall[Result]:
+        """Calls a method whose result is read by other workers only."""
+        ended, value = self.handle.store.remote(method.__name__, *args, **named)
+        return StoredCall(Call(self, ended), cast(Result, value))
+
+    def node(self) -> Call[str]:
+        """Asks for Ray's ID of the host that the actor runs on."""
+        return Call(self, self.handle.node.remote())
+
+    def address(self) -> Call[str]:
+        """Asks for the IP address of the host that the actor runs on."""
+        return Call(self, self.handle.address.remote())
 
     def end(self) -> None:
-        """End its process, if that has not happened."""
+        """Kills the actor's process, if it lives."""
         ray.kill(self.handle)
-
-
-Call = tuple[ActorHandle, Any]
-"""Who was asked, and where the answer will be."""
 
 
 Places = Sequence[Mapping[str, Any]]
 """Ray's options of each process of a role; with none, processes run anywhere and reserve nothing."""
 
 
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a role: how many, and what each is started with."""
+
+    role: str
+    ranks: Iterable[int]
+    threads: int
+    """OpenMP threads of each."""
+    places: Places = ()
+    together: int = 1
+    """Calls that each works on at the same time."""
+    event_loop: bool = False
+    """Whether methods may be coroutine functions."""
+
+
 def start(
-    kind: Any, role: str, ranks: Iterable[int], threads: int, *args: Any, places: Places = (), together: int = 1
-) -> list[ActorHandle]:
-    """Actors with this many threads each, which work on so many calls at the same time."""
-    environment = {"env_vars": ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}}
+    kind: Callable[Concatenate[int, Params], Worker],
+    processes: Processes,
+    *args: Params.args,
+    **named: Params.kwargs,
+) -> list[ActorHandle[Worker]]:
+    """Starts actors, each of which makes a worker of this class from its rank and the arguments."""
+    actor = type(kind.__name__, (_AsyncActor if processes.event_loop else _Actor,), {})  # the name is in process titles
+    made: Any = ray.remote(max_restarts=0, num_cpus=0)(actor)
+    variables = {"env_vars": ENVIRONMENT | {"OMP_NUM_THREADS": str(processes.threads)}}
     started = []
-    for rank in ranks:
-        options = {"runtime_env": environment, "max_concurrency": together, **(places[rank] if places else {})}
-        started.append(ActorHandle(f"{role} {rank}", kind.options(**options).remote(rank, *args)))
+    for rank in processes.ranks:
+        place = processes.places[rank] if processes.places else {}
+        options = {"runtime_env": variables, "max_concurrency": processes.together, **place}
+        handle = made.options(**options).remote(kind.__module__, kind.__name__, rank, *args, **named)
+        started.append(ActorHandle[Worker](f"{processes.role} {rank}", handle))
     return started
 
 
-class Actor:
+class _Actor:
     """A process for a worker."""
 
-    work: str
-    """Module and class of the worker."""
-
-    def __init__(self, rank: int, *args: Any) -> None:
-        module, name = self.work.split(":")
-        self._worker = getattr(import_module(module), name)(rank, *args)
+    def __init__(self, module: str, name: str, rank: int, *args: Any, **named: Any) -> None:
+        self._worker = getattr(import_module(module), name)(rank, *args, **named)
 
     def call(self, method: str, *args: Any, **named: Any) -> Any:
-        """What a method of the worker returns."""
         return getattr(self._worker, method)(*args, **named)
 
     @ray.method(num_returns=2)
-    def keep(self, method: str, *args: Any) -> tuple[None, Any]:
-        """As `call`, whose result is fetched by those alone who are given it."""
-        return None, self.call(method, *args)
+    def store(self, method: str, *args: Any, **named: Any) -> tuple[None, Any]:
+        return None, self.call(method, *args, **named)
 
     def node(self) -> str:
-        """Which of the cluster's hosts it runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
     def address(self) -> str:
-        """Of this node."""
         return str(ray.util.get_node_ip_address())
 
 
-def gather(calls: Sequence[Call]) -> list[Any]:
+class _AsyncActor(_Actor):
+    """A process for a worker whose methods may be coroutine functions."""
+
+    async def call(self, method: str, *args: Any, **named: Any) -> Any:
+        found = getattr(self._worker, method)(*args, **named)
+        return await found if isawaitable(found) else found
+
+
+class Gather(Protocol):
+    """A function that waits for calls as `gather` does; it may do something else meanwhile."""
+
+    def __call__(self, calls: Sequence[Call[Result]], /) -> list[Result]:
+        """See `gather`."""
+
+
+def gather(calls: Sequence[Call[Result]]) -> list[Result]:
     """Results of calls in order, failing as soon as one of them fails.
 
     Raises:
         WorkerFailed: names the worker and carries its own error; `WorkerDied` where its process ended.
     """
     wait_for(calls)
-    return [ray.get(call) for _, call in calls]
+    return [ray.get(call.ref) for call in calls]
 
 
-def any_of(calls: Sequence[Call], seconds: float | None = None) -> list[Call]:
-    """Those that have ended, well or not; waits for the first, or so many seconds."""
-    by_place = {call[1]: call for call in calls}
-    ended = ray.wait(list(by_place), num_returns=1, timeout=seconds, fetch_local=False)[0]
-    return [by_place[place] for place in ended]
+def any_of(calls: Sequence[Call[Any]], seconds: float | None = None) -> list[Call[Any]]:
+    """Calls that have ended, well or not; waits for the first, or for so many seconds."""
+    by_ref = {call.ref: call for call in calls}
+    ended = ray.wait(list(by_ref), num_returns=1, timeout=seconds, fetch_local=False)[0]
+    return [by_ref[ref] for ref in ended]
 
 
-def failed(call: Call) -> bool:
-    """Whether a call that has ended did not end well."""
-    return _error(call[1]) is not None
+def failed(call: Call[Any]) -> bool:
+    """Whether a call that has ended raised, or its actor died."""
+    return _error(call.ref) is not None
 
 
-def wait_for(calls: Sequence[Call]) -> None:
-    """As `gather`, but leaves the results where they are."""
-    names = {call: member.name for member, call in calls}
+def wait_for(calls: Sequence[Call[Any]]) -> None:
+    """Waits as `gather` does, but leaves the results where they are."""
+    names = {call.ref: call.actor.name for call in calls}
     waiting = list(names)
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, fetch_local=False)
-        if all(_error(call) is None for call in done):
+        if all(_error(ref) is None for ref in done):
             continue
         # The peers of a worker that died fail, too, and may do so first: the death is the cause.
         more = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S, fetch_local=False)[0] if waiting else []
-        errors = {call: error for call in [*done, *more] if (error := _error(call)) is not None}
-        cause = min(errors, key=lambda call: isinstance(errors[call], ray.exceptions.RayTaskError))
+        errors = {ref: error for ref in [*done, *more] if (error := _error(ref)) is not None}
+        cause = min(errors, key=lambda ref: isinstance(errors[ref], ray.exceptions.RayTaskError))
         words = re.sub("\x1b\\[[0-9;]*m", "", str(errors[cause]))  # Ray colours them wherever they go
         if isinstance(errors[cause], ray.exceptions.RayTaskError):
             raise WorkerFailed(f"{names[cause]}: {words}") from errors[cause]
         raise WorkerDied(f"{names[cause]} died: {words}") from errors[cause]
 
 
-def _error(call: Any) -> Exception | None:
+def _error(ref: Any) -> Exception | None:
     try:
-        ray.get(call)
+        ray.get(ref)
     except ray.exceptions.RayError as error:
         return error
     return None

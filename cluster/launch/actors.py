@@ -1,4 +1,4 @@
-"""Starts, saves and resumes the Ray actors of a run on problems: policy, rollouts, verifiers, models, environments."""
+"""The actors of a run on problems, started as its recipe says and, where it goes on, with what they had learned."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +17,13 @@ from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.rl.learner import Models
 from lockstep.rl.remote import Call, gather
+from lockstep.rl.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup, threads_for
 
 
 @dataclass(frozen=True)
 class RunActors:
-    """All worker groups of a run."""
+    """Everybody who works for a run."""
 
     plan: RunPlan
     first: Storage
@@ -40,19 +41,19 @@ class RunActors:
         return {name: model for name, model in found.items() if model and name in self.plan.trained_models}
 
     def keep_reference(self, step: int) -> None:
-        """Save the policy's weights before RL, for a reference model that starts then, or after a restart."""
+        """Write the policy's weights down before RL, for who has them as its reference then or after a restart."""
         if step and (self.plan.recipe.checkpoints.every or self.models.reference):
-            self.policy.call("save_reference", step, self.plan.checkpoints_of("reference"))
+            self.policy.call(ModelWorker.save_reference, step, self.plan.checkpoints_of("reference"))
 
     def load_reference(self) -> None:
-        """Load the weights that RL began with into the reference model, where it has processes of its own."""
+        """Have the reference that is apart from the policy load the weights that RL began with."""
         if self.models.reference:
             kept, model = reference_of(self.plan, self.first), self.plan.recipe.model
             heat = self.plan.models["reference"].temperature
             gather(self.models.reference.start(kept, model.dtype, None, heat, model.numerics))
 
     def save(self, said: Mapping[str, Any], at: Position) -> None:
-        """Begin to save the policy and the trained models beside it, once the checkpoints before are on disk.
+        """Begin a checkpoint of the policy, and of the models beside it that have learned, when those before are there.
 
         Args:
             said: what manifests say of the run.
@@ -62,31 +63,31 @@ class RunActors:
         new = [name for name, place in trained_checkpoints(self.plan, at).items() if place.name == step_name(step)]
         saving = [self.learners[name] for name in new] if state else []
         for model in (self.policy, *saving):
-            model.call("saved")
+            model.call(ModelWorker.saved)
         for model in (*saving, self.policy):
-            model.call("save", step, dict(said), state, False)
+            model.call(ModelWorker.save, step, dict(said), state, False)
 
     def save_reward_model(self, step: int, said: Mapping[str, Any]) -> None:
-        """Save a checkpoint of the reward model, which `roles.reward.source` of another recipe may name."""
-        self.learners["reward"].call("save", step, dict(said), False, False)
-        self.learners["reward"].call("saved")
+        """A checkpoint of the reward model, which `roles.reward.source` of another recipe may name."""
+        self.learners["reward"].call(ModelWorker.save, step, dict(said), False, False)
+        self.learners["reward"].call(ModelWorker.saved)
 
     def resume(self, last: Checkpoint, at: Position) -> None:
-        """Load a checkpoint into the models that are trained, and the policy's reference as it was then."""
-        self.policy.call("restore", last.place)
+        """Have who learns go on from a checkpoint, with the policy's reference as it was then."""
+        self.policy.call(ModelWorker.restore, last.place)
         for name, place in trained_checkpoints(self.plan, at).items():
             if Checkpoint(place).states:
-                self.learners[name].call("restore", place)
+                self.learners[name].call(ModelWorker.restore, place)
         rl = self.plan.recipe.rl
         kept = rl.reference if at.phase == "rl" and rl else None
         if kept and kept.kind != "none" and not self.models.reference:
             weights = last.place if kept.moves else reference_of(self.plan, self.first)
-            self.policy.call("resume_phase", kept, weights)
+            self.policy.call(ModelWorker.resume_phase, kept, weights)
 
     def close(self) -> None:
-        """Wait for checkpoints to be written, and end the processes that actors have started."""
+        """Wait for checkpoints, and end the processes that actors have."""
         for model in (*self.learners.values(), self.policy):
-            model.call("saved")
+            model.call(ModelWorker.saved)
         self.verifiers.close()
         if self.environments:
             self.environments.close()
@@ -117,9 +118,9 @@ def start_actors(
     gather(calls + rollouts.start(begun, dtype, numerics) + verifiers.start(programs=split.has_programs))
     models = Models(**others, critic_optimizer=recipe.roles.critic.optimizer)
     actors = RunActors(plan, first, policy, rollouts, verifiers, models, _environments(recipe, first))
-    policy.call("open_checkpoints", plan.checkpoints, plan.checkpoint_config)
+    policy.call(ModelWorker.open_checkpoints, plan.checkpoints, plan.checkpoint_config)
     for name, model in actors.learners.items():
-        model.call("open_checkpoints", plan.checkpoints_of(name), plan.checkpoint_config)
+        model.call(ModelWorker.open_checkpoints, plan.checkpoints_of(name), plan.checkpoint_config)
     return actors
 
 
@@ -139,7 +140,7 @@ def _model(role: ModelRole, plan: RunPlan, placement: Placement) -> ModelGroup:
     return ModelGroup(role.layout, threads=threads, trainer=plan.recipe.trainer, places=places, role=role.name)
 
 
-def _loading(role: ModelRole, model: ModelGroup, recipe: Recipe, weights: Path | Storage) -> list[Call]:
+def _loading(role: ModelRole, model: ModelGroup, recipe: Recipe, weights: Path | Storage) -> list[Call[None]]:
     """Calls that load a model beside the policy, to be gathered."""
     dtype, numerics = recipe.model.dtype, recipe.model.numerics
     return model.start(weights, dtype, role.optimizer, role.temperature, numerics, role.head)

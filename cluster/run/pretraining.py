@@ -1,4 +1,4 @@
-"""Runs pretraining: the loop over steps, held-out loss, checkpoints, tokens per second and MFU."""
+"""The pretraining phase of a run: steps until the end, the held-out loss in between, speed in tokens and in FLOPs."""
 
 import math
 import statistics
@@ -24,11 +24,12 @@ from lockstep.model.formats.registry import ModelContents
 from lockstep.model.training.config import PretrainConfig
 from lockstep.model.training.flops import training_flops
 from lockstep.rl.remote import Places, gather
+from lockstep.rl.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup, threads_for
 
 
 class Diverged(RuntimeError):
-    """A run that no longer learns; the message says since when, what is saved, and where the batch is."""
+    """A run that no longer learns; the sentence says since when, what is saved, and where the batch is."""
 
 
 def run_pretraining(
@@ -39,7 +40,7 @@ def run_pretraining(
     last: Checkpoint | None,
     places: Places = (),
 ) -> None:
-    """Train on text, measure held-out loss, save checkpoints.
+    """Train, measure, save.
 
     Args:
         traces: a folder for traces of the first steps, where they are wanted.
@@ -72,10 +73,10 @@ def run_pretraining(
     )
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")
-        policy.call("restore", checkpoint)
-    policy.call("open_text", config, data, recipe.seed, done, samples)
-    policy.call("open_checkpoints", plan.checkpoints, plan.checkpoint_config)
-    flops, peak = training_flops(model, data.length), sum(policy.call("peak_flops"))
+        policy.call(ModelWorker.restore, checkpoint)
+    policy.call(ModelWorker.open_text, config, data, recipe.seed, done, samples)
+    policy.call(ModelWorker.open_checkpoints, plan.checkpoints, plan.checkpoint_config)
+    flops, peak = training_flops(model, data.length), sum(policy.call(ModelWorker.peak_flops))
     progress.say(
         f"{model.parameters / 1e6:.1f}M parameters, {flops / 1e9:.3f} GFLOP a token (6 per weight in a product, and "
         f"6 · layers · width · length for attention); measured peak {peak / 1e9:.0f} GFLOP/s"
@@ -140,8 +141,8 @@ class _Loop:
             step = self._advance(step + 1, tokens)
         self.measure(config.steps)
         self.save(config.steps)
-        self._policy.call("saved")
-        self._policy.call("text", "close")
+        self._policy.call(ModelWorker.saved)
+        self._policy.call(ModelWorker.close_text)
         if self._speeds:
             speed = statistics.median(self._speeds)
             self._progress.say(f"median {speed:,.0f} tokens/s, {speed * self._cost:.1%} of the measured peak")
@@ -162,7 +163,7 @@ class _Loop:
 
     def _step(self, step: int, tokens: int) -> StepResult:
         began = time.perf_counter()
-        result: StepResult = self._policy.call("pretrain", step)[0]
+        result = self._policy.call(ModelWorker.pretrain, step)[0]
         seconds = time.perf_counter() - began
         finite = math.isfinite(result.grad_norm) and math.isfinite(result.values["loss"])
         self._spoilt = 0 if finite else self._spoilt + 1
@@ -186,7 +187,7 @@ class _Loop:
         """End a run whose gradients are no numbers any more."""
         if self._spoilt >= self._config.give_up_after:
             self.save(step)
-            self._policy.call("saved")
+            self._policy.call(ModelWorker.saved)
             batch = self._save_batch(step - self._spoilt + 1, step)
             raise Diverged(
                 f"{self._spoilt} steps in a row, the last one {step}, had no finite loss and gradient: their updates "
@@ -198,14 +199,14 @@ class _Loop:
         spike, left = f"the loss of step {step}, {loss:.4g}, is a spike", self._rewinds.left
         batch = None if left else self._save_batch(step, step)
         back = self._rewinds.take_back(step)
-        self._policy.call("saved")
+        self._policy.call(ModelWorker.saved)
         manager.drop_after(self._plan.checkpoints, back)
         self._saved = None
         self._held_out = {measured: loss for measured, loss in self._held_out.items() if measured <= back}
         self._spoilt = 0
         if batch:
             self.save(back)
-            self._policy.call("saved")
+            self._policy.call(ModelWorker.saved)
             raise Diverged(
                 f"{spike}, and the run went back as often as pretrain.spikes.rewinds allows: the weights of step "
                 f"{back} are saved, and what step {step} read is in {batch}"
@@ -223,12 +224,12 @@ class _Loop:
         file = self._recipe.folder / "batches" / f"step-{last:06d}.npz"
         samples = self._rewinds.samples
         read = range(samples.samples(first).start, samples.samples(last).stop)
-        self._policy.call("text", "save_batch", file.resolve(), read)
+        self._policy.call(ModelWorker.save_batch, file.resolve(), read)
         return file
 
     def measure(self, step: int) -> None:
         """The held-out loss, where documents are held out."""
-        loss = self._policy.call("text", "held_out_loss")[0]
+        loss = self._policy.call(ModelWorker.held_out_loss)[0]
         if loss is not None:
             self._held_out[step] = loss
             self._run.log("held_out", step, {"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
@@ -247,7 +248,7 @@ class _Loop:
             "rewinds": [[r.snapshot, r.spike] for r in samples.rewinds],
         }
         best = min(self._held_out, key=lambda measured: self._held_out[measured], default=None)
-        self._policy.call("save", step, said, True, step == best)
+        self._policy.call(ModelWorker.save, step, said, True, step == best)
 
 
 def _due(step: int, every: int) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lockstep.cluster.records.progress import Progress
 from lockstep.distributed.profiler import FIRST, LAST
+from lockstep.rl.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup
 
 
@@ -19,9 +20,9 @@ def traced(policy: ModelGroup, folder: Path | None, progress: Progress) -> Itera
     if folder is None:
         yield
         return
-    policy.call("open_trace", folder.resolve())
+    policy.call(ModelWorker.open_trace, folder.resolve())
     yield
-    if all(policy.call("close_trace")):
+    if all(policy.call(ModelWorker.close_trace)):
         progress.say(
             f"traces of steps {FIRST} to {LAST}: {folder}/rank-*.json, to be opened in https://ui.perfetto.dev"
         )

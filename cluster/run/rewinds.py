@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
 from lockstep.model.training.loss_spikes import SpikeConfig, is_spike
+from lockstep.rl.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup
 
 
@@ -36,7 +37,7 @@ class Rewinds:
         """Remember weights and optimizer as they are."""
         self._snapshot = len(self._losses)
         if self._config:
-            self._policy.call("text", "keep_snapshot")
+            self._policy.call(ModelWorker.keep_snapshot)
 
     def stand(self, loss: float) -> None:
         """Accept a step's loss; takes a snapshot where one is due."""
@@ -47,7 +48,7 @@ class Rewinds:
     def take_back(self, step: int) -> int:
         """Rewind from a spike to the last snapshot and skip samples up to the spike; returns the snapshot's step."""
         self.samples = self.samples.after(Rewind(self._snapshot, step))
-        self._policy.call("text", "rewind", self._snapshot, self.samples)
+        self._policy.call(ModelWorker.rewind, self._snapshot, self.samples)
         del self._losses[self._snapshot :]
         return self._snapshot
 

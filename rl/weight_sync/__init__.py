@@ -1,1 +1,1 @@
-"""Copies a new version of the policy's weights into the rollout engines, and proves that it arrived."""
+"""Weight sync: copies new versions of the policy's weights into rollout engines and checks them by digests."""

@@ -1,7 +1,7 @@
-"""Weights from one process to many on other hosts: messages of shards through a group of theirs alone.
+"""Broadcasts of weights from one process to many on other hosts, through a gloo process group of their own.
 
-A message is a header, which says what comes, and the bits of its shards one after the other. While the bits of one are
-on their way, the sender signs those of the next and receivers put those before into place.
+A message is a pickled header, which lists its shards, and the bits of the shards one after the other. While the bits of
+one message are on their way, the sender makes the next one with its digests, and receivers write the one before.
 """
 
 import pickle
@@ -22,23 +22,24 @@ from lockstep.distributed.groups import meeting_at
 from lockstep.rl.weight_sync.shards import Shard
 
 PATIENCE_S = 60.0
-"""How long a message may take, and the others of a group to come."""
+"""Seconds that a message may take, and that the processes of a group wait for each other."""
 
 ALIGNED = 64
-"""Bytes, at multiples of which the bits of a shard begin in a message."""
+"""Alignment of each shard's bits in a message, in bytes."""
 
 
 class BroadcastFailed(RuntimeError):
-    """A process of the group ended, or its connection did: what came is not whole."""
+    """A process of the group or its connection ended: the weights that came are incomplete."""
 
 
 class Broadcast:
-    """One process's part in a group of which the first sends and all others receive."""
+    """One process's end of a group in which rank 0 sends and all others receive."""
 
     def __init__(self, meeting: Store, rank: int, size: int, patience_s: float = PATIENCE_S) -> None:
         """
         Args:
-            meeting: of this group alone.
+            meeting: a store that only this group uses.
+            patience_s: seconds that each operation may take.
 
         Raises:
             BroadcastFailed: when not all have come in time.
@@ -49,7 +50,7 @@ class Broadcast:
             raise BroadcastFailed(str(error)) from error
 
     def send(self, messages: Iterable[Sequence[Shard]]) -> None:
-        """Send messages; receivers are told when there are no more.
+        """Broadcasts messages, then their end.
 
         Raises:
             BroadcastFailed: when not all have them.
@@ -66,7 +67,7 @@ class Broadcast:
         self._say(None, 0)
 
     def receive(self) -> Iterator[list[Shard]]:
-        """The messages that the first process sends, each while the next is coming.
+        """Yields the messages that rank 0 sends, each while the next one is being received.
 
         Raises:
             BroadcastFailed: when not all have come.
@@ -84,7 +85,7 @@ class Broadcast:
             before = _apart(header, bits.numpy())
 
     def abort(self) -> None:
-        """Close all connections, at which the others' waiting ends."""
+        """Closes all connections, which ends the waiting of the others, too."""
         self._group.abort()
 
     def _say(self, header: list[Shard] | None, size: int) -> None:
@@ -110,20 +111,24 @@ class Broadcast:
 
 
 class Broadcasts:
-    """A process's parts in groups, which it enters and leaves as a whole."""
+    """One process's ends of several broadcast groups, which are opened and given up together."""
 
     def __init__(self, log: Logger) -> None:
         self._log, self._links = log, list[Broadcast]()
 
     def open(self, rank: int, size: int, meetings: Sequence[tuple[str, int]]) -> bool:
-        """Enter groups of so many processes in this order, as the one of this rank; whether all have come."""
+        """Joins groups of `size` processes as this rank, one after the other; returns whether all processes have come.
+
+        Args:
+            meetings: address and port of each group's store.
+        """
         self._links = []
         if rank == 0:
             self._log.info("weights go to %d processes by broadcasts", size - 1)
         return self.use(lambda links: links.extend(Broadcast(meeting_at(*m), rank, size) for m in meetings))
 
     def use(self, work: Callable[[list[Broadcast]], None]) -> bool:
-        """Send or receive; where that fails all groups are left, which ends the others' waiting, too."""
+        """Sends or receives; returns whether it went well. Where it fails all groups are aborted."""
         try:
             work(self._links)
         except BroadcastFailed as failure:
@@ -143,7 +148,7 @@ def _ended(work: dist.Work) -> None:
 
 
 def _joined(shards: Sequence[Shard]) -> torch.Tensor:
-    """The bits of all shards, [bytes]."""
+    """The bits of all shards in one buffer, [bytes]."""
     places = _places(shards)
     found = np.empty(places[-1], np.uint8)
     for shard, start in zip(shards, places, strict=False):
@@ -152,7 +157,7 @@ def _joined(shards: Sequence[Shard]) -> torch.Tensor:
 
 
 def _apart(header: Sequence[Shard], bits: NDArray[Any]) -> list[Shard]:
-    """Shards with their bits, which are not copied."""
+    """Shards whose bits are views of a message's buffer."""
     return [
         replace(shard, bits=bits[start : start + shard.size].view(shard.bits.dtype).reshape(shard.shape))
         for shard, start in zip(header, _places(header), strict=False)
@@ -160,5 +165,5 @@ def _apart(header: Sequence[Shard], bits: NDArray[Any]) -> list[Shard]:
 
 
 def _places(shards: Sequence[Shard]) -> list[int]:
-    """Where the bits of each shard begin, aligned, and where the last one's end."""
+    """Offsets in bytes of each shard's bits, aligned, and the end of the last one."""
     return list(accumulate((-(-shard.size // ALIGNED) * ALIGNED for shard in shards), initial=0))

@@ -1,10 +1,11 @@
-"""How new weights travel from the policy to the rollout workers."""
+"""Configuration of weight sync: how messages of weights travel from the policy to rollout workers."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Transport = Literal["auto", "memory", "broadcast"]
+"""Through Ray's shared memory on one host, by gloo broadcasts, or `auto`: the first where all are on one host."""
 
 
 class WeightSyncConfig(BaseModel):

@@ -1,4 +1,4 @@
-"""Receiver: fills a transformer, compares digests."""
+"""Receiver: fills a transformer's parameters from shards of any other layout, and compares digests."""
 
 import math
 from collections import defaultdict
@@ -17,14 +17,14 @@ from lockstep.rl.weight_sync.shards import Shard, WeightsDiffer
 
 @dataclass
 class _Target:
-    """A piece of this rank's parameters, and what has come of it."""
+    """A piece of this rank's parameters, and the boxes of it that have been received."""
 
     piece: Piece
     held: Tensor
     came: list[Box] = field(default_factory=list)
 
     def mark(self, box: Box) -> None:
-        """Note that a part has come.
+        """Records that a part has been received.
 
         Raises:
             WeightsDiffer: when some of it had come before: counts alone would let it stand for a part that is missing.
@@ -35,7 +35,7 @@ class _Target:
         self.came.append(box)
 
     def check(self) -> None:
-        """Be sure that all of it has come, no part of which came twice.
+        """Checks that the whole piece has been received.
 
         Raises:
             WeightsDiffer: says how much is missing.
@@ -46,10 +46,10 @@ class _Target:
 
 
 class Receiver:
-    """Fills the parameters of a transformer, in any layout, from messages of shards that came from any other.
+    """Fills the parameters of a transformer in any layout from messages of shards of any other.
 
-    Every parameter is poisoned first, so that a tensor that is not filled cannot pass for the old one. What has been
-    written is read back and compared with what the policy signed.
+    Every parameter is set to NaN first, so that a tensor that is not filled cannot pass for the old one. What has been
+    written is read back and compared with the sender's digests.
     """
 
     def __init__(self, transformer: Transformer) -> None:
@@ -63,10 +63,10 @@ class Receiver:
                 self._targets[piece.name].append(_Target(piece, piece.view(parameter).detach()))
 
     def take(self, shards: Sequence[Shard]) -> None:
-        """Write what this rank holds of some shards.
+        """Writes the parts of shards that this rank holds.
 
         Raises:
-            WeightsDiffer: when bits differ from those that were signed, or a part comes twice.
+            WeightsDiffer: when bits differ from the sender's digests, or a part comes twice.
         """
         for shard in shards:
             for target in self._targets[shard.name]:
@@ -76,7 +76,7 @@ class Receiver:
                     _write(shard, target, common)
 
     def close(self) -> None:
-        """Be sure that everything has been filled.
+        """Checks that every parameter has been filled.
 
         Raises:
             WeightsDiffer: names what is missing.
@@ -87,7 +87,7 @@ class Receiver:
 
 
 def _write(shard: Shard, target: _Target, common: Box) -> None:
-    """Copy a part and read it back: as a whole shard its digest says all, of a part the bits are compared as well."""
+    """Copies a part and reads it back: a whole shard is checked by its digest, a part of one by its bits as well."""
     sent, held = shard.array[within(common, shard.box)], target.held[within(common, target.piece.box)]
     held.copy_(to_torch(sent))
     back = to_numpy(held)
@@ -104,7 +104,7 @@ def _size(box: Box) -> int:
 
 
 def receive(transformer: Transformer, shards: Sequence[Shard]) -> None:
-    """Fill a transformer from shards in one message; see `Receiver`.
+    """Fills a transformer from shards in one message; see `Receiver`.
 
     Raises:
         WeightsDiffer: when a tensor is missing or its bits differ.

@@ -1,4 +1,4 @@
-"""Weights from the policy to the rollout workers, as numbered versions that both sides sign with digests."""
+"""Shards: pieces of the policy's weights with digests, packed into messages for rollout workers."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from lockstep.model.transformer import Transformer
 
 
 class WeightsDiffer(RuntimeError):
-    """A rollout worker does not hold the weights that the policy sent."""
+    """The weights of a rollout worker are not the ones that the policy sent."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A piece of a logical tensor on its way; bfloat16 travels as its 16-bit patterns."""
+    """A piece of a logical tensor with a digest of its bits; bfloat16 is carried as uint16."""
 
     name: str
     box: Box
@@ -30,31 +30,34 @@ class Shard:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the piece."""
+        """Shape of the piece."""
         return tuple(stop - start for start, stop in self.box)
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.bits.dtype.itemsize
 
     @property
     def array(self) -> NDArray[Any]:
-        """The piece in its own dtype, without a copy."""
+        """The piece in its own dtype, as a view."""
         return self.bits.view(bfloat16) if self.is_bfloat16 else self.bits
 
 
 def shards_of(transformer: Transformer) -> list[Shard]:
-    """The pieces that this rank owns, signed; adapters are in them."""
+    """All pieces that this rank owns, as shards; LoRA adapters are merged into them."""
     return [signed_rows((each, 0, len(each))) for each in served(transformer) if each.piece.owned]
 
 
 Part = tuple[Served, int, int]
-"""Rows of a piece, on its first dim, with its adapter merged."""
+"""A piece and a range of its rows (first dim), whose LoRA adapter is merged when they are read."""
 
 
 def messages_of(transformer: Transformer, size: int) -> list[list[Part]]:
-    """What this rank owns in messages of at most `size` bytes; a larger piece is cut between rows, a row never."""
+    """Packs what this rank owns into messages of at most `size` bytes.
+
+    A larger piece is cut between rows; a row that is larger than `size` is a message of its own.
+    """
     messages: list[list[Part]] = []
     filled = size
     for each in served(transformer):
@@ -72,12 +75,12 @@ def messages_of(transformer: Transformer, size: int) -> list[list[Part]]:
 
 
 def signed(message: Sequence[Part]) -> list[Shard]:
-    """The shards of a message."""
+    """Reads the parts of a message as shards, with digests."""
     return [signed_rows(part) for part in message]
 
 
 def signed_rows(part: Part) -> Shard:
-    """A part as a shard."""
+    """Reads one part as a shard, with its digest."""
     each, first, last = part
     (start, _), *rest = each.piece.box
     return _signed(each.piece.name, ((start + first, start + last), *rest), to_numpy(each.rows(first, last)))

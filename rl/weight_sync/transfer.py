@@ -1,21 +1,67 @@
-"""Weights on their way from the ranks of a policy that own them to teams of rollout workers, message by message.
+"""Transfer of new weights from the ranks of a policy that own them to teams of rollout workers, message by message.
 
 On one host messages lie in shared memory, where each worker reads what it holds of them, and the next is made while one
 is taken. To other hosts every rank that owns weights broadcasts them (`lockstep.rl.weight_sync.broadcast`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from lockstep.rl.remote import ActorHandle, Call, WorkerDied, WorkerFailed, gather, wait_for
+from lockstep.rl.stubs import ModelWorker, RankWorker, RolloutWorker
 from lockstep.rl.weight_sync.config import WeightSyncConfig
 
 TRIES = 3
 """How often a broadcast is begun; in a team that died while it went on, others' connections end, too."""
 
-Teams = Mapping[int, Sequence[ActorHandle]]
-"""The tensor ranks of each model that writes, by its number."""
+Policy = Sequence[ActorHandle[ModelWorker]]
+"""The ranks of a policy, or those of them that own weights."""
+
+Teams = Mapping[int, Sequence[ActorHandle[RolloutWorker]]]
+"""The tensor ranks of each rollout model, by the number of its team."""
+
+Params = ParamSpec("Params")
+
+
+@dataclass(frozen=True)
+class WeightSession:
+    """A policy whose ranks hold their weights open for workers to fetch; see `weight_session`."""
+
+    owners: Policy
+    """The ranks that have any messages of weights."""
+    messages: int
+    """The highest number of messages that one of them has."""
+
+
+@contextmanager
+def weight_session(policy: Policy, size: int) -> Iterator[WeightSession]:
+    """Opens the weights on all ranks of a policy within a block, and closes them however the block ends.
+
+    With ZeRO-3 the weights of the whole model are in every rank's memory meanwhile.
+
+    Args:
+        size: bytes of a message at most.
+
+    Raises:
+        WorkerFailed: when a rank of the policy fails.
+    """
+    try:
+        counts = gather([rank.call(ModelWorker.open_weights, size) for rank in policy])
+        owners = [rank for rank, count in zip(policy, counts, strict=True) if count]
+        yield WeightSession(owners, max(counts))
+    except BaseException:
+        # Nobody waits here: a rank that hangs or died would hide the error. A worker does what it is asked in order,
+        # so that whatever it is asked next finds the session closed.
+        _close(policy)
+        raise
+    gather(_close(policy))
+
+
+def _close(policy: Policy) -> list[Call[None]]:
+    return [rank.call(ModelWorker.close_weights) for rank in policy]
 
 
 class WeightTransfer:
@@ -30,78 +76,91 @@ class WeightTransfer:
         self._linked: list[Any] = []
         self._nodes: dict[Any, str] = {}
 
-    def give(self, policy: Sequence[ActorHandle], teams: Teams, version: int) -> list[int]:
-        """Give teams the weights of the policy as this version; returns the numbers of those that are alive then.
+    def give(self, policy: Policy, teams: Teams, version: int) -> list[int]:
+        """Gives teams the weights of the policy as this version; returns the numbers of those that are alive then.
 
         Raises:
             WorkerFailed: when a rank of the policy fails, or broadcasts do though nobody died.
         """
-        counts = gather([w.call("open_weights", self._size) for w in policy])
-        owners = [member for member, count in zip(policy, counts, strict=True) if count]
-        if self._transport == "broadcast" or (self._transport == "auto" and self._crosses(owners, teams)):
-            teams = self._broadcast(owners, teams, version)
-        else:
-            teams = _share(owners, teams, version, max(counts))
-        gather([w.call("close_weights") for w in policy])
-        return list(teams)
+        with weight_session(policy, self._size) as session:
+            if self._transport == "broadcast" or (self._transport == "auto" and self._crosses(session.owners, teams)):
+                return list(self._broadcast(session.owners, teams, version))
+            return list(_share(session, teams, version))
 
-    def _crosses(self, owners: Sequence[ActorHandle], teams: Teams) -> bool:
+    def _crosses(self, owners: Policy, teams: Teams) -> bool:
         """Whether some of these processes are on other hosts than others; those that died are on none."""
-        members = [*owners, *chain(*teams.values())]
+        members: list[ActorHandle[RankWorker]] = [*owners, *chain(*teams.values())]
         new = [member for member in members if member.handle not in self._nodes]
         for member in new:
             try:
-                self._nodes[member.handle] = gather([(member, member.handle.node.remote())])[0]
+                self._nodes[member.handle] = gather([member.node()])[0]
             except WorkerDied:
                 continue
         return len({self._nodes[m.handle] for m in members if m.handle in self._nodes}) > 1
 
-    def _broadcast(self, owners: Sequence[ActorHandle], teams: Teams, version: int) -> Teams:
+    def _broadcast(self, owners: Policy, teams: Teams, version: int) -> Teams:
         for _ in range(TRIES):
-            teams = _told(teams, "begin_update", version)
+            teams = _told(teams, RolloutWorker.begin_update, version)
             members = list(chain(*teams.values()))
             if not members:
                 return teams
-            if self._link(owners, members) and _all([m.call("broadcast_weights") for m in [*owners, *members]]):
-                return _told(teams, "end_update")
-            self._linked = []
+            if self._link(owners, members) and self._sent(owners, members):
+                return _told(teams, RolloutWorker.end_update)
         raise WorkerFailed(f"weights did not come whole by a broadcast in {TRIES} tries: is the network in order?")
 
-    def _link(self, owners: Sequence[ActorHandle], members: Sequence[ActorHandle]) -> bool:
-        """Form a group of each owner and all members, if that has not happened; whether it stands."""
+    def _sent(self, owners: Policy, members: Sequence[ActorHandle[RolloutWorker]]) -> bool:
+        """Broadcasts all messages; whether all members have them. Otherwise the group is not used again."""
+        linked, self._linked = self._linked, []  # so that it is not either where an exception ends this
+        sent = _all(
+            [
+                *[owner.call(ModelWorker.broadcast_weights) for owner in owners],
+                *[member.call(RolloutWorker.broadcast_weights) for member in members],
+            ]
+        )
+        self._linked = linked if sent else []
+        return sent
+
+    def _link(self, owners: Policy, members: Sequence[ActorHandle[RolloutWorker]]) -> bool:
+        """Forms a group of each owner and all members, if that has not happened; whether it stands."""
         wanted = [member.handle for member in (*owners, *members)]
         if wanted == self._linked:
             return True
-        addresses = gather([(owner, owner.handle.address.remote()) for owner in owners])
-        ports = gather([o.call("host", address, "broadcast") for o, address in zip(owners, addresses, strict=True)])
+        self._linked = []
+        addresses = gather([owner.address() for owner in owners])
+        ports = gather(
+            [o.call(ModelWorker.host, address, "broadcast") for o, address in zip(owners, addresses, strict=True)]
+        )
         meetings, size = list(zip(addresses, ports, strict=True)), 1 + len(members)
-        calls = [o.call("open_broadcasts", 0, size, [own]) for o, own in zip(owners, meetings, strict=True)]
-        calls += [m.call("open_broadcasts", rank, size, meetings) for rank, m in enumerate(members, 1)]
+        calls = [o.call(ModelWorker.open_broadcasts, 0, size, [own]) for o, own in zip(owners, meetings, strict=True)]
+        calls += [m.call(RolloutWorker.open_broadcasts, rank, size, meetings) for rank, m in enumerate(members, 1)]
         stands = _all(calls)
         self._linked = wanted if stands else []
         return stands
 
 
-def _share(owners: Sequence[ActorHandle], teams: Teams, version: int, count: int) -> Teams:
-    """Messages through shared memory; what was taken may be freed there."""
-    teams = _told(teams, "begin_update", version)
-    coming = [owner.keep("weights", 0) for owner in owners]
-    for number in range(1, count + 1):
-        messages = coming
-        wait_for([ended for ended, _ in messages])
-        coming = [owner.keep("weights", number) for owner in owners] if number < count else []
-        teams = _told(teams, "take", *(result for _, result in messages))
-    return _told(teams, "end_update")
+def _share(session: WeightSession, teams: Teams, version: int) -> Teams:
+    """Gives messages through shared memory; what was taken may be freed there."""
+    teams = _told(teams, RolloutWorker.begin_update, version)
+    coming = [owner.store(ModelWorker.weights, 0) for owner in session.owners]
+    for number in range(1, session.messages + 1):
+        stored = coming
+        wait_for([message.ended for message in stored])
+        more = session.owners if number < session.messages else []
+        coming = [owner.store(ModelWorker.weights, number) for owner in more]
+        teams = _told(teams, RolloutWorker.take, *[message.value for message in stored])
+    return _told(teams, RolloutWorker.end_update)
 
 
-def _told(teams: Teams, method: str, *args: Any) -> Teams:
-    """Have teams do something; returns those that are alive then."""
-    calls = {number: [member.call(method, *args) for member in team] for number, team in teams.items()}
+def _told(
+    teams: Teams, method: Callable[Concatenate[RolloutWorker, Params], None], *args: Params.args, **named: Params.kwargs
+) -> Teams:
+    """Calls a method of all ranks of teams; returns those teams that are alive then."""
+    calls = {n: [member.call(method, *args, **named) for member in team] for n, team in teams.items()}
     return {number: team for number, team in teams.items() if _lives(calls[number])}
 
 
-def _lives(calls: Sequence[Call]) -> bool:
-    """Whether who was called is alive when all calls have ended."""
+def _lives(calls: Sequence[Call[Any]]) -> bool:
+    """Whether the workers that were called are alive when all calls have ended."""
     try:
         gather(calls)
     except WorkerDied:
@@ -109,8 +168,8 @@ def _lives(calls: Sequence[Call]) -> bool:
     return True
 
 
-def _all(calls: Sequence[Call]) -> bool:
-    """Whether all say yes; who died does not."""
+def _all(calls: Sequence[Call[bool]]) -> bool:
+    """Whether all calls return True; that of a worker that died does not."""
     try:
         return all(gather(calls))
     except WorkerDied:

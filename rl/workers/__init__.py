@@ -1,1 +1,1 @@
-"""What each kind of Ray actor does: train a model, generate rollouts, verify answers, play environments."""
+"""The classes that Ray actors run: trainer ranks, rollout workers, verifiers, environments; and groups of them."""

@@ -1,4 +1,4 @@
-"""A worker: what an actor's process does, whose log lines say who speaks and at which step."""
+"""Base class of all workers: the object that one Ray actor runs, with log lines that name its role, rank and step."""
 
 import logging
 import os
@@ -6,7 +6,7 @@ import sys
 
 
 class Worker:
-    """One process of a role."""
+    """The object that one process of a role runs."""
 
     role: str
 
@@ -24,5 +24,5 @@ class Worker:
         return True
 
     def pid(self) -> int:
-        """Process number."""
+        """ID of the worker's process."""
         return os.getpid()

@@ -1,7 +1,7 @@
-"""The environments' process: episodes of many rollouts at a time, on an event loop of their own.
+"""EnvironmentWorker: plays the episodes of many rollouts at a time, on an asyncio event loop of their own.
 
-The loop that is asked stands apart from the loop that episodes run on, so that one that blocks its loop meets the
-deadline like one that is only slow. Whatever an environment does wrong is a reason why a rollout cannot be graded.
+The actor's calls run on another event loop than the episodes, so that an environment that blocks its loop meets the
+deadline like one that is only slow. Whatever an environment does wrong makes its rollout ungradable.
 """
 
 import asyncio
@@ -25,19 +25,19 @@ _Result = TypeVar("_Result")
 
 
 class EpisodeLost(RuntimeError):
-    """A rollout whose episode began in a process that is gone."""
+    """The rollout's episode began in a process that has died."""
 
 
 class EnvironmentWorker(Worker):
-    """Answers turns; each episode goes on until it ends, fails or is dropped, and is closed then."""
+    """Steps environments, one for each rollout; an episode is closed when it ends, fails or is dropped."""
 
     role = "environment"
 
     def __init__(self, rank: int, config: EnvironmentConfig, files: dict[str, str], chat: bool) -> None:
         """
         Args:
-            files: of the policy's tokenizer.
-            chat: whether prompts are in its chat template.
+            files: contents of the policy's tokenizer files, by name.
+            chat: whether prompts are in the tokenizer's chat template.
 
         Raises:
             BadTokenizer, NoEnvironment, SandboxError: where no episode could begin.
@@ -54,10 +54,13 @@ class EnvironmentWorker(Worker):
         Thread(target=self._loop.run_forever, daemon=True, name="episodes").start()
 
     async def answer(self, rollout: Rollout, most: int) -> EnvironmentResponse:
-        """What follows a rollout's last turn, within the deadline.
+        """Steps the rollout's environment with the model's last turn, within the deadline.
 
         Args:
             most: tokens that the whole completion may have.
+
+        Returns:
+            The tokens that follow the turn, or the end of the episode, ungradable where the environment failed.
         """
         try:
             answer = await self._inside(self._answered(rollout, most))
@@ -72,18 +75,18 @@ class EnvironmentWorker(Worker):
         return answer
 
     async def drop(self) -> None:
-        """Cancel what runs and close all episodes."""
+        """Cancels all steps that run and closes all episodes."""
         for future in list(self._running):
             future.cancel()
         await asyncio.gather(*map(self._close, list(self._episodes)))
 
     async def close(self) -> None:
-        """Drop all, and end what episodes share."""
+        """Drops all episodes and closes what they share."""
         await self.drop()
         self._shared.close()
 
     async def _inside(self, work: Coroutine[Any, Any, _Result]) -> _Result:
-        """The result of work on the episodes' loop. TimeoutError where it takes longer than the deadline."""
+        """Runs a coroutine on the episodes' loop. Raises TimeoutError where it takes longer than the deadline."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         self._running.add(future)
         try:

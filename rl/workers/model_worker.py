@@ -1,6 +1,9 @@
-"""Processes of a model that learns or scores, the policy first of all: each is one rank of the model's world, and does
-what the controller asks of all ranks."""
+"""ModelWorker: one rank of a model that is trained or scores tokens: policy, critic, reward model, reference, teacher.
 
+The controller makes the same calls on all ranks of a model.
+"""
+
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,19 +35,21 @@ from lockstep.model.training.pretraining import Pretraining
 from lockstep.model.training.trainer import Trainer
 from lockstep.rl.algorithms.config import ReferenceConfig
 from lockstep.rl.algorithms.estimates import scores_of
-from lockstep.rl.weight_sync.shards import Shard, messages_of, signed
+from lockstep.rl.weight_sync.shards import Part, Shard, messages_of, signed
 from lockstep.rl.workers.rank import RankWorker
 from lockstep.rl.workers.reference_model import ReferenceModel, Saved
 
 
 class ModelWorker(RankWorker):
-    """One rank of the trainer's world."""
+    """One rank of a model in any layout, with its trainer, checkpoints and reference model."""
 
     def __init__(self, rank: int, role: str, layout: Layout, config: TrainerConfig) -> None:
         self.role = role
         super().__init__(rank)
         self.layout, self.config = layout, config
         self.trace: Trace | None = None
+        self._session = ExitStack()
+        self._messages: list[list[Part]] = []
 
     def start(
         self,
@@ -57,11 +62,12 @@ class ModelWorker(RankWorker):
         numerics: Numerics = "fast",
         head: Head | None = None,
     ) -> None:
-        """Join the world and fill this rank's part of the model.
+        """Joins the model's process groups and loads this rank's part of a checkpoint.
 
         Args:
-            optimizer: of a model that learns; one that only scores has none.
-            head: in the place of the head that the checkpoint has.
+            optimizer: of a model that learns; None for one that only scores.
+            temperature: that logits are divided by.
+            head: replaces the head that the checkpoint has.
         """
         groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
         source = manager.Checkpoint(checkpoint)
@@ -77,7 +83,7 @@ class ModelWorker(RankWorker):
         self.log.info("ready with %s", self.layout)
 
     def begin_phase(self, reference: ReferenceConfig | None = None) -> None:
-        """Forget the optimizer's moments; with a reference, remember the weights as they are now."""
+        """Resets the optimizer's moments; with a reference, copies the weights as they are now into it."""
         self.trainer.engine.forget()
         self.reference = None
         if reference and not reference.moves and self.trainer.is_base():
@@ -88,41 +94,41 @@ class ModelWorker(RankWorker):
                 self.reference = ReferenceModel(self._copy(held), reference)
 
     def resume_phase(self, reference: ReferenceConfig, weights: Path | Storage) -> None:
-        """Go on with a reference, moments as they are.
+        """Loads the reference model of a resumed phase; the optimizer's moments stay as they are.
 
         Args:
-            weights: the checkpoint that it is; of one that moves, the policy's, which holds it, too.
+            weights: the reference's checkpoint; that of the policy, which holds it too, for a reference that moves.
         """
         source = manager.Checkpoint(weights)
         saved = Saved(source) if reference.moves else None
         self.reference = ReferenceModel(self._copy(saved or source), reference, saved)
 
     def _copy(self, source: Source) -> Stage:
-        """A model like the policy."""
+        """A model in the policy's layout with the weights of a source."""
         return build(self.model, self.groups, self.trainer.dtype, source, self.trainer.transformer.numerics)
 
     def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
-        """One gradient step from this data rank's rows, compared with the reference where one is kept."""
+        """One gradient step on this data rank's rows, which the reference scores, too, where there is one."""
         self.step = step
         stage = self.reference.stage if self.reference else None
         return self._ended(self.trainer.step(rows, objective, learning_rate, stage))
 
     def measure(self, rows: list[TokenBatch], objective: Objective) -> dict[str, float]:
-        """What an objective reports over this data rank's rows and all others', without an update."""
+        """Metrics of an objective over the rows of all data ranks, without an update."""
         return self.trainer.measure(rows, objective)
 
     def follow(self, step: int) -> None:
-        """Have the reference take note of the weights after a step, where it does."""
+        """Updates a reference model that moves with the weights after a step."""
         if self.reference and self.reference.moves:
             with self.trainer.engine.whole_weights():
                 self.reference.follow(self.trainer.transformer, step)
 
     def release(self) -> None:
-        """Give memory that a step needed back to those who share this process's device."""
+        """Frees cached memory of the last step for other processes on the same device."""
         give_back(next(self.stage.module.parameters()).device)
 
     def score(self, rows: list[TokenBatch], of: Literal["model", "reference"]) -> tuple[Ints, Floats]:
-        """What this model, or its reference, says of the tokens of this data rank's rows; see `scores_of`."""
+        """Scores the tokens of this data rank's rows with this model or its reference; see `scores_of`."""
         stage = self.stage
         if of == "reference":
             assert self.reference
@@ -132,72 +138,92 @@ class ModelWorker(RankWorker):
         return scores_of(rows, scores if first else [])
 
     def restore(self, checkpoint: Path | Storage) -> None:
-        """Take over the optimizer's state of the checkpoint that this rank started from."""
+        """Loads the optimizer's state from the checkpoint that this rank started from."""
         self.trainer.restore(manager.Checkpoint(checkpoint))
 
     def open_text(
         self, config: PretrainConfig, data: PretrainingConfig, seed: int, done: int, samples: SampleSchedule
     ) -> None:
-        """Open the text to train on, after so many steps, and begin to read ahead."""
+        """Opens the pretraining data after so many steps, and begins to read ahead.
+
+        Args:
+            done: steps that have been taken before.
+            samples: which samples each step reads.
+        """
         tokenizer = Tokenizer(self.tokenizer_files).digest if self.tokenizer_files else None
         text = PretrainingData(data, seed=seed, vocabulary=self.model.vocabulary, tokenizer=tokenizer)
         rules = row_rules(self.layout, self.config.row_tokens)
         self._pretraining = Pretraining(self.trainer, config, text, rules, done, samples)
 
     def pretrain(self, step: int) -> StepResult:
-        """One gradient step on text."""
+        """One gradient step on pretraining data; steps come in order."""
         self.step = step
         return self._ended(self._pretraining.step(step))
 
-    def text(self, method: str, *args: Any) -> Any:
-        """What a method of `Pretraining` returns."""
-        return getattr(self._pretraining, method)(*args)
+    def held_out_loss(self) -> float | None:
+        """Mean loss over the held-out text in nats a token; see `Pretraining.held_out_loss`."""
+        return self._pretraining.held_out_loss()
+
+    def keep_snapshot(self) -> None:
+        """Copies weights and optimizer state into host memory; see `Pretraining.keep_snapshot`."""
+        self._pretraining.keep_snapshot()
+
+    def rewind(self, step: int, samples: SampleSchedule) -> None:
+        """Goes back to the last snapshot; see `Pretraining.rewind`."""
+        self._pretraining.rewind(step, samples)
+
+    def save_batch(self, path: Path, samples: range) -> None:
+        """Writes samples into a .npz file; see `Pretraining.save_batch`."""
+        self._pretraining.save_batch(path, samples)
+
+    def close_text(self) -> None:
+        """Ends the thread that reads ahead."""
+        self._pretraining.close()
 
     def open_trace(self, folder: Path) -> None:
-        """Trace the steps from here on; see `Trace`."""
+        """Starts a torch.profiler trace of the next steps; see `Trace`."""
         self.trace = Trace(folder / f"rank-{self.rank}.json")
 
     def close_trace(self) -> bool:
-        """Whether there is a trace."""
+        """Ends the trace; returns whether one was written."""
         trace, self.trace = self.trace, None
         return trace is not None and trace.close()
 
     def _ended(self, result: StepResult) -> StepResult:
-        """The result of a step, which ends here."""
+        """Tells the trace that a step has ended; returns its result."""
         if self.trace:
             self.trace.step()
         return result
 
     def peak_flops(self) -> float:
-        """Operations per second of this rank's matrix products, while the others measure theirs."""
+        """Measures this rank's matrix products in FLOP/s; all ranks measure at the same time."""
         return peak_flops(self.trainer.dtype, next(self.trainer.transformer.parameters()).device)
 
     def open_weights(self, size: int) -> int:
-        """Be ready to hand out weights; how many messages of at most so many bytes those are that this rank owns.
+        """Packs the weights that this rank owns into messages of at most `size` bytes; returns how many there are.
 
         With ZeRO-3 they are gathered here, once, and stay whole until `close_weights`.
         """
-        self._whole = self.trainer.engine.whole_weights()
-        self._whole.__enter__()
+        self._session.enter_context(self.trainer.engine.whole_weights())
         self._messages = messages_of(self.trainer.transformer, size)
         return len(self._messages)
 
     def weights(self, number: int) -> list[Shard]:
-        """One of these messages; empty behind the last."""
+        """The message of this number, from 0; empty after the last one."""
         return signed(self._messages[number]) if number < len(self._messages) else []
 
     def broadcast_weights(self) -> bool:
-        """Send all messages to the rollout workers; whether they have come."""
+        """Broadcasts all messages to the rollout workers; returns whether all have come."""
         messages = (signed(message) for message in self._messages)
         return self.broadcasts.use(lambda links: links[0].send(messages))
 
     def close_weights(self) -> None:
-        """All messages have been handed out."""
+        """Drops the messages and splits the weights again under ZeRO-3; does nothing where no weights are open."""
         self._messages = []
-        self._whole.__exit__(None, None, None)
+        self._session.close()
 
     def open_checkpoints(self, folder: Path | Storage, config: CheckpointConfig) -> None:
-        """Be ready to save into a folder."""
+        """Prepares to save checkpoints into a folder."""
         self.saver = self._saver(folder, config)
         self.trainer.engine.before_changes = self.saver.copied
 
@@ -206,13 +232,13 @@ class ModelWorker(RankWorker):
         return Saver(folder, config, rank=self.rank, ranks=self.layout.processes, barrier=barrier)
 
     def save_reference(self, step: int, folder: Path | Storage) -> None:
-        """Write this rank's part of the weights, for runs that go on with them as their reference."""
+        """Writes this rank's part of the weights as the checkpoint that a resumed run takes its reference from."""
         saver = self._saver(folder, CheckpointConfig(keep_last=1))
         said = describe(self.model, self.layout)
         saver.save(step, self.trainer.chunks(state=False), said, self.tokenizer_files, wait=True)
 
     def save(self, step: int, manifest: dict[str, Any], state: bool, best: bool) -> None:
-        """Begin to write this rank's part of a checkpoint, with or without the state of optimizer and reference."""
+        """Begins to write this rank's part of a checkpoint, with or without the state of optimizer and reference."""
         trainer = self.trainer
         said = describe(self.model, self.layout) | {"updates": trainer.engine.updates} | manifest
         wait, chunks = not self.saver.config.asynchronous, trainer.chunks(state=state)
@@ -221,5 +247,5 @@ class ModelWorker(RankWorker):
         self.saver.save(step, chunks, said, self.tokenizer_files, wait=wait, best=best)
 
     def saved(self) -> None:
-        """Return when this rank's part of the last checkpoint is on disk."""
+        """Waits until this rank's part of the last checkpoint is on disk."""
         self.saver.wait()

@@ -1,4 +1,4 @@
-"""A worker that is one rank of a model's world, and of the groups that weights travel in."""
+"""Base class of workers that are one rank of a torch.distributed world and take part in broadcasts of weights."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from lockstep.rl.workers.base import Worker
 
 
 class RankWorker(Worker):
-    """One process of a model."""
+    """One rank of a model."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(rank)
@@ -18,10 +18,14 @@ class RankWorker(Worker):
         self._meetings: dict[str, TCPStore] = {}
 
     def host(self, address: str, of: str = "world") -> int:
-        """Host a meeting of ranks at this node's address, in the place of its kind's last one; returns its port."""
+        """Hosts a TCPStore for ranks to meet at, on this node's address; returns its port.
+
+        Args:
+            of: what the ranks meet for; the store replaces the last one of the same name.
+        """
         self._meetings[of] = host_meeting(address)
         return int(self._meetings[of].port)
 
     def open_broadcasts(self, rank: int, size: int, meetings: Sequence[tuple[str, int]]) -> bool:
-        """See `Broadcasts.open`."""
+        """Joins broadcast groups as this rank; see `Broadcasts.open`."""
         return self.broadcasts.open(rank, size, meetings)

@@ -1,4 +1,4 @@
-"""The policy that another is kept near to, beside it in the same ranks: a version of it, or a moving average.
+"""The reference model π_ref of the KL term, on the policy's ranks: frozen, updated every n steps, or a moving average.
 
 An average is kept in fp32: in bf16 what one step adds to it would be rounded away.
 """
@@ -21,28 +21,28 @@ from lockstep.model.transformer import Transformer
 from lockstep.rl.algorithms.config import ReferenceConfig
 
 KIND = "reference"
-"""What a checkpoint of the policy calls the tensors of a reference that moves: those of an average in fp32."""
+"""Name, in the policy's checkpoints, of the state that a moving reference is stored as; averages are in fp32."""
 
 
 class Saved(WeightsOnly):
-    """A `Source` over the reference in a checkpoint of the policy."""
+    """A `Source` of the reference model's weights in a checkpoint of the policy."""
 
     def __init__(self, checkpoint: Source) -> None:
         self._checkpoint = checkpoint
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
-        """See `Source`."""
+        """Reads a part of the reference's tensor of this name; see `Source.read`."""
         return self._checkpoint.read(state_name(KIND, name), box)
 
 
 class ReferenceModel:
-    """A model in the layout of the policy, which follows it."""
+    """A copy of the policy in the same layout, which may follow it as it learns."""
 
     def __init__(self, stage: Stage, config: ReferenceConfig, saved: Source | None = None) -> None:
         """
         Args:
-            stage: of a model with the policy's weights, or with those of `saved`.
-            saved: see `Saved`, where an average goes on.
+            stage: this rank's part of a model with the policy's weights, or with those of `saved`.
+            saved: the reference in a checkpoint, where a moving average is resumed.
         """
         self.stage, self._config = stage, config
         self._transformer = transformer_of(stage)
@@ -56,7 +56,7 @@ class ReferenceModel:
 
     @torch.no_grad()
     def follow(self, policy: Transformer, step: int) -> None:
-        """Take note of the policy after a step, numbered from 1; its weights are whole."""
+        """Updates the reference after a step of the policy, numbered from 1, whose weights ZeRO-3 has gathered."""
         if self._average:
             for name, parameter in policy.named_parameters():
                 self._average[name].lerp_(parameter.float(), 1 - self._config.decay)
@@ -66,7 +66,7 @@ class ReferenceModel:
                 self._parameters[name].copy_(parameter)
 
     def chunks(self) -> list[Chunk]:
-        """What this rank writes of it into a checkpoint of the policy; all ranks call this together."""
+        """The part of the reference that this rank writes into a checkpoint of the policy; a collective call."""
         return whole_chunks(self._kept(), pieces_by_parameter(self._transformer))
 
     def _kept(self) -> Iterator[FlatShard]:
@@ -78,5 +78,5 @@ class ReferenceModel:
 
     @property
     def moves(self) -> bool:
-        """Whether it ever changes."""
+        """Whether the reference follows the policy."""
         return self._config.moves

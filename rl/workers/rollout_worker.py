@@ -1,4 +1,4 @@
-"""The rollout workers' processes."""
+"""RolloutWorker: generates completions with a rollout engine and takes new weights from the policy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from lockstep.rl.workers.rank import RankWorker
 
 
 class RolloutWorker(RankWorker):
-    """One tensor rank of a model with a KV cache that writes completions; all ranks of a model make the same calls."""
+    """One tensor-parallel rank of a rollout engine; all ranks of a model get the same calls in the same order."""
 
     role = "rollout"
 
@@ -32,23 +32,23 @@ class RolloutWorker(RankWorker):
         limits: RolloutConfig,
         numerics: Numerics = "fast",
     ) -> None:
-        """Load this tensor rank's part of the model as weight version 0."""
+        """Loads this tensor rank's part of the model as weight version 0."""
         groups = join(Layout(tensor=limits.tensor), rank=rank, meeting=meeting_at(address, port))
         self.engine: Engine = load_rollout_engine(checkpoint, limits, dtype=dtype, groups=groups, numerics=numerics)[0]
         self.writer, self._speaks = OutputProcessor(self.engine), rank == 0
         self.log.info("ready for %d sequences", limits.sequences)
 
     def begin_update(self, version: int) -> None:
-        """See `Engine.begin_update`."""
+        """Begins to take the weights of a version; see `Engine.begin_update`."""
         self.engine.begin_update(version)
 
     def take(self, *shards: list[Shard]) -> None:
-        """Fill what this rank holds of some shards."""
+        """Writes the parts of messages of shards that this rank holds into its weights."""
         for part in shards:
             self.engine.take(part)
 
     def broadcast_weights(self) -> bool:
-        """Fill what this rank holds of what the policy's ranks send; whether all has come."""
+        """Receives all messages of the policy's ranks by broadcasts; returns whether all have come."""
         return self.broadcasts.use(self._receive)
 
     def _receive(self, links: Sequence[Broadcast]) -> None:
@@ -57,19 +57,23 @@ class RolloutWorker(RankWorker):
                 self.engine.take(shards)
 
     def end_update(self) -> None:
-        """See `Engine.end_update`."""
+        """Goes on under the new weights, checked to be whole; see `Engine.end_update`."""
         self.engine.end_update()
         self.step = self.engine.weight_version
 
     def settle(self) -> list[Completion]:
-        """Completions that have to end before new weights may come, where `on_update` lets them end."""
+        """Runs until new weights may come; returns the completions that ended, where `on_update` lets them end."""
         ended = []
         while not self.engine.ready_for_update():
             ended += self.writer.step()
         return ended if self._speaks else []
 
     def work(self, orders: list[RolloutRequest], passes: int) -> list[Completion]:
-        """Take orders and go on writing: until a completion has ended, but for so many forward passes at most."""
+        """Adds requests and generates until a completion has ended, for at most so many forward passes.
+
+        Returns:
+            The completions that have ended, on the first rank; nothing on the others.
+        """
         for order in orders:
             self.writer.add(order)
         for _ in range(passes):
@@ -79,10 +83,10 @@ class RolloutWorker(RankWorker):
         return []
 
     def drop(self) -> None:
-        """Forget all orders, and the keys and values of what was written."""
+        """Drops all requests, and the prefix cache."""
         self.writer.drop()
         self.engine.forget()
 
     def release(self) -> None:
-        """Give memory back to those who share this process's device, that of the weights included."""
+        """Frees the KV cache and the weights for other processes on the same device."""
         self.engine.release(weights=True)

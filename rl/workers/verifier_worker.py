@@ -1,4 +1,4 @@
-"""The verifier workers' processes."""
+"""VerifierWorker: grades completions in processes that can be killed, without loading torch."""
 
 from lockstep.rl.types import AnswerKey
 from lockstep.rl.verdict import Verdict
@@ -8,7 +8,7 @@ from lockstep.rl.workers.base import Worker
 
 
 class VerifierWorker(Worker):
-    """A judge, whose processes can be killed."""
+    """Runs a `Judge`, whose grading processes can be killed."""
 
     role = "verifier"
 
@@ -17,13 +17,13 @@ class VerifierWorker(Worker):
         self.judge = Judge(config, grader, self.log.info)
 
     def start(self, programs: bool) -> None:
-        """See `Judge.start`."""
+        """Starts the grading processes; see `Judge.start`."""
         self.judge.start(programs=programs)
 
     def grade(self, items: list[tuple[str, AnswerKey]]) -> list[Verdict]:
-        """Verdicts on (completion, what it is judged by)."""
+        """Grades pairs of (completion, what it is judged by); returns a verdict for each, in order."""
         return self.judge.grade(items)
 
     def close(self) -> None:
-        """End the judge's processes."""
+        """Ends the grading processes."""
         self.judge.close()

@@ -20,7 +20,9 @@ from lockstep.rl.learner import Models
 from lockstep.rl.remote import ActorHandle, gather
 from lockstep.rl.rollout.config import RolloutConfig, SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
+from lockstep.rl.stubs import RolloutWorker
 from lockstep.rl.types import Advantaged, Completion
+from lockstep.rl.workers.base import Worker
 from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
 from tests.rl.conftest import Actors
 
@@ -176,8 +178,8 @@ def test_rollouts_are_compared_by_rewards_less_their_kl(advantage: Signal, contr
         assert [s.advantage for s in group] == pytest.approx(expected, abs=1e-6)
 
 
-def kill(member: ActorHandle) -> None:
-    os.kill(gather([member.call("pid")])[0], signal.SIGKILL)
+def kill(member: ActorHandle[Worker]) -> None:
+    os.kill(gather([member.call(Worker.pid)])[0], signal.SIGKILL)
 
 
 def killing(records: Iterator[StepRecord], actors: Actors) -> Iterator[StepRecord]:
@@ -261,12 +263,12 @@ def teams(actors: Actors) -> Iterator[RolloutGroup]:
         rollouts.end(number)
 
 
-def written(team: list[ActorHandle]) -> Completion:
+def written(team: list[ActorHandle[RolloutWorker]]) -> Completion:
     """What a team writes, greedily."""
     tokens = (1, 5, 3, 8)
     orders = [RolloutRequest(0, tokens, SamplingParams(temperature=0, max_new_tokens=8), 0)]
     while True:
-        found: list[Completion] = gather([member.call("work", orders, PASSES) for member in team])[0]
+        found = gather([member.call(RolloutWorker.work, orders, PASSES) for member in team])[0]
         if found:
             return found[0]
         orders = []

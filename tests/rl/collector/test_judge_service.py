@@ -1,0 +1,51 @@
+"""Completions are judged by the verifier that has the least to do, and again where it died."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from lockstep.rl.collector.judge_service import JudgeService
+from lockstep.rl.collector.supervisor import Supervisor
+from lockstep.rl.remote import any_of, gather
+from lockstep.rl.stubs import VerifierWorker
+from lockstep.rl.types import Prompt, Rollout
+from lockstep.rl.verdict import Outcome
+from lockstep.rl.verifiers.config import VerifierConfig
+from lockstep.rl.workers.worker_groups import VerifierGroup
+from tests.rl.conftest import Actors
+
+
+def rollout(sample: int, text: str) -> Rollout:
+    prompt = Prompt(index=sample, text="", tokens=(1,), answer="4")
+    return Rollout(
+        prompt=prompt, sample=sample, tokens=(2,), logp=(-1.0,), weight_versions=(0,), text=text, finish_reason="stop"
+    )
+
+
+@pytest.fixture
+def verifiers(actors: Actors) -> Iterator[VerifierGroup]:
+    """Two verifier workers on the cluster that tests share."""
+    group = VerifierGroup(VerifierConfig(workers=2))
+    gather(group.start(programs=False))
+    yield group
+    group.close()
+    for worker in group.workers:
+        worker.end()
+
+
+def test_what_a_dead_verifier_had_is_judged_again(verifiers: VerifierGroup) -> None:
+    supervisor = Supervisor(lambda: None, lambda: 0.0)
+    service = JudgeService(verifiers, supervisor)
+    os.kill(gather([verifiers.workers[0].call(VerifierWorker.pid)])[0], signal.SIGKILL)
+    for sample in range(4):
+        service.judge([rollout(sample, str(3 + sample % 2))])
+    workers = [call.actor for call in service.calls]
+    assert workers.count(verifiers.workers[0]) == workers.count(verifiers.workers[1]) == 2
+    found: dict[int, Outcome] = {}
+    while service.calls:
+        for call in any_of(list(service.calls)):
+            found |= {judged.sample: verdict.outcome for judged, verdict in service.take(call)}
+    assert found == {n: Outcome.correct if n % 2 else Outcome.incorrect for n in range(4)}
+    assert supervisor.replaced == 1

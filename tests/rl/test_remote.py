@@ -1,0 +1,63 @@
+"""Calls of workers: stubs name what is there, without loading it, and mypy refuses what a method does not take."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from lockstep.rl import stubs
+
+STUBS = [each for each in vars(stubs).values() if isinstance(each, stubs.Stub)]
+SETTINGS = """
+[mypy]
+mypy_path = {src}
+ignore_missing_imports = True
+[mypy-ray.*]
+follow_imports = skip
+"""
+CALLS = """
+from lockstep.rl.remote import ActorHandle, Call, gather
+
+class Adder:
+    def add(self, a: int, b: int) -> int: ...
+    async def later(self) -> str: ...
+
+class Other:
+    def add(self, a: int, b: int) -> int: ...
+
+def ask(worker: ActorHandle[Adder]) -> None:
+    total: list[int] = gather([worker.call(Adder.add, 1, b=2)])
+    later: Call[str] = worker.call(Adder.later)
+    worker.call(Adder.add, 1, "2")  # wrong
+    worker.call(Adder.add, 1)  # wrong
+    worker.call(Other.add, 1, 2)  # wrong
+    words: list[str] = gather([worker.call(Adder.add, 1, 2)])  # wrong
+"""
+
+
+def test_stubs_are_found() -> None:
+    assert len(STUBS) == 5
+
+
+@pytest.mark.parametrize("stub", STUBS, ids=[each.__name__ for each in STUBS])
+def test_stubs_name_worker_classes(stub: stubs.Stub) -> None:
+    found = getattr(import_module(stub.__module__), stub.__name__)
+    assert isinstance(found, type)
+    assert stub.pid.__name__ == found.pid.__name__
+
+
+def test_naming_a_method_loads_no_torch() -> None:
+    program = "import sys; import lockstep.rl.remote, lockstep.rl.stubs; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_mypy_checks_calls_against_the_methods_of_the_worker(tmp_path: Path) -> None:
+    program, settings = tmp_path / "calls.py", tmp_path / "mypy.ini"
+    program.write_text(CALLS.replace("...", "raise NotImplementedError"))
+    settings.write_text(SETTINGS.format(src=Path(__file__).parents[2] / "src"))
+    command = [sys.executable, "-m", "mypy", "--config-file", str(settings), "--cache-dir", str(tmp_path / "cache")]
+    said = subprocess.run([*command, str(program)], capture_output=True, text=True, timeout=240).stdout
+    refused = [line for line in range(1, 30) if f"calls.py:{line}: error" in said]
+    assert refused == [n for n, line in enumerate(CALLS.splitlines(), 1) if line.endswith("# wrong")], said
