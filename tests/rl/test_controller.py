@@ -138,7 +138,8 @@ def test_scores_of_a_reward_model_decide_which_groups_teach(actors: Actors) -> N
     gather(reward.start(actors.checkpoint, "float32", None, 1.0, "fast", "value"))
     made = controller_of(actors, Models(reward=reward))
     [record] = made.reinforce(config(FlowConfig(dynamic_sampling=True, most=2.0), steps=1))
-    assert all(each.score == each.reward.total == 0 for each in record.completions), "the head is 0 at first"
+    for each in record.completions:
+        assert each.score == each.reward.total == each.advantage == 0, "the head is 0 at first"
     assert any(len({each.verdict.outcome for each in group}) > 1 for group in groups(record))
     assert record.metrics["replaced_groups"] == record.metrics["skipped_groups"] == 2 * GROUPS
     assert "grad_norm" not in record.metrics
