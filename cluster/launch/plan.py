@@ -73,7 +73,7 @@ class RunPlan:
 
         CPU threads are shared out over so many: with more, threads that wait take the time of those that work.
         """
-        training = sum(self.processes[name] for name in ("policy", *self.models))
+        training = sum(count for role, count in self.processes.items() if role not in ("rollout", "verifier"))
         return training + self.processes["rollout"] if self._overlaps else training
 
     @cached_property

@@ -54,6 +54,13 @@ def test_a_reward_model_that_is_trained_has_the_optimizer_and_the_policy_that_of
     assert plan_of(preference={"method": "dpo", "steps": 5}).trained_models == ()
 
 
+def test_pretraining_has_the_policy_alone() -> None:
+    plan = plan_of(layout={"data": 3}, pretrain={"steps": 1}, roles={"reward": {"source": "judge"}})
+    assert plan.processes == {"policy": 3}
+    assert plan.training_concurrency == 3
+    assert plan.policy.optimizer == OptimizerConfig()
+
+
 def test_one_more_checkpoint_is_kept_where_several_models_have_some() -> None:
     kept = {"checkpoints": {"every": 2, "keep_last": 3}}
     assert plan_of(**kept, rl={"steps": 1}).checkpoint_config.keep_last == 3
