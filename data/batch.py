@@ -1,4 +1,4 @@
-"""Sequences packed head to tail into rows of tokens, with one number for each token that is to be predicted.
+"""Samples, packed into rows of tokens with per-token loss columns (weight, advantage, log-probabilities, …).
 
 Samples that continue the same prompt form one document, a tree: the prompt is computed once and every completion sees
 the prompt and itself. A prediction is a triple (predictor, target, columns): the activations at one token of the row
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 COLUMNS = ("weight", "advantage", "old_logp", "proximal_logp", "reference_logp", "value", "returns")
-"""Of a sample's tokens; `Sample` says what each means."""
+"""Names of the per-token columns; `Sample` documents each."""
 _PREDICTED = ("targets", "samples", "numbers", *COLUMNS)
 
 
@@ -27,25 +27,25 @@ class Sample:
     prompt: Ints
     completion: Ints
     weight: Floats
-    """What each token counts; 0 for a token that is not to be learned."""
+    """The token's weight in the loss; 0 for a token that is not trained on."""
     advantage: Floats
-    """How much better than expected it was to write this token."""
+    """The advantage of each token."""
     old_logp: Floats
-    """Under the behaviour policy: what the rollout reported when it drew the token."""
+    """Log-probability under the behaviour policy, as the rollout reported it when it sampled the token."""
     proximal_logp: Floats
-    """Under the policy that ratios are to: the trainer's own before the update, or again the behaviour's."""
+    """Log-probability under the proximal policy: the trainer's own before the update, or the behaviour policy's."""
     reference_logp: Floats
-    """Under the policy to stay near to, or under a teacher."""
+    """Log-probability under the reference policy, or under a teacher."""
     value: Floats
-    """What a critic expected, before the update, of the rewards from this token on."""
+    """The critic's value before the update: expected rewards from this token on."""
     returns: Floats
-    """What a critic should have expected."""
+    """The critic's target: the returns from this token on."""
     numbers: Ints
-    """Of each token, in the global batch, where scores of single tokens are asked for: by it they are told apart."""
+    """Each token's number in the global batch, by which the scores of single tokens are assigned to them."""
     group: int = 0
-    """Samples of one prompt with the same number are compared with each other."""
+    """Samples with the same number are compared with each other by preference losses."""
     preference: float = 0.0
-    """Of two samples of a group, the one with more is better."""
+    """Of two samples of a group, the one with the higher preference is better."""
 
 
 def sample(
@@ -63,10 +63,10 @@ def sample(
     group: int = 0,
     preference: float = 0.0,
 ) -> Sample:
-    """A sample whose columns may be given as one number; `proximal_logp` is `old_logp` unless it is given.
+    """Make a sample; a column may be given as one number, and `proximal_logp` defaults to `old_logp`.
 
     Raises:
-        ValueError: when there is nothing to predict from, or nothing to predict.
+        ValueError: when prompt or completion is empty.
     """
     if not len(prompt) or not len(completion):
         raise ValueError(
@@ -85,18 +85,18 @@ def sample(
 
 @dataclass(frozen=True)
 class Members:
-    """What is known of each of the S samples of a row as a whole, wherever its tokens are computed."""
+    """Per-sample values of the S samples of a row, the same on every context rank."""
 
     counted: Floats
-    """Tokens that have weight."""
+    """Number of tokens that have weight."""
     weight: Floats
-    """Mean weight of those."""
+    """Mean weight of those tokens."""
     group: Ints
     preference: Floats
 
 
 def members_of(samples: Sequence[Sample]) -> Members:
-    """Of samples in the order in which they stand in a row."""
+    """The `Members` of samples, in their order in a row."""
     counted = np.array([np.count_nonzero(s.weight) for s in samples], np.float32)
     total = np.array([s.weight.sum() for s in samples], np.float32)
     return Members(
@@ -109,7 +109,7 @@ def members_of(samples: Sequence[Sample]) -> Members:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """A row of T tokens and K predictions."""
+    """A packed row of T tokens and K predictions: the micro-batch."""
 
     tokens: Ints
     positions: Ints
@@ -118,11 +118,11 @@ class TokenBatch:
     predictors: Ints
     """[K] indices into the row."""
     targets: Ints
-    """[K] the tokens that are predicted."""
+    """[K] the tokens to predict."""
     samples: Ints
-    """[K] the numbers, within the row, of the samples that they belong to."""
+    """[K] the index, within the row, of the sample that each belongs to."""
     numbers: Ints
-    """[K] the numbers of the predicted tokens, see `Sample`."""
+    """[K] the numbers of the predicted tokens; see `Sample`."""
     members: Members
     weight: Floats
     advantage: Floats
@@ -135,13 +135,13 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Document:
-    """Samples that share a prompt."""
+    """Samples that share a prompt, whose tokens are stored and computed once."""
 
     samples: tuple[Sample, ...]
 
     @property
     def branches(self) -> list[int]:
-        """Tokens of each completion that are read; the last one is only predicted."""
+        """Number of tokens of each completion that are inputs; the last token is only a target."""
         return [len(s.completion) - 1 for s in self.samples]
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ class Document:
 
 
 def documents(samples: Sequence[Sample]) -> list[Document]:
-    """Samples grouped by prompt, in order of first appearance."""
+    """Group samples by prompt, in order of first appearance."""
     groups: dict[bytes, list[Sample]] = {}
     for each in samples:
         groups.setdefault(each.prompt.tobytes(), []).append(each)
@@ -157,7 +157,7 @@ def documents(samples: Sequence[Sample]) -> list[Document]:
 
 
 def row(chosen: Sequence[Document], length: int) -> TokenBatch:
-    """Documents head to tail, padded to `length` tokens by a document that predicts nothing."""
+    """Concatenate documents into a row, padded to `length` tokens by a document without predictions."""
     tokens, positions, shapes, predictors = [], [], [], []
     start = 0
     for document in chosen:
@@ -197,13 +197,13 @@ def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:
 
 
 def _without_silent(batch: TokenBatch) -> TokenBatch:
-    """Predictions of weight 0 cost a row of the vocabulary each and teach nothing."""
+    """Drop predictions of weight 0: each would cost logits over the vocabulary and has no gradient."""
     loud = batch.weight != 0
     return replace(batch, **{c: getattr(batch, c)[loud] for c in ("predictors", *_PREDICTED)})
 
 
 def part(batch: TokenBatch, places: Ints) -> TokenBatch:
-    """What a rank computes of a row that is split over ranks: the tokens at `places`, and what is predicted from them.
+    """The part of a row that one context rank computes: the tokens at `places`, and the predictions from them.
 
     `documents` still describes the whole row, which attention needs.
     """
@@ -221,7 +221,7 @@ def part(batch: TokenBatch, places: Ints) -> TokenBatch:
 
 
 def pack(chosen: Sequence[Document], *, budget: int, multiple: int = 32, equal: bool = False) -> list[TokenBatch]:
-    """Rows of at most `budget` tokens (more only for one longer document), similar lengths together.
+    """Pack documents into rows of at most `budget` tokens (more only for a single longer document), longest first.
 
     Args:
         multiple: rows are padded to a multiple of this many tokens.
@@ -242,7 +242,7 @@ def pack(chosen: Sequence[Document], *, budget: int, multiple: int = 32, equal: 
 
 
 def share(chosen: Sequence[Document], parts: int) -> list[list[Document]]:
-    """Documents for each of `parts` data ranks: longest first, each to the rank with the fewest tokens so far."""
+    """Balance documents over `parts` data ranks: longest first, each to the rank with the fewest tokens so far."""
     shares: list[list[Document]] = [[] for _ in range(parts)]
     load = [0] * parts
     for document in sorted(chosen, key=len, reverse=True):
@@ -253,9 +253,9 @@ def share(chosen: Sequence[Document], parts: int) -> list[list[Document]]:
 
 
 def sequences_of(batch: TokenBatch) -> tuple[Ints, Floats]:
-    """The document of each token of a row, [T], and what each document counts, [D]: the weight of its predictions.
+    """The document of each token of a row, [T], and the weight of each document, [D]: the sum over its predictions.
 
-    A prompt and its branches are one document. Padding is a document that counts 0.
+    A prompt and its branches are one document. Padding is a document of weight 0.
     """
     lengths = [sum(d) for d in batch.documents]
     document = np.repeat(np.arange(len(lengths)), lengths)
@@ -265,10 +265,10 @@ def sequences_of(batch: TokenBatch) -> tuple[Ints, Floats]:
 
 @dataclass(frozen=True)
 class RowRules:
-    """What a layout asks of the rows of a global batch."""
+    """What a layout requires of the rows of a global batch."""
 
     ranks: int = 1
-    """Shares that the batch is split into."""
+    """Number of data ranks that share the batch."""
     budget: int = 2048
     """Tokens of a row at most, unless one document alone is longer."""
     multiple: int = 32
@@ -276,17 +276,17 @@ class RowRules:
     equal: bool = False
     """Whether all rows of a rank have the same length."""
     count: int = 1
-    """Every rank has a multiple of this many rows."""
+    """The number of rows of every rank is a multiple of this."""
     in_step: bool = False
     """Whether all ranks have the same number of rows."""
 
     def rows(self, needed: int) -> int:
-        """How many rows a rank has that needs so many."""
+        """The number of rows of a rank that needs at least so many."""
         return -(-needed // self.count) * self.count
 
 
 def rows_for_ranks(samples: Sequence[Sample], rules: RowRules) -> list[list[TokenBatch]]:
-    """A global batch as rows for each rank; where rows are missing, rows that weigh nothing stand in."""
+    """Pack a global batch into rows for each data rank; missing rows are filled up with rows of weight 0."""
     silent = Document((sample([0], [0], weight=0.0),))
     shares = share(documents(samples), rules.ranks)
     packed = [

@@ -1,4 +1,4 @@
-"""Worker processes that leave interruption to their parent, and end when it is gone."""
+"""Child processes that ignore Ctrl-C and exit when their parent process ends."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from multiprocessing import connection, parent_process
 
 
 def follow_parent() -> None:
-    """To be called first in a process that `multiprocessing` started."""
+    """Ignore SIGINT, and exit when the parent ends; call it first in a process that `multiprocessing` started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     assert parent

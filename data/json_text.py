@@ -1,4 +1,4 @@
-"""JSON that may be broken: a value or a Bad."""
+"""JSON parsing that returns the error as a value instead of raising it."""
 
 import json
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Bad:
-    """A row without a usable text."""
+    """The reason why a row or a text cannot be used."""
 
     reason: str
 
 
 def parsed_json(text: str) -> Any | Bad:
-    """What a text of JSON says, or why it says nothing."""
+    """Parse JSON text; invalid JSON gives a `Bad` with the reason and the place."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -24,6 +24,7 @@ def parsed_json(text: str) -> Any | Bad:
 
 
 def encodable(text: str) -> bool:
+    """Whether a text can be encoded as UTF-8: it has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

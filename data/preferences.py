@@ -1,4 +1,4 @@
-"""Answers to one prompt in the order in which somebody prefers them, in the shapes that people keep them in.
+"""Preference data: ranked completions of a prompt, read from the row formats of HH, UltraFeedback and others.
 
 A ranking is best first, and a pair is a ranking of two. What ranks nothing (equal texts, equal scores) is a bad row.
 """
@@ -21,7 +21,7 @@ _SCORES = ("overall_score", "score")
 
 @dataclass(frozen=True)
 class Turn:
-    """What somebody said."""
+    """One message of a conversation."""
 
     role: str
     """`system`, `user` or `assistant`."""
@@ -35,7 +35,7 @@ class Preference:
     index: int
     """Of the row that it came from."""
     prompt: str
-    """What a person said last; or the text as the model read it, where the completions are a model's own."""
+    """The last user message; or the whole prompt text, where the completions are a model's own."""
     ranked: tuple[str, ...]
     """Two completions or more, all different."""
     before: tuple[Turn, ...] = ()
@@ -44,7 +44,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class RankedTokens:
-    """A preference as a model reads it: all completions continue the same prompt tokens."""
+    """A tokenized preference: all completions continue the same prompt tokens."""
 
     index: int
     prompt: tuple[int, ...]
@@ -53,19 +53,19 @@ class RankedTokens:
 
 
 def stop(error: BadRow) -> None:
-    """End at a bad row."""
+    """Raise the error of a bad row."""
     raise error
 
 
 def read(source: str, *, on_bad: Callable[[BadRow], None] = stop) -> list[Preference]:
-    """Preferences of files here or on the Hub; see `rows.read_rows` for what a source may be.
+    """Read preferences from local files or the Hub; see `row_reader.read_rows` for what a source may be.
 
     Recognised are Anthropic's HH (`chosen`, `rejected` as transcripts, arXiv:2204.05862), UltraFeedback (message lists
     in `chosen` and `rejected`; or `instruction` with `completions` and their `overall_score`, arXiv:2310.01377), plain
     `prompt`, `chosen`, `rejected`, and rankings: `prompt` with `ranked`, best first, or with `responses` and `scores`.
 
     Args:
-        on_bad: takes each bad row, which is left out; raises unless another is given.
+        on_bad: called with the error of each bad row, which is skipped; the default raises it.
 
     Raises:
         BadRow: names file, line and field.
@@ -80,7 +80,7 @@ def read(source: str, *, on_bad: Callable[[BadRow], None] = stop) -> list[Prefer
 
 
 def from_verdicts(rows: Iterable[Mapping[str, Any]], *, pairs: int = 1) -> Iterator[Preference]:
-    """Correct before incorrect completions of the same prompt; ungradable ones count as neither.
+    """Make preference pairs, correct over incorrect, from graded completions; ungradable ones are left out.
 
     Args:
         rows: `prompt`, `completion` and `outcome` of each, as `lockstep eval` and runs save them.
@@ -97,7 +97,7 @@ def from_verdicts(rows: Iterable[Mapping[str, Any]], *, pairs: int = 1) -> Itera
 
 
 def tokenized(preference: Preference, tokenizer: Tokenizer, *, chat: bool = True) -> RankedTokens:
-    """Tokens under the chat template; or of the texts as they are, for prompts that a model has read so.
+    """Tokenize a preference with the chat template, or its texts as they are, for prompts that a model has read so.
 
     The prompt is encoded once and alone, as rollouts read it, so that all completions share its tokens exactly.
 

@@ -1,6 +1,6 @@
-"""Rows of data sets as people keep them: JSON, JSON lines and Parquet, in files here or in a data set on the Hub.
+"""Reads rows of data sets from JSON, JSON lines and Parquet, in local files or a data set on the Hugging Face Hub.
 
-A row knows where it stands, so that what is wrong with one of its fields can be said with file, line and field.
+A row knows its file and line, so that errors name file, line and field.
 """
 
 import gzip
@@ -18,27 +18,27 @@ from lockstep.data.json_text import Bad, parsed_json
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 HUB = "hf://datasets/"
-"""What the name of files on the Hub begins with: `hf://datasets/openai/gsm8k/main/test-*.parquet`."""
+"""Prefix of files on the Hub: `hf://datasets/openai/gsm8k/main/test-*.parquet`."""
 
 
 class BadRow(ValueError):
-    """A row that cannot be used, in one sentence with its file, line and field; or a file without rows."""
+    """A row that cannot be used, or a file without rows; the message names file, line and field."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The fields of one row."""
+    """The fields of one row, with typed access that raises `BadRow`."""
 
     place: str
     """File and line, or file and row."""
     values: Mapping[str, Any]
 
     def has(self, *names: str) -> bool:
-        """Whether all these fields are there, and not empty."""
+        """Whether all these fields exist and are not empty."""
         return all(self.values.get(name) not in (None, "") for name in names)
 
     def text(self, name: str) -> str:
-        """A field that must be text; a number is taken as it is written.
+        """The value of a text field; a number is converted to text.
 
         Raises:
             BadRow: when it is not there, or something else.
@@ -49,7 +49,7 @@ class Row:
         return str(value)
 
     def texts(self, name: str) -> list[str]:
-        """A field that must be a list of texts.
+        """The value of a field that is a list of texts.
 
         Raises:
             BadRow: when it is not there, or something else.
@@ -60,7 +60,7 @@ class Row:
         return values
 
     def items(self, name: str) -> list[Any]:
-        """A field that must be a list.
+        """The value of a field that is a list.
 
         Raises:
             BadRow: when it is not there, or something else.
@@ -71,7 +71,7 @@ class Row:
         return value
 
     def part(self, name: str) -> "Row":
-        """A field that must be an object, or JSON of one, as a row of its own.
+        """The value of a field that is an object, or JSON text of one, as a row of its own.
 
         Raises:
             BadRow: when it is not there, or something else.
@@ -79,7 +79,7 @@ class Row:
         return Row(f"{self.place}, {name}", self.checked(name, self.json(name), dict))
 
     def json(self, name: str) -> Any:
-        """What a field says, which may be text of JSON, or the value itself.
+        """The value of a field, parsed where it is JSON text.
 
         Raises:
             BadRow: when it is not there, or is text and no JSON.
@@ -91,17 +91,17 @@ class Row:
         return parsed
 
     def checked(self, name: str, value: Any, kind: type) -> Any:
-        """The value where it is of this kind.
+        """The value itself, if it is of this type.
 
         Raises:
-            BadRow: where it is not.
+            BadRow: if it is not.
         """
         if not isinstance(value, kind):
             raise self.bad(name, f"must hold {_NAMES[kind]}, and holds {_kind(value)}")
         return value
 
     def bad(self, name: str, reason: str) -> BadRow:
-        """What is wrong with a field."""
+        """The error for a field, with file and line."""
         return BadRow(f"{self.place}: the field {name!r} {reason}")
 
     def _needed(self, name: str) -> Any:
@@ -121,15 +121,15 @@ def _kind(value: object) -> str:
 
 
 def is_source(name: str) -> bool:
-    """Whether a name means files: by its ending, as a folder that is here, or as files on the Hub."""
+    """Whether a name means files: by its suffix, as an existing folder, or as files on the Hub."""
     return name.startswith(HUB) or name.endswith(SUFFIXES) or Path(name).is_dir()
 
 
 def read_rows(name: str) -> Iterator[Row]:
-    """Rows of a file, of the files of a folder in alphabetical order, or of files on the Hub, in order.
+    """Read the rows of a file, of a folder's files in alphabetical order, or of files on the Hub.
 
     Args:
-        name: a path, or `hf://datasets/owner/name/files`, where files may have the wildcards of a shell.
+        name: a path, or `hf://datasets/owner/name/files`, where files may have shell wildcards.
 
     Raises:
         BadRow: says what cannot be read, with the file, and with the line or row.

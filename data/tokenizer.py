@@ -1,4 +1,4 @@
-"""Text to tokens and back, and conversations to text, from the files of a Hugging Face tokenizer."""
+"""Tokenizers with chat templates from Hugging Face tokenizer files, and training of byte-level BPE tokenizers."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ class BadTokenizer(ValueError):
 
 
 class Tokenizer:
-    """A `tokenizers` tokenizer with its special tokens and chat template."""
+    """A Hugging Face `tokenizers` tokenizer with its special tokens and chat template."""
 
     def __init__(self, files: dict[str, str]) -> None:
         """
@@ -46,33 +46,33 @@ class Tokenizer:
 
     @cached_property
     def numbers(self) -> int:
-        """One more than the highest number of a token; tokenizers that leave numbers out have fewer tokens."""
+        """One more than the highest token id; tokenizers with unused ids have fewer tokens."""
         return 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def eos(self) -> int | None:
-        """The token that ends a text, if there is one."""
+        """The id of the end-of-text token, or None."""
         name = self._names["eos_token"]
         return None if name is None else self._fast.token_to_id(name)
 
     @cached_property
     def special(self) -> dict[int, str]:
-        """Numbers and names of the tokens that are no text."""
+        """Ids and names of the special tokens."""
         return {
             number: token.content for number, token in self._fast.get_added_tokens_decoder().items() if token.special
         }
 
     @cached_property
     def digest(self) -> str:
-        """What the tokens mean: tokenizers that give every number the same text have the same digest, 32 hex digits."""
+        """A digest of the vocabulary, 32 hex digits: equal for tokenizers that give every id the same token."""
         names = sorted((number, name) for name, number in self._fast.get_vocab(with_added_tokens=True).items())
         return xxhash.xxh3_128_hexdigest(json.dumps(names).encode())
 
     def token(self, name: str) -> int:
-        """The number of a token.
+        """The id of a token.
 
         Raises:
-            BadTokenizer: when there is none of this name.
+            BadTokenizer: when there is no token of this name.
         """
         found = self._fast.token_to_id(name)
         if found is None:
@@ -80,19 +80,19 @@ class Tokenizer:
         return found
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text; nothing is added."""
+        """Encode a text; no special tokens are added."""
         return self._fast.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of each text; nothing is added. Faster than one by one."""
+        """Encode several texts, in parallel; no special tokens are added."""
         return [e.ids for e in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, tokens: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of tokens; bytes that do not form a character become U+FFFD."""
+        """Decode tokens to text; bytes that do not form a character become U+FFFD."""
         return self._fast.decode(list(tokens), skip_special_tokens=skip_special)
 
     def chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """A conversation as the model reads it, up to where its answer begins.
+        """Render a conversation with the chat template, up to where the model's answer begins.
 
         Raises:
             BadTokenizer: when the tokenizer has no chat template.
@@ -105,9 +105,9 @@ class Tokenizer:
 def train_tokenizer(
     texts: Iterable[str], vocabulary: int, *, special: Sequence[str] = (), end: str = "<|endoftext|>"
 ) -> dict[str, str]:
-    """Files of a byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) that is learned from texts.
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016; Radford et al. 2019) on texts; returns its files.
 
-    Digits stand alone. The token that ends a document is number 0, the other special ones follow.
+    Every digit is a token. The token that ends a document has id 0, the other special tokens follow.
 
     Args:
         vocabulary: tokens at most; a small text yields fewer.

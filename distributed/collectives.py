@@ -1,4 +1,4 @@
-"""All-to-all between the ranks of a group, with gradients that travel back."""
+"""Differentiable all-to-all between the ranks of a group."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-    """The first `sent[0]` entries of `x` go to rank 0 and so on; the result is what came from rank 0, rank 1, ….
+    """All-to-all over dim 0: the first `sent[0]` entries of `x` go to rank 0, the next `sent[1]` to rank 1, and so on.
 
-    megatron-core's own works on CUDA only where the parts differ in size.
+    The result is what arrived from rank 0, rank 1, … in this order; gradients take the way back. Parts may differ in
+    size: megatron-core's own all-to-all then works on CUDA only.
     """
     return _AllToAll.apply(x, group, list(sent), list(received))
 

@@ -1,4 +1,4 @@
-"""Rows of tokens split over ranks, and the two ways in which their attention still sees the whole row.
+"""Context parallelism: attention of rows whose tokens are split over ranks, by Ulysses all-to-all or by a ring.
 
 Either ranks exchange tokens for heads, so that each attends to the whole row with a part of the heads
 (DeepSpeed-Ulysses, Jacobs et al. 2023), or keys and values travel round a ring and partial results are merged by
@@ -15,11 +15,11 @@ from torch import Tensor
 from lockstep.distributed.collectives import all_to_all
 
 Visible = Callable[[Tensor, Tensor], Tensor]
-"""(queries' places [Q], keys' places [K]) in the row → whether each query sees each key, [Q, K]."""
+"""(indices of queries [Q], indices of keys [K]) in the row → whether each query sees each key, [Q, K]."""
 
 
 def zigzag_indices(length: int, degree: int, rank: int) -> Tensor:
-    """Places in a row of `length` tokens that a rank holds, [length / degree]: one part from each end.
+    """Indices of the tokens that a context rank holds, [length / degree]: load-balanced, one part from each end.
 
     The row is cut into 2 · degree parts; early tokens see few others, late ones many, and each rank takes one part
     of either kind.
@@ -31,7 +31,7 @@ def zigzag_indices(length: int, degree: int, rank: int) -> Tensor:
 
 
 class UlyssesExchange:
-    """Tokens of one rank with all heads ⇄ tokens of the whole row with a part of the heads."""
+    """All-to-all of DeepSpeed-Ulysses: a rank's tokens with all heads ⇄ the whole row with a part of the heads."""
 
     def __init__(self, group: dist.ProcessGroup, length: int, device: torch.device) -> None:
         self._group, self._degree = group, group.size()
@@ -40,13 +40,13 @@ class UlyssesExchange:
         self._order = places.argsort().to(device)
 
     def to_heads(self, x_THE: Tensor) -> Tensor:
-        """[T / degree, H, E] → [T, H / degree, E], in the order of the row."""
+        """Exchange tokens for heads: [T / degree, H, E] → [T, H / degree, E], in the order of the row."""
         tokens, heads, width = x_THE.shape
         parts = x_THE.view(tokens, self._degree, heads // self._degree, width).transpose(0, 1).contiguous()
         return self._exchanged(parts).flatten(0, 1).index_select(0, self._order)
 
     def to_tokens(self, x_THE: Tensor) -> Tensor:
-        """[T, H / degree, E] → [T / degree, H, E]."""
+        """Exchange heads for tokens: [T, H / degree, E] → [T / degree, H, E]."""
         length, heads, width = x_THE.shape
         parts = x_THE.index_select(0, self._places).view(self._degree, length // self._degree, heads, width)
         return self._exchanged(parts).transpose(0, 1).flatten(1, 2)
@@ -68,7 +68,7 @@ def ring_attention(
     scale: float,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Attention of this rank's tokens to the whole row, [T / degree, H, E]; products and sums in fp32.
+    """Ring attention of this rank's tokens to the whole row, [T / degree, H, E]; products and sums in fp32.
 
     Args:
         length: tokens T of the row.

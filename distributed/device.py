@@ -1,4 +1,4 @@
-"""Where tensors live, and the seam that lets megatron-core run where there is no accelerator.
+"""The device of a rank, its memory, and how megatron-core runs on a host without an accelerator.
 
 megatron-core names the device "cuda" in its schedules and point-to-point communication. `megatron_device` gives it
 the CPU instead, for the length of one call, and only on a host without an accelerator.
@@ -29,7 +29,7 @@ def local_device(local_rank: int = 0) -> torch.device:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: by tensors of this process on an accelerator, or by the whole process on the CPU.
+    """Peak memory in bytes: of this process's tensors on an accelerator, or of the whole process on the CPU.
 
     On the CPU it is the peak resident size of Linux, VmHWM in proc_pid_status(5). `getrusage` reports another one: a
     process begins there with the peak of the process that started it.
@@ -41,9 +41,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Keep the memory of freed tensors for the next ones, from now on: mallopt(3) of glibc.
+    """Let glibc's allocator keep the memory of freed tensors for the next ones: mallopt(3).
 
-    Left alone, it gives large tensors back to the kernel after each operation and faults them in again, page by page,
+    By default it gives large tensors back to the kernel after each operation and faults them in again, page by page,
     which doubles the time of all that is bound by memory. `give_back` still gives back what is asked for.
     """
     if sys.platform == "linux":
@@ -52,7 +52,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back(device: torch.device) -> None:
-    """Give memory that this process has freed, and keeps for later, back to those who share the device."""
+    """Return cached free memory to the system: `torch.cuda.empty_cache`, or malloc_trim(3) on the CPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -70,7 +70,7 @@ class _CpuForCuda(TorchFunctionMode):
 
 @contextmanager
 def megatron_device() -> Iterator[None]:
-    """Within this block megatron-core's "cuda" means the device that the host has."""
+    """Within this block megatron-core's "cuda" means the CPU where the host has no accelerator."""
     if torch.cuda.is_available():
         yield
         return

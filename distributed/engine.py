@@ -1,4 +1,4 @@
-"""Gradient steps on any module in any layout: micro-batches in, one update out. Blind to what is being optimised."""
+"""Optimizer steps on any nn.Module in any parallel layout: micro-batches in, one update out. Knows no objective."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,11 +21,11 @@ from lockstep.distributed.step_result import StepResult
 
 
 class MissingGradient(RuntimeError):
-    """A trainable parameter took no part in the loss."""
+    """A trainable parameter received no gradient."""
 
 
 class Engine:
-    """A stage, its optimizer and the schedule that drives them."""
+    """Trains one pipeline stage: runs the schedule over micro-batches, reduces gradients, steps the ZeRO optimizer."""
 
     def __init__(
         self,
@@ -39,8 +39,8 @@ class Engine:
     ) -> None:
         """
         Args:
-            parts: what norms are told apart by; on every rank all parts of the whole model in the same order, each
-                with those of its parameters that this rank holds.
+            parts: the parts of the model whose norms are reported, by name: all parts of the whole model, in the same
+                order on every rank, each with those of its parameters that this rank holds.
             tied: the embedding that the first and the last stage both hold, where they are tied over stages.
         """
         self.stage, self.groups = stage, groups
@@ -51,14 +51,14 @@ class Engine:
         self._trained = {n: p for n, p in stage.module.named_parameters() if p.requires_grad and p is not self._tied}
         self._reached: set[str] = set()
         self.before_changes: Callable[[], object] = lambda: None
-        """Returns when weights and optimizer may change: whoever copies them meanwhile sets it."""
+        """Called before weights or optimizer change. Set it to a function that waits for a background copy of them."""
         for name, parameter in self._trained.items():
             before_leaving(parameter.register_hook(partial(self._has_reached, name)).remove)
 
     def step(
         self, batches: Sequence[Any], forward: Forward, loss: Loss, *, tokens: int, learning_rate: float
     ) -> StepResult:
-        """One update from all micro-batches of this data rank.
+        """Forward, backward and one optimizer update over all micro-batches of this data rank.
 
         `loss` returns this micro-batch's part of a sum over the global batch; so micro-batch size, packing and the
         number of data ranks never change the gradient.
@@ -84,7 +84,7 @@ class Engine:
         return StepResult(values, norm, self._zero.gradient_norms())
 
     def _has_reached(self, name: str, gradient: Tensor | None) -> None:
-        """A gradient has come to a parameter; autograd calls this, too, where one should have and did not."""
+        """Gradient hook of a parameter; autograd also calls it, with None, where no gradient arrived."""
         if gradient is not None:
             self._reached.add(name)
 
@@ -93,46 +93,46 @@ class Engine:
         return self._zero.weight_norms()
 
     def forget(self) -> None:
-        """Start the optimizer's moments afresh, for a new phase of training."""
+        """Drop the optimizer's moments, for a new phase of training."""
         self.before_changes()
         self._zero.state.reset()
 
     def snapshot(self) -> Snapshot:
-        """This rank's part of weights and optimizer in host memory; all ranks take and restore theirs between steps."""
+        """Copy this rank's part of weights and optimizer to host memory; all ranks do so between steps."""
         return Snapshot(*self._zero.changing())
 
     def flat_shards(self) -> Iterator[FlatShard]:
-        """What this rank keeps of weights and optimizer, for `whole_chunks`."""
+        """This rank's part of weights and optimizer state, to be saved by `whole_chunks`."""
         return self._zero.state.flat_shards()
 
     @property
     def updates(self) -> int:
-        """How many updates the optimizer's state has seen."""
+        """The number of optimizer steps that the optimizer's state has seen."""
         return self._zero.state.updates
 
     def restore(self, source: Source, pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> None:
-        """Take over the optimizer's state that was saved in any layout; the weights were loaded before.
+        """Load the optimizer state of a checkpoint that any layout saved; the weights were loaded before.
 
         Args:
-            pieces: of logical tensors in each parameter.
+            pieces: the pieces of logical tensors in each parameter.
         """
         self._zero.state.restore(source, pieces)
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """Within this block the module's parameters hold their values, whatever the ZeRO stage."""
+        """Within this block the module's parameters are whole, whatever the ZeRO stage."""
         return self._zero.whole_weights()
 
     def measure(self, batches: Sequence[Any], forward: Forward, loss: Loss, *, tokens: int) -> dict[str, float]:
-        """What `loss` reports over the global batch, without a gradient; see `StepResult.values`."""
+        """The metrics that `loss` reports over the global batch, without a gradient; see `StepResult.values`."""
         results = run_forward(self.stage, batches, forward, tokens=tokens)
         return self._reduced([loss(r, b)[1] for r, b in zip(results, batches, strict=False)])
 
     def evaluate(self, stage: Stage, batches: Sequence[Any], forward: Forward, *, tokens: int) -> list[Tensor]:
-        """Results of a forward pass of `stage` for this data rank's micro-batches; empty but on the last stage."""
+        """Results of a forward pass of `stage` for this data rank's micro-batches; empty except on the last stage."""
         return run_forward(stage, batches, forward, tokens=tokens)
 
     def _watched(self, forward: Forward) -> Forward:
-        """The forward pass, telling ZeRO when gradients are about to flow back through it."""
+        """The forward pass, with a hook that tells ZeRO when its backward pass begins."""
 
         def watched(module: nn.Module, batch: Any, received: Tensor | None, chunk: int) -> Tensor:
             result = forward(module, batch, received, chunk)

@@ -1,6 +1,6 @@
 """The process groups of a layout: the only module that touches megatron-core's global state.
 
-`join` enters the world and hands out a `Groups`; everything else takes the groups that it needs as arguments.
+`join` initializes torch.distributed and returns a `Groups`; all else takes the groups that it needs as arguments.
 """
 
 import datetime
@@ -18,7 +18,7 @@ from lockstep.distributed.libraries import parallel_state
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place in a layout. Ranks are places on an axis, counted from 0."""
+    """This rank's process groups, and its rank on each axis of the layout, counted from 0."""
 
     layout: Layout
     rank: int
@@ -31,7 +31,7 @@ class Groups:
     data_rank: int
     """Which share of a batch this rank computes, of `layout.replicas`."""
     expert: dist.ProcessGroup
-    """Ranks that hold different experts of the same layers."""
+    """Ranks that hold different experts of the same layers (expert parallelism)."""
     expert_rank: int
     replicas: dist.ProcessGroup
     """Ranks that hold the same weights, experts aside: the context, expert and data axes together."""
@@ -58,27 +58,30 @@ class Groups:
 
     @property
     def owns_replicated(self) -> bool:
-        """Whether this rank speaks for all that hold the same weights, experts aside."""
+        """Whether this rank is the first of those that hold the same weights, experts aside."""
         return dist.get_rank(self.replicas) == 0
 
     @property
     def owns_experts(self) -> bool:
-        """Whether this rank speaks for all that hold the same experts."""
+        """Whether this rank is the first of those that hold the same experts."""
         return dist.get_rank(self.expert_replicas) == 0
 
 
 def host_meeting(address: str) -> TCPStore:
-    """A place for the ranks of a world to meet, on a free port of this host; it lasts as long as it is held."""
+    """Host the rendezvous store of a world on a free port of this host, as long as the returned object lives."""
     return TCPStore(address, 0, is_master=True, wait_for_workers=False)
 
 
 def meeting_at(address: str, port: int) -> TCPStore:
-    """The meeting that another process hosts."""
+    """Connect to the rendezvous store that another process hosts."""
     return TCPStore(address, port, is_master=False)
 
 
 def join(layout: Layout, *, rank: int, meeting: Store, timeout_s: float = 600.0) -> Groups:
-    """Enter the world of `layout.processes` ranks that share a meeting, and form its groups (gloo, or NCCL).
+    """Initialize torch.distributed (gloo, or NCCL) and the process groups of a layout; all ranks call this together.
+
+    Args:
+        meeting: the rendezvous store that all ranks share.
 
     Raises:
         LayoutError: when rank does not belong to the layout.
@@ -106,7 +109,7 @@ def join(layout: Layout, *, rank: int, meeting: Store, timeout_s: float = 600.0)
 
 
 def alone() -> Groups:
-    """The groups of a world of this process alone."""
+    """Initialize torch.distributed and the groups for a single process."""
     return join(Layout(), rank=0, meeting=HashStore())
 
 
@@ -114,12 +117,12 @@ _before_leaving: list[Callable[[], None]] = []
 
 
 def before_leaving(end: Callable[[], None]) -> None:
-    """Have `end` called when this process leaves its world: by what holds groups that nothing else would let go."""
+    """Register `end` to be called by `leave`: for objects whose references to process groups nothing else drops."""
     _before_leaving.append(end)
 
 
 def leave() -> None:
-    """Dissolve the groups and leave the world. Threads of a group poll for as long as anything refers to it."""
+    """Destroy the process groups and torch.distributed. Threads of a group poll while anything refers to it."""
     while _before_leaving:
         _before_leaving.pop()()
     parallel_state.destroy_model_parallel()

@@ -1,4 +1,4 @@
-"""How many ways each kind of parallelism splits the work: plain numbers, checked before anything starts."""
+"""The degrees of parallelism of a run (tensor, pipeline, context, expert, data, ZeRO), checked before it starts."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class LayoutError(ValueError):
-    """A layout that cannot run, in one sentence that says what would."""
+    """A layout that cannot run; the message says which would."""
 
 
 class Layout(BaseModel):
@@ -38,32 +38,32 @@ class Layout(BaseModel):
 
     @property
     def processes(self) -> int:
-        """Processes that this layout needs."""
+        """The number of processes (world size) of this layout."""
         return self.tensor * self.pipeline * self.context * self.replicas
 
     @property
     def replicas(self) -> int:
-        """Ways that a batch is split: expert ranks have rows of their own, as data ranks do."""
+        """The number of shares of a global batch: expert ranks have rows of their own, as data ranks do."""
         return self.expert * self.data
 
     @property
     def chunks(self) -> int:
-        """Virtual stages of the whole pipeline."""
+        """The number of virtual stages of the whole pipeline."""
         return self.pipeline * self.virtual
 
     def data_rank(self, rank: int) -> int:
-        """Which share of a batch a process computes."""
+        """The index of the share of a global batch that a global rank computes."""
         return rank // (self.tensor * self.context) % self.replicas
 
     @property
     def row_multiple(self) -> int:
-        """What the length of a row of tokens divides by: every context rank has two equal parts of it."""
+        """The number that a row's length must be a multiple of: every context rank has two equal parts of it."""
         parts = 2 * self.context if self.context > 1 else 1
         return math.lcm(32, parts * (self.tensor if self.sequence else 1))
 
     @property
     def in_step(self) -> bool:
-        """Whether all replicas run the same number of micro-batches, because they communicate in each."""
+        """Whether all replicas must run the same number of micro-batches, because they communicate in each."""
         return self.expert > 1 or self.zero >= 2
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ def check_divides(
     experts: int = 0,
     shared_intermediate: int = 0,
 ) -> None:
-    """Refuse a layout that does not fit a transformer of these sizes.
+    """Raise unless a layout divides the sizes of a transformer.
 
     Raises:
         LayoutError: names the degree that was given and the degrees that would work.
@@ -161,16 +161,16 @@ def _one_of(allowed: Sequence[int]) -> str:
 
 
 def splits_heads(layout: Layout, kv_heads: int) -> bool:
-    """Whether context ranks exchange heads (DeepSpeed-Ulysses), and not blocks of keys in a ring."""
+    """Whether context parallelism exchanges heads (DeepSpeed-Ulysses) instead of keys and values in a ring."""
     divides = kv_heads // layout.tensor % layout.context == 0
     return layout.context_by == "heads" or (layout.context_by == "auto" and divides)
 
 
 def stage_layers(layers: int, stages: int, *, first: float = 0.0, last: float = 0.0) -> list[range]:
-    """Layers of each pipeline stage: contiguous, at least one each, such that the heaviest stage is as light as can be.
+    """Balanced split of layers over pipeline stages: contiguous, at least one each, with the least maximum load.
 
     Args:
-        first, last: what the embedding and the head weigh, in layers.
+        first, last: the cost of the embedding and of the head, in layers.
     """
     extra = [0.0] * stages
     extra[0] += first

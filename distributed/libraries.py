@@ -1,4 +1,4 @@
-"""megatron-core and DeepSpeed, loaded without torch's compiler and for the device that the host has.
+"""Imports megatron-core and DeepSpeed without loading torch.compile or TensorBoard, for the device of the host.
 
 Both compile functions as they are imported, of which those that are used here are used as they are; loading the
 compiler is a third of what a process takes to start, and TensorBoard, which megatron-core's timers may write to, a
@@ -16,13 +16,13 @@ import torch
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """In the place of `torch.compile`, called or as a decorator with options."""
+    """Stands in for `torch.compile`, called or as a decorator with options: returns the function unchanged."""
     return function or _as_it_is
 
 
 @contextmanager
 def _without(module: str) -> Iterator[None]:
-    """Where it has not been loaded, it looks as if it were not installed."""
+    """Within this block importing a module fails, unless it has been imported before."""
     loaded = sys.modules.setdefault(module, None)  # type: ignore[arg-type]
     try:
         yield

@@ -1,4 +1,4 @@
-"""Micro-batches through megatron-core's schedules: one stage or many, forward and backward, or forward only."""
+"""Runs micro-batches through megatron-core's pipeline schedules (none, 1F1B, interleaved), with or without backward."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 def megatron_config(groups: Groups, *, layers: int, width: int, heads: int, dtype: torch.dtype) -> TransformerConfig:
-    """What megatron-core's layers and schedules read; nothing else in Lockstep depends on it."""
+    """The TransformerConfig that megatron-core's layers and schedules read; nothing else in Lockstep depends on it."""
     layout = groups.layout
     interleaved = layout.virtual > 1
     return TransformerConfig(
@@ -48,7 +48,7 @@ def megatron_config(groups: Groups, *, layers: int, width: int, heads: int, dtyp
 
 
 class Chunk(nn.Module):
-    """What the schedules ask of a virtual stage, around this rank's module."""
+    """A virtual stage as megatron-core's schedules expect one: a wrapper of this rank's module."""
 
     def __init__(self, module: nn.Module, config: TransformerConfig, index: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Chunk(nn.Module):
         self.received: Tensor | None = None
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
-        """Called by the schedule with the activations of the stage before."""
+        """Receive the activations of the previous stage; the schedule calls this."""
         self.received = received[0] if isinstance(received, list) else received
 
 
@@ -73,13 +73,13 @@ class Stage:
 def run_forward_backward(
     stage: Stage, batches: Sequence[Any], forward: Forward, loss: Loss, *, tokens: int
 ) -> list[dict[str, Tensor]]:
-    """Forward and backward over all micro-batches; gradients add up in the parameters.
+    """Run forward and backward over all micro-batches; gradients accumulate in the parameters.
 
     Args:
         tokens: length T of every micro-batch; stages send each other [T / context / tensor if sequence, 1, width].
 
     Returns:
-        What `loss` reported for each micro-batch; empty on all but the last stage.
+        The values that `loss` reported for each micro-batch; empty on all but the last stage.
     """
     # The schedule divides by the number of micro-batches and multiplies by the context degree; a sum must stay a sum.
     scale = len(batches) / stage.config.context_parallel_size

@@ -1,4 +1,4 @@
-"""A trace of a few steps: what one rank's CPU and accelerator did when, for Perfetto or chrome://tracing."""
+"""torch.profiler traces of a few steps on one rank, for Perfetto or chrome://tracing."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ FIRST, LAST = 3, 5
 
 
 class Trace:
-    """torch.profiler on this process, told by `step` where a step ends. Writes one file."""
+    """A torch.profiler of this process that traces steps FIRST to LAST and writes one file."""
 
     def __init__(self, path: Path) -> None:
         """
@@ -27,11 +27,11 @@ class Trace:
         self._profiler.start()
 
     def step(self) -> None:
-        """A step has ended."""
+        """Tell the profiler that a step has ended."""
         self._profiler.step()
 
     def close(self) -> bool:
-        """End the trace, with what it saw of its steps; returns whether it saw any, and so there is a file."""
+        """Stop profiling; returns whether a trace file was written, which needs at least one traced step."""
         self._profiler.stop()
         return self._path.exists()
 

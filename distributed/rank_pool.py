@@ -1,4 +1,4 @@
-"""Worlds of processes on this machine: started once for each size, they form a new world for each call."""
+"""A pool of local processes that run a function on every rank of a layout. Processes are reused between calls."""
 
 import gc
 import multiprocessing
@@ -29,7 +29,7 @@ class WorldFailed(RuntimeError):
 
 
 class RankPool:
-    """Processes for worlds of each size; DeepSpeed keeps state of its world, so sizes do not mix in one process."""
+    """Processes on this machine, kept by world size: DeepSpeed keeps state of its world, so sizes do not mix."""
 
     def __init__(self, timeout_s: float = 120.0) -> None:
         """
@@ -40,7 +40,7 @@ class RankPool:
         self._timeout_s = timeout_s
 
     def run(self, layout: Layout, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results of function(groups, *args) on every rank; `function` stands at the top of a module.
+        """Run function(groups, *args) on every rank; return the results by rank. `function` is defined at module level.
 
         Raises:
             WorldFailed: as soon as one rank does.

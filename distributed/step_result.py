@@ -1,11 +1,11 @@
-"""What an update reports. It stands alone, so that who only reads reports loads no library of training."""
+"""The metrics of one optimizer step. It imports nothing, so that readers of metrics load no training library."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one update reports, the same on every rank, and the gradient's norm before clipping: global and by part.
+    """Metrics of one update, the same on every rank, and the gradient norm before clipping: global and by part.
 
     A value is the sum over the global batch, or the largest of its micro-batches if its name ends in `_max`. One comes
     from the engine: `memory_gb`, the most that any rank held so far (`peak_memory`), in 10⁹ bytes.

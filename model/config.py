@@ -1,4 +1,4 @@
-"""The shape of a transformer: one field for each thing in which model families differ."""
+"""The configuration of a transformer: one field for each thing in which model families differ."""
 
 from typing import Any, Literal
 
@@ -16,32 +16,32 @@ from lockstep.distributed.layout import Layout, LayoutError, check_divides, spli
 from lockstep.model.rope import Rope
 
 Numerics = Literal["fast", "exact"]
-"""Whether sums are in the fastest order, or in one that gives rollouts and training the same bits."""
+"""Whether sums have the fastest order, or a batch-invariant one that gives rollouts and training the same bits."""
 
 
 Head = Literal["vocabulary", "value"]
-"""What stands on the last norm: a logit for each token of the vocabulary, or one number (critics, reward models)."""
+"""The output layer: a logit for each token of the vocabulary, or one value per token (critics, reward models)."""
 
 
 class UnknownModel(ValueError):
-    """A model that Lockstep's block does not describe."""
+    """A model architecture that Lockstep does not support."""
 
 
 def refuse(feature: str, present: Any) -> None:
-    """Refuse a checkpoint in which an unsupported feature is present."""
+    """Raise UnknownModel if a checkpoint uses an unsupported feature."""
     if present:
         raise UnknownModel(f"this checkpoint uses {feature}, which is not supported")
 
 
 def need(words: dict[str, Any], *names: str) -> None:
-    """Refuse a `config.json`, or a part of one, that lacks some of these words."""
+    """Raise UnknownModel if a `config.json`, or a part of one, lacks some of these keys."""
     missing = [name for name in names if words.get(name) is None]
     if missing:
         raise UnknownModel(f"config.json lacks {', '.join(missing)}")
 
 
 class MoEConfig(BaseModel):
-    """The experts of a block, which take the place of its feed-forward layer."""
+    """The mixture of experts that replaces the feed-forward layer of every block."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,7 +64,7 @@ class MoEConfig(BaseModel):
 
     @property
     def has_loss(self) -> bool:
-        """Whether the router has losses of its own."""
+        """Whether the router has auxiliary losses."""
         return bool(self.balance_coefficient or self.z_coefficient)
 
     def parameters(self, width: int) -> int:
@@ -73,18 +73,18 @@ class MoEConfig(BaseModel):
         return rows * width
 
     def idle_parameters(self, width: int) -> int:
-        """Parameters of one block's experts that a token does not visit."""
+        """Number of parameters of one block's experts that a token is not routed to."""
         return 3 * (self.experts - self.experts_per_token) * self.intermediate * width
 
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""A linear layer inside of a block, as the logical tensors call it."""
+"""A linear layer inside of a block, by its name in logical tensors (Hugging Face's names)."""
 
 
 class LoraConfig(BaseModel):
-    """Low-rank adapters: a layer's weight becomes W + scale · B · A (Hu et al. 2021, section 4.1).
+    """LoRA: a layer's weight becomes W + scale · B · A (Hu et al. 2021, section 4.1).
 
-    B is 0 at first, so that nothing changes; A is drawn.
+    B is initialised to 0, so that nothing changes at first; A is random.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,12 +96,12 @@ class LoraConfig(BaseModel):
 
     @property
     def scale(self) -> float:
-        """What multiplies B · A."""
+        """The factor of B · A."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 class ModelConfig(BaseModel):
-    """A decoder-only transformer. The defaults are Llama's."""
+    """The architecture of a decoder-only transformer. The defaults are Llama's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -146,13 +146,13 @@ class ModelConfig(BaseModel):
 
     @model_serializer(mode="wrap")
     def _none_is_learned(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A word, because TOML has no null."""
+        """Write `rope = None` as "learned", because TOML has no null."""
         return serialized(self) | ({"rope": "learned"} if self.rope is None else {})
 
     @model_validator(mode="before")
     @classmethod
     def _reads_files(cls, given: Any) -> Any:
-        """Lists are tuples in files; and checkpoints of version 0.1 say `rope_theta`, and `rope` was not there."""
+        """Accept lists for tuples, and the key `rope_theta` of checkpoints of version 0.1 for `rope`."""
         if not isinstance(given, dict):
             return given
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -200,13 +200,13 @@ class ModelConfig(BaseModel):
         return None if layer in self.full_layers else self.window
 
     def rope_of(self, layer: int) -> Rope | None:
-        """Rotary positions of a layer, if it has any."""
+        """The rotary embedding of a layer, or None."""
         if layer in self.unrotated_layers:
             return None
         return self.rope if self.window_of(layer) is None else self.window_rope or self.rope
 
     def with_head(self, head: Head) -> "ModelConfig":
-        """The same model with this head; nothing of a head of another kind comes along.
+        """The same model with this kind of head; the weights of a head of another kind are dropped.
 
         Raises:
             UnknownModel: when a model without a vocabulary's head is to have one.
@@ -224,7 +224,7 @@ class ModelConfig(BaseModel):
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """The linear layers of a block that may have adapters: experts and routers may not."""
+        """The linear layers of a block that can have LoRA adapters: experts and routers cannot."""
         attention: tuple[Projection, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
         if self.moe:
             return attention
@@ -232,19 +232,19 @@ class ModelConfig(BaseModel):
 
     @property
     def adapted(self) -> tuple[Projection, ...]:
-        """The linear layers of a block that have adapters."""
+        """The linear layers of a block that have LoRA adapters."""
         if self.lora is None:
             return ()
         return self.projections if self.lora.targets == "all" else self.lora.targets
 
     @property
     def without_adapters(self) -> "ModelConfig":
-        """The same model with its adapters in its weights, or left away."""
+        """The configuration without LoRA, for a model whose adapters are merged or dropped."""
         return self.model_copy(update={"lora": None})
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What a layout divides, as `check_divides` takes it."""
+        """The sizes that a layout must divide, as keyword arguments of `check_divides`."""
         moe = self.moe
         return {
             "heads": self.heads,
@@ -278,7 +278,7 @@ class ModelConfig(BaseModel):
 
 
 def check_layout(layout: Layout, model: ModelConfig) -> None:
-    """Refuse a layout that does not fit a model.
+    """Raise unless a layout divides the sizes of a model.
 
     Raises:
         LayoutError: names the degree that was given and the degrees that would work.
@@ -287,7 +287,7 @@ def check_layout(layout: Layout, model: ModelConfig) -> None:
 
 
 def check_numerics(numerics: Numerics, layout: Layout, model: ModelConfig) -> None:
-    """Refuse a layout in which sums have no fixed order.
+    """Raise if a layout has no batch-invariant numerics: ring attention sums in no fixed order.
 
     Raises:
         LayoutError: says what to change.
@@ -300,5 +300,5 @@ def check_numerics(numerics: Numerics, layout: Layout, model: ModelConfig) -> No
 
 
 def describe(model: ModelConfig, layout: Layout) -> dict[str, Any]:
-    """What a checkpoint's manifest says of its content."""
+    """The entries of a checkpoint's manifest that describe model and layout."""
     return {"model": model.model_dump(), "layout": layout.model_dump()}

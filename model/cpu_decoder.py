@@ -1,9 +1,8 @@
-"""A pass over one token of each of some sequences as one list of jobs, for models of Llama's kind on a CPU.
+"""A decode step of Llama-like models on a CPU as one call into C: one new token for each of some sequences.
 
-A pass of a small model is over in milliseconds, and calling its hundreds of operations from Python takes a large part
-of them. Here the list of jobs is made once: norms, products, rotations and attention in place, all of `kernels.c`, one
-behind the other in the threads that torch works with. What changes from pass to pass is the tokens, their positions and
-the tables of their sequences.
+A decode step of a small model takes milliseconds, and calling its hundreds of operations from Python takes a large part
+of them. Here the list of kernel calls (norms, products, rotary embedding, paged attention, all of `kernels.c`) is made
+once and runs in torch's threads. Only tokens, positions and block tables change from step to step.
 """
 
 import ctypes
@@ -25,11 +24,10 @@ ROWS = 128
 
 
 def serves(transformer: Transformer) -> bool:
-    """Whether there is a decoder for a model.
+    """Whether `CpuDecoder` supports a model on this machine.
 
-    It takes norms by the root mean square before each layer, gated units of silu, rotary positions of one kind and
-    widths that fill lines; bf16 and one rank, where there is a compiler. Its bits are those of the modules in exact
-    numerics.
+    It supports RMSNorm before each layer, SwiGLU, one kind of rotary embedding and widths that are multiples of a line,
+    in bf16 on one rank, where there is a C compiler. Its bits are those of the modules in exact numerics.
     """
     model, layout = transformer.model, transformer.groups.layout
     widths = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim, model.intermediate
@@ -47,13 +45,13 @@ def serves(transformer: Transformer) -> bool:
 
 
 class CpuDecoder:
-    """Runs a transformer over one new token of each of some sequences; later changes of its weights are not seen."""
+    """Decodes one new token for each of some sequences; later changes of the transformer's weights are not seen."""
 
     def __init__(self, transformer: Transformer, cache: KVCache) -> None:
         """
         Args:
-            transformer: one that `serves` approves of.
-            cache: where keys and values are kept.
+            transformer: one for which `serves` is true.
+            cache: the KV cache to write to and read from.
         """
         model, head = transformer.model, transformer.head_weight
         self._transformer, self._vocabulary = transformer, len(head)

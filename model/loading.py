@@ -1,4 +1,4 @@
-"""Build(): a stage filled from a Source; the one table of dtypes."""
+"""Builds a rank's stage of a transformer and loads its weights; the dtypes that models can be computed in."""
 
 import torch
 
@@ -12,7 +12,7 @@ from lockstep.model.transformer import Transformer
 from lockstep.model.weights.overlay import with_head
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-"""What models can be computed in, by the names that recipes use."""
+"""The dtypes of parameters and activations, by the names that recipes use."""
 
 
 def build(
@@ -24,10 +24,10 @@ def build(
     *,
     head: Head | None = None,
 ) -> Stage:
-    """This rank's stage of a transformer, filled from a source.
+    """Build this rank's stage of a transformer, with weights loaded from a source.
 
     Args:
-        head: in the place of the head that the model has; see `lockstep.model.layers.value_head`.
+        head: replaces the head that the model has; see `lockstep.model.layers.value_head`.
     """
     model, source = with_head(model, source, head or model.head)
     config = megatron_config(groups, layers=model.layers, width=model.width, heads=model.heads, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Rotary positions: the frequencies that turn a head, and the scalings that stretch them over a longer context.
+"""Rotary position embedding (RoPE): frequencies, and their scalings for longer contexts (linear, Llama 3, YaRN).
 
 A head of width E has E/2 pairs; pair i turns by position · θ^(−2i/E) (Su et al. 2021, "RoFormer"). A scaling changes
 these frequencies once and for all; scalings that depend on the length of the text at hand are not described here.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class LinearScaling(BaseModel):
-    """All positions divided by a factor (Chen et al. 2023, "Positional Interpolation")."""
+    """Linear scaling: all positions are divided by a factor (Chen et al. 2023, "Positional Interpolation")."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +26,7 @@ class LinearScaling(BaseModel):
 
 
 class Llama3Scaling(BaseModel):
-    """Slow pairs divided by a factor, fast ones left alone, those between blended (Llama 3.1's model card and code)."""
+    """Llama 3.1's scaling: low frequencies are divided by a factor, high ones kept, those between interpolated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +44,7 @@ class Llama3Scaling(BaseModel):
 
 
 class YarnScaling(BaseModel):
-    """As Llama 3's, but blended over the index of the pair, and with longer cosines (Peng et al. 2023, "YaRN")."""
+    """YaRN (Peng et al. 2023): interpolates over the index of the pair, and scales cosines and sines by a magnitude."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -68,7 +68,7 @@ class YarnScaling(BaseModel):
         return (1 - kept) * frequencies / self.factor + kept * frequencies
 
     def _pair(self, turns: float, theta: float, pairs: int) -> float:
-        """Index of the pair that turns so often over the original context."""
+        """Index of the pair that makes so many turns over the original context."""
         return pairs * math.log(self.original_context / (turns * 2 * math.pi)) / math.log(theta)
 
 
@@ -76,7 +76,7 @@ Scaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discrimin
 
 
 class Rope(BaseModel):
-    """Rotary positions of a layer."""
+    """The rotary embedding of a layer: base and scaling of its frequencies."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -85,7 +85,7 @@ class Rope(BaseModel):
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """The factor of cosines and sines."""
         return self.scaling.magnitude if isinstance(self.scaling, YarnScaling) else 1.0
 
     def frequencies(self, head_dim: int, device: torch.device) -> Tensor:

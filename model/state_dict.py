@@ -1,4 +1,4 @@
-"""What a rank holds: its parameters as pieces of logical tensors, and filling them from a source."""
+"""A rank's parameters as pieces of logical tensors: loaded from a source, iterated, and served with LoRA merged."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from lockstep.model.weights.sharding import is_stack, parameter_pieces
 
 
 def pieces(transformer: Transformer) -> Iterator[tuple[nn.Parameter, Piece]]:
-    """Every piece that this rank holds."""
+    """Every piece of a logical tensor that this rank holds, with its parameter."""
     groups, shapes = transformer.groups, logical_tensors(transformer.model)
     tensor, expert = (groups.tensor_rank, groups.layout.tensor), (groups.expert_rank, groups.layout.expert)
     for path, parameter in transformer.named_parameters():
@@ -35,7 +35,7 @@ def pieces_by_parameter(transformer: Transformer) -> dict[nn.Parameter, list[Pie
 
 
 def _held(path: str, piece: Piece, groups: Groups) -> Piece:
-    """A piece as one of several copies."""
+    """The piece, marked whether it is the first of its copies, and whether this rank owns it."""
     if is_stack(path):
         return replace(piece, owned=groups.owns_experts)
     first = piece.first and (groups.is_first_stage or piece.name != EMBEDDING)
@@ -44,18 +44,18 @@ def _held(path: str, piece: Piece, groups: Groups) -> Piece:
 
 @dataclass(frozen=True)
 class Served:
-    """A piece of a model without adapters, as this rank has it: with what adapters change."""
+    """A piece of the merged model: this rank's piece of a weight, with the LoRA adapter to merge into it."""
 
     parameter: nn.Parameter
     piece: Piece
     adapter: Adapter | None = None
 
     def __len__(self) -> int:
-        """How many rows it has."""
+        """The number of rows."""
         return len(range(*self.piece.box[0]))
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows of the piece, on its first dim, in the parameter's dtype."""
+        """Rows first … last−1 of the merged piece, in the parameter's dtype."""
         weight = self.piece.view(self.parameter)[first:last]
         if self.adapter is None:
             return weight
@@ -63,7 +63,7 @@ class Served:
 
 
 def served(transformer: Transformer) -> Iterator[Served]:
-    """Every piece that this rank holds, as those see it who know of no adapters: rollouts, and a reference's copy."""
+    """Every piece of this rank with LoRA merged, for consumers without adapters: rollouts, and a reference's copy."""
     named = dict(transformer.named_parameters())
     adapters = {path: module for path, module in transformer.named_modules() if isinstance(module, Adapters)}
     paths = {parameter: path for path, parameter in named.items()}
@@ -86,7 +86,7 @@ def parts(transformer: Transformer) -> dict[str, list[nn.Parameter]]:
 
 @torch.no_grad()
 def load(transformer: Transformer, source: Source) -> None:
-    """Fill every parameter of this rank from a source, which may have been written in any layout; padding becomes 0."""
+    """Load every parameter of this rank from a source, written in any layout; padding becomes 0."""
     held = list(pieces(transformer))
     for parameter, piece in held:
         if piece.name in (EMBEDDING, HEAD):
@@ -99,12 +99,12 @@ def load(transformer: Transformer, source: Source) -> None:
 
 
 class LocalWeights(WeightsOnly):
-    """A `Source` over the pieces that a transformer itself holds, those of adapters among them."""
+    """A `Source` over the pieces in a transformer's own parameters, adapters included."""
 
     def __init__(self, transformer: Transformer) -> None:
         held = pieces(transformer)
         self._arrays = {(piece.name, piece.box): to_numpy(piece.view(parameter)) for parameter, piece in held}
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
-        """See `Source`."""
+        """See `Source`; `box` must be that of a piece which this rank holds."""
         return self._arrays[name, box]

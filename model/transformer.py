@@ -1,7 +1,6 @@
 """A decoder-only transformer of megatron-core's parallel layers, or one pipeline stage of it.
 
-Tokens stand on the first dim, [T, 1, width] between blocks, as megatron-core's schedules want them: T packed tokens and
-a batch of one.
+Activations between blocks are [T, 1, width], as megatron-core's schedules want them: T packed tokens, a batch of one.
 """
 
 import copy
@@ -42,14 +41,14 @@ def _layers(model: ModelConfig, groups: Groups) -> list[range]:
 
 
 class Transformer(nn.Module):
-    """The layers of one pipeline stage: all of them when there is one stage."""
+    """A decoder-only transformer, or this rank's pipeline stage of one."""
 
     def __init__(
         self, model: ModelConfig, groups: Groups, config: TransformerConfig, numerics: Numerics = "fast"
     ) -> None:
         """
         Raises:
-            LayoutError: when heads, widths or layers do not divide by the layout, or it has no exact numerics.
+            LayoutError: when the layout does not divide heads, widths or layers, or has no exact numerics.
         """
         super().__init__()
         check_layout(groups.layout, model)
@@ -80,13 +79,13 @@ class Transformer(nn.Module):
         self._adapted = True
 
     def without_adapters(self) -> "Transformer":
-        """This very model, weights and all, computing without its adapters."""
+        """The same model, sharing its weights, that computes without its adapters."""
         base = copy.copy(self)
         base._adapted = False
         return base
 
     def pack(self) -> None:
-        """Reorder the weights as they are now for inference; call it again whenever they have changed."""
+        """Pack the current weights for CPU inference; call it again whenever they have changed."""
         for module in self.modules():
             if isinstance(module, ColumnLinear | RowLinear):
                 module.pack()
@@ -94,7 +93,7 @@ class Transformer(nn.Module):
             self._packed_head = packed(self.head_weight, self.numerics)
 
     def unpack(self) -> None:
-        """Forget what `pack` made."""
+        """Drop the packed weights."""
         for module in self.modules():
             if isinstance(module, ColumnLinear | RowLinear):
                 module.unpack()
@@ -134,8 +133,8 @@ class Transformer(nn.Module):
         Args:
             received: activations of the stage before; the first stage embeds the tokens instead.
             chunk: which of this rank's virtual stages to run.
-            finish: what the last stage makes of its activations; inside, because ZeRO-3 lends weights for a forward.
-            sequences: documents of the row, for the losses of experts' routers; None for no such losses.
+            finish: applied to the last stage's activations; inside, because ZeRO-3 gathers weights during a forward.
+            sequences: documents of the row, for the routers' losses; None for no such losses.
         """
         with nullcontext() if self._adapted else without_adapters(self):
             return self._computed(tokens_T, positions_T, attend, received, chunk, finish, sequences)
@@ -195,5 +194,5 @@ class Transformer(nn.Module):
 
     @property
     def head_tiles(self) -> Tensor:
-        """`head_weight` as a decoder wants it; see `tiles_of`."""
+        """`head_weight` as `CpuDecoder` reads it; see `tiles_of`."""
         return tiles_of(self.head_weight, self._packed_head)

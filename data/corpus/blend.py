@@ -1,4 +1,4 @@
-"""Sources mixed by weight: which source gives sample n, and which of its samples that is, follows from a formula.
+"""Blends datasets by weight: which source gives sample n, and which of its samples that is, follows from a formula.
 
 The sources are the leaves of a binary tree. Each inner node splits the samples that reach it in the ratio p : q − p of
 its children's weights: the first child has got ⌊n·p/q + ½⌋ of the first n. So nothing needs to be remembered, weights
@@ -19,7 +19,7 @@ import numpy as np
 from lockstep.data.batch import Ints
 
 BOUND = 1.68
-"""Sources have never given this many samples more or fewer than their exact share: half the sum of 1/Fibonacci(i)."""
+"""Bound on the deviation of a source from its exact share, in samples, at any n: half the sum of 1/Fibonacci(i)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _join(first: _Node, second: _Node, share: Fraction) -> _Node:
 
 
 class Blend:
-    """An endless sequence of (source, sample of the source)."""
+    """An endless sequence of (source, sample of the source) in exact proportions."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         """
@@ -62,13 +62,13 @@ class Blend:
         self._root = heap[0][2]
 
     def take(self, start: int, stop: int) -> tuple[Ints, Ints]:
-        """Samples start … stop: their sources, and their numbers within the sources, both [stop − start]."""
+        """The sources of samples start … stop, and their numbers within the sources, both [stop − start]."""
         sources, numbers = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64)
         self._fill(self._root, start, np.arange(stop - start), sources, numbers)
         return sources, numbers
 
     def counts(self, samples: int) -> list[int]:
-        """How many of the first so many samples each source gives."""
+        """The number of samples from each source among the first `samples`."""
         found = [0] * len(self.shares)
         open_nodes = [(self._root, samples)]
         while open_nodes:

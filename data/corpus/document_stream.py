@@ -1,4 +1,4 @@
-"""Documents laid head to tail, epoch after epoch, each epoch in an order of its own; samples are cut from that stream.
+"""An endless stream of shuffled documents, concatenated epoch after epoch, that samples are cut from; held-out split.
 
 Nothing is lost between two epochs: a sample may end in the next one. Orders and the held-out split come from a hash of
 (seed, source, epoch, document), so they are functions of these numbers alone, whatever the version of any library.
@@ -17,7 +17,7 @@ _HELD_OUT, _ORDER = 1, 2
 
 
 def scrambled(documents: Ints, *key: int) -> NDArray[np.uint64]:
-    """64 bits for each document [D] that look random: the finaliser of SplitMix64 (Steele et al. 2014), chained.
+    """A 64-bit hash of each document number, [D], keyed: the finaliser of SplitMix64 (Steele et al. 2014), chained.
 
     Chaining adds each number of the key to the hash so far; with the same key, different documents never collide.
     """
@@ -35,7 +35,7 @@ def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def split(documents: Ints, held_out: float, *, seed: int, source: int) -> tuple[Ints, Ints]:
-    """Documents to train on and documents held out, both in stored order; together they are all.
+    """Split documents into training and held-out ones, both in stored order.
 
     Args:
         held_out: a share below 1, of which at least one document is held out, or a number of documents; 0 for none.
@@ -49,7 +49,7 @@ def split(documents: Ints, held_out: float, *, seed: int, source: int) -> tuple[
 
 @dataclass(frozen=True)
 class Cut:
-    """Neighbouring tokens of a stream, and the documents of the store that they lie in, with how many in each."""
+    """Consecutive tokens of a stream, the documents that they come from, and the number of tokens from each."""
 
     tokens: Ints
     lengths: Ints
@@ -57,14 +57,14 @@ class Cut:
 
 
 class DocumentStream:
-    """Some documents of a store, endlessly repeated: as they are stored, or shuffled anew in every epoch."""
+    """Documents of an indexed dataset, repeated endlessly: in stored order, or reshuffled in every epoch."""
 
     def __init__(
         self, store: IndexedDataset, documents: Ints, *, vocabulary: int, shuffle: tuple[int, int] | None
     ) -> None:
         """
         Args:
-            documents: their numbers; empty ones take no place.
+            documents: their numbers; empty documents are skipped.
             shuffle: the run's seed and the number of the source, or None.
         """
         self.store = store
@@ -82,11 +82,11 @@ class DocumentStream:
         return len(self._documents)
 
     def pieces(self, first: Ints, stop: Ints) -> Ints:
-        """How many documents the tokens first … stop of the stream lie in; all are [N] and first < stop."""
+        """The number of documents that tokens first … stop of the stream come from; all are [N], and first < stop."""
         return self._document_at(stop - 1) - self._document_at(first) + 1
 
     def cut(self, first: int, stop: int) -> Cut:
-        """Tokens first … stop of the stream, all there are between these places.
+        """The tokens first … stop of the stream.
 
         Raises:
             BadIndexedDataset: for a token outside of the vocabulary.

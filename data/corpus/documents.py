@@ -1,7 +1,7 @@
-"""Documents out of text, JSON lines and Parquet files.
+"""Reads documents from text, JSON lines and Parquet files, chunk by chunk.
 
-A file is cut into chunks that can be read alone, so that reading goes on in parallel and after a kill. What is wrong
-with a row is a value and not an exception: whoever reads decides whether to stop or to count and go on.
+A file is cut into chunks that can be read independently, so that reading is parallel and can be resumed. A bad row is a
+value and not an exception: the caller decides whether to stop or to count it and go on.
 """
 
 import gzip
@@ -22,12 +22,12 @@ _NEWLINES = 1 << 24
 
 
 class BadText(ValueError):
-    """Input that cannot be read, in one sentence with the file and the line, row or byte."""
+    """Input that cannot be read; the message names the file and the line, row or byte."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a document is in the files."""
+    """How documents are found in files."""
 
     field: str = "text"
     """The field of JSON lines, or the column of Parquet files, that holds the text."""
@@ -37,7 +37,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that begin at start … stop: bytes, or row groups in a Parquet file."""
+    """The rows of a file that begin at start … stop: in bytes, or in row groups of a Parquet file."""
 
     path: Path
     start: int
@@ -45,10 +45,10 @@ class Chunk:
 
 
 def find_files(inputs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Files to read, folders replaced by the files in them in alphabetical order; and what else lies in the folders.
+    """The files to read, with folders expanded in alphabetical order; and the other files in those folders.
 
     Raises:
-        BadText: for an input that is not there, cannot be read, holds nothing, or is given twice.
+        BadText: for an input that does not exist, cannot be read, is empty, or is given twice.
     """
     found: list[Path] = []
     others: list[Path] = []
@@ -75,7 +75,7 @@ def find_files(inputs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def cut(path: Path, reading: Reading, size: int) -> list[Chunk]:
-    """A file in chunks of about `size` bytes; a .txt file without separator and a .gz file are one chunk.
+    """Cut a file into chunks of about `size` bytes; a .txt file without separator and a .gz file are one chunk.
 
     Raises:
         BadText: when a Parquet file is damaged or does not have the column.
@@ -89,7 +89,7 @@ def cut(path: Path, reading: Reading, size: int) -> list[Chunk]:
 
 
 def read_documents(chunk: Chunk, reading: Reading) -> Iterator[str | Bad]:
-    """Texts and bad rows of a chunk, in order.
+    """Read the texts and bad rows of a chunk, in order.
 
     Raises:
         BadText: when the file itself is damaged.

@@ -1,10 +1,10 @@
-"""Indexed datasets in Megatron's indexed format, mapped into memory, with a note beside them on how they were made.
+"""Megatron's indexed datasets (.bin and .idx), memory-mapped, with an optional .json note on how they were made.
 
 `<name>.bin` holds the tokens of all documents head to tail. `<name>.idx` holds a header of 34 bytes (the magic
 `MMIDIDX`, two zero bytes, the version 1 as uint64, a code for the type of the tokens as one byte, the number S of
 sequences and the number E of document bounds as uint64), then S lengths in tokens (int32), S offsets in bytes (int64),
 and E bounds (int64): sequences bounds[i] … bounds[i+1] make up document i. All numbers are little-endian. The format is
-defined by `megatron/core/datasets/indexed_dataset.py`. `<name>.json` is ours; a store without it is read as it is.
+defined by `megatron/core/datasets/indexed_dataset.py`. `<name>.json` is ours and optional.
 """
 
 import json
@@ -24,17 +24,17 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Codes of the types that hold tokens; 6 and 7 are floating point."""
 
 BLOCK = 1 << 20
-"""Tokens that are looked at in one go, and at least this many between two looks."""
+"""Tokens that are checked in one go, and the least distance between two checks."""
 LOOKS = 1024
 
 
 class BadIndexedDataset(ValueError):
-    """An indexed dataset that cannot be used, in one sentence with the file and the byte."""
+    """An indexed dataset that cannot be used; the message names the file and the byte."""
 
 
 @dataclass(frozen=True)
 class SourceNote:
-    """What one input file gave."""
+    """What was read from one input file."""
 
     path: str
     bytes: int
@@ -44,16 +44,16 @@ class SourceNote:
 
 @dataclass(frozen=True)
 class Note:
-    """How a store was made."""
+    """How an indexed dataset was made: the .json file beside it."""
 
     tokenizer: str
     """Digest of the tokenizer's vocabulary."""
     vocabulary: int
-    """One more than the highest number of a token."""
+    """One more than the highest token id."""
     end: int
     """The token that ends each document."""
     made_by: str
-    """Digest of everything that decides the store's bytes but the contents of the inputs."""
+    """Digest of everything but the inputs' contents that decides the dataset's bytes."""
     documents: int = 0
     tokens: int = 0
     sources: tuple[SourceNote, ...] = ()
@@ -62,12 +62,12 @@ class Note:
 
     @property
     def rows(self) -> int:
-        """Rows that were read, skipped ones included."""
+        """The number of rows that were read, skipped ones included."""
         return sum(s.rows for s in self.sources)
 
     @property
     def skipped(self) -> int:
-        """Bad rows that were left out."""
+        """The number of bad rows that were skipped."""
         return sum(s.skipped for s in self.sources)
 
     def text(self) -> str:
@@ -76,7 +76,7 @@ class Note:
 
 
 def read_note(path: Path) -> Note | None:
-    """The note at a path, if there is one.
+    """Read the note at a path, if there is one.
 
     Raises:
         BadIndexedDataset: when it is broken.
@@ -97,17 +97,17 @@ def read_note(path: Path) -> Note | None:
 
 
 def prefix(path: Path) -> Path:
-    """A store's path without .bin or .idx."""
+    """A dataset's path without .bin or .idx."""
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A file of the store with this prefix; names with dots in them keep their dots."""
+    """The file of a dataset with this suffix; dots in the name are kept."""
     return path.with_name(path.name + suffix)
 
 
 class IndexedDataset:
-    """A store for reading. Only the index is read at once; tokens come from the mapped file when they are asked for."""
+    """An indexed dataset for reading: the index is read at once, tokens come from the memory-mapped file on demand."""
 
     def __init__(self, path: Path, *, salvage: bool = False) -> None:
         """
@@ -137,12 +137,12 @@ class IndexedDataset:
 
     @property
     def documents(self) -> int:
-        """Documents, empty ones included."""
+        """The number of documents, empty ones included."""
         return len(self.starts) - 1
 
     @property
     def tokens(self) -> int:
-        """Tokens of all documents."""
+        """The number of tokens of all documents."""
         return int(self.starts[-1])
 
     @property
@@ -152,18 +152,18 @@ class IndexedDataset:
         return whole
 
     def document(self, number: int) -> Ints:
-        """Tokens of one document."""
+        """The tokens of one document."""
         return self._tokens[self.starts[number] : self.starts[number + 1]].astype(np.int64)
 
     def take(self, places: Ints) -> Ints:
-        """Tokens at places of the store, both [N]."""
+        """The tokens at these indices of the dataset, both [N]."""
         return self._tokens[places].astype(np.int64)
 
     def out_of_vocabulary(self, vocabulary: int, *, all_of_it: bool = False) -> Ints:
-        """Documents with tokens outside of a vocabulary, in order.
+        """The documents with tokens outside of a vocabulary, in order.
 
-        A store of more than LOOKS × BLOCK tokens is looked at in that many evenly spaced blocks, unless all is asked
-        for; what this does not see, reading does.
+        Of a dataset of more than LOOKS × BLOCK tokens only LOOKS evenly spaced blocks are checked, unless `all_of_it`;
+        reading a sample checks its tokens again.
         """
         step = BLOCK if all_of_it else max(BLOCK, -(-len(self._tokens) // LOOKS))
         found = [self._outside(start, vocabulary) for start in range(0, len(self._tokens), step)]
@@ -171,7 +171,7 @@ class IndexedDataset:
         return np.unique(np.searchsorted(self.starts, places, side="right") - 1).astype(np.int64)
 
     def describe_out_of_vocabulary(self, vocabulary: int, document: int) -> str:
-        """The sentence for a document with a token outside of the vocabulary."""
+        """The error message for a document with a token outside of the vocabulary."""
         start = int(self.starts[document])
         tokens = self.document(document)
         place = int(np.flatnonzero((tokens < 0) | (tokens >= vocabulary))[0])
@@ -199,7 +199,7 @@ class IndexedDataset:
 
 
 def out_of_vocabulary_message(store: IndexedDataset, place: int, token: int, vocabulary: int) -> str:
-    """The sentence for a token outside of the vocabulary."""
+    """The error message for a token outside of the vocabulary."""
     return (
         f"{store.bin}, byte {place * store.dtype.itemsize}: token {token} is not in a vocabulary of {vocabulary}: "
         "the store was made with another tokenizer"

@@ -11,7 +11,7 @@ from lockstep.data.corpus.indexed_dataset import DTYPES, HEADER, MAGIC, BadIndex
 
 
 class IndexedDatasetWriter:
-    """Takes documents and puts them into a store of Megatron's format; see `store` for what it consists of."""
+    """Writes documents into an indexed dataset of Megatron's format; see `indexed_dataset` for its files."""
 
     def __init__(self, path: Path, *, vocabulary: int) -> None:
         """
@@ -26,7 +26,7 @@ class IndexedDatasetWriter:
         self._bin = self._partial(".bin").open("wb")
 
     def add(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
-        """Documents of so many tokens each, head to tail.
+        """Add documents of these lengths, whose tokens are concatenated.
 
         Raises:
             BadIndexedDataset: for a document longer than the format can say, or a token outside of the vocabulary.
@@ -42,7 +42,7 @@ class IndexedDatasetWriter:
         self._lengths.append(lengths.astype("<i4"))
 
     def append(self, store: IndexedDataset) -> None:
-        """All documents of another store of the same type."""
+        """Add all documents of another dataset of the same dtype."""
         assert store.dtype == self.dtype
         with store.bin.open("rb") as file:
             while block := file.read(1 << 24):
@@ -51,16 +51,16 @@ class IndexedDatasetWriter:
 
     @property
     def documents(self) -> int:
-        """Documents so far."""
+        """The number of documents so far."""
         return sum(map(len, self._lengths))
 
     @property
     def tokens(self) -> int:
-        """Tokens so far."""
+        """The number of tokens so far."""
         return sum(int(n.sum(dtype=np.int64)) for n in self._lengths)
 
     def finish(self, note: Note) -> None:
-        """Put the store in its place, on disk before it is named."""
+        """Write the index and the note, sync all files to disk, then rename them to their final names."""
         lengths = np.concatenate([np.zeros(0, "<i4"), *self._lengths])
         ends = np.zeros(len(lengths) + 1, "<i8")
         np.cumsum(lengths, out=ends[1:])
@@ -79,7 +79,7 @@ class IndexedDatasetWriter:
         _sync_folder(self.path.parent)
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Close and remove the partial files."""
         self._bin.close()
         self._partial(".bin").unlink(missing_ok=True)
 

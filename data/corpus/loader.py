@@ -1,8 +1,8 @@
-"""Rows for pretraining: sample n of the run is a function of (seed, blend, n), whoever asks for it and in what layout.
+"""The pretraining data loader: sample n of a run is a pure function of (seed, blend, n), in any layout.
 
-A global batch is a range of sample numbers. Every data rank works out from the indexes alone which samples are its own
-and how many predictions the whole batch has, so no rank tells another anything and a resumed run goes on with any
-number of ranks, rows of any size and any pipeline.
+A global batch is a range of sample numbers. Every data rank computes from the indexes alone which samples are its own
+and how many predictions the whole batch has, so ranks do not communicate, and a run can be resumed with any number of
+ranks, any row size and any pipeline.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from lockstep.data.corpus.indexed_dataset import BadIndexedDataset, IndexedDatas
 
 
 class BadBlend(ValueError):
-    """A blend that cannot be trained on."""
+    """A blend with too little data to train on."""
 
 
 class BlendPart(BaseModel):
-    """An indexed dataset and how much of it is seen."""
+    """An indexed dataset and its weight in the blend."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -34,7 +34,7 @@ class BlendPart(BaseModel):
 
 
 class PretrainingConfig(BaseModel):
-    """What pretraining reads."""
+    """The data of pretraining: datasets and weights, sample length, held-out share."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,12 +55,12 @@ class PretrainingConfig(BaseModel):
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What one store contributes."""
+    """What one dataset of a blend contributes."""
 
     path: str
     share: float
     documents: int
-    """Trained on; empty ones are not counted."""
+    """Documents to train on; empty ones are not counted."""
     tokens: int
     held_out_documents: int
     held_out_tokens: int
@@ -81,7 +81,7 @@ class PretrainingData:
     def __init__(self, config: PretrainingConfig, *, seed: int, vocabulary: int, tokenizer: str | None = None) -> None:
         """
         Args:
-            vocabulary: tokens that the model knows.
+            vocabulary: the model's vocabulary size.
             tokenizer: digest of the tokenizer that goes with the model; stores of another one are refused.
 
         Raises:
@@ -97,7 +97,7 @@ class PretrainingData:
 
     @property
     def summary(self) -> tuple[SourceSummary, ...]:
-        """What each store contributes."""
+        """What each dataset contributes."""
         return tuple(
             SourceSummary(
                 path=part.path,
@@ -112,17 +112,17 @@ class PretrainingData:
         )
 
     def epochs(self, samples: int) -> list[float]:
-        """How often each store has been read after so many samples of the blend."""
+        """The number of epochs of each dataset after so many samples of the blend."""
         counts = self.blend.counts(samples)
         return [n * self.config.length / s.train.tokens for n, s in zip(counts, self._sources, strict=True)]
 
     def sample(self, number: int) -> Cut:
-        """Sample `number` of the run: its tokens, and one more that is only predicted."""
+        """Sample `number` of the run: its tokens, and one more that is only a target."""
         sources, numbers = self.blend.take(number, number + 1)
         return self._cut(int(sources[0]), int(numbers[0]))
 
     def batch(self, samples: range) -> dict[str, NDArray[Any]]:
-        """What these samples are made of, to look at and to keep: arrays of numbers and of text, none of objects.
+        """The content of these samples for inspection, as plain arrays (`numpy.savez`).
 
         Returns:
             samples [N]: their numbers.
@@ -140,7 +140,7 @@ class PretrainingData:
         }
 
     def predictions(self, samples: range) -> int:
-        """How many tokens a global batch predicts; no token is read for it."""
+        """The number of predicted tokens of a global batch, from the indexes alone."""
         sources, numbers = self.blend.take(samples.start, samples.stop)
         found = 0
         for source in np.unique(sources).tolist():
@@ -213,7 +213,7 @@ def _open(config: PretrainingConfig, number: int, *, seed: int, vocabulary: int,
 
 
 def _rows(cuts: Sequence[Cut], rules: RowRules, *, length: int, most: int, predictions: int) -> list[TokenBatch]:
-    """Samples head to tail in rows.
+    """Pack samples into rows.
 
     Args:
         most: samples of the data rank that has most.

@@ -1,4 +1,4 @@
-"""Items made ahead of time by a thread, in order, so that whoever takes them does not wait."""
+"""Prefetching: a background thread makes items ahead of time, in order."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ _PATIENCE = 0.1
 
 
 class Prefetch(Generic[T]):
-    """Iterates over make(key) for each key, at most `depth` items ahead. What make raises, taking the item raises."""
+    """Iterates over make(key) for each key, at most `depth` items ahead; taking an item raises what make raised."""
 
     def __init__(self, make: Callable[[int], T], keys: Iterable[int], *, depth: int = 2) -> None:
         self._queue: Queue[tuple[str, T | BaseException | None]] = Queue(depth)
@@ -43,7 +43,7 @@ class Prefetch(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """End the thread; items that were made and not taken are lost. A second call does nothing."""
+        """End the thread; items that were made and not taken are dropped. A second call does nothing."""
         self._closed.set()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""An indexed dataset of random documents: to try layouts and to measure speed where there is no text."""
+"""Synthetic text: an indexed dataset of random documents, to try layouts and to measure speed without real text."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from lockstep.data.corpus.loader import PretrainingConfig
 
 
 def write_random_store(path: Path, *, vocabulary: int, tokens: int, seed: int, mean_length: int = 200) -> Path:
-    """Documents of geometric lengths whose next token mostly follows from the last: there is something to learn.
+    """Write random documents of geometric lengths, in which the next token mostly follows from the last.
 
     Tokens are drawn by Zipf's law from a vocabulary of which 0 ends each document; with probability ¾ the next token
     is a fixed function of the last.

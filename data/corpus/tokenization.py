@@ -1,8 +1,8 @@
-"""Files of text into an indexed dataset, by several processes, chunk after chunk.
+"""Tokenizes text files into an indexed dataset with several processes, chunk by chunk; it can be resumed.
 
-Each chunk becomes a small store of its own in `<name>.parts`, named by its number and carrying a digest of all that
-decides its content. A run that is killed goes on from the parts that are finished; when all are there they are joined,
-in order, into the same bytes that one process writes without interruption.
+Each chunk becomes a small indexed dataset of its own in `<name>.parts`, named by its number, with a digest of all that
+decides its content. A killed run goes on from the finished parts; when all are there they are joined, in order, into
+the same bytes that one process writes without interruption.
 """
 
 import fcntl
@@ -49,15 +49,15 @@ _TOGETHER = 256
 
 
 class BadCorpus(ValueError):
-    """A corpus that cannot be tokenized."""
+    """An output that cannot be made: its name is taken, no document is left, or a worker died."""
 
 
 @dataclass(frozen=True)
 class Tokenization:
-    """Everything but the input that decides the tokens."""
+    """The settings of a tokenization: everything but the input that decides the tokens."""
 
     files: tuple[tuple[str, str], ...]
-    """The tokenizer's, name and text."""
+    """Names and texts of the tokenizer's files."""
     end: int
     reading: Reading
     on_bad: OnBad
@@ -65,7 +65,7 @@ class Tokenization:
 
 @dataclass(frozen=True)
 class Part:
-    """A chunk of the input and where its tokens go."""
+    """A chunk of the input, and the dataset that its tokens are written to."""
 
     chunk: Chunk
     path: Path
@@ -73,7 +73,7 @@ class Part:
 
     @property
     def done(self) -> bool:
-        """Whether it is there, whole, and made from this input with these settings."""
+        """Whether it is complete, and made from this input with these settings."""
         try:
             note = IndexedDataset(self.path).note
         except BadIndexedDataset:
@@ -84,7 +84,7 @@ class Part:
 def tokenization_of(
     tokenizer: Tokenizer, *, end: str | None = None, reading: Reading | None = None, on_bad: OnBad = "stop"
 ) -> Tokenization:
-    """How to tokenize.
+    """Make the settings of a tokenization.
 
     Args:
         end: the token that ends each document; the tokenizer's end of text otherwise.
@@ -107,11 +107,11 @@ def tokenize(
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int, int], None] = lambda done, chunks: None,
 ) -> Note:
-    """Make the indexed dataset `output` out of files and folders; made already, it is left as it is.
+    """Tokenize files and folders into the indexed dataset `output`, unless it was made from them already.
 
     Args:
-        output: the store's path without .bin or .idx.
-        progress: called with the chunks that are done, and all chunks.
+        output: the dataset's path without .bin or .idx.
+        progress: called with the number of finished chunks and of all chunks.
 
     Raises:
         BadText: for input that cannot be read, or, unless they are to be skipped, for the first bad row.
@@ -139,7 +139,7 @@ def tokenize(
 
 
 def texts(inputs: Sequence[Path], reading: Reading, on_bad: OnBad, skipped: list[str]) -> Iterator[str]:
-    """All documents of files and folders, in order; the sentences on skipped rows are appended to `skipped`.
+    """Read all documents of files and folders, in order; messages on skipped rows are appended to `skipped`.
 
     Raises:
         BadText: as `tokenize`.
@@ -155,7 +155,7 @@ def texts(inputs: Sequence[Path], reading: Reading, on_bad: OnBad, skipped: list
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Refuses to work in a folder that another run works in; a run that is killed leaves it free."""
+    """Lock a folder against other runs (flock); a killed run releases it."""
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-r"""Boxes around final answers, as LaTeX writes them: `\boxed{…}` and `\fbox{…}`, braces in them balanced."""
+r"""Finds `\boxed{…}` and `\fbox{…}` in LaTeX, with balanced braces."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def boxes(text: str) -> Iterator[tuple[int, int, int]]:
-    """Where each closed box begins, and start and end of what it holds, in one pass; escaped braces do not count."""
+    """The (begin of box, start of content, end of content) of each closed box; escaped braces are ignored."""
     opened: list[tuple[int | None, int]] = []
     for token in _TOKEN.finditer(text):
         if token[0] == "}" and opened:
@@ -19,11 +19,11 @@ def boxes(text: str) -> Iterator[tuple[int, int, int]]:
 
 
 def last_box(text: str) -> tuple[int, int] | None:
-    """Start and end of what the last box holds that closes and holds something; of nested ones it is the inner one."""
+    """Start and end of the content of the last closed box that is not empty; of nested ones the inner one."""
     return max(((start, end) for _, start, end in boxes(text) if text[start:end].strip()), default=None)
 
 
 def last_boxed(text: str) -> str | None:
-    """What `last_box` finds; None where there is none."""
+    """The text of the last box, stripped, or None; see `last_box`."""
     found = last_box(text)
     return found and text[slice(*found)].strip()

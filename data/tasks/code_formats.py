@@ -1,7 +1,7 @@
-"""Code problems in the shapes of HumanEval, MBPP, APPS and LiveCodeBench: all become a program of assertions or cases.
+"""Reads code problems from rows of HumanEval, MBPP, APPS and LiveCodeBench into `CodeTests`.
 
-What stands in a data set is not run here and not trusted: LiveCodeBench's private tests are a pickle, which is read
-without any class or function that it may name.
+Data sets are not trusted and nothing of them is run here: LiveCodeBench's private tests are a pickle, which is read
+by an unpickler that refuses every class and function.
 """
 
 import ast
@@ -22,14 +22,14 @@ _LONGEST_CASES = 1 << 28
 
 
 def humaneval(index: int, row: Row) -> Problem:
-    """`prompt` is the beginning of a program; `test` defines `check` (Chen et al. 2021, arXiv:2107.03374)."""
+    """HumanEval: `prompt` is the beginning of a program; `test` defines `check` (Chen et al., arXiv:2107.03374)."""
     prompt, solution = row.text("prompt"), row.text("canonical_solution")
     tests = CodeTests(row.text("test"), row.text("entry_point"), prefix=prompt)
     return Problem(index, prompt, solution, tests, solution)
 
 
 def mbpp(index: int, row: Row) -> Problem:
-    """`text` (or `prompt`, sanitized) and a `test_list` of assertions (Austin et al. 2021, arXiv:2108.07732)."""
+    """MBPP: `text` (or `prompt`, sanitized) and a `test_list` of assertions (Austin et al. 2021, arXiv:2108.07732)."""
     question = row.text("text") if row.has("text") else row.text("prompt")
     code, asserts = row.text("code").replace("\r\n", "\n").strip(), row.texts("test_list")
     setup = [row.text("test_setup_code")] if row.has("test_setup_code") else []
@@ -50,7 +50,7 @@ def _tested(code: str, asserts: Sequence[str]) -> str:
 
 
 def apps(index: int, row: Row) -> Problem:
-    """`input_output` has `inputs`, `outputs` and perhaps `fn_name` (Hendrycks et al. 2021, arXiv:2105.09938)."""
+    """APPS: `input_output` has `inputs`, `outputs` and perhaps `fn_name` (Hendrycks et al. 2021, arXiv:2105.09938)."""
     starter = row.text("starter_code") if row.has("starter_code") else ""
     solutions = row.checked("solutions", row.json("solutions"), list) if row.has("solutions") else []
     solution = solutions[0] if solutions and isinstance(solutions[0], str) else ""
@@ -58,7 +58,7 @@ def apps(index: int, row: Row) -> Problem:
 
 
 def input_output(row: Row, name: str, starter: str = "") -> CodeTests:
-    """Tests out of APPS's object of `inputs` and `outputs`.
+    """The tests in APPS's object of `inputs` and `outputs`.
 
     Raises:
         BadRow: names the field.
@@ -96,7 +96,7 @@ def _stream(value: Any) -> str:
 
 
 def livecodebench(index: int, row: Row) -> Problem:
-    """`question_content`, `public_test_cases` and `private_test_cases` (Jain et al. 2024, arXiv:2403.07974)."""
+    """LiveCodeBench: `question_content`, `public_test_cases`, `private_test_cases` (Jain et al., arXiv:2403.07974)."""
     starter = row.text("starter_code") if row.has("starter_code") else ""
     cases = [Row(f"{row.place}, {name}", case) for name in _CASES for case in _cases(row, name)]
     if not cases:

@@ -1,11 +1,11 @@
-"""Tests of a program: what decides whether a completion solves a code problem."""
+"""The tests of a code problem: assertions, or cases of standard input and output. Standard library only."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a program reads from standard input and must print."""
+    """One test case: what a program reads from standard input, and what it must print."""
 
     stdin: str
     stdout: str

@@ -1,4 +1,4 @@
-r"""Known data sets: how their problems are put to a model, each a value that a recipe can take and change.
+r"""Presets of `TaskConfig` for known data sets: GSM8K, MATH, AIME, HumanEval, MBPP, APPS, LiveCodeBench and others.
 
 Each says where its files lie on the Hugging Face Hub; `generator` and `held_out_from` name files that are here instead.
 Chat presets ask in one turn and say where the answer stands. Presets that end in `-plain` are for base models: they
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """Keys of the section [task], and where they come from."""
+    """Keys of the recipe's section [task] for a data set, and what they are."""
 
     about: str
     values: Mapping[str, Any]

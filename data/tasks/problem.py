@@ -1,4 +1,4 @@
-"""A problem: what is asked, and what decides whether an answer is right."""
+"""A problem: the question, and the answer or tests that decide whether a completion is right."""
 
 import json
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class Problem:
 
 
 def entry_text(entry: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> str:
-    """An entry of reasoning-gym as the reference that its grader takes.
+    """Serialize an entry of reasoning-gym as the reference answer that its grader takes.
 
     Args:
         settings: arguments of the data set that made it, for the scorers that depend on them.

@@ -1,4 +1,4 @@
-r"""The shapes in which people keep problems, recognised by their fields: a data set needs no script to be read.
+r"""Row formats of problems (GSM8K, MATH, DAPO, code), recognised by their fields: a data set needs no script.
 
 Fields of other names are named in the recipe, as in `fields = { question = "query", answer = "gold" }`.
 """
@@ -17,7 +17,7 @@ _CALCULATION = re.compile(r"<<[^<>]*>>")
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A kind of row."""
+    """A row format: the fields that identify it, and its parser."""
 
     needs: tuple[str, ...]
     """Fields by which it is recognised."""
@@ -25,7 +25,7 @@ class RowFormat:
 
 
 def marked(index: int, row: Row) -> Problem:
-    """`question` and `answer`, which ends with `#### x` in GSM8K (Cobbe et al. 2021, arXiv:2110.14168).
+    """GSM8K: `question` and `answer`, which ends with `#### x` (Cobbe et al. 2021, arXiv:2110.14168).
 
     The calculator's notes (`<<3*4=12>>`) are left out of the worked solution.
     """
@@ -36,9 +36,9 @@ def marked(index: int, row: Row) -> Problem:
 
 
 def solved(index: int, row: Row) -> Problem:
-    r"""`problem` with an `answer`, or with a `solution` whose last `\boxed` holds it.
+    r"""MATH: `problem` with an `answer`, or with a `solution` whose last `\boxed` holds it.
 
-    So are MATH (Hendrycks et al. 2021, arXiv:2103.03874), AIME and DeepScaleR.
+    MATH (Hendrycks et al. 2021, arXiv:2103.03874), AIME and DeepScaleR have it.
     """
     solution = row.text("solution") if row.has("solution") else ""
     answer = row.text("answer").strip() if row.has("answer") else last_boxed(solution)
@@ -49,7 +49,7 @@ def solved(index: int, row: Row) -> Problem:
 
 
 def messages(index: int, row: Row) -> Problem:
-    """`prompt` as text or messages, and `reward_model.ground_truth`, as in DAPO (Yu et al. 2025, arXiv:2503.14476)."""
+    """DAPO: `prompt` as text or messages, and `reward_model.ground_truth` (Yu et al. 2025, arXiv:2503.14476)."""
     question, system = _turns(row)
     truth = row.part("reward_model")
     answer = truth.text("ground_truth")
@@ -78,11 +78,11 @@ FORMATS: Mapping[str, RowFormat] = {
     "solved": RowFormat(("problem",), solved),
     "marked": RowFormat(("question", "answer"), marked),
 }
-"""Of several that fit, the first one counts."""
+"""The first format whose fields a row has is taken."""
 
 
 def read_problem(index: int, row: Row, fields: Mapping[str, str]) -> Problem:
-    """A problem in any shape.
+    """Parse a row of any known format into a `Problem`.
 
     Args:
         fields: for `question`, `answer`, `solution` and others the field of the row that holds it.

@@ -1,4 +1,4 @@
-"""Arrays on disk: one zarr3 array a tensor, through TensorStore, written chunk by chunk by whoever has a chunk."""
+"""Checkpoint arrays: one zarr3 array per tensor, through TensorStore; each chunk is written by the rank that has it."""
 
 import math
 from collections import deque
@@ -33,7 +33,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk of an array, whole."""
+    """One whole chunk of a zarr array, with its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class Chunk:
 
     @property
     def number(self) -> int:
-        """Its place among all chunks of the array, in row-major order."""
+        """Its index among all chunks of the array, in row-major order."""
         counts = [-(-size // step) for size, step in zip(self.shape, self.grid, strict=True)]
         return int(np.ravel_multi_index(self._places, counts)) if self.shape else 0
 
@@ -63,9 +63,9 @@ class Chunk:
 
 
 def chunk_shape(shape: Sequence[int], tile: Sequence[int], item_bytes: int) -> tuple[int, ...]:
-    """Chunks that subdivide the tiles of a layout, so that no two ranks write into one chunk: rows are split first.
+    """The shape of an array's chunks: they subdivide the tiles of a layout, so that no two ranks write into one chunk.
 
-    A tensor whose rows are one tile may have a chunk that is larger than what is left for it.
+    Rows are split first. A tensor whose rows are one tile may have a chunk that is larger than what is left for it.
     """
     rows, row_bytes = tile[0], math.prod(tile[1:]) * item_bytes
     if rows == shape[0]:
@@ -74,7 +74,7 @@ def chunk_shape(shape: Sequence[int], tile: Sequence[int], item_bytes: int) -> t
 
 
 def inner_shape(chunk: Sequence[int], item_bytes: int) -> tuple[int, ...]:
-    """The inner chunks of a chunk."""
+    """The shape of the inner chunks of a chunk (zarr's sharding codec)."""
     return (_halved(chunk[0], math.prod(chunk[1:]) * item_bytes, LARGEST_INNER), *chunk[1:])
 
 
@@ -94,9 +94,9 @@ def _halved(rows: int, row_bytes: int, limit: int) -> int:
 
 
 def write(folder: Storage, chunks: Iterable[Chunk]) -> dict[str, Entry]:
-    """Write chunks; returns when they are on disk, with what the manifest is to say of them.
+    """Write chunks to disk, sync them, and return their arrays' entries for the manifest.
 
-    Of chunks that are made one by one, few exist at a time. A file is synced by threads of its own as soon as it is
+    Chunks may come from a generator: few exist at a time. A file is synced by threads of its own as soon as it is
     written: within TensorStore, whose threads would wait for the disk, nothing is encoded meanwhile.
 
     Raises:
@@ -155,7 +155,7 @@ def _entry(chunk: Chunk, dtype: np.dtype) -> Entry:
 
 
 def merged(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
-    """What several writers have to say of the arrays that they wrote together; digests become lists.
+    """Merge the entries of several writers of the same arrays into those of the manifest; digests become lists.
 
     Raises:
         ValueError: when a chunk was written twice or by nobody.
@@ -177,7 +177,7 @@ def merged(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
 
 
 def chunk_count(entry: Entry) -> int:
-    """How many chunks an array consists of."""
+    """The number of chunks of an array."""
     return math.prod(-(-size // step) for size, step in zip(entry["shape"], entry["chunk"], strict=True))
 
 
@@ -205,14 +205,14 @@ def _new(folder: Storage, chunk: Chunk, dtype: np.dtype) -> dict[str, Any]:
 
 
 class ArrayFolder(WeightsOnly):
-    """A `Source` over a folder of arrays; a read touches only the chunks that it needs, whatever layout wrote them."""
+    """A `Source` over a folder of zarr arrays; a read touches only the chunks that it needs, in any layout."""
 
     def __init__(self, folder: Storage) -> None:
         self.folder = folder
         self._open: dict[str, Any] = {}
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
-        """See `Source`. The checksum of every chunk is verified.
+        """See `Source`. The checksum of every chunk that is read is verified.
 
         Raises:
             BadArray: when a chunk that is needed is missing or damaged.
@@ -244,4 +244,4 @@ def _slices(box: Box) -> tuple[slice, ...]:
 
 
 class BadArray(ValueError):
-    """An array on disk that is not whole."""
+    """An array on disk with a missing or damaged chunk."""

@@ -1,4 +1,4 @@
-"""A folder of checkpoints: `step-000120` places that are whole or do not exist, and `latest`, a link to the newest."""
+"""A folder of checkpoints: `step-000120` folders, each complete or absent, and `latest`, a link to the newest."""
 
 import json
 import re
@@ -12,13 +12,13 @@ from lockstep.distributed.checkpoint.tensors import STATES
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-"""The last file of a checkpoint: a place that has it is one."""
+"""The last file that is written of a checkpoint: a folder that has it is complete."""
 STEP = "step-"
 _NAME = re.compile(rf"{STEP}(\d{{6,}})")
 
 
 class BadCheckpoint(ValueError):
-    """A folder that is not a whole checkpoint of a version that this program reads."""
+    """A folder that is not a complete checkpoint of a format version that this program reads."""
 
 
 def step_name(step: int) -> str:
@@ -27,7 +27,7 @@ def step_name(step: int) -> str:
 
 
 def find(where: str | Path | Storage) -> Storage:
-    """The checkpoint that a path or URL means: itself, or the newest of a run or of a checkpoints folder.
+    """Find the checkpoint at a path or URL: itself, or the newest of a run or of a folder of checkpoints.
 
     Raises:
         BadCheckpoint: when there is none.
@@ -43,18 +43,18 @@ def find(where: str | Path | Storage) -> Storage:
 
 
 def exists(place: Storage) -> bool:
-    """Whether a place is a checkpoint, or holds some."""
+    """Whether a folder is a checkpoint, or holds some."""
     return place.has(MANIFEST) or bool(saved(place))
 
 
 def saved(checkpoints: Storage) -> dict[int, Storage]:
-    """The whole checkpoints of a folder, by step."""
+    """The complete checkpoints of a folder, by step."""
     names = (_NAME.fullmatch(name) for name in checkpoints.holding(MANIFEST))
     return {int(match[1]): checkpoints / match[0] for match in names if match}
 
 
 def drop_after(checkpoints: Storage, step: int) -> None:
-    """Remove the checkpoints of later steps, which a run has taken back; `latest` is the newest that is left."""
+    """Remove the checkpoints after a step, which a run has undone; `latest` then points to the newest that is left."""
     steps = saved(checkpoints)
     left = [s for s in steps if s <= step]
     gone = {steps[later].name: steps[later] for later in steps.keys() - left}
@@ -69,7 +69,7 @@ def drop_after(checkpoints: Storage, step: int) -> None:
 
 
 class Checkpoint:
-    """A `Source` over a saved checkpoint, with what its manifest says."""
+    """A `Source` over a saved checkpoint, with its manifest."""
 
     def __init__(self, where: str | Path | Storage) -> None:
         """
@@ -106,5 +106,5 @@ class Checkpoint:
 
     @property
     def files(self) -> dict[str, str]:
-        """Name and text of the files that the manifest lists, such as the tokenizer's, where they are there."""
+        """Name and text of the files that the manifest lists and that exist, such as the tokenizer's."""
         return {name: self.place.read(name) for name in self.manifest["files"] if self.place.has(name)}

@@ -1,7 +1,7 @@
-"""Whole chunks out of what replicas keep: each chunk of an array is written by one rank, whoever has its elements.
+"""Assembles whole zarr chunks from sharded state. Each chunk is written by exactly one rank that holds part of it.
 
-ZeRO cuts parameters wherever it likes, and chunks lie on a grid. The replica that keeps most of a chunk writes it, and
-the others send it what they have, all in one exchange; so no rank ever holds more than its share and a few chunks.
+ZeRO partitions flattened parameters anywhere, and chunks lie on a grid. The replica that holds most of a chunk writes
+it, and the others send theirs in one all-to-all; so no rank holds more than its share and a few chunks.
 """
 
 import math
@@ -18,26 +18,26 @@ from lockstep.distributed.checkpoint.tensors import Box, Piece, Source, read_ten
 from lockstep.distributed.collectives import all_to_all
 
 WEIGHTS = "weights"
-"""The kind of values that is no optimizer's state."""
+"""The kind of values that are weights and not optimizer state."""
 
 
 @dataclass(frozen=True)
 class FlatShard:
-    """A run of a parameter's elements, laid flat, that this rank keeps."""
+    """The consecutive elements of a flattened parameter that this rank holds, with their optimizer state."""
 
     parameter: nn.Parameter
     shape: torch.Size
     """Of the parameter; its own shape is empty where ZeRO-3 has split it."""
     cuts: tuple[int, ...]
-    """[replicas + 1] where the run of each replica begins, and where the last one ends; two where each keeps all."""
+    """[replicas + 1] where the elements of each replica begin, and where the last ones end; two where each has all."""
     group: dist.ProcessGroup
     """The replicas."""
     values: Mapping[str, Tensor]
-    """This rank's run, flat, by kind of value; the same kinds on every replica."""
+    """This rank's elements, flat, by kind of value; the same kinds on every replica."""
 
 
 def parts_of(piece: Piece, shape: Sequence[int], item_bytes: int) -> Iterator[tuple[Box, tuple[int, int]]]:
-    """The chunks that a piece consists of, and where each begins and ends in its parameter, laid flat.
+    """The chunks that a piece consists of, and where each begins and ends in its flattened parameter.
 
     Args:
         shape: of the parameter.
@@ -51,16 +51,16 @@ def parts_of(piece: Piece, shape: Sequence[int], item_bytes: int) -> Iterator[tu
 
 
 def flat_start(piece: Piece, shape: Sequence[int]) -> int:
-    """Where a piece begins in its parameter, laid flat; it has all of the parameter's trailing dims."""
+    """The offset of a piece in its flattened parameter; a piece spans all of the parameter's trailing dims."""
     split = next((i for i, (a, b) in enumerate(piece.local) if b - a > 1), len(shape) - 1)
     assert all(piece.local[i] == (0, shape[i]) for i in range(split + 1, len(shape))), piece
     return sum(a * math.prod(shape[i + 1 :]) for i, (a, _) in enumerate(piece.local))
 
 
 def whole_chunks(kept: Iterable[FlatShard], pieces: Mapping[nn.Parameter, Sequence[Piece]]) -> list[Chunk]:
-    """The chunks that fall to this rank; all replicas call this together.
+    """The chunks that this rank is to write; all replicas call this together.
 
-    Values are views of what is kept where one replica has all of a chunk, and copies elsewhere.
+    Values are views where this replica holds the whole chunk, and copies elsewhere.
     """
     chunks: list[Chunk] = []
     exchanges: dict[dist.ProcessGroup, _Exchange] = {}
@@ -75,7 +75,7 @@ def whole_chunks(kept: Iterable[FlatShard], pieces: Mapping[nn.Parameter, Sequen
 
 
 class _Exchange:
-    """What replicas send to each other so that each chunk is whole somewhere."""
+    """The exchange of elements between replicas after which each chunk is whole on one of them."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group, self._rank, self._ranks = group, group.rank(), group.size()
@@ -85,7 +85,7 @@ class _Exchange:
         self._awaited: defaultdict[int, list[Tensor]] = defaultdict(list)
 
     def chunks(self, kept: FlatShard, piece: Piece, kind: str, values: Tensor) -> Iterator[Chunk]:
-        """The chunks of a piece that fall to this rank; those that others have parts of are filled by `run`."""
+        """The chunks of a piece that this rank writes; `run` fills in the parts that other replicas hold."""
         name = piece.name if kind == WEIGHTS else state_name(kind, piece.name)
         item, self._device = values.element_size(), values.device
         grid, run = chunk_shape(piece.shape, piece.tile, item), kept.cuts[self._rank] if len(kept.cuts) > 2 else 0
@@ -101,7 +101,7 @@ class _Exchange:
                 self._sent[owner].append(mine)
 
     def _parts(self, kept: FlatShard, span: tuple[int, int]) -> list[tuple[int, int]]:
-        """Of a chunk, what each replica writes or sends; where all have all of it, the least busy one writes it."""
+        """The part of a chunk that each replica writes or sends; where all hold it, the one with the least to write."""
         if len(kept.cuts) > 2 or self._ranks == 1:
             return [_common(span, run) for run in zip(kept.cuts, kept.cuts[1:], strict=False)]
         writer = self._loads.index(min(self._loads))
@@ -109,7 +109,7 @@ class _Exchange:
         return [span if rank == writer else (span[0], span[0]) for rank in range(self._ranks)]
 
     def _assembled(self, mine: Tensor, span: tuple[int, int], parts: Sequence[tuple[int, int]]) -> Tensor:
-        """Room for a chunk with this rank's part in it, and places where the others' will go."""
+        """A buffer for a chunk with this rank's part in it; views for the other parts are noted."""
         room = mine.new_empty(span[1] - span[0])
         for rank, (start, stop) in enumerate(parts):
             place = room[start - span[0] : stop - span[0]]
@@ -120,7 +120,7 @@ class _Exchange:
         return room
 
     def run(self) -> None:
-        """Send and receive."""
+        """Exchange the elements: one all-to-all."""
         if self._ranks == 1:
             return
         sent = [self._bytes(self._sent[rank]) for rank in range(self._ranks)]
@@ -144,7 +144,9 @@ def _common(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 
 
 def fill(into: Tensor, start: int, shape: Sequence[int], pieces: Sequence[Piece], source: Source, kind: str) -> None:
-    """Read the elements of a parameter from `start` on, as many as `into` has; those of no logical tensor become 0.
+    """Read elements of a flattened parameter from a source, from `start` on, as many as `into` has.
+
+    Elements of no logical tensor (padding) become 0.
 
     Args:
         shape: of the parameter.
@@ -159,7 +161,7 @@ def fill(into: Tensor, start: int, shape: Sequence[int], pieces: Sequence[Piece]
 
 
 def _span(piece: Piece, shape: Sequence[int]) -> tuple[int, int]:
-    """Where a piece begins and ends in its parameter, laid flat."""
+    """Where a piece begins and ends in its flattened parameter."""
     start = flat_start(piece, shape)
     return start, start + math.prod(b - a for a, b in piece.box)
 
@@ -176,7 +178,7 @@ def _read(into: Tensor, piece: Piece, first: int, source: Source, kind: str) -> 
 
 
 def chunks_of(tensor: Tensor, name: str) -> Iterator[Chunk]:
-    """A whole logical tensor as chunks."""
+    """Split a whole logical tensor into chunks."""
     shape = tuple(tensor.shape)
     piece = Piece(name, shape, whole(shape), whole(shape), shape)
     grid = chunk_shape(shape, shape, tensor.element_size())

@@ -1,7 +1,7 @@
-"""Saving from all ranks at once: each writes its chunks into a draft and then says what it wrote.
+"""Saves checkpoints from all ranks, optionally in the background: each rank writes its chunks into a draft folder.
 
-When all have, rank 0 writes the manifest and publishes the draft. Nothing travels between ranks meanwhile, so that they
-may train on.
+Each then writes a list of its chunks; when all lists are there, rank 0 writes the manifest and publishes the draft.
+Ranks communicate through these files only, so that training may go on meanwhile.
 """
 
 import json
@@ -22,13 +22,13 @@ from lockstep.distributed.checkpoint.manager import FORMAT, MANIFEST, STEP, save
 from lockstep.distributed.checkpoint.storage import Storage, storage_of
 
 POLL_S, LONGEST_POLL_S = 0.02, 1.0
-"""How long rank 0 waits before it looks again whether others have written; longer each time."""
+"""Seconds between two looks of rank 0 for the lists of other ranks; it grows with each look up to the second."""
 FAILED = "failed"
-"""The file in which a rank says that it could not write."""
+"""The file that a rank writes when it could not write its chunks."""
 
 
 class CheckpointConfig(BaseModel):
-    """When checkpoints are saved, and which of them stay."""
+    """When checkpoints are saved, where, and which are kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,11 +42,11 @@ class CheckpointConfig(BaseModel):
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; the sentence says which and why."""
+    """A checkpoint could not be written; the message says which and why."""
 
 
 class Saver:
-    """One rank's part in saving a world's checkpoints, of which one at a time is written."""
+    """Writes this rank's part of checkpoints, one checkpoint at a time."""
 
     def __init__(
         self,
@@ -80,11 +80,11 @@ class Saver:
         wait: bool = True,
         best: bool = False,
     ) -> Storage:
-        """Save one checkpoint; all ranks call this together. A save before it is waited for.
+        """Save one checkpoint; all ranks call this together. Waits for the previous save first.
 
         Args:
             chunks: those that this rank writes; with `wait` they may be made one by one.
-            manifest: what the checkpoint says of itself, beside what its arrays are.
+            manifest: entries of the manifest besides the arrays.
             files: text files to keep beside the arrays, such as the tokenizer's.
             wait: return when the checkpoint is on disk; otherwise at once, and `chunks` must stay as they are until
                 `copied` has returned.
@@ -108,7 +108,7 @@ class Saver:
         return self._checkpoints / name
 
     def wait(self) -> None:
-        """Return when what this rank writes is on disk; on rank 0, when the checkpoint has its name.
+        """Wait until this rank's chunks are on disk; on rank 0, until the checkpoint is published.
 
         Raises:
             SaveFailed: when it has not been written.
@@ -118,7 +118,7 @@ class Saver:
             writing.result()
 
     def copied(self) -> None:
-        """Return when what is saved in the background may change, since it was copied to host memory.
+        """Wait until the tensors of a background save may change, because they are copied to host memory.
 
         Copying goes on beside the next step's forward and backward pass: weights change after them.
         """
@@ -126,7 +126,7 @@ class Saver:
             self._copying.result()
 
     def close(self) -> None:
-        """Wait for a save, and save no more."""
+        """Wait for a save under way, then end the background thread."""
         try:
             self.wait()
         finally:
@@ -137,7 +137,7 @@ class Saver:
         return [self._copy(chunk) for chunk in chunks]
 
     def _copy(self, chunk: Chunk) -> Chunk:
-        """The chunk in host memory that the next save will use again: fresh memory costs more than copying."""
+        """Copy a chunk to host memory, which the next save reuses: fresh memory costs more than copying."""
         key, values = (chunk.name, chunk.number), chunk.values
         room = self._room.get(key)
         if room is None or room.shape != values.shape or room.dtype != values.dtype:

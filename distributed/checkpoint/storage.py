@@ -1,4 +1,4 @@
-"""Where checkpoints lie: in a folder, or under a prefix of a key-value store that TensorStore opens, such as S3.
+"""Storage of checkpoints: a folder, or a prefix of a key-value store that TensorStore opens, such as S3.
 
 A folder is published under its name when all is in it. A prefix cannot be renamed: what is in it counts as soon as the
 last file is there, which nobody may write before the others.
@@ -17,11 +17,11 @@ import tensorstore
 
 
 class BadStorage(ValueError):
-    """A URL that is no place for checkpoints."""
+    """A URL that names no key-value store."""
 
 
 class Storage(Protocol):
-    """A folder or a prefix. Names are of files and folders directly in it."""
+    """A folder, or a prefix of a key-value store. Names are of files and folders directly in it."""
 
     def __hash__(self) -> int: ...
 
@@ -31,20 +31,20 @@ class Storage(Protocol):
         ...
 
     def __truediv__(self, name: str) -> "Storage":
-        """The place of that name in this one."""
+        """The subfolder of that name."""
         ...
 
     @property
     def kvstore(self) -> Any:
-        """The place as TensorStore's JSON."""
+        """TensorStore's JSON spec of the key-value store at this path."""
         ...
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether a file of this name exists."""
         ...
 
     def holding(self, name: str) -> list[str]:
-        """The places in here that have such a file."""
+        """Names of the subfolders that have a file of this name."""
         ...
 
     def read(self, name: str) -> str:
@@ -56,52 +56,52 @@ class Storage(Protocol):
         ...
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file that appears whole, and returns when it is on disk."""
+        """Write a text file atomically; returns when it is on disk."""
         ...
 
     def sync(self, *names: str) -> None:
-        """Return when files of these names, or without names what they are called, are on disk."""
+        """Flush files of these names to disk (fsync); without names, the folder's own entries."""
         ...
 
     def remove(self, last: str = "") -> None:
-        """Remove the place, and before all else the file `last`, without which nobody takes it for whole."""
+        """Remove the folder, first of all the file `last`, without which readers take it for incomplete."""
         ...
 
     def begin(self, name: str, like: str, last: str) -> None:
-        """Make room for a draft of what will have this name; drafts that were not published are removed.
+        """Create an empty draft of the folder `name`; remove drafts that were never published.
 
         Args:
             like: how the names of drafts begin.
-            last: the file that is in what was published.
+            last: the file that every published folder has.
         """
         ...
 
     def draft(self, name: str) -> "Storage":
-        """Where to write what will have this name."""
+        """The draft folder of `name`, to write into."""
         ...
 
     def publish(self, name: str) -> None:
-        """Give a draft its name, in which all that was there before it is replaced."""
+        """Move a draft to its name atomically, replacing what was there."""
         ...
 
     def point(self, link: str, name: str) -> None:
-        """Let a link lead to a place in here."""
+        """Let the link `link` point to the subfolder `name`."""
         ...
 
     def pointed(self, link: str) -> str | None:
-        """The name of the place that a link leads to."""
+        """The name of the subfolder that a link points to, or None."""
         ...
 
     def unlink(self, link: str) -> None:
-        """Remove a link, if it is there."""
+        """Remove a link, if it exists."""
         ...
 
 
 def storage_of(where: "str | Path | Storage") -> Storage:
-    """The place that a path or URL means; URLs may also be JSON, such as {"driver": "s3", "endpoint": …}.
+    """The storage at a path or URL; a URL may also be TensorStore's JSON, such as {"driver": "s3", "endpoint": …}.
 
     Raises:
-        BadPlace: when TensorStore knows no such key-value store.
+        BadStorage: when TensorStore knows no such key-value store.
     """
     if isinstance(where, Path):
         return Folder(where)
@@ -118,13 +118,13 @@ def storage_of(where: "str | Path | Storage") -> Storage:
 
 
 def is_url(where: str) -> bool:
-    """Whether a text means a key-value store, and no path."""
+    """Whether a text names a key-value store rather than a path."""
     return "://" in where or where.startswith("{")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder on a disk that all ranks see."""
+    """Storage in a folder of a file system that all ranks share."""
 
     path: Path
 
@@ -219,10 +219,10 @@ class Folder:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The keys of a store that begin alike."""
+    """Storage under a prefix of a key-value store's keys."""
 
     spec: str
-    """Of the store, as TensorStore's JSON, with a `path` that ends with a slash."""
+    """TensorStore's JSON spec of the store, with a `path` that ends with a slash."""
 
     @property
     def name(self) -> str:
@@ -264,7 +264,7 @@ class Prefix:
         self._store.write(name, text.encode("utf-8")).result()
 
     def sync(self, *names: str) -> None:
-        """See `Storage`. A write that came back is kept."""
+        """See `Storage`. A write is durable when it returns."""
 
     def remove(self, last: str = "") -> None:
         """See `Storage`."""
@@ -280,14 +280,14 @@ class Prefix:
             (self / left).remove(last)
 
     def draft(self, name: str) -> "Prefix":
-        """See `Storage`. It has its name already."""
+        """See `Storage`. Keys cannot be renamed: a draft is written under its final name."""
         return self / name
 
     def publish(self, name: str) -> None:
-        """See `Storage`. It is, as soon as its last file is there."""
+        """See `Storage`. Nothing to do: a folder counts as soon as its last file exists."""
 
     def point(self, link: str, name: str) -> None:
-        """See `Storage`. A link is a file with the name of a place."""
+        """See `Storage`. A link is a file that holds the name."""
         self.write(link, name)
 
     def pointed(self, link: str) -> str | None:
@@ -314,7 +314,7 @@ def _opened(spec: str) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Return when what a file holds, or a folder lists, is on disk."""
+    """Flush a file's content, or a folder's entries, to disk: fsync(2)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -323,7 +323,7 @@ def sync(path: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Let two folders change names, at once: renameat2(2) with RENAME_EXCHANGE."""
+    """Swap the names of two folders atomically: renameat2(2) with RENAME_EXCHANGE."""
     here, exchange = -100, 2
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange):

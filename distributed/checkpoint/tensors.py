@@ -1,7 +1,7 @@
-"""Logical tensors and the pieces of them that a process holds.
+"""Logical tensors, the pieces of them in local parameters, and `Source`, through which all of them are read.
 
-A logical tensor is what a model has, whatever the layout; a piece is a rectangle of one, lying in a local parameter.
-Saving, loading, conversion and weight sync all speak in pieces, and read through the same `Source`.
+A logical tensor belongs to a model, whatever the layout; a piece is a rectangle of one inside a local parameter.
+Saving, loading, conversion and weight sync all work on pieces and read from a `Source`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a logical tensor and where it lies in a local parameter."""
+    """A rectangle of a logical tensor, and its position in a local parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,25 +55,25 @@ T = TypeVar("T")
 
 
 def state_name(kind: str, name: str) -> str:
-    """What an optimizer's state for a logical tensor is called; it has the tensor's shape, in fp32."""
+    """The name of a logical tensor's optimizer state of one kind; it has the tensor's shape, in fp32."""
     return f"{kind}/{name}"
 
 
 class Source(Protocol):
-    """Anything that has logical tensors: a checkpoint, a Hugging Face folder, another process's weights."""
+    """A readable set of logical tensors: a checkpoint, a Hugging Face folder, another process's weights."""
 
     @property
     def states(self) -> Sequence[str]:
-        """Names of the optimizer's state that it has, as `state_name` makes them; none where it has only weights."""
+        """Names of its optimizer state, as `state_name` makes them; empty where there are only weights."""
         ...
 
     @property
     def updates(self) -> int:
-        """How many updates that state has seen: what Adam corrects its moments by."""
+        """The number of updates of that state, for Adam's bias correction."""
         ...
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
-        """The part `box` of a logical tensor, or of the optimizer's state for one.
+        """Read the part `box` of a logical tensor, or of its optimizer state.
 
         Raises:
             KeyError: when there is no such tensor.
@@ -83,7 +83,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class ReadsInto(Protocol):
-    """A `Source` that reads into memory that is there, and so needs no other."""
+    """A `Source` that can read into an existing array, without a temporary one."""
 
     def read_into(self, name: str, box: Box, into: NDArray[Any]) -> None:
         """As `Source.read`, into an array of that shape, and of any dtype that has all numbers of the tensor's."""
@@ -99,14 +99,14 @@ def read_tensor(source: Source, name: str, box: Box, into: Tensor) -> None:
 
 
 def concurrently(work: Callable[[T], None], items: Iterable[T]) -> None:
-    """Do the work for every item, some at a time: what reads waits for disks and networks."""
+    """Call work(item) for every item in a pool of READERS threads: reads wait for disks and networks."""
     with ThreadPoolExecutor(READERS) as readers:
         for _ in readers.map(work, items):
             pass
 
 
 class WeightsOnly:
-    """What a `Source` without an optimizer's state says of it."""
+    """Base class of a `Source` without optimizer state."""
 
     states: Sequence[str] = ()
     updates: int = 0

@@ -1,1 +1,1 @@
-"""Which rank updates which part of a parameter: DeepSpeed's ZeRO, Muon over cut matrices, snapshots."""
+"""Sharded optimizers: DeepSpeed's ZeRO, Muon over sharded matrices, gradient norms, snapshots to step back."""

@@ -1,9 +1,9 @@
-"""Muon for matrices that a layout cuts: over tensor ranks by rows or columns, over replicas anywhere (ZeRO).
+"""Muon for sharded matrices: split over tensor ranks by rows or columns, and over replicas anywhere (ZeRO).
 
-Momentum works element by element, on whatever a rank holds. Only orthogonalising needs whole matrices: ranks lay what
-they hold into zeros and add up, which changes no bit, and keep their part of the result. The layout decides who
-computes, never what. The iterations are DeepSpeed's; its handling of Muon inside ZeRO is not used, for it takes the
-gradient's norm and clips after orthogonalising, and takes the part of a tensor rank for the matrix.
+Momentum is elementwise, on the elements that a rank holds. Only orthogonalising needs whole matrices: each rank writes
+its elements into zeros, an all-reduce adds them up, which changes no bit, and each keeps its part of the result. The
+layout decides who computes, never what. The iterations are DeepSpeed's; its handling of Muon inside ZeRO is not used:
+it takes the gradient's norm and clips after orthogonalising, and takes the part of a tensor rank for the matrix.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,9 @@ from lockstep.distributed.optimizer.zero import newton_schulz
 
 
 class Muon(Sharded):
-    """Momentum orthogonalised by Newton–Schulz (Jordan et al. 2024) for matrices, another optimizer for all else.
+    """The Muon optimizer (Jordan et al. 2024) for matrices, and another optimizer for all other parameters.
+
+    Momentum is orthogonalised by Newton–Schulz iterations.
 
     The update of a matrix [A, B] is scaled by 0.2·√max(A, B), so that its root mean square is that of AdamW's updates:
     both take the same learning rate and weight decay (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4).
@@ -38,7 +40,7 @@ class Muon(Sharded):
         Args:
             matrices: groups of parameters, each with its `lr`, `momentum` and `weight_decay`; the matrices of one group
                 are whole in memory at the same time.
-            pieces: which parts of which logical matrices these parameters hold.
+            pieces: the pieces of logical matrices in each of these parameters.
             rest: the optimizer of all other parameters; its groups and its state become this one's.
         """
         super().__init__([*matrices, *rest.param_groups], {})
@@ -47,7 +49,7 @@ class Muon(Sharded):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update, from gradients that are whole and clipped."""
+        """One update, from gradients that are reduced and clipped."""
         self._rest.param_groups = [group for group in self.param_groups if "momentum" not in group]
         self._rest.step()
         for group in self.param_groups:
@@ -66,7 +68,7 @@ class Muon(Sharded):
         return torch.lerp(gradient, average, momentum)
 
     def _orthogonalised(self, shares: Sequence[Share], average: Tensor) -> Tensor:
-        """What this rank holds of the updates of some parameters, from what it holds of their averages."""
+        """This rank's elements of the updates of some parameters, from its elements of their momentum."""
         parameters = self._over_replicas(shares, average)
         parts = [
             (share, piece, piece.view(parameter))
@@ -87,7 +89,7 @@ class Muon(Sharded):
         return result
 
     def _over_replicas(self, shares: Sequence[Share], held: Tensor) -> list[Tensor]:
-        """Parameter-shaped tensors, put together from what all replicas hold of them."""
+        """Whole local parameters, assembled from the elements that each replica holds."""
         sizes, device = [share.shape.numel() for share in shares], shares[0].parameter.device
         flat = torch.zeros(sum(sizes), dtype=held.dtype, device=device)
         parameters = [t.view(share.shape) for t, share in zip(flat.split(sizes), shares, strict=True)]
@@ -99,7 +101,7 @@ class Muon(Sharded):
         return parameters
 
     def _over_tensor_ranks(self, parts: Sequence[tuple[Piece, Tensor]]) -> list[Tensor]:
-        """Logical matrices, put together from the parts that all tensor ranks hold of them."""
+        """Whole logical matrices, assembled from the parts that each tensor rank holds."""
         if self._groups.layout.tensor == 1:
             return [part for _, part in parts]
         sizes = [torch.Size(piece.shape).numel() for piece, _ in parts]

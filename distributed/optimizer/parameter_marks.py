@@ -1,4 +1,4 @@
-"""Parameters marked as experts or as copies (no DeepSpeed)."""
+"""Attributes on parameters that tell DeepSpeed and gradient norms which are experts and which are copies."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,7 +25,7 @@ def is_expert(parameter: nn.Parameter) -> bool:
 
 
 def experts_apart(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """An optimizer's groups of parameters, none of them empty, with experts in groups of their own."""
+    """An optimizer's parameter groups with experts in groups of their own, as DeepSpeed needs them; none is empty."""
     found = []
     for group in groups:
         experts = [p for p in group["params"] if is_expert(p)]

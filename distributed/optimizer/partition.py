@@ -1,4 +1,4 @@
-"""Which elements of which parameters a rank's optimizer is given: ZeRO lays parameters flat and cuts them anywhere."""
+"""ZeRO's partition: which elements of which flattened parameters this rank's optimizer updates."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup as Group
 
 @dataclass(frozen=True)
 class Share:
-    """Elements of a parameter, laid flat, that a rank's optimizer updates: none where `length` is 0."""
+    """The range of a flattened parameter's elements that this rank's optimizer updates; it may be empty."""
 
     parameter: nn.Parameter
     shape: torch.Size
@@ -26,12 +26,12 @@ class Share:
 
     @property
     def start(self) -> int:
-        """The first of these elements."""
+        """Index of the first of these elements."""
         return self.cuts[self.rank]
 
     @property
     def length(self) -> int:
-        """How many they are."""
+        """The number of these elements."""
         return self.cuts[self.rank + 1] - self.start
 
     def of(self, whole: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Share:
 
 
 def share_of(parameter: nn.Parameter, cuts: Iterable[int], rank: int, offset: int) -> Share:
-    """The elements of a parameter between a rank's cuts; cuts may lie outside of it."""
+    """The share of a parameter between a rank's cuts, which are clamped to the parameter."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return Share(parameter, shape, tuple(min(max(0, cut), shape.numel()) for cut in cuts), rank, offset)
 
@@ -56,7 +56,7 @@ def stored(share: Share) -> Tensor:
 
 
 def shares_of_all(parameters: Sequence[nn.Parameter], places: Sequence[int], size: int, group: Group) -> list[Share]:
-    """ZeRO-1 and 2: each rank has `size` elements of all parameters laid one after the other."""
+    """Shares under ZeRO-1 and 2: parameters are concatenated flat, and each rank has `size` elements of that."""
     ranks, rank = group.size(), group.rank()
     return [
         share_of(p, [cut * size - at for cut in range(ranks + 1)], rank, max(0, at - rank * size))
@@ -65,7 +65,7 @@ def shares_of_all(parameters: Sequence[nn.Parameter], places: Sequence[int], siz
 
 
 def shares_of_each(parameters: Sequence[Any], group: Group) -> list[Share]:
-    """ZeRO-3: each rank has an equal part of each parameter, and those lie one after the other."""
+    """Shares under ZeRO-3: each rank has an equal part of each parameter, and its parts are concatenated flat."""
     ranks, rank = group.size(), group.rank()
     sizes = [p.partition_numel() for p in parameters]
     ends = itertools.accumulate(sizes)
@@ -76,7 +76,7 @@ def shares_of_each(parameters: Sequence[Any], group: Group) -> list[Share]:
 
 
 class Sharded(torch.optim.Optimizer):
-    """An optimizer that works on more than single elements, and must know which ones it is given."""
+    """An optimizer that is not elementwise, and so must know which elements of which parameters it is given."""
 
     shares: Mapping[Tensor, Sequence[Share]]
-    """For each tensor to step its shares of parameters, in one order on all replicas; set before the first step."""
+    """The shares in each tensor that is stepped, in the same order on all replicas; set before the first step."""

@@ -1,7 +1,7 @@
-"""A snapshot: what a step changes on this rank, copied to host memory, so that steps can be taken back to the bit.
+"""Copies of weights and optimizer state in host memory, so that steps can be undone without a changed bit.
 
-Every rank copies the tensors that it stores, whichever part of the model that is. So nothing travels between ranks, and
-nothing is gathered, split or rounded on the way back, in any layout.
+Every rank copies the tensors that it stores, as it stores them: no communication, and nothing is gathered, split or
+rounded on the way back, in any layout.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write all of it back; state that the optimizer has made since is dropped."""
+        """Copy everything back; state that the optimizer has created since is dropped."""
         for weight, copy in self._weights:
             weight.copy_(copy)
         state: dict[Any, dict[str, Any]] = self._optimizer.state

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO optimizer under somebody else's schedule: the only module that touches DeepSpeed.
+"""DeepSpeed's ZeRO optimizer, driven by our schedule: the only module that touches DeepSpeed.
 
 The accumulation boundary is ours (`managed_gradient_accumulation: false`): backwards run wherever the schedule wants
 them, then `step` reduces over the data axis, clips by the global norm and updates. DeepSpeed averages over the data
@@ -32,11 +32,11 @@ from lockstep.distributed.optimizer.partition import Sharded, Share, share_of, s
 from lockstep.distributed.optimizer.zero_state import ZeroState
 
 _linear = torch.nn.functional.linear
-"""ZeRO-3 puts one of its own in its place, for all."""
+"""ZeRO-3 replaces it for the whole process."""
 
 
 class _Grid:
-    """What DeepSpeed asks of its `mpu`; "model" there means tensor × pipeline, and "data" all replicas."""
+    """The `mpu` that DeepSpeed asks for groups; "model" there means tensor × pipeline, and "data" all replicas."""
 
     def __init__(self, groups: Groups) -> None:
         axes = {
@@ -82,7 +82,7 @@ _newton_schulz = getattr(_newton_schulz, "_torchdynamo_orig_callable", _newton_s
 
 
 def newton_schulz(matrices_NAB: Tensor, exact: bool) -> Tensor:
-    """Nearly orthogonal matrices with the singular vectors of the given ones: five quintic iterations on Gram matrices.
+    """Orthogonalise matrices approximately, keeping their singular vectors: five quintic iterations on Gram matrices.
 
     Singular values come out between 0.7 and 1.2 (Jordan et al. 2024). Not compiled: kernels for one shape differ
     from those for any shape, and compiling asks for a C++ compiler.
@@ -109,7 +109,7 @@ def _standing_still(optimizer: Any) -> Iterator[None]:
 
 
 class ZeroOptimizer:
-    """An optimizer whose state is split over the replicas as `layout.zero` says."""
+    """An optimizer wrapped by DeepSpeed's ZeRO, which partitions state, gradients or weights over the replicas."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class ZeroOptimizer:
             self._engine.optimizer.check_overflow = lambda **_: None
 
     def _close(self) -> None:
-        """Take off DeepSpeed's hooks, its linear layer and what it remembers: they keep the model and its groups."""
+        """Remove DeepSpeed's hooks, its F.linear and its caches: they keep the model and its groups alive."""
         self._engine.destroy()
         deepspeed_groups.mpu = None
         for experts in (deepspeed_groups._EXPERT_PARALLEL_GROUP, deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP):
@@ -191,7 +191,7 @@ class ZeroOptimizer:
     def _partition(
         self, stepped: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> dict[Tensor, list[Share]]:
-        """What DeepSpeed made of the parameters that the optimizer was to step: see `Sharded`."""
+        """The shares in each tensor that DeepSpeed gives the optimizer in the place of parameters; see `Sharded`."""
         zero: Any = self._engine.optimizer
         if self._plain:
             tensors = [t for group in optimizer.param_groups for t in group["params"]]
@@ -213,7 +213,7 @@ class ZeroOptimizer:
         }
 
     def begin_backward(self) -> None:
-        """To be called by autograd when gradients are about to reach the module.
+        """Prepare DeepSpeed for a backward pass; a gradient hook calls this before gradients reach the module.
 
         DeepSpeed's own forward pass would arrange for this; and without a forward pass between two backward passes,
         as at the end of a pipeline's schedule, it would take them for one.
@@ -224,7 +224,7 @@ class ZeroOptimizer:
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
-        """Within this block parameters hold their values, which ZeRO-3 splits over replicas otherwise."""
+        """Within this block parameters are whole; ZeRO-3 otherwise keeps them partitioned over replicas."""
         if self._groups.layout.zero < 3:
             yield
             return
@@ -232,7 +232,7 @@ class ZeroOptimizer:
             yield
 
     def changing(self) -> tuple[list[Tensor], torch.optim.Optimizer]:
-        """What a step writes to on this rank, as it is stored: weights, master weights, and who keeps moments."""
+        """The tensors that a step writes to on this rank, as stored, and the optimizer that holds the moments."""
         optimizer = self._innermost()
         weights = [getattr(p, "ds_tensor", p) for p in self._parameters]  # with ZeRO-3, this rank's part
         masters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -246,7 +246,7 @@ class ZeroOptimizer:
         return optimizer
 
     def step(self, learning_rate: float) -> float:
-        """Reduce, clip, update, and forget the gradients. Returns the global norm before clipping."""
+        """Reduce and clip gradients, update, zero the gradients. Returns the global norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._squares.fill_(math.inf)  # remains where DeepSpeed finds that gradients overflowed, and does not step
@@ -270,7 +270,9 @@ class ZeroOptimizer:
             yield share.parameter, stored(share), 1
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
-        """Without ZeRO, DeepSpeed does not say the norm of fp32 gradients, and leaves experts out of that of bf16 ones.
+        """Clip gradients by the global norm where there is no ZeRO.
+
+        DeepSpeed then reports no norm of fp32 gradients, and leaves experts out of that of bf16 ones.
 
         Args:
             optimizer: its parameters are the module's, or fp32 copies of them.

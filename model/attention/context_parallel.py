@@ -1,4 +1,4 @@
-"""Attention of rows that are split over context ranks: the documents and masks of a row for both ways of exchange."""
+"""Packed attention under context parallelism: `Attend` by Ulysses or by a ring, for rows split over context ranks."""
 
 from collections.abc import Sequence
 
@@ -21,11 +21,11 @@ def attention(
     device: torch.device,
     numerics: Numerics = "fast",
 ) -> Attend:
-    """How this rank's tokens of a row attend to the row.
+    """The `Attend` of a packed row in a layout: without context parallelism, by Ulysses, or by a ring.
 
     Args:
         documents: of the whole row, see `DocumentAttention`.
-        kv_heads: key-value heads of the whole model.
+        kv_heads: number of key-value heads of the whole model.
         numerics: exact where the layout has no ring: see `check_numerics`.
     """
     if groups.layout.context == 1:
@@ -36,7 +36,7 @@ def attention(
 
 
 class UlyssesAttention:
-    """`Attend` by exchanging tokens for heads: each rank sees the whole row with a part of the heads."""
+    """`Attend` by DeepSpeed-Ulysses: an all-to-all gives each rank the whole row with a part of the heads."""
 
     def __init__(
         self, documents: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device, numerics: Numerics
@@ -51,7 +51,7 @@ class UlyssesAttention:
 
 
 class RingAttention:
-    """`Attend` by a ring in which keys and values travel; it takes any number of heads."""
+    """`Attend` by ring attention: keys and values are passed from rank to rank; it takes any number of heads."""
 
     def __init__(self, documents: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._length = group, sum(map(sum, documents))

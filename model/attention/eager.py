@@ -1,4 +1,4 @@
-"""Attention by plain products of matrices, whose scores exist: faster than torch's CPU kernel on short documents.
+"""Eager attention: plain matrix products with materialised scores, faster than torch's CPU kernel on short documents.
 
 Scores and softmax are in fp32. In bf16 the products are of bf16 numbers, as in FlashAttention (Dao 2023), and summed in
 fp32; probabilities are kept for the backward pass in the dtype of the model.
@@ -14,7 +14,7 @@ from torch import Tensor
 from lockstep.model.attention.spec import PLAIN, AttentionSpec, soft_capped
 
 Span = tuple[slice, slice]
-"""Rows, and the columns that any of them sees."""
+"""A range of rows (queries), and the range of columns (keys) that any of them sees."""
 
 
 def attend_in_full(
@@ -25,11 +25,13 @@ def attend_in_full(
     spec: AttentionSpec = PLAIN,
     spans: Sequence[Span] | None = None,
 ) -> Tensor:
-    """softmax(cap(q·kᵀ·scale) + bias)·v. The query heads of one key-value head stand as rows of one product.
+    """softmax(cap(q·kᵀ·scale) + bias)·v, [N, H, L, E], with a hand-written gradient.
+
+    The query heads of one key-value head are rows of one product.
 
     Args:
         bias_NLS: in fp32, −∞ where a row sees no column.
-        spans: all rows in order, each part with its columns, so that what is hidden from all is not computed.
+        spans: all rows in order, in parts, each with its columns, so that columns hidden from a part are not computed.
     """
     whole = slice(0, q_NHLE.shape[2]), slice(0, k_NGSE.shape[2])
     return _Attention.apply(q_NHLE, k_NGSE, v_NGSE, bias_NLS, spec, spans or [whole])
@@ -82,14 +84,14 @@ class _Attention(torch.autograd.Function):
 
 
 class _Assembled:
-    """Parts [N · G, R, rows, columns] in their places; zero where there is none."""
+    """A tensor [N · G, R, L, S] that is filled span by span; zero outside of the spans."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         self._shape, self._dtype = torch.Size(shape), dtype
         self.whole: Tensor
 
     def put(self, span: Span, part: Tensor) -> None:
-        """Add the next rows."""
+        """Write the values of the next span."""
         rows, columns = span
         part = part.view(*self._shape[:2], *_extent(span))
         if part.shape == self._shape:
@@ -127,7 +129,7 @@ def _products(x: Tensor, y: Tensor, span: Span) -> Tensor:
 
 @contextmanager
 def _products_in(dtype: torch.dtype) -> Iterator[None]:
-    """Lets the processor multiply fp32 tensors, whose numbers are of a dtype, as numbers of that dtype."""
+    """Lets oneDNN multiply fp32 tensors that hold numbers of a narrower dtype in that dtype."""
     backends: Any = torch.backends
     matmul = backends.mkldnn.matmul
     before = matmul.fp32_precision

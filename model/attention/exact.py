@@ -1,9 +1,9 @@
-"""Attention in which the bits of a row depend on its query and the keys that it sees, at their positions.
+"""Batch-invariant attention: a row's bits depend only on its query and the keys that it sees, at their positions.
 
-Keys are summed over in blocks of 64 positions, one block after the other. What a row does not see adds exact zeros,
-so that neither padding nor a later token changes it, and the largest score, which all others are compared with, has no
-order. Trainer and rollouts take the same of three ways: the kernel that rollouts read a cache with, on a GPU kernels of
-fixed tiles, and where there is no C compiler products of torch's.
+Sums run over blocks of 64 positions, one block after the other. What a row does not see adds exact zeros, so that
+neither padding nor a later token changes it, and the maximum score does not depend on an order. Trainer and rollouts
+use the same one of three implementations: the paged CPU kernel, on a GPU Triton kernels of fixed tiles, and without a C
+compiler torch's matrix products.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,17 +35,17 @@ def attend_exactly(
     spec: AttentionSpec = PLAIN,
     keys_from: int | Tensor = 0,
 ) -> Tensor:
-    """Mixed values [N, L, H, E] of N sequences, in the dtype of the queries; without a gradient: see `with_gradient`.
+    """Batch-invariant attention of N sequences, [N, L, H, E] in the dtype of the queries.
 
-    Row l of sequence n stands at position first_N[n] + l and sees the keys up to there, or those in its window.
-    Padding of N, L and S changes no bit of a row that sees a key.
+    It has no gradient: see `with_gradient`. Row l of sequence n stands at position first_N[n] + l and sees the keys up
+    to there, or those in its window. Padding of N, L and S changes no bit of a row that sees a key.
 
     Args:
         k_NGSE: keys at the positions keys_from, keys_from + 1, …; what no row sees may be any finite number.
         keys_from: multiples of 64, one for all sequences or [N]: at most the first position that a row sees.
 
     Raises:
-        NotExact: where products have to do, and those of this machine will not.
+        NotExact: where torch's products are used, and those of this machine are not batch-invariant.
     """
     if q_NLHE.is_cuda:
         k, v = k_NGSE.transpose(1, 2), v_NGSE.transpose(1, 2)
@@ -57,7 +57,7 @@ def attend_exactly(
 def _by_kernel(
     q_NLHE: Tensor, k_NGSE: Tensor, v_NGSE: Tensor, first_N: Tensor, spec: AttentionSpec, keys_from: Tensor
 ) -> Tensor:
-    """Keys and values are put into blocks, as those of a cache; each sequence has blocks of its own."""
+    """By the paged CPU kernel: keys and values are written into blocks, as into a KV cache."""
     n, length, _, width = q_NLHE.shape
     groups, keys = k_NGSE.shape[1:3]
     each = -(-keys // BLOCK)
@@ -108,7 +108,7 @@ def _padded(rows: Tensor, tile: int) -> Tensor:
 
 
 def _spans(length: int, keys: int, first_N: Tensor, window: int | None) -> Iterator[tuple[int, int, slice]]:
-    """Rows from … to, and the blocks of keys that any of them sees."""
+    """First row, end of rows, and the range of keys that any of these rows sees."""
     least, most = int(first_N.min()), int(first_N.max())
     for start in range(0, length, POSITIONS_AT_ONCE):
         stop = min(start + POSITIONS_AT_ONCE, length)
@@ -145,7 +145,7 @@ def _weights(q_BRE: Tensor, k_BSE: Tensor, position_NR: Tensor, spec: AttentionS
 
 @cache
 def row_tile(width: int) -> int:
-    """Rows to which queries are padded, so that their number changes no product of heads of this width on this CPU.
+    """The number of rows that queries are padded to, so that products of heads of this width are batch-invariant here.
 
     Raises:
         NotExact: where there is no such number.
@@ -172,7 +172,7 @@ def _agrees(tile: int, rows: Tensor, columns: Tensor) -> bool:
 
 
 def with_gradient(value: Callable[..., Tensor], like: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
-    """value(*tensors), whose gradient is that of like(*tensors), computed again in the backward pass."""
+    """value(*tensors) with the gradient of like(*tensors), which the backward pass recomputes."""
     return _WithGradient.apply(value, like, *tensors)
 
 

@@ -1,4 +1,4 @@
-"""Attention of rollouts in exact numerics: to keys and values in the blocks of a cache, as the trainer attends."""
+"""Paged KV caches of exact numerics, whose attention has the same bits as the trainer's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from lockstep.model.config import ModelConfig
 
 
 def exact_cache(model: ModelConfig, *, dtype: torch.dtype, device: torch.device, **sizes: Any) -> KVCache:
-    """A cache as the trainer's attention takes it: see `KVCache` for the arguments."""
+    """A KV cache whose attention has the same bits as the trainer's; see `KVCache` for the arguments."""
     of_blocks = ExactKVCache if serves(dtype, device, model.head_dim) else GatheredKVCache
     return of_blocks(model, dtype=dtype, device=device, **sizes)
 
 
 class ExactKVCache(KVCache):
-    """A cache whose blocks are read in place, token by token."""
+    """A KV cache that the paged CPU kernel reads in place, token by token."""
 
     def attention(self, spans: Sequence[Span]) -> Attend:
         """See `KVCache`."""
@@ -30,22 +30,25 @@ class ExactKVCache(KVCache):
 
 
 class GatheredKVCache(KVCache):
-    """A cache whose blocks hold keys and values as rows [tokens, head width], which is how they are gathered."""
+    """A KV cache whose blocks are gathered into contiguous rows [tokens, head width] before each product."""
 
     def _shapes(self, dtype: torch.dtype, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (BLOCK, width), (BLOCK, width)
 
     def write(self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> None:
+        """See `KVCache`."""
         self.keys[layer][blocks_T, :, offsets_T] = k_TGE
         self.values[layer][blocks_T, :, offsets_T] = v_TGE
 
     def gathered(self, layer: int, tables_NP: Tensor) -> tuple[Tensor, Tensor]:
+        """See `KVCache`."""
         heads = self.keys[layer].shape[1]
         lines_NGP = tables_NP[:, None] * heads + torch.arange(heads, device=tables_NP.device)[:, None]
         keys, values = (x[layer].flatten(0, 1)[lines_NGP].flatten(2, 3) for x in (self.keys, self.values))
         return keys, values
 
     def attention(self, spans: Sequence[Span]) -> "GatheredAttention":
+        """See `KVCache`."""
         return GatheredAttention(self, spans)
 
 
@@ -62,9 +65,9 @@ class _Batch:
 
 
 class GatheredAttention:
-    """`Attend` for spans of sequences, head to tail: keys and values are kept first, then each token sees its own.
+    """`Attend` for spans of sequences, concatenated: writes their keys and values to the cache, then attends to it.
 
-    Single tokens of sequences of similar lengths are attended to together, and every longer span by itself.
+    Single tokens of sequences of similar lengths are one batch, and every longer span is one by itself.
     """
 
     def __init__(self, cache: GatheredKVCache, spans: Sequence[Span]) -> None:
@@ -95,7 +98,7 @@ class GatheredAttention:
 
 
 def _alike(places: Sequence[tuple[int, Span]]) -> list[list[tuple[int, Span]]]:
-    """By length; in each batch the shortest sequence has at least half of the keys that all are padded to."""
+    """Batches by length; in each the shortest sequence has at least half of the keys that all are padded to."""
     batches: list[list[tuple[int, Span]]] = []
     for place in sorted(places, key=lambda place: place[1].start):
         if not batches or place[1].start >= 2 * max(batches[-1][0][1].start, KEYS):

@@ -1,8 +1,8 @@
-"""Keys and values of running sequences in blocks of a few tokens, and attention to them.
+"""The paged KV cache and attention to it (PagedAttention, Kwon et al. 2023).
 
-A sequence's tokens lie in the blocks of its table, wherever these are, so that sequences of any length share one pool
-and equal beginnings are kept once. Layers with different windows keep different parts of a text, so each kind of layer
-has a pool and a table of its own. In a block the keys of a head stand as [head width, tokens] and its values as
+A sequence's tokens lie in the blocks of its block table, so that sequences of any length share one pool and common
+prefixes are stored once. Layers with different windows keep different parts of a sequence, so each kind of layer has a
+pool and a block table of its own. In a block the keys of a head are stored as [head width, tokens] and its values as
 [tokens, head width]: read in place and in order, a processor's lanes hold the tokens of a block, then a head's width.
 Numbers of 16 bits stand in pairs of rows, [rows / 2, columns, 2], as instructions that add up products of pairs want.
 """
@@ -28,7 +28,7 @@ SHORT = 16
 
 
 class KVCache:
-    """Blocks for the keys and values of a model's layers."""
+    """Paged keys and values of all layers of a model on this rank."""
 
     def __init__(
         self,
@@ -57,27 +57,27 @@ class KVCache:
         self.kind_of = of_layer
 
     def _shapes(self, dtype: torch.dtype, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the keys and of the values of a head in a block."""
+        """Shapes of the keys and of the values of one head in one block."""
         return block_shapes(dtype, width)
 
     def write(self, layer: int, blocks_T: Tensor, offsets_T: Tensor, k_TGE: Tensor, v_TGE: Tensor) -> None:
-        """Keep keys and values of tokens at places of blocks."""
+        """Write the keys and values of T tokens at these blocks and offsets in them."""
         pair = self.keys[layer].shape[-1]
         self.keys[layer][blocks_T, :, :, offsets_T] = k_TGE.unflatten(-1, (-1, pair))
         self.values[layer][blocks_T, :, offsets_T // pair, :, offsets_T % pair] = v_TGE
 
     def gathered(self, layer: int, tables_NP: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, G, P · block, E] of tables of P blocks each."""
+        """Gather the keys and values [N, G, P · block, E] of N block tables of P blocks each."""
         keys, values = self.keys[layer][tables_NP], self.values[layer][tables_NP]
         keys, values = keys.permute(0, 2, 1, 4, 3, 5).flatten(4), values.permute(0, 2, 1, 3, 5, 4).flatten(3, 4)
         return keys.flatten(2, 3), values.flatten(2, 3)
 
     def attention(self, spans: "Sequence[Span]") -> Attend:
-        """Attention of a pass to the tokens of sequences that lie here."""
+        """The `Attend` of a forward pass over these spans."""
         return PagedAttention(self, spans)
 
     def copy(self, kind: int, source: int, target: int) -> None:
-        """Copy a block of one kind of layer over another."""
+        """Copy a block over another, in all layers of one kind."""
         for layer, of_layer in enumerate(self.kind_of):
             if of_layer == kind:
                 self.keys[layer][target] = self.keys[layer][source]
@@ -85,12 +85,12 @@ class KVCache:
 
 
 def kinds(model: ModelConfig) -> list[int | None]:
-    """The windows of a model's layers, each once: None, for all tokens, first."""
+    """The distinct windows of a model's layers, which are its kinds of layers; None (all tokens) comes first."""
     return sorted({model.window_of(layer) for layer in range(model.layers)}, key=lambda w: w or 0)
 
 
 def block_bytes(model: ModelConfig, *, kv_heads: int, dtype: torch.dtype) -> list[int]:
-    """Bytes of a block of each kind of layer."""
+    """Bytes of one block, summed over the layers of each kind."""
     windows = [model.window_of(layer) for layer in range(model.layers)]
     one = 2 * kv_heads * model.head_dim * BLOCK * dtype.itemsize
     return [one * windows.count(window) for window in kinds(model)]
@@ -98,19 +98,19 @@ def block_bytes(model: ModelConfig, *, kv_heads: int, dtype: torch.dtype) -> lis
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of a sequence that one forward pass computes: start … start+count−1."""
+    """The tokens start … start+count−1 of a sequence, which one forward pass computes."""
 
     tables: Sequence[Sequence[int]]
-    """For each kind of layer the sequence's blocks, as far as these tokens and what they see."""
+    """The sequence's block table for each kind of layer, as far as these tokens and what they see."""
     start: int
     count: int
 
 
 class PagedAttention:
-    """`Attend` for spans of sequences, head to tail: keys and values are kept first, then each token sees its own.
+    """`Attend` for spans of sequences, concatenated: writes their keys and values to the cache, then attends to it.
 
-    A span may see what another one of the same pass computes, because each layer keeps everything before it looks.
-    Tokens of short spans attend one by one, in place where there is a kernel; long spans attend by products.
+    A span may see tokens that another one of the same pass computes, because each layer writes before it reads. Tokens
+    of short spans attend one by one, by the paged kernel where there is one; long spans by matrix products.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class PagedAttention:
     ) -> None:
         """
         Args:
-            use_kernel: use the kernel that reads blocks in place, where there is one.
-            numerics: in exact ones, which take that kernel, all tokens attend one by one.
+            use_kernel: use the paged CPU kernel, which reads blocks in place, where there is one.
+            numerics: exact numerics need that kernel, and all tokens attend one by one.
         """
         self._cache = cache
         held = cache.values[0]
@@ -151,13 +151,13 @@ class PagedAttention:
         return mixed
 
     def jobs(self, heads: int) -> list[jobs.AttentionJob]:
-        """Of single tokens, attended to in place: what the attention of each kind of layer has in common."""
+        """The C structs for spans of one token each: what the attention of each kind of layer has in common."""
         of_kinds = [each.jobs(heads) for each in self._by_row if isinstance(each, _ByKernel)]
         assert all(len(jobs) == 1 for jobs in of_kinds)
         return [job for (job,) in of_kinds]
 
     def _attended(self, layer: int, kind: int, q_LHE: Tensor, span: Span, spec: AttentionSpec) -> Tensor:
-        """One span of tokens that also see what is before them."""
+        """Attention of one span that continues a sequence, by matrix products."""
         first = first_seen(span.start, spec.window)
         stop = -(-(span.start + span.count) // BLOCK)
         k, v = self._cache.gathered(layer, torch.tensor([span.tables[kind][first:stop]], device=q_LHE.device))
@@ -172,7 +172,7 @@ class PagedAttention:
 
 
 class _ByKernel:
-    """Keeps keys and values and attends for the tokens of short spans, where blocks lie."""
+    """Writes keys and values and attends for the tokens of short spans, by the paged kernel."""
 
     def __init__(
         self, cache: KVCache, kind: int, spans: Sequence[Span], short: Sequence[tuple[int, Span]], *, tiled: bool
@@ -196,7 +196,7 @@ class _ByKernel:
 
 
 class _Gathered:
-    """Keeps keys and values and attends for spans of one token, whose sequences are gathered, padded to the longest."""
+    """Writes keys and values and attends for spans of one token; blocks are gathered and padded to the longest."""
 
     def __init__(self, cache: KVCache, kind: int, spans: Sequence[Span], short: Sequence[tuple[int, Span]]) -> None:
         self._cache, window = cache, cache.windows[kind]

@@ -1,7 +1,7 @@
-"""Causal attention over packed documents.
+"""Causal attention over packed documents, in which the samples of a group share their prompt.
 
-The block hands its queries, keys and values to an `Attend`; training passes `DocumentAttention`, rollouts a KV cache.
-So one block serves both.
+A block passes its queries, keys and values to an `Attend`; training passes `DocumentAttention`, rollouts a KV cache, so
+that one block serves both.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 128
 
 
 class DocumentAttention:
-    """Attention within each of the documents that make up a row, none across.
+    """`Attend` for a packed row: causal attention within each document, none across documents.
 
     A document is a prompt and branches that continue it: a branch sees the prompt and itself, so the samples of a
     group share the work on their prompt. Prompts and branches are segments; segments of similar size are gathered
@@ -74,14 +74,14 @@ class DocumentAttention:
 
 
 class _Gather:
-    """Tokens of a row in the places of padded batches, and back; a token has one place of its own, and may be lent."""
+    """Maps tokens of a row to slots of padded batches, and back; each token owns one slot and may fill others."""
 
     def __init__(self, tokens_P: Tensor, own_T: Tensor, lent: tuple[Tensor, Tensor], device: torch.device) -> None:
         """
         Args:
-            tokens_P: the token in each place; what stands in places of padding gets no gradient.
-            own_T: each token's own place.
-            lent: further places, and the token in each.
+            tokens_P: the token in each slot; slots of padding get no gradient.
+            own_T: each token's own slot.
+            lent: further slots, and the token in each.
         """
         self.tokens_P, self.own_T = tokens_P.to(device), own_T.to(device)
         self.lent = tuple(x.to(device) for x in lent)
@@ -91,7 +91,7 @@ class _Gather:
         return _Spread.apply(x, self)
 
     def collected(self, x: Tensor) -> Tensor:
-        """[P, …] → [T, …], from each token's own place."""
+        """[P, …] → [T, …], from each token's own slot."""
         return _Collected.apply(x, self)
 
 
@@ -188,7 +188,7 @@ class _SegmentBatch:
         self._causal = not any(s.seen for s in segments)
 
     def attend(self, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor, spec: AttentionSpec) -> Tensor:
-        """Mixed values [N · queries, H · E], the padding included, of queries and keys in their places."""
+        """Attention of padded queries and keys, [N · queries, H · E], padding included."""
         q, k, v = (t.unflatten(0, (len(self.segments), -1)).transpose(1, 2) for t in (q_PHE, k_PGE, v_PGE))
         window = None if spec.window is None or spec.window >= self.keys else spec.window
         if spec.cap is None and (self.queries > LONGEST_IN_FULL or q.is_cuda):
@@ -202,7 +202,7 @@ class _SegmentBatch:
         return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def attend_exactly(self, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor, spec: AttentionSpec) -> Tensor:
-        """The same in exact numerics; the gradient is that of `attend`."""
+        """The same, batch-invariant; the gradient is that of `attend`."""
 
         def value(*tensors: Tensor) -> Tensor:
             q, k, v = (t.unflatten(0, (len(self.segments), -1)) for t in tensors)

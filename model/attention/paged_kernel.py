@@ -1,7 +1,7 @@
-"""Attention to keys and values that lie in blocks, by a kernel that reads them where they are.
+"""The CPU kernel of paged attention, which reads keys and values in their blocks without gathering them.
 
-A sequence is attended to in parts of a fixed length, which are then put together in order. So what comes out for a
-token depends on its query and on what it sees at which positions: not on the batch, chunks of its sequence or threads.
+A sequence is attended to in parts of a fixed length, which are then combined in order. So a token's result depends on
+its query and on what it sees at which positions: not on the batch, the chunking of its sequence or the threads.
 """
 
 from collections.abc import Sequence
@@ -25,47 +25,47 @@ ROWS = 128
 
 
 def serves(dtype: torch.dtype, device: torch.device, width: int) -> bool:
-    """Whether there is a kernel for heads of a width."""
+    """Whether the kernel can be used for heads of this width, dtype and device."""
     return kernels.usable(dtype, device) and width % 2 == 0
 
 
 def pair_of(dtype: torch.dtype, width: int) -> int:
-    """Numbers of a key's width that stand beside each other, and of a value's tokens: two of 16 bits."""
+    """How many elements are interleaved in a block (of a key's width, of a value's tokens): 2 of 16 bits, else 1."""
     return 2 if dtype.itemsize == 2 and width % 2 == 0 else 1
 
 
 def first_seen(position: int, window: int | None) -> int:
-    """The first block that a token at a position sees through a window, or without one."""
+    """Index of the first block that a token at a position sees, given its window."""
     return 0 if window is None else max(0, position - window + 1) // BLOCK
 
 
 def block_shapes(dtype: torch.dtype, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a head's keys and of its values in a block."""
+    """Shapes of one head's keys and values in a block."""
     pair = pair_of(dtype, width)
     return (width // pair, BLOCK, pair), (BLOCK // pair, width, pair)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """R tokens that attend."""
+    """R tokens (queries) that attend, with their sequences' block tables."""
 
     tokens_R: np.ndarray
-    """Their places in the pass."""
+    """Their indices in the pass."""
     sequences_R: np.ndarray
-    """The lines of `tables_SP` that are theirs."""
+    """Their rows of `tables_SP`."""
     positions_R: np.ndarray
     """Each sees the keys up to there."""
     tables_SP: np.ndarray
-    """Blocks of each sequence, from position 0 on; any number for those that no row sees."""
+    """The block table of each sequence, from position 0 on; any number for blocks that no row sees."""
 
     def part(self, start: int) -> "Rows":
-        """`ROWS` of them, or as many as are left."""
+        """`ROWS` of them from `start` on, or as many as are left."""
         here = slice(start, start + ROWS)
         return Rows(self.tokens_R[here], self.sequences_R[here], self.positions_R[here], self.tables_SP)
 
 
 class PagedKernel:
-    """Keeps keys and values in their blocks, and then attends for some tokens of a pass."""
+    """Writes the keys and values of a pass into blocks, then attends for some of its tokens."""
 
     def __init__(
         self,
@@ -79,9 +79,9 @@ class PagedKernel:
     ) -> None:
         """
         Args:
-            places: the block and the place in it of each key and value of the pass.
-            groups: key-value heads.
-            tiled: multiply by the processor's tiles, where a head's weights are rounded to the dtype of the values.
+            places: the block, and the offset in it, of each key and value of the pass.
+            groups: number of key-value heads.
+            tiled: use the processor's matrix tiles (AMX), with probabilities rounded to the dtype of the values.
         """
         self._places = [np.ascontiguousarray(x, np.int32) for x in places]
         starts = range(0, max(len(rows.tokens_R), 1), ROWS)
@@ -93,11 +93,11 @@ class PagedKernel:
     def __call__(
         self, keys: Tensor, values: Tensor, q_THE: Tensor, k_KGE: Tensor, v_KGE: Tensor, spec: AttentionSpec
     ) -> Tensor:
-        """Mixed values [T, H, E]; undefined for tokens that are not among the rows.
+        """Attention [T, H, E]; undefined for tokens that are not among the rows.
 
         Args:
             keys: [blocks, G, …] of `block_shapes`; values alike.
-            k_KGE: what is kept in `places`, before anything attends.
+            k_KGE: keys to write at `places` before anything attends; values alike.
         """
         q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THE, k_KGE, v_KGE))
         mixed = q.new_empty(q.shape)
@@ -112,7 +112,7 @@ class PagedKernel:
         return mixed
 
     def jobs(self, heads: int) -> Sequence[jobs.AttentionJob]:
-        """What the attention of all layers has in common, `ROWS` tokens at a time."""
+        """The C structs of this attention, one for each `ROWS` tokens; layers differ in their pointers only."""
         jobs = [call.job for call in self._calls]
         if self._partial is None:
             self._partial = np.empty((max(job.parts for job in jobs), heads, jobs[0].width + 2), np.float32)

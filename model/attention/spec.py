@@ -1,4 +1,4 @@
-"""What becomes of scores, of attention or of a vocabulary, before the softmax."""
+"""The interface of attention in a block, and what changes its scores: scale, soft cap, sliding window."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """How a layer scores what its tokens see."""
+    """How a layer computes attention scores, and how far back its tokens see."""
 
     scale: float | None = None
     """What q·k is multiplied by; None for 1/√E."""
@@ -27,13 +27,13 @@ def soft_capped(scores: Tensor, cap: float | None) -> Tensor:
 
 
 class Attend(Protocol):
-    """How a block's tokens see each other."""
+    """The attention that a block calls: within packed documents, over context ranks, or over a KV cache."""
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
-        """Mixed values [T, H, E] for T tokens, H query heads, G key-value heads and head width E."""
+        """Attention [T, H, E] for T tokens, H query heads, G key-value heads and head width E."""
         ...
 
 
 def call_attend(attend: Attend, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec) -> Tensor:
-    """attend(layer, q, k, v, spec): the one place where a block calls attention, so that it can be wrapped."""
+    """Call attend(layer, q, k, v, spec). Blocks call attention through it, so that it can be left uncompiled."""
     return attend(layer, q_THE, k_TGE, v_TGE, spec)

@@ -1,4 +1,4 @@
-"""One block of a transformer: attention, then a feed-forward layer, with norms before, after or around each.
+"""A transformer block: attention, then a feed-forward layer or experts, with norms before, after or around each.
 
 Everything in which model families differ is a value of `ModelConfig`; the same block serves training, which passes
 documents, and rollouts, which pass a KV cache.
@@ -20,11 +20,11 @@ from lockstep.model.ops.fused import rotary
 from lockstep.model.rope import Rope
 
 Tables = Mapping[Rope, tuple[Tensor, Tensor]]
-"""Cosines and sines of the tokens' positions, for each kind of rotary positions that a model has."""
+"""Cosines and sines of the tokens' positions, for each `Rope` of a model."""
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; its heads are split over the tensor axis."""
+    """Grouped-query attention with tensor parallelism over heads."""
 
     def __init__(
         self, model: ModelConfig, groups: Groups, config: TransformerConfig, layer: int, numerics: Numerics
@@ -42,10 +42,11 @@ class Attention(nn.Module):
         self._call_attend: Callable[..., Tensor] = call_attend
 
     def compile_around(self, call: Callable[..., Tensor]) -> None:
-        """Call attention by `call`, which `torch.compile` does not trace, in the place of `call_attend`."""
+        """Call attention through `call`, which `torch.compile` does not trace, instead of `call_attend`."""
         self._call_attend = call
 
     def forward(self, x_T1D: Tensor, tables: Tables, attend: Attend, layer: int) -> Tensor:
+        """[T, 1, width] → [T, 1, width]; tokens are split over tensor ranks with sequence parallelism."""
         heads_THE = self.qkv(x_T1D).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         qk, v = heads_THE.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         qk = self.qk_norm(qk)
@@ -83,6 +84,7 @@ class Block(nn.Module):
     def forward(
         self, x_T1D: Tensor, tables: Tables, attend: Attend, layer: int, sequences: Sequences | None = None
     ) -> Tensor:
+        """[T, 1, width] → [T, 1, width]; `sequences` are for the router's losses."""
         x_T1D = x_T1D + self.attention_after(self.attention(self.attention_norm(x_T1D), tables, attend, layer))
         normed = self.mlp_norm(x_T1D)
         out = self.mlp(normed, sequences) if isinstance(self.mlp, MoE) else self.mlp(normed)

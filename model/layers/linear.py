@@ -1,4 +1,4 @@
-"""megatron-core's parallel linear layers, whose weights may be reordered once for inference on a CPU."""
+"""megatron-core's ColumnParallelLinear and RowParallelLinear, with adapters, exact numerics and packed CPU weights."""
 
 from typing import Protocol
 
@@ -21,21 +21,21 @@ from lockstep.model.ops.linear import PackedWeight, biased, packed, project, til
 
 
 class Adapting(Protocol):
-    """What a layer's weight is changed by, and stays as it is; see `lockstep.model.layers.lora`."""
+    """LoRA adapters as a linear layer sees them; see `lockstep.model.layers.lora`."""
 
     on: bool
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """The output for x with the adapters' part, from the output without."""
+        """The layer's output for x with the adapters' part added to `out`, the output without."""
         ...
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The weight that would give the same output."""
+        """The weight with the adapters merged into it."""
         ...
 
 
 class Packable:
-    """A layer whose weight may be packed for inference, or adapted for training."""
+    """A linear layer whose weight may be packed for inference, or adapted by LoRA for training."""
 
     weight: nn.Parameter
     adapters: Adapting | None
@@ -43,12 +43,12 @@ class Packable:
     _packed: PackedWeight | None = None
 
     def pack(self) -> None:
-        """Serve inference from a packed copy of the weight as it is now."""
+        """Use a packed copy of the current weight for inference."""
         assert self.adapters is None, "rollouts see weights with the adapters in them"
         self._packed = packed(self.weight, self._numerics)
 
     def unpack(self) -> None:
-        """Forget the packed copy."""
+        """Drop the packed copy."""
         self._packed = None
 
     @property
@@ -58,7 +58,7 @@ class Packable:
 
     @property
     def _is_own(self) -> bool:
-        """Whether products are ours and not megatron-core's."""
+        """Whether this class computes the product, and not megatron-core."""
         return self._numerics == "exact" or (self._packed is not None and not torch.is_grad_enabled())
 
     def _product(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Packable:
 
 
 class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
-    """[…, inputs] → […, outputs / tensor]: this rank's rows of the weight and of the bias."""
+    """Column-parallel linear layer, […, inputs] → […, outputs / tensor]: this rank holds rows of weight and bias."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
             mark(self.bias, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The layer's output with bias and adapters; see the class for shapes."""
         if not self._is_own:
             out, bias = super().forward(x)
             return self._adapted(x, biased(out, bias))
@@ -113,7 +113,7 @@ class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
 
 
 class RowLinear(Packable, tensor_parallel.RowParallelLinear):
-    """[…, inputs / tensor] → […, outputs]: this rank's columns of the weight, the sum over tensor ranks, the bias."""
+    """Row-parallel linear layer, […, inputs / tensor] → […, outputs]: this rank holds columns of the weight."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class RowLinear(Packable, tensor_parallel.RowParallelLinear):
         mark(self.weight, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """The layer's output with bias and adapters; see the class for shapes."""
         if not self._is_own:
             out, bias = super().forward(x)
         else:
@@ -148,7 +148,7 @@ class RowLinear(Packable, tensor_parallel.RowParallelLinear):
 
 
 def reduced(part_T: Tensor, group: ProcessGroup, sequence: bool, numerics: Numerics) -> Tensor:
-    """The sum over tensor ranks, [T, …]; where ranks split activations, each one's tokens of it, [T / ranks, …]."""
+    """All-reduce over tensor ranks, [T, …]; with sequence parallelism reduce-scatter over tokens, [T / ranks, …]."""
     if numerics == "exact":
         return summed_and_split(part_T, group) if sequence else summed(part_T, group)
     if sequence:
@@ -157,12 +157,12 @@ def reduced(part_T: Tensor, group: ProcessGroup, sequence: bool, numerics: Numer
 
 
 def not_drawn(weight: Tensor) -> Tensor:
-    """Leaves a weight as it is: it is filled afterwards, through the slice map."""
+    """An `init_method` that does nothing: weights are loaded afterwards, through the slice map."""
     return weight
 
 
 def mark(weight: nn.Parameter, dim: int) -> None:
-    """Mark a weight as split along `dim`, so that gradient norms count every part.
+    """Mark a weight as tensor-parallel along `dim`, so that gradient norms count every part.
 
     megatron-core marks weights only where it also draws them, and newer versions always.
     """
@@ -172,12 +172,12 @@ def mark(weight: nn.Parameter, dim: int) -> None:
 
 
 def sequence_group(groups: Groups) -> ProcessGroup | None:
-    """The tensor group, where its ranks split activations between matrices; None otherwise."""
+    """The tensor group under sequence parallelism, where its ranks split activations; None otherwise."""
     return groups.tensor if groups.layout.sequence else None
 
 
 def summed_over(weight: Tensor, parts: ProcessGroup | None) -> Tensor:
-    """The weight; its gradient is summed over ranks that each apply it to a part of the work.
+    """The weight itself, with its gradient all-reduced over ranks that each apply it to a part of the tokens or heads.
 
     In the graph, and not after the backward pass, because ZeRO may have reduced and freed the gradient by then.
     """

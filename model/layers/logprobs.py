@@ -1,6 +1,6 @@
-"""Log-probabilities of given tokens, from activations to vocabulary, split over the tensor axis and in chunks.
+"""Fused log-probabilities and entropy of target tokens: vocabulary-parallel, chunked over tokens.
 
-Logits in bf16 are kept for the backward; fp32 exists for one block of tokens at a time, or one chunk where all is fp32.
+bf16 logits are kept for the backward; fp32 logits exist for one block of tokens at a time, or one chunk in fp32 models.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ CHUNKS: dict[Numerics, int] = {"fast": 256, "exact": LARGER[0]}
 BLOCK = 16
 """Tokens whose fp32 logits exist at one time: few, so that they stay in the processor's cache."""
 _IMPOSSIBLE = -1e30
-"""Stands for log 0 in products with a probability of 0."""
+"""Stands for log 0 where it is multiplied by a probability of 0."""
 
 
 def local_logits(
@@ -34,7 +34,7 @@ def local_logits(
     cap: float | None = None,
     numerics: Numerics = "fast",
 ) -> Tensor:
-    """Logits [K, V/tensor] in the compute dtype; rows that pad the vocabulary have probability 0.
+    """This rank's logits [K, V/tensor] in the compute dtype; padding of the vocabulary gets −∞.
 
     Args:
         cap: logits s become cap · tanh(s / cap) (Gemma 2).
@@ -204,9 +204,9 @@ def token_scores(
     numerics: Numerics = "fast",
     entropy: bool = False,
 ) -> tuple[Tensor, ...]:
-    """log softmax(hidden · weightᵀ / temperature)[target] and the log-sum-exp below it, each [K] in fp32.
+    """Log-probabilities of targets, log softmax(hidden · weightᵀ / temperature)[target], and the log-sum-exp.
 
-    All are the same on every tensor rank, and all have gradients.
+    Each is [K] in fp32. Both are the same on every tensor rank and have gradients.
 
     Args:
         weight_VD: this rank's rows of the output projection, padding included.
@@ -231,7 +231,7 @@ def token_logprobs(
     cap: float | None = None,
     numerics: Numerics = "fast",
 ) -> Tensor:
-    """The first of `token_scores`."""
+    """The log-probabilities of targets alone: the first result of `token_scores`."""
     return token_scores(
         hidden_KD,
         weight_VD,

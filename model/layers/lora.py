@@ -1,4 +1,4 @@
-"""Low-rank adapters of linear layers: W + scale · B · A, where A and B learn and W may stay as it is.
+"""LoRA: low-rank adapters of linear layers, W + scale · B · A, where A and B learn and W may be frozen.
 
 Hu et al. 2021. Each logical projection has an adapter of its own, though q, k and v, and gate and up, lie in one
 parameter: so adapters are the same in any layout, and names and shapes are PEFT's. In fast numerics an adapter is two
@@ -23,7 +23,7 @@ from lockstep.model.weights.sharding import parameter_pieces
 
 
 class Adapter(nn.Module):
-    """What a projection's weight is changed by: B · A, and how much; or this tensor rank's part of it."""
+    """The LoRA adapter of one projection: A, B and the scale, or this tensor rank's part of them."""
 
     def __init__(self, outputs: int, inputs: int, lora: LoraConfig, groups: Groups, dtype: torch.dtype) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.empty(outputs, lora.rank, dtype=dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B; that of which every tensor rank has all gets the sum of their gradients."""
+        """A and B, to be merged; the one that every tensor rank holds whole gets the sum of their gradients."""
         raise NotImplementedError
 
 
 class ColumnAdapter(Adapter):
-    """Of a `ColumnLinear`: every tensor rank holds all of A, and its rows of B."""
+    """The adapter of a `ColumnLinear`: every tensor rank holds all of A, and its rows of B."""
 
     def __init__(self, outputs: int, inputs: int, lora: LoraConfig, groups: Groups, dtype: torch.dtype) -> None:
         super().__init__(outputs, inputs, lora, groups, dtype)
@@ -58,7 +58,7 @@ class ColumnAdapter(Adapter):
 
 
 class RowAdapter(Adapter):
-    """Of a `RowLinear`: every tensor rank holds its columns of A, and all of B."""
+    """The adapter of a `RowLinear`: every tensor rank holds its columns of A, and all of B."""
 
     def __init__(self, outputs: int, inputs: int, lora: LoraConfig, groups: Groups, dtype: torch.dtype) -> None:
         super().__init__(outputs, inputs, lora, groups, dtype)
@@ -75,7 +75,7 @@ class RowAdapter(Adapter):
 
 
 class Adapters(nn.ModuleDict):
-    """The adapters of a linear layer, by projection, whose weights lie below each other in the layer's."""
+    """The adapters of a linear layer, by projection; the projections' weights are stacked in the layer's weight."""
 
     def __init__(self, rows: dict[str, int], adapters: dict[str, Adapter]) -> None:
         """
@@ -86,19 +86,19 @@ class Adapters(nn.ModuleDict):
         self._rows, self.on = rows, True
 
     def of(self, projection: str) -> Adapter | None:
-        """A projection's, where it has one."""
+        """The adapter of a projection, or None."""
         found = self._modules.get(projection)
         assert found is None or isinstance(found, Adapter)
         return found
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        """The layer's output for x with the adapters' part, from its output without."""
+        """The layer's output for x with the adapters' part added to `out`, its output without."""
         parts = zip(self._rows, out.split([*self._rows.values()], dim=-1), strict=True)
         changed = [part if (adapter := self.of(name)) is None else part + adapter(x) for name, part in parts]
         return changed[0] if len(changed) == 1 else torch.cat(changed, dim=-1)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The layer's weight with the adapters' part; all of them have gradients."""
+        """The layer's weight with the adapters merged into it; all factors get gradients."""
         parts = []
         for name, part in zip(self._rows, weight.split([*self._rows.values()]), strict=True):
             adapter = self.of(name)
@@ -107,7 +107,7 @@ class Adapters(nn.ModuleDict):
 
 
 def add_adapters(blocks: nn.ModuleDict, model: ModelConfig, groups: Groups, dtype: torch.dtype) -> None:
-    """Give the linear layers of blocks the adapters that a model has, if it has any."""
+    """Add the adapters that a model's configuration names, if any, to the linear layers of its blocks."""
     if model.lora is None:
         return
     shapes, tensor = logical_tensors(model), (groups.tensor_rank, groups.layout.tensor)
@@ -126,7 +126,7 @@ def add_adapters(blocks: nn.ModuleDict, model: ModelConfig, groups: Groups, dtyp
 
 @contextmanager
 def without_adapters(module: nn.Module) -> Iterator[None]:
-    """Within this block a model computes without its adapters: as the model that it was made from, to the bit."""
+    """Within this block a model computes without its adapters: bit for bit as the model that it was made from."""
     found = [m for m in module.modules() if isinstance(m, Adapters)]
     before = [adapters.on for adapters in found]
     for adapters in found:

@@ -1,4 +1,4 @@
-"""Feed-forward layers, activations."""
+"""Tensor-parallel feed-forward layers, gated (SwiGLU and relatives) or plain, and their activations."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,12 +20,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation(name: str, numerics: Numerics) -> Callable[[Tensor], Tensor]:
-    """The activation of this name."""
+    """The activation function of this name, batch-invariant in exact numerics."""
     return (ACTIVATIONS if numerics == "fast" else reductions.ACTIVATIONS)[name]
 
 
 class GatedMLP(nn.Module):
-    """Gated feed-forward layer; its intermediate width is split over the tensor axis."""
+    """Gated feed-forward layer, down(act(gate(x)) · up(x)), tensor-parallel over its intermediate width."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -39,11 +39,12 @@ class GatedMLP(nn.Module):
         )
 
     def forward(self, x_T1D: Tensor) -> Tensor:
+        """[T, 1, width] → [T, 1, width]."""
         return self.down(self._activation(self.gate_up(x_T1D)))
 
 
 class MLP(nn.Module):
-    """Feed-forward layer; its intermediate width is split over the tensor axis."""
+    """Feed-forward layer, down(act(up(x))), tensor-parallel over its intermediate width."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, numerics: Numerics) -> None:
         super().__init__()
@@ -53,4 +54,5 @@ class MLP(nn.Module):
         self._activation = activation(model.activation, numerics)
 
     def forward(self, x_T1D: Tensor) -> Tensor:
+        """[T, 1, width] → [T, 1, width]."""
         return self.down(self._activation(self.up(x_T1D)))

@@ -1,4 +1,4 @@
-"""A mixture of experts: a router picks a few gated feed-forward layers for each token, and tokens travel to them.
+"""Mixture of experts with expert parallelism: a top-k router, an all-to-all of tokens, gated feed-forward experts.
 
 No token is ever dropped and no buffer has a capacity, so a token's output depends on nothing but the token. Experts are
 split over the expert axis and, within, over the tensor axis; every tensor rank sends the same tokens to the experts of
@@ -35,7 +35,7 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which document each token of a row belongs to, and what each document counts in the losses."""
+    """The document of each token of a row, and the weight of each document in the router's losses."""
 
     document_T: Tensor
     """[T] index into `weight_D` for each token of this context rank, those of all its tensor ranks."""
@@ -44,7 +44,7 @@ class Sequences:
 
 
 class MoE(nn.Module):
-    """Router and experts of one block."""
+    """The router and the experts of one block, in the place of its feed-forward layer."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def choices(self, x_T1D: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, K] the experts of each token, best first; [T] how much more probable the last of them is than the next.
+        """The experts of each token [T, K], best first, and the margin [T] in probability of the last over the next.
 
         Where every expert is chosen, none is next and the difference is infinite.
         """
@@ -158,7 +158,7 @@ class MoE(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """A gated feed-forward layer that all tokens visit, scaled by a sigmoid of the token where it has a gate."""
+    """The shared expert: a gated feed-forward layer for all tokens; with a gate, scaled by a sigmoid of the token."""
 
     def __init__(
         self, moe: MoEConfig, width: int, groups: Groups, config: TransformerConfig, numerics: Numerics
@@ -172,6 +172,7 @@ class SharedExpert(nn.Module):
         self._parts = sequence_group(groups)
 
     def forward(self, x_T1D: Tensor) -> Tensor:
+        """[T, 1, width] → [T, 1, width]; tokens are split over tensor ranks with sequence parallelism."""
         out = self.down(swiglu(self.gate_up(x_T1D), self._numerics))
         if self.gate is None:
             return out
@@ -181,7 +182,9 @@ class SharedExpert(nn.Module):
 def router_loss(
     moe: MoEConfig, logits_TE: Tensor, chosen_TK: Tensor, sequences: Sequences, context: ProcessGroup
 ) -> Tensor:
-    """This context rank's part of Σ_d w_d · (balance · E · Σ_e f_e·P_e + z · mean of (log Σ_e exp logit_e)²).
+    """The router's load-balancing and z losses, this context rank's part.
+
+    They are Σ_d w_d · (balance · E · Σ_e f_e·P_e + z · mean of (log Σ_e exp logit_e)²).
 
     Over the tokens of document d, f_e is the share of choices that fall on expert e and P_e the mean probability of e
     (Fedus et al. 2021, eq. 4 to 6, of each document by itself); the second mean is the z loss of Zoph et al. 2022,

@@ -1,4 +1,4 @@
-"""Norms of rows, heads and widths."""
+"""RMSNorm and LayerNorm, and the norms of queries and keys (by head, or over all heads across tensor ranks)."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from lockstep.model.ops.fused import rms_norm
 
 
 class Norm(nn.Module):
-    """A norm over the last dim with a learned scale."""
+    """RMSNorm or LayerNorm over the last dim, as `ModelConfig.norm` says."""
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width, dtype=dtype)) if self.kind == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """The normalised activations, of the same shape and dtype."""
         weight = summed_over(self.weight, self._parts)
         if self.kind == "rms":
             return rms_norm(x, weight, self.eps, self._numerics)
@@ -46,7 +47,7 @@ class Norm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """A norm of each head of queries and keys; all heads share one weight, whose gradient all tensor ranks add to."""
+    """Norm of each head of queries and keys; all heads share one weight, whose gradient is summed over tensor ranks."""
 
     def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype, numerics: Numerics) -> None:
         super().__init__()
@@ -55,12 +56,13 @@ class HeadNorm(nn.Module):
         self.k = Norm(model, model.head_dim, dtype, groups.tensor, numerics)
 
     def forward(self, qk_THE: Tensor) -> Tensor:
+        """[T, heads + kv_heads, E] → the same, normalised."""
         normed = self.q(qk_THE[:, : self.queries]), self.k(qk_THE[:, self.queries :])
         return torch.cat(normed, dim=1)
 
 
 class WidthNorm(nn.Module):
-    """A root-mean-square norm over all queries, and one over all keys, though tensor ranks hold some heads each."""
+    """RMSNorm over all query heads together, and over all key heads, across tensor ranks (OLMo 2)."""
 
     def __init__(self, model: ModelConfig, groups: Groups, dtype: torch.dtype, numerics: Numerics) -> None:
         super().__init__()
@@ -70,6 +72,7 @@ class WidthNorm(nn.Module):
         self.q, self.k = _Scale(self.widths[0] // tensor, dtype), _Scale(self.widths[1] // tensor, dtype)
 
     def forward(self, qk_THE: Tensor) -> Tensor:
+        """[T, heads + kv_heads, E] → the same, normalised."""
         wide = qk_THE.float()
         parts = wide[:, : self.queries], wide[:, self.queries :]
         squares = (x.square().flatten(1) for x in parts)

@@ -1,4 +1,4 @@
-"""Activation checkpointing."""
+"""Activation checkpointing: what a block keeps for the backward pass, and what it recomputes."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,11 +9,11 @@ from torch.utils.checkpoint import checkpoint
 from lockstep.model.attention.spec import PLAIN, Attend, AttentionSpec
 
 Recompute = Literal["none", "selective", "full"]
-"""Activations that the backward pass computes again: none, those of attention, or all inside of a block."""
+"""Activations that the backward pass recomputes: none, those of attention, or all inside of a block."""
 
 
 class Recomputed:
-    """An `Attend` that keeps queries, keys and values only and is computed again in the backward pass."""
+    """An `Attend` under activation checkpointing: it keeps queries, keys and values, and recomputes the rest."""
 
     def __init__(self, attend: Attend) -> None:
         self._attend = attend
@@ -24,5 +24,5 @@ class Recomputed:
 
 
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), whose activations are computed again in the backward pass (Chen et al. 2016)."""
+    """function(*args) under activation checkpointing: activations are recomputed in the backward (Chen et al. 2016)."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,8 +1,8 @@
-"""Importance ratios between policies: of tokens or whole samples, bounded, and corrected for who drew the tokens.
+"""Importance sampling ratios between policies: per token or sequence, clipped, and corrected for the behaviour policy.
 
-Three policies meet: π is being trained; the *proximal* policy is where the update started, which π must stay near to;
-the *behaviour* policy drew the tokens. Where the last two differ, because rollouts compute otherwise or are stale,
-their ratio corrects the expectation while the clip bounds the step (decoupled PPO, Hilton et al. 2021, eq. 3).
+There are three policies: π is being trained; the *proximal* policy is the one that π is clipped to, where the update
+started; the *behaviour* policy sampled the tokens. Where the last two differ, because rollouts compute otherwise or are
+stale, their ratio corrects the expectation while the clip bounds the step (decoupled PPO, Hilton et al. 2021, eq. 3).
 """
 
 import math
@@ -29,19 +29,19 @@ class Clip:
 
 @dataclass(frozen=True)
 class Correction:
-    """What weighs tokens by π_proximal / π_behaviour: bounded above (truncated), or only where it is within bounds."""
+    """Importance weights π_proximal / π_behaviour of tokens, truncated at a bound, or masked where out of bounds."""
 
     kind: Literal["truncate", "mask"] = "truncate"
     level: Literal["token", "sequence"] = "token"
     """Of each token, or one product of all of a sample's."""
     low: float = 0.0
-    """A mask drops what is below."""
+    """A mask drops weights below."""
     high: float = math.inf
-    """Truncation lowers to it; a mask drops what is above."""
+    """Truncation caps weights at it; a mask drops weights above."""
 
 
 def ratio(delta_K: Tensor, samples: SampleInputs, level: Level) -> Tensor:
-    """π / π_proximal of each token, [K], from the difference of their log-probabilities.
+    """The importance ratio π / π_proximal of each token, [K], from the difference δ of log-probabilities.
 
     token: exp(δ_t). sequence: exp(mean of δ over the sample), GSPO's s_i (Zheng et al. 2025, eq. 7).
     sequence_token: the same value, whose gradient at a token is s_i · ∇ log π_t alone (GSPO-token, eq. 14).
@@ -54,13 +54,13 @@ def ratio(delta_K: Tensor, samples: SampleInputs, level: Level) -> Tensor:
 
 
 def bounded(ratio_K: Tensor, clip: Clip) -> Tensor:
-    """The ratio within its bounds."""
+    """The ratio clipped to [1 − low, 1 + high]."""
     return ratio_K.clamp(1 - clip.low, 1 + clip.high)
 
 
 @torch.no_grad()
 def corrected(old_logp_K: Tensor, proximal_logp_K: Tensor, samples: SampleInputs, rule: Correction) -> Tensor:
-    """What each token weighs, [K], for who drew it; a constant to the gradient."""
+    """The correction weight of each token, [K], for the policy that sampled it; without a gradient."""
     gap = proximal_logp_K - old_logp_K
     if rule.level == "sequence":
         gap = samples.of_tokens(samples.sums(gap))

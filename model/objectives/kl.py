@@ -1,6 +1,6 @@
-"""The distance to a reference policy, estimated from the log-probabilities of the tokens that were drawn.
+"""KL divergence to a reference policy, estimated from log-probabilities of sampled tokens (k1, k2, k3); adaptive β.
 
-With r = log π_ref − log π of a drawn token (Schulman, "Approximating KL divergence", 2020):
+With r = log π_ref − log π of a sampled token (Schulman, "Approximating KL divergence", 2020):
 
 | | estimate | mean, tokens from π | gradient of its mean in the loss |
 |---|---|---|---|
@@ -23,7 +23,7 @@ Estimator = Literal["k1", "k2", "k3"]
 
 @dataclass(frozen=True)
 class KL:
-    """What the distance to the reference costs: β times the estimate, in the loss or off the reward."""
+    """A KL penalty: β times the estimate, added to the loss or subtracted from the reward."""
 
     beta: float = 0.0
     estimator: Estimator = "k3"
@@ -37,17 +37,17 @@ class KL:
 
     @property
     def in_loss(self) -> float:
-        """β of the loss."""
+        """β in the loss; 0 where the penalty is in the reward."""
         return self.beta if self.place == "loss" else 0.0
 
     @property
     def in_reward(self) -> float:
-        """β of the reward."""
+        """β in the reward; 0 where the penalty is in the loss."""
         return self.beta if self.place == "reward" else 0.0
 
 
 def estimate(logp_K: Tensor, reference_logp_K: Tensor, estimator: Estimator) -> Tensor:
-    """KL(π‖π_ref) of each token in nats, [K]."""
+    """The KL estimate of each token in nats, [K], by k1, k2 or k3."""
     gap = reference_logp_K - logp_K
     match estimator:
         case "k1":
@@ -59,7 +59,7 @@ def estimate(logp_K: Tensor, reference_logp_K: Tensor, estimator: Estimator) -> 
 
 
 def adapted(beta: float, measured: float, target: float, rate: float = 0.1) -> float:
-    """β after a step whose KL was `measured`: more where it is above the target, by at most 2% at the usual rate.
+    """Adaptive β: the coefficient after a step whose KL was `measured`; it changes by at most 2% at the default rate.
 
     Ziegler et al. 2019, §2.2: e = clip(KL / target − 1, ±0.2), β ← β (1 + rate · e).
 

@@ -1,4 +1,4 @@
-"""Rollout against trainer: ? log p, KL, bits."""
+"""Rollout–trainer mismatch: differences of log-probabilities, KL and differing bits."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from lockstep.model.objectives.objective import LossInputs, Report
 
 
 def mismatch_metrics(logp_K: Tensor, inputs: LossInputs) -> Report:
-    """How far log-probabilities are from those that rollouts reported of the same tokens.
+    """Metrics of how far log-probabilities are from those that rollouts reported for the same tokens.
 
     Returns:
         mismatch_mean and mismatch_max of |Δ log p|, mismatch_kl (nats a token, of the rollout's policy to this one, by
@@ -25,10 +25,11 @@ def mismatch_metrics(logp_K: Tensor, inputs: LossInputs) -> Report:
 
 
 def largest(values: Tensor) -> Tensor:
+    """The maximum of a tensor, or 0 where it is empty."""
     return values.max() if values.numel() else values.new_zeros(())
 
 
 def differing_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Number of bits in which two tensors of fp32 differ."""
+    """The number of bits in which two fp32 tensors differ."""
     different = a.view(torch.int32) ^ b.view(torch.int32)
     return sum(((different >> place) & 1).sum() for place in range(32))  # type: ignore[return-value]

@@ -1,6 +1,6 @@
-"""What an objective is told of the tokens of a micro-batch, and of the samples that they belong to.
+"""The interface of loss functions: `Objective`, the per-token `LossInputs` of a micro-batch and its samples.
 
-A row holds samples whole, and context ranks hold parts of the row; sums over a sample are over all of them.
+A row holds whole samples, and context ranks hold parts of the row; sums over a sample are over all context ranks.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from lockstep.data.batch import COLUMNS, TokenBatch
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """The S samples of a row, and to which of them each of this rank's K tokens belongs."""
+    """The S samples of a row, and the sample of each of this rank's K tokens."""
 
     number_K: Tensor
     counted_S: Tensor
-    """Tokens that count, in the whole row."""
+    """Number of tokens with weight of each sample, in the whole row."""
     weight_S: Tensor
-    """Mean weight of those."""
+    """Mean weight of those tokens."""
     group_S: Tensor
     preference_S: Tensor
     context: dist.ProcessGroup | None = None
@@ -42,7 +42,7 @@ class SampleInputs:
 
     @property
     def owns_samples(self) -> bool:
-        """Whether this rank counts what is said of samples, which every context rank knows."""
+        """Whether this rank reports per-sample losses, which every context rank computes."""
         return self.context is None or self.context.rank() == 0
 
 
@@ -65,7 +65,7 @@ def _all_reduced(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """The columns of the K tokens that count, in fp32; `lockstep.data.batch.Sample` says what each means."""
+    """Per-token tensors [K] of the predicted tokens, in fp32; `lockstep.data.batch.Sample` documents each."""
 
     weight: Tensor
     advantage: Tensor
@@ -76,11 +76,11 @@ class LossInputs:
     returns: Tensor
     samples: SampleInputs
     entropy: Tensor | None = None
-    """Of the policy at each token, with its gradient, where an objective asks for it."""
+    """Entropy of the policy at each token, with a gradient, where an objective needs it."""
 
 
 def loss_inputs(batch: TokenBatch, device: torch.device, context: dist.ProcessGroup | None = None) -> LossInputs:
-    """A row's columns as tensors.
+    """A row's loss inputs as tensors on a device.
 
     Args:
         batch: the part of the row that this rank has.
@@ -104,4 +104,4 @@ def loss_inputs(batch: TokenBatch, device: torch.device, context: dist.ProcessGr
 
 Report = dict[str, Tensor]
 Objective = Callable[[Tensor, LossInputs], tuple[Tensor, Report]]
-"""The loss of a micro-batch, and what it reports, from scores [K] (log-probabilities, or values) and columns."""
+"""(scores [K]: log-probabilities or values, loss inputs) → (loss of the micro-batch, metrics to report)."""

@@ -1,7 +1,7 @@
-"""What preferences teach: samples of a prompt compared two by two, or ranked at once.
+"""Preference losses: DPO, IPO, Bradley–Terry and Plackett–Luce, over the samples of a prompt.
 
 The score z of a sample is the sum over its tokens of (score − reference_logp): for DPO and IPO the log-ratio of policy
-and reference, and for a reward model, whose samples have one token that counts and no reference, the value there.
+and reference, and for a reward model, whose samples have one token with weight and no reference, the value there.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lockstep.model.objectives.objective import LossInputs, Report, SampleInputs
 
 @dataclass(frozen=True)
 class PairLoss:
-    """An objective of preferences, as a value: what `pair_loss` computes."""
+    """The preference objective of reward models and DPO, as a value with its settings."""
 
     kind: Literal["sigmoid", "ipo", "plackett_luce"] = "sigmoid"
     """Of a better sample's margin x over a worse one's: −log σ(βx), DPO (Rafailov et al. 2023, eq. 7) and, with β = 1,
@@ -27,7 +27,7 @@ class PairLoss:
     """The probability that a label is wrong (conservative DPO, Mitchell 2023); of `sigmoid` only."""
 
     def __call__(self, scores_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
-        """Over all pairs (or rankings) of a group: Σ weight · loss; the weight is the mean of the sample's tokens'.
+        """Σ weight · loss over all pairs (or rankings) of a group, and metrics; a sample's weight is its tokens' mean.
 
         `preference_samples` makes the samples and their weights, so that the sum over the global batch is a mean over
         its groups of the mean over the comparisons of a group.

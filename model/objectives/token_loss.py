@@ -1,8 +1,7 @@
-"""Objectives: pure functions from a model's score of each token and a batch's inputs to a loss.
+"""Token-level losses: negative log-likelihood (pretraining, SFT) and policy gradients (PPO, GRPO, CISPO and relatives).
 
-`token_loss` is pretraining, SFT, RSFT and every policy gradient, `value_loss` is PPO's critic, and `pair_loss` (in
-`pairs`) reward models and DPO. Sums run over the selected tokens of a micro-batch; the weight column already divides by
-the size of the global batch.
+Sums run over the predicted tokens of a micro-batch; weights already divide by the size of the global batch. The
+critic's loss is in `value_loss`, those of reward models and DPO in `pair_loss`.
 """
 
 from dataclasses import dataclass, field
@@ -25,25 +24,25 @@ def nll(logp_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """An objective of the policy, as a value: what `token_loss` computes."""
+    """The policy-gradient objective, as a value with its settings."""
 
     gain: Literal["clipped", "cispo", "reinforce"] = "clipped"
     """With ρ = π / π_proximal: min(ρA, clip(ρ)A) of PPO; clip(ρ), a constant to the gradient, times A log π of CISPO
     (MiniMax-M1, 2025, eq. 4); or A log π."""
     level: Level = "token"
-    """What ρ is of; see `ratio`."""
+    """Whether ρ is per token or per sequence; see `ratio`."""
     clip: Clip = field(default_factory=Clip)
     kl: KL = field(default_factory=KL)
     correction: Correction | None = None
     entropy: float = 0.0
-    """Times the policy's entropy, which is added to the gain."""
+    """Coefficient of the policy's entropy, which is added to the gain."""
     proximal: Literal["column", "now"] = "column"
     """The policy that ρ is to: that of the column, or the one being trained, so that ρ is 1 (one update a batch)."""
     has_reference: bool = True
-    """Whether `reference_logp` says anything."""
+    """Whether the batch has log-probabilities of a reference."""
 
     def __call__(self, logp_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
-        """−Σ weight · (correction · gain − β · KL + coefficient · entropy).
+        """The loss −Σ weight · (correction · gain − β · KL + coefficient · entropy), and its metrics.
 
         GRPO: Shao et al. 2024, eq. 3 and 4; `docs/methods.md` has the equation of every method.
 

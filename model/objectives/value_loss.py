@@ -1,4 +1,4 @@
-"""The critic's loss."""
+"""The value loss of PPO's critic, with clipping."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from lockstep.model.objectives.objective import LossInputs, Report
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """The critic's objective, as a value: what `value_loss` computes."""
+    """The critic's objective, as a value with its settings."""
 
     clip: float | None = 0.2
     """How far a value may move from the one before the update; None for any."""
 
     def __call__(self, values_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
-        """Σ weight · ½ max((v − R)², (clip(v, v_old ± ε) − R)²), R the returns: PPO's critic as in its code.
+        """The loss Σ weight · ½ max((v − R)², (clip(v, v_old ± ε) − R)²), R the returns: PPO's critic as in its code.
 
         Returns:
             The loss, and sums of: value_loss, value (its mean), value_clipped (share of tokens).

@@ -1,1 +1,1 @@
-"""Tensor operations without parameters, one signature for each, whatever device or numerics computes it."""
+"""Tensor operations without parameters: one signature for each, on any device, in fast and exact numerics."""

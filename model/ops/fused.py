@@ -1,7 +1,7 @@
-"""The block's own arithmetic with its derivatives written out: norm, gated unit, rotary positions.
+"""Fused RMSNorm, SwiGLU and rotary embedding, as autograd functions with hand-written gradients.
 
-Each keeps what its backward needs in the compute dtype and makes one pass over memory where autograd would make many;
-on a CPU the block is otherwise bound by these, not by its matrix products.
+Each saves what its backward needs in the compute dtype and makes one pass over memory where autograd would make many;
+on a CPU these would otherwise dominate a block, and not its matrix products.
 """
 
 from collections.abc import Callable
@@ -103,5 +103,5 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary(x: Tensor, table: tuple[Tensor, Tensor], numerics: Numerics = "fast") -> Tensor:
-    """Heads [T, H, head_dim] turned by their positions: the first half of a head pairs with the second."""
+    """Rotary embedding of heads [T, H, head_dim], from `Rope.table`; the first half of a head pairs with the second."""
     return _Rotary.apply(x, *table, numerics)

@@ -1,4 +1,4 @@
-"""X?W?: plain, packed for CPU, or exact."""
+"""Linear projections x · Wᵀ: plain, with a weight packed for CPU inference, or batch-invariant."""
 
 from functools import cache
 
@@ -12,9 +12,9 @@ from lockstep.model.ops.exact.matmul import product
 
 
 class PackedWeight:
-    """A copy of a weight on a CPU in the layout that products read; those of few rows take half the time.
+    """A copy of a CPU weight in the memory layout that products read fastest; few rows then take half the time.
 
-    Fast numerics take oneDNN's, exact ones that of `kernels.product`. Later changes of the weight are not seen.
+    Fast numerics use oneDNN's layout, exact ones that of `kernels.product`. Later changes of the weight are not seen.
     """
 
     def __init__(self, weight: Tensor, numerics: Numerics) -> None:
@@ -33,12 +33,12 @@ class PackedWeight:
 
 
 def tiles_of(weight: Tensor, packed: PackedWeight | None) -> Tensor:
-    """The weight as `kernels.in_tiles` packs it, which it may be already."""
+    """The weight as `kernels.in_tiles` packs it: the packed copy where there is one."""
     return kernels.in_tiles(weight) if packed is None or packed.tiles is None else packed.tiles
 
 
 def packed(weight: Tensor, numerics: Numerics = "fast") -> PackedWeight | None:
-    """The weight packed, where this machine and this torch can; in fast numerics in bf16 only.
+    """Pack a weight for CPU inference, or None where this machine or torch cannot; in fast numerics bf16 only.
 
     oneDNN's blocked kernels add up fp32 products in one chain, which doubles their rounding error over a deep model.
     """
@@ -57,7 +57,7 @@ def _reorders() -> bool:
 
 
 def project(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:
-    """x · weightᵀ, packed or not; packed is without a gradient."""
+    """x · weightᵀ, batch-invariant in exact numerics; a packed weight has no gradient."""
     if isinstance(weight, PackedWeight):
         return weight(x)
     return F.linear(x, weight) if numerics == "fast" else product(x, weight)

@@ -1,4 +1,4 @@
-"""What recipes say of training: the optimizer, the trainer's processes, and text to learn from."""
+"""The configuration of training: optimizer, trainer and pretraining, and how batches are packed for a layout."""
 
 import math
 from typing import Literal
@@ -15,7 +15,7 @@ from lockstep.model.training.trainable import TrainableConfig
 
 
 class OptimizerConfig(BaseModel):
-    """AdamW, with or without Muon; the rate of both rises linearly, then follows its schedule.
+    """AdamW, with or without Muon, and the learning rate of both: linear warm-up, then a schedule.
 
     Loshchilov & Hutter 2019; Jordan et al. 2024. Muon updates the matrices of attention, feed-forward layers and
     experts; embeddings, head, routers, norms and biases remain with AdamW.
@@ -55,7 +55,7 @@ class OptimizerConfig(BaseModel):
 
 
 class TrainerConfig(BaseModel):
-    """How the trainer's processes work."""
+    """How a trainer packs rows, saves memory, compiles, and which parameters it trains."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,7 +66,7 @@ class TrainerConfig(BaseModel):
 
 
 class PretrainConfig(BaseModel):
-    """Training from text, as much as there is."""
+    """Pretraining on text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -86,12 +86,12 @@ class PretrainConfig(BaseModel):
 
     @property
     def schedule(self) -> SampleSchedule:
-        """Which samples each step reads, as long as the run does not go back."""
+        """The samples that each step reads, as long as the run does not rewind."""
         return SampleSchedule(self.samples_per_step)
 
 
 def row_rules(layout: Layout, budget: int) -> RowRules:
-    """How a global batch is cut into rows of so many tokens for a layout."""
+    """How a global batch is packed into rows of at most `budget` tokens for a layout."""
     return RowRules(
         ranks=layout.replicas,
         budget=budget,

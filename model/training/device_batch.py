@@ -1,4 +1,4 @@
-"""A TokenBatch on a device, with its attention."""
+"""A packed row on this rank's device: its tokens, attention and loss inputs, split over context ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class DeviceBatch:
 def to_device(
     batch: TokenBatch, groups: Groups, kv_heads: int, device: torch.device, numerics: Numerics = "fast"
 ) -> DeviceBatch:
-    """This rank's part of a row, as tensors."""
+    """This rank's part of a row, as tensors on its device."""
     attend = attention(batch.documents, groups, kv_heads, device, numerics)
     places = places_of(batch, groups)
     local, (document_T, weight_D) = part(batch, places), sequences_of(batch)
@@ -55,7 +55,7 @@ def to_device(
 
 
 def places_of(batch: TokenBatch, groups: Groups) -> Ints:
-    """Places of the row's tokens that this context rank computes."""
+    """Indices of the row's tokens that this context rank computes."""
     if groups.layout.context == 1:
         return np.arange(len(batch.tokens))
     return zigzag_indices(len(batch.tokens), groups.layout.context, groups.context_rank).numpy()
@@ -69,4 +69,5 @@ def rows_of(stage: Stage, groups: Groups, rows: Sequence[TokenBatch]) -> list[De
 
 
 def longest_document(rows: Sequence[TokenBatch]) -> int:
+    """Tokens of the longest row: the length that pipeline stages exchange."""
     return max(len(row.tokens) for row in rows)

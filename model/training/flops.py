@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and the rate at which this process multiplies matrices."""
+"""FLOPs of training per token, and the peak matrix-multiply FLOP/s of this device, for model FLOPs utilization."""
 
 import time
 
@@ -8,7 +8,7 @@ from lockstep.model.config import ModelConfig
 
 
 def training_flops(model: ModelConfig, length: int) -> float:
-    """Operations per token of forward and backward: 6 · (weights in products) + 6 · layers · heads · head_dim · length.
+    """FLOPs per token of forward and backward: 6 · (weights in products) + 6 · layers · heads · head_dim · length.
 
     Rows that are looked up and not multiplied (untied embeddings, learned positions) and experts that a token does not
     visit do not count; a token attends to half of a sample of `length` tokens on average (Narayanan et al. 2021, eq. 3,
@@ -21,7 +21,7 @@ def training_flops(model: ModelConfig, length: int) -> float:
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device, *, size: int = 1024, seconds: float = 0.5) -> float:
-    """Operations per second of a product of two square matrices on this process's threads or device, at best."""
+    """The highest measured FLOP/s of a product of two square matrices on this process's threads or device."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end or not best:

@@ -1,4 +1,4 @@
-"""The forward pass that returns token scores."""
+"""The forward pass that scores tokens: log-probabilities of targets, or the values of a value head."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from lockstep.model.transformer import Transformer
 
 
 def scorer(groups: Groups, temperature: float, *, entropy: bool = False) -> Forward:
-    """The forward pass of a transformer's stages; the last returns `token_scores` of a row, [2, K], or [3, K].
+    """Make the forward function of a transformer's stages; the last returns `token_scores` of a row, [2, K] or [3, K].
 
     With a value head it returns the values at the predictors, [1, K].
     """
@@ -55,7 +55,7 @@ def scorer(groups: Groups, temperature: float, *, entropy: bool = False) -> Forw
 
 
 def score(stage: Stage, groups: Groups, rows: Sequence[TokenBatch], temperature: float) -> list[Tensor]:
-    """log p of the tokens that count in each row, or the values at their predictors, [K], as a trainer computes them.
+    """Log-probabilities of each row's targets, or values at their predictors, [K], without gradients.
 
     On all but the last pipeline stage an empty list.
     """
@@ -64,7 +64,7 @@ def score(stage: Stage, groups: Groups, rows: Sequence[TokenBatch], temperature:
 
 
 def _whole(row: TokenBatch, logp: Tensor, groups: Groups) -> Tensor:
-    """The row's scores from those of every context rank."""
+    """The scores of the whole row, gathered from all context ranks."""
     if groups.layout.context == 1:
         return logp
     whole = logp.new_zeros(len(row.targets))

@@ -1,4 +1,4 @@
-"""What a spike is: a loss far above the recent ones, on a scale that no earlier spike moves."""
+"""Detects loss spikes: a loss far above the recent ones, by a robust z-score (median absolute deviation)."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ LEAST_DEVIATION = 0.005
 
 
 class SpikeConfig(BaseModel):
-    """When a step is a spike, and how a run goes back behind it."""
+    """When a step counts as a loss spike, and how a run rewinds behind it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,7 +25,7 @@ class SpikeConfig(BaseModel):
 
 
 def spike_limit(losses: Sequence[float], config: SpikeConfig) -> float:
-    """The largest loss of the next step that is no spike: median + threshold · σ of the last `window` losses.
+    """The largest loss of the next step that is not a spike: median + threshold · σ of the last `window` losses.
 
     σ is estimated by 1.4826 times the median absolute deviation: Hampel's identifier, the "modified z-score" of
     Iglewicz & Hoaglin (1993). They call 3.5 σ an outlier; a run has a hundred thousand steps whose noise has
@@ -42,5 +42,5 @@ def spike_limit(losses: Sequence[float], config: SpikeConfig) -> float:
 
 
 def is_spike(loss: float, losses: Sequence[float], config: SpikeConfig) -> bool:
-    """Whether the loss that follows on these, oldest first, is a spike. One that is no number always is."""
+    """Whether the loss that follows these (oldest first) is a spike. NaN and infinity always are."""
     return not math.isfinite(loss) or loss > spike_limit(losses, config)

@@ -1,4 +1,4 @@
-"""AdamW and Muon for a transformer's parameters."""
+"""Builds the optimizer of a transformer's trained parameters: AdamW, or Muon for matrices with AdamW for the rest."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from lockstep.model.weights.names import is_projection
 
 
 def optimizer_of(transformer: Transformer, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of what a stage trains."""
+    """The optimizer of a stage's trained parameters, with the parameter groups that ZeRO needs."""
     trained = [p for p in transformer.parameters() if p.requires_grad]
     matrices: dict[nn.Parameter, list[Piece]] = {}
     for parameter, piece in pieces(transformer):
@@ -33,7 +33,7 @@ def optimizer_of(transformer: Transformer, groups: Groups, config: OptimizerConf
 
 
 def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW; scales are not decayed."""
+    """torch's fused AdamW, without weight decay for vectors (norms and biases)."""
     decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay}
     plain = {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}
     return torch.optim.AdamW(

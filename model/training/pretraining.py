@@ -1,4 +1,4 @@
-"""Pretraining on one rank: the rows of each step, made ahead of time, and the held-out loss."""
+"""Pretraining steps on one rank: prefetched rows, snapshots and rewinds, the held-out loss."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from lockstep.model.training.trainer import Trainer
 
 
 class Pretraining:
-    """One rank's share of a run."""
+    """One rank of a pretraining run."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class Pretraining:
     ) -> None:
         """
         Args:
-            done: the step after which the trainer is.
-            samples: what each step reads, if the run has gone back before.
+            done: the number of steps that the trainer has taken.
+            samples: the samples that each step reads, if the run was rewound before.
         """
         self._trainer, self._config, self._data, self._rules = trainer, config, data, rules
         self._rank = trainer.groups.data_rank
@@ -48,7 +48,7 @@ class Pretraining:
         return self._data.rows(self._samples.samples(step), self._rules, self._rank)
 
     def step(self, step: int) -> StepResult:
-        """The next update; steps are taken in order. A gradient that is not finite changes nothing."""
+        """Take a step; steps are taken in order. A gradient that is not finite changes no weight."""
         config = self._config
         rate = config.optimizer.rate(step, config.steps)
         result = self._trainer.step(next(self._ahead), nll, rate, z_coefficient=config.z_coefficient)
@@ -57,12 +57,12 @@ class Pretraining:
         return replace(result, values=result.values | self._trainer.statistics(result))
 
     def keep_snapshot(self) -> None:
-        """Remember weights and optimizer as they are, and no longer as they were."""
+        """Take a snapshot of weights and optimizer, which replaces the previous one."""
         self._snapshot = None  # frees its memory first
         self._snapshot = self._trainer.engine.snapshot()
 
     def rewind(self, step: int, samples: SampleSchedule) -> None:
-        """Go back to the snapshot, which was kept after this step, and read what comes then by another schedule."""
+        """Restore the snapshot, which was taken after this step, and read later steps by another schedule."""
         assert self._snapshot is not None
         self._ahead.close()
         self._snapshot.restore()

@@ -1,6 +1,6 @@
-"""Which parameters learn: one declaration for pretraining and every other method.
+"""Which parameters are trained, and which are frozen: one declaration for pretraining and every other method.
 
-What does not learn stays as it is to the bit; it has no gradient, and the optimizer keeps nothing of it.
+Frozen parameters keep every bit; they have no gradient and no optimizer state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from lockstep.model.weights.names import VALUE, is_adapter, logical_tensors
 
 
 class NothingLearns(ValueError):
-    """A declaration that chooses nothing, or a part of what can only learn as a whole."""
+    """A declaration that trains nothing, or a part of a parameter that can only be trained as a whole."""
 
 
 class TrainableConfig(BaseModel):
-    """What learns. Adapters and a value head always do: they are new."""
+    """Which tensors are trained. Adapters and a value head always are: they are new."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,7 +32,7 @@ class TrainableConfig(BaseModel):
     lora: LoraConfig | None = Field(None, description="low-rank adapters of linear layers")
 
     def learns(self, name: str) -> bool:
-        """Whether a logical tensor does."""
+        """Whether a logical tensor is trained."""
         chosen = self.tensors or ("adapters" if self.lora else "all")
         if chosen == "all" or is_adapter(name) or name == VALUE:
             return True
@@ -41,7 +41,7 @@ class TrainableConfig(BaseModel):
         return chosen == "biases" and name.endswith(".bias")
 
     def check(self, model: ModelConfig) -> None:
-        """Refuse a declaration that does not fit a model.
+        """Raise if the declaration names no tensor of a model.
 
         Raises:
             NothingLearns: says what chooses nothing, and what there would be.
@@ -61,10 +61,10 @@ class TrainableConfig(BaseModel):
 
 
 def freeze(model: ModelConfig, held: Mapping[nn.Parameter, Sequence[Piece]], config: TrainableConfig) -> None:
-    """Let only those of a rank's parameters learn which the declaration says.
+    """Set requires_grad of this rank's parameters as the declaration says.
 
     Args:
-        held: the pieces of logical tensors in each.
+        held: the pieces of logical tensors in each parameter of this rank.
 
     Raises:
         NothingLearns: when a parameter would learn in part, or this rank would learn nothing.

@@ -1,4 +1,4 @@
-"""A transformer and its optimizer as one thing that learns from rows of tokens: what every trainer process owns."""
+"""The trainer of one rank: a transformer and its optimizer, which take steps on packed rows and score them."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from lockstep.model.weights.names import LORA_B, is_adapter, part_sizes
 
 
 class Trainer:
-    """One rank of the policy: scores rows and learns from them."""
+    """One rank of a trained model (policy, critic or reward model): takes optimizer steps on rows, scores rows."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Trainer:
     ) -> None:
         """
         Args:
-            temperature: divides the logits, as it did when the tokens were sampled.
+            temperature: divides the logits, as in sampling.
         """
         config = config or TrainerConfig()
         self.stage, self.groups = stage, groups
@@ -76,7 +76,7 @@ class Trainer:
         Args:
             z_coefficient: adds coefficient · Σ weight · (log Σ exp logits)² to the objective, which keeps logits from
                 drifting (de Brébisson & Vincent 2016; PaLM, Chowdhery et al. 2022, section 5).
-            reference: a second model, whose log-probabilities become the reference's.
+            reference: a reference model, whose log-probabilities replace those in the rows.
         """
         batches, tokens = rows_of(self.stage, self.groups, rows), longest_document(rows)
         if reference is not None:
@@ -88,7 +88,7 @@ class Trainer:
         return self.engine.step(batches, forward, loss, tokens=tokens, learning_rate=learning_rate)
 
     def statistics(self, result: StepResult) -> dict[str, float]:
-        """By part of the model: the norm of a step's gradient and the root mean square of the weights as they are now.
+        """Metrics by part of the model: the gradient norm of a step, and the root mean square of the current weights.
 
         All ranks call this; `part_sizes` has the names of the parts.
         """
@@ -98,26 +98,26 @@ class Trainer:
         return {f"{name}/{part}": value for name, values in groups.items() for part, value in values.items()}
 
     def chunks(self, *, state: bool) -> list[Chunk]:
-        """What this rank writes of a checkpoint; all ranks call this together.
+        """The chunks of a checkpoint that this rank writes; all ranks call this together.
 
         Args:
-            state: of the optimizer, too.
+            state: include the optimizer state.
         """
         kept = self.engine.flat_shards()
         weights = (replace(each, values={WEIGHTS: each.values[WEIGHTS]}) for each in kept)
         return whole_chunks(kept if state else weights, pieces_by_parameter(self.transformer))
 
     def restore(self, source: Source) -> None:
-        """Take over the optimizer's state of a checkpoint whose weights the model was built with."""
+        """Load the optimizer state of the checkpoint that the model's weights came from."""
         self.engine.restore(source, pieces_by_parameter(self.transformer))
 
     @property
     def base(self) -> Stage:
-        """The model that the adapters were added to, as long as nothing else learns, without a copy: see `is_base`."""
+        """The base model of the adapters, sharing weights: a reference while nothing else is trained; see `is_base`."""
         return Stage(self.transformer.without_adapters(), self.stage.config)
 
     def is_base(self) -> bool:
-        """Whether the policy is what `base` will still be later on: its adapters are new, and they alone learn.
+        """Whether `base` is and stays the current policy: its adapters are new, and they alone are trained.
 
         All ranks call this together.
         """
@@ -132,17 +132,17 @@ class Trainer:
         return bool(found)
 
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
-        """What an objective reports over this data rank's rows of a global batch and all others', without an update."""
+        """The metrics that an objective reports over a global batch, without an update; `rows` are this data rank's."""
         batches = rows_of(self.stage, self.groups, rows)
         return self.engine.measure(batches, self._forward, _loss(objective), tokens=longest_document(rows))
 
     def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
-        """See `score`; of another model than the one that learns where `stage` is given."""
+        """See `forward.score`; of another model than the trained one where `stage` is given."""
         return score(stage or self.stage, self.groups, rows, self._temperature)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What parameters and activations are computed in."""
+        """The dtype of parameters and activations."""
         return next(self.transformer.parameters()).dtype
 
 

@@ -1,1 +1,1 @@
-"""Logical tensors: their names, shapes and initial values, and which slice of them a parameter holds. No megatron."""
+"""Logical tensors: their names, shapes and initial values, and the slice map. Loads no megatron-core."""

@@ -1,4 +1,4 @@
-"""RandomWeights."""
+"""Random initial weights for training from scratch, as a `Source`."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from lockstep.model.weights.names import logical_tensors
 
 
 class RandomWeights(WeightsOnly):
-    """Weights drawn for training from scratch: each logical tensor from (seed, its name), so the same in any layout."""
+    """Random weights: each logical tensor is drawn from (seed, its name), so they are the same in any layout."""
 
     def __init__(self, model: ModelConfig, seed: int, deviation: float = 0.02) -> None:
         self._shapes, self._seed, self._deviation = logical_tensors(model), seed, deviation

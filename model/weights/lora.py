@@ -1,4 +1,4 @@
-"""LoRA adapters as tensors: new ones beside a model's weights, merged ones; `layers/lora.py` computes."""
+"""LoRA adapters as logical tensors: added to a source, or merged into its weights; `layers/lora.py` computes."""
 
 import math
 
@@ -13,15 +13,15 @@ from lockstep.model.weights.overlay import NewTensors
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """weight + scale · b · a, added up in fp64 and rounded once to the weight's dtype.
+    """Merge an adapter into a weight: weight + scale · b · a, computed in fp64 and rounded once to the weight's dtype.
 
-    Sums of so few products of bf16 numbers are exact in fp64: whoever merges, in whatever parts, gets the same bits.
+    Sums of so few products of bf16 numbers are exact in fp64, so the bits do not depend on how a weight is split.
     """
     return (b.double() @ a.double()).mul(scale).add_(weight).to(weight.dtype)
 
 
 def with_adapters(model: ModelConfig, source: Source, lora: LoraConfig | None, seed: int) -> tuple[ModelConfig, Source]:
-    """A model with these adapters, and its source with new ones; where it has the same already, both as they are.
+    """Add LoRA adapters to a model and its source; both are unchanged where the model has the same adapters already.
 
     B is 0 and A uniform within ±1 / √inputs, as in PEFT; each A is drawn from (seed, its name), so the same in any
     layout. Other adapters that the model has are merged into its weights first.
@@ -50,14 +50,14 @@ def _drawn(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
 
 
 class MergedSource(WeightsOnly):
-    """A `Source` of a model without adapters, over one of the same model with them."""
+    """A `Source` that merges adapters: of a model without adapters, over a source of the same model with them."""
 
     def __init__(self, model: ModelConfig, source: Source) -> None:
         assert model.lora is not None
         self._shapes, self._source, self._scale = logical_tensors(model), source, model.lora.scale
 
     def read(self, name: str, box: Box) -> NDArray[np.generic]:
-        """See `Source`. An optimizer's state is left behind: it is that of the adapters."""
+        """See `Source`. There is no optimizer state: the adapters' own is left out."""
         weight, stem = self._source.read(name, box), name.removesuffix("weight")
         if stem == name or stem + LORA_A not in self._shapes:
             return weight
@@ -68,7 +68,7 @@ class MergedSource(WeightsOnly):
 
 
 def merged(model: ModelConfig, source: Source) -> tuple[ModelConfig, Source]:
-    """A model with its adapters in its weights; one without adapters as it is."""
+    """Merge a model's adapters into its source; a model without adapters is unchanged."""
     if model.lora is None:
         return model, source
     return model.without_adapters, MergedSource(model, source)

@@ -1,10 +1,11 @@
-"""The slice map: which part of which logical tensor each local parameter holds, in any layout.
+"""Names and shapes of the logical tensors of a model, which every layout and every format shares.
 
 Logical tensors have the names of Hugging Face's Llama files and unpadded shapes: q, k, v, gate and up apart, the
 vocabulary without padding, a tied head recorded once. What Llama lacks has the name that most families give it
 (`mlp.up_proj` alone without a gate, `self_attn.q_norm`, `model.embed_positions`); the norms of a block are named as
-Gemma 2 and OLMo 2 do. Everything that moves tensors goes through `parameter_pieces`; families whose files say other
-words are translated where those are read and written.
+Gemma 2 and OLMo 2 do. The slice map
+(`sharding.py`) says which part of them a parameter holds; files with other names are translated where they are read and
+written.
 """
 
 import math
@@ -14,7 +15,7 @@ from lockstep.model.config import ModelConfig, MoEConfig
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 VALUE = "score.weight"
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
-"""What stands in the place of a projection's `weight` in the names of its adapter's matrices, as PEFT calls them."""
+"""Replace a projection's `weight` in the names of its adapter's matrices, as in PEFT."""
 POSITIONS = "model.embed_positions.weight"
 
 _OUTSIDE = {
@@ -23,7 +24,7 @@ _OUTSIDE = {
     "norm": ("model.norm", None),
     "head": ("lm_head", 0),
 }
-"""Modules outside of blocks: their logical names, and the dim that the tensor axis splits; see `outside`, too."""
+"""Modules outside of blocks: their logical names, and the dim that tensor parallelism splits; see `outside`, too."""
 
 NORMS = {
     "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
@@ -35,11 +36,11 @@ NORMS = {
         "mlp_after": "post_feedforward_layernorm",
     },
 }
-"""By `norm_at`: logical names of a block's norms."""
+"""Logical names of a block's norms, by `norm_at`."""
 
 
 def logical_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every logical tensor of a model."""
+    """The name and shape of every logical tensor of a model."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocabulary, model.width)}
     if model.rope is None:
         shapes[POSITIONS] = (model.context, model.width)
@@ -52,7 +53,7 @@ def logical_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def outside(model: ModelConfig) -> dict[str, tuple[str, int | None]]:
-    """`_OUTSIDE` for the head that a model has; all tensor ranks hold the whole of a value head."""
+    """Modules outside of blocks with logical names and split dims; a value head is replicated over tensor ranks."""
     return _OUTSIDE | ({"head": (VALUE.removesuffix(".weight"), None)} if model.head == "value" else {})
 
 
@@ -90,7 +91,7 @@ def _block_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def expert_tensors(moe: MoEConfig, width: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of the tensors of a block's router and experts, as Qwen's files name them."""
+    """The names and shapes of a block's router and experts, named as in Qwen's files."""
     shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (moe.experts, width)}
     inner = {f"mlp.experts.{expert}": moe.intermediate for expert in range(moe.experts)}
     if moe.shared_intermediate:
@@ -109,7 +110,7 @@ def _norm_tensors(model: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def part_sizes(model: ModelConfig) -> dict[str, int]:
-    """Elements of each part of a model: `embedding`, `positions` where learned, `layers.0`, …, `norm`, `head`."""
+    """Number of elements of each part of a model: `embedding`, learned `positions`, `layers.0`, …, `norm`, `head`."""
     part_of = {logical: part for part, (logical, _) in outside(model).items()}
     sizes: dict[str, int] = {}
     for name, shape in logical_tensors(model).items():

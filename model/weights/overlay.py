@@ -1,4 +1,4 @@
-"""A Source with tensors added: value heads, new adapters."""
+"""Adds new tensors, such as a value head or adapters, to a `Source`."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from lockstep.model.weights.names import VALUE
 
 
 class NewTensors:
-    """A `Source` that has some tensors more than another; it has no state for them, and nothing that it replaces."""
+    """A `Source` with additional tensors, used where the wrapped source lacks them. They have no optimizer state."""
 
     def __init__(self, source: Source, new: dict[str, NDArray[Any]]) -> None:
         """
         Args:
-            new: by name, what the source's own tensors of these names are preferred to.
+            new: the additional tensors by name; the source's own tensors of the same names take precedence.
         """
         self._source, self._new = source, new
         self.states, self.updates = source.states, source.updates
@@ -32,10 +32,9 @@ class NewTensors:
 
 
 def with_head(model: ModelConfig, source: Source, head: Head) -> tuple[ModelConfig, Source]:
-    """A model with this head, and its source with one.
+    """Give a model this kind of head; a value head that the source lacks is initialised to 0.
 
-    A value head that the source lacks is 0: a critic begins by expecting nothing, and a reward model by telling
-    nothing apart, with a loss of ln 2.
+    So a critic's first values are 0, and a reward model starts with equal scores and a loss of ln 2.
     """
     wanted = model.with_head(head)
     if wanted == model:

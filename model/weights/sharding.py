@@ -1,4 +1,7 @@
-"""The slice map: which part of which tensor a local parameter holds."""
+"""The slice map: which part of which logical tensor each local parameter holds, in any layout.
+
+Saving, loading, import, export and weight sync all go through `parameter_pieces`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +17,11 @@ OnAxis = tuple[int, int]
 def parameter_pieces(
     path: str, model: ModelConfig, shapes: dict[str, tuple[int, ...]], tensor: OnAxis = (0, 1), expert: OnAxis = (0, 1)
 ) -> Iterator[Piece]:
-    """The pieces in the parameter of this path in a `Transformer`.
+    """The pieces of logical tensors in the parameter at this path of a `Transformer`.
 
     Args:
         shapes: the model's `logical_tensors`.
-        tensor: whose parameter it is, on the tensor axis; and on the expert axis.
+        tensor, expert: this rank and the degree on the tensor axis, and on the expert axis.
 
     Raises:
         KeyError: when a `Transformer` of this model has no such parameter.
@@ -40,7 +43,7 @@ def parameter_pieces(
 
 
 def is_stack(path: str) -> bool:
-    """Whether a parameter is a stack of experts' matrices."""
+    """Whether the parameter at this path is a stack of experts' matrices."""
     return path.endswith((".mlp.gate_up", ".mlp.down"))
 
 
@@ -104,7 +107,7 @@ def _expert_pieces(path: str, shapes: dict[str, tuple[int, ...]], tensor: OnAxis
 
 
 def padded_vocabulary(vocabulary: int, tensor: int) -> int:
-    """The vocabulary with rows of padding, so that it divides by the tensor degree."""
+    """The vocabulary size, padded to a multiple of the tensor degree."""
     return -(-vocabulary // tensor) * tensor
 
 

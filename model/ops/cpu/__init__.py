@@ -1,1 +1,1 @@
-"""The compiled CPU kernels: C loops, how they are built and loaded, and tensor functions over them."""
+"""CPU kernels in C: how they are compiled and loaded, and the functions on tensors that call them."""

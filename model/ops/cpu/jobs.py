@@ -1,4 +1,4 @@
-"""The C structs, and lists of jobs."""
+"""ctypes structs of the arguments of `kernels.c`, and lists of kernel calls that run as one."""
 
 import ctypes
 from typing import Any
@@ -15,7 +15,7 @@ def _fields(integers: str, addresses: str, floats: str = "") -> list[tuple[str, 
 
 
 class AttentionJob(ctypes.Structure):
-    """`struct attention`."""
+    """`struct attention`: paged attention of some rows, after their keys and values are written."""
 
     _fields_ = _fields(
         "written kept taken done joined writes rows parts heads groups width table_width q_stride k_stride v_stride "
@@ -27,33 +27,37 @@ class AttentionJob(ctypes.Structure):
 
 
 class NormJob(ctypes.Structure):
-    """`struct norm`."""
+    """`struct norm`: RMSNorm over rows."""
 
     _fields_ = _fields("taken rows width", "x weight out", "eps")
 
 
 class GateJob(ctypes.Structure):
-    """`struct gate`."""
+    """`struct gate`: SwiGLU over rows."""
 
     _fields_ = _fields("taken rows width", "x out")
 
 
 class DrawJob(ctypes.Structure):
+    """`struct draw`: sampling of one token for each row of logits."""
+
     _fields_ = _fields("taken rows size stride", "logits places scales shares tokens")
 
 
 class LogSumsJob(ctypes.Structure):
+    """`struct log_sums`: log-sum-exp over rows of logits."""
+
     _fields_ = _fields("taken rows size stride", "logits out", "scale")
 
 
 class TurnJob(ctypes.Structure):
-    """`struct turn`."""
+    """`struct turn`: rotary embedding of heads."""
 
     _fields_ = _fields("taken rows heads width stride out_stride", "x cosines sines out")
 
 
 class ProductJob(ctypes.Structure):
-    """`struct product`."""
+    """`struct product`: x · weightᵀ + bias + add."""
 
     _fields_ = _fields("taken rows inputs outputs tiled packed", "x weight bias add out")
 
@@ -63,7 +67,7 @@ class _ListJob(ctypes.Structure):
 
 
 class JobList:
-    """Jobs that follow one another and are done in one call."""
+    """Kernel calls that run one after another in a single call from Python."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._library = loaded(dtype)
@@ -72,7 +76,7 @@ class JobList:
         self._steps: np.ndarray | None = None
 
     def add(self, name: str, job: ctypes.Structure, same: AttentionJob | None = None) -> None:
-        """Another job behind the others.
+        """Append a kernel call.
 
         Args:
             same: for attention, what is copied into the job before each run: all but heads, arrays, scale and cap.
@@ -80,7 +84,7 @@ class JobList:
         self._jobs.append((name, job, same))
 
     def run(self, rows: int) -> None:
-        """Do all jobs on so many rows."""
+        """Run all kernel calls on this number of rows."""
         if self._steps is None:
             steps = [
                 [

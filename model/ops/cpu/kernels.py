@@ -1,8 +1,8 @@
-"""The loops of `kernels.c`, compiled once for the processor at hand.
+"""RMSNorm, SwiGLU, rotary embedding, linear products and sampling on the CPU, by the C loops of `kernels.c`.
 
-Decoding on a CPU is bound by memory and by the cost of many small operations. These loops read keys and values where
-they lie and do a norm, a gated unit or a rotation in one pass. And what they make of a token does not depend on what
-stands beside it, which exact numerics want of training, too. Where there is no C compiler, torch's operations serve.
+Decoding on a CPU is bound by memory and by the cost of many small operations; each loop makes one pass over memory.
+Their results are batch-invariant, which exact numerics need in training, too. Without a C compiler torch's operations
+are used.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,9 +27,9 @@ _fused: ContextVar[bool] = ContextVar("fused", default=False)
 
 @contextmanager
 def fused() -> Iterator[None]:
-    """Within this block fast numerics, too, leave norms, gated units and rotations on a CPU to these loops.
+    """Within this block fast numerics on a CPU, too, use these loops for RMSNorm, SwiGLU and rotary embedding.
 
-    They round where torch's operations do, and add up in an order of their own.
+    They round where torch's operations do, and sum in an order of their own.
     """
     token = _fused.set(True)
     try:
@@ -39,17 +39,17 @@ def fused() -> Iterator[None]:
 
 
 def serves(x: Tensor, numerics: Numerics) -> bool:
-    """Whether an operation on x is to be done here: in exact numerics wherever it can be."""
+    """Whether an operation on x uses these loops: in exact numerics wherever they exist, else within `fused`."""
     return (numerics == "exact" or _fused.get()) and usable(x.dtype, x.device)
 
 
 def usable(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there are loops for a dtype and device."""
+    """Whether there are compiled loops for a dtype and device."""
     return device.type == "cpu" and dtype in NUMBERS and library_of(dtype) is not None
 
 
 def log_sums(logits_KV: Tensor, temperature: float) -> Tensor:
-    """log Σ e^(logit / temperature) over each row, [K] in fp32."""
+    """Log-sum-exp of logits / temperature over each row, [K] in fp32."""
     if logits_KV.stride(1) != 1:
         logits_KV = logits_KV.contiguous()
     out = torch.empty(len(logits_KV))
@@ -67,20 +67,20 @@ def log_sums(logits_KV: Tensor, temperature: float) -> Tensor:
 
 @cache
 def tiled(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the processor has tiles for products of a dtype: AMX, in bf16."""
+    """Whether the processor has matrix tiles for products of a dtype: AMX, in bf16."""
     library = library_of(dtype) if device.type == "cpu" and dtype == torch.bfloat16 else None
     return hasattr(library, "may_use_tiles") and bool(loaded(dtype).may_use_tiles())
 
 
 def in_tiles(weight: Tensor) -> Tensor:
-    """A weight [outputs, inputs] packed as `struct product` wants it, with zeros up to multiples of `LINE`."""
+    """Pack a weight [outputs, inputs] as `struct product` reads it, padded with zeros to multiples of `LINE`."""
     pair = 2 if weight.dtype.itemsize == 2 else 1
     whole = F.pad(weight.detach(), (0, -weight.shape[1] % LINE, 0, -weight.shape[0] % LINE))
     return whole.view(-1, SIDE, whole.shape[1] // pair, pair).transpose(1, 2).contiguous()
 
 
 def product(x_RI: Tensor, weight: Tensor, outputs: int) -> Tensor:
-    """x · weightᵀ [R, outputs], of which a row's bits depend on that row and the weight.
+    """Batch-invariant x · weightᵀ, [R, outputs]: a row's bits depend on that row and the weight alone.
 
     Args:
         weight: [outputs, inputs], or what `in_tiles` makes of it.
@@ -99,7 +99,7 @@ def product(x_RI: Tensor, weight: Tensor, outputs: int) -> Tensor:
 def product_job(
     x_RI: Tensor, weight: Tensor, out_RO: Tensor, bias_O: Tensor | None = None, add_RO: Tensor | None = None
 ) -> ProductJob:
-    """out = x · weightᵀ + bias + add, of tensors that lie without gaps; the job does not keep them.
+    """The call out = x · weightᵀ + bias + add, of contiguous tensors, which the caller must keep alive.
 
     Args:
         x_RI: of inputs that are a multiple of `LINE`.
@@ -120,7 +120,7 @@ def product_job(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `functions.rms_norm`."""
+    """See `fused.rms_norm`; without a gradient."""
     x = x.contiguous()
     out = torch.empty_like(x)
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
@@ -130,7 +130,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """See `functions.swiglu`."""
+    """See `fused.swiglu`; without a gradient."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
@@ -140,7 +140,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def rotary(x_THE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """See `functions.rotary`."""
+    """See `fused.rotary`; without a gradient."""
     rows, heads, width = x_THE.shape
     if x_THE.stride()[1:] != (width, 1):
         x_THE = x_THE.contiguous()
@@ -162,7 +162,17 @@ def rotary(x_THE: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def draw(logits_BV: Tensor, rows: Sequence[int], temperatures: Sequence[float], shares: Sequence[float]) -> Tensor:
-    """The first token of each of some rows whose cumulative probability exceeds a share; none of probability 0."""
+    """Sample a token for each of some rows of logits by inverse transform sampling.
+
+    It is the first token whose cumulative probability exceeds the row's share; none of probability 0 is sampled.
+
+    Args:
+        rows: indices into `logits_BV`.
+        shares: the cumulative probability to exceed in each row; uniform in [0, 1) for a random draw.
+
+    Raises:
+        FloatingPointError: where logits are NaN.
+    """
     if logits_BV.stride(1) != 1:
         logits_BV = logits_BV.contiguous()
     places, wanted = np.asarray(rows, np.int64), np.asarray(shares, np.float64)

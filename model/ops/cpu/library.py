@@ -1,4 +1,4 @@
-"""Compiles and loads kernels.c, runs a job in torch's threads."""
+"""Compiles `kernels.c` for this processor, loads it, and runs its functions in torch's OpenMP threads."""
 
 import ctypes
 import hashlib
@@ -18,7 +18,7 @@ ALONE = 1 << 14
 
 
 def run(name: str, job: ctypes.Structure, dtype: torch.dtype, *, size: int) -> None:
-    """Do a job in the threads that torch works with, or in this one alone where its size in numbers is small."""
+    """Call a kernel in torch's OpenMP threads, or in this thread alone where its size in elements is small."""
     team, threads = _team(), threads_for(size)
     function = getattr(loaded(dtype), name)
     if threads == 1 or team is None:
@@ -28,11 +28,12 @@ def run(name: str, job: ctypes.Structure, dtype: torch.dtype, *, size: int) -> N
 
 
 def threads_for(size: int) -> int:
-    """Threads for a job of so many numbers."""
+    """The number of threads for a kernel call over so many elements."""
     return 1 if size < ALONE or _team() is None else torch.get_num_threads()
 
 
 def loaded(dtype: torch.dtype) -> ctypes.CDLL:
+    """The compiled library of a dtype, which must exist: see `kernels.usable`."""
     library = library_of(dtype)
     assert library is not None
     return library
@@ -40,7 +41,7 @@ def loaded(dtype: torch.dtype) -> ctypes.CDLL:
 
 @cache
 def _team() -> Any:
-    """What starts a function in the threads that torch works with: others would compete with these, which spin."""
+    """GOMP_parallel of torch's own OpenMP: other threads would compete with torch's, which spin."""
     try:
         function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):
@@ -51,7 +52,7 @@ def _team() -> Any:
 
 @cache
 def library_of(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled loops, out of the user's cache; None where they cannot be compiled."""
+    """Compile `kernels.c` for a dtype, or take it from the user's cache; None where it cannot be compiled."""
     source = Path(__file__).with_name("kernels.c")
     words = [os.environ.get("CC", "cc"), *FLAGS, f"-DNUMBER={NUMBERS[dtype]}"]
     try:
@@ -69,7 +70,7 @@ def library_of(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 
 def _processor() -> bytes:
-    """What the processor can do; a cache may be shared by machines."""
+    """The processor's features, as part of the cache key: machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:

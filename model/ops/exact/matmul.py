@@ -1,4 +1,4 @@
-"""Products in which the bits of a row depend on that row and the weight alone.
+"""Batch-invariant matrix products: a row's bits depend on that row and the weight alone.
 
 On a CPU a kernel of our own adds up every row in the same order (`kernels.product`). Where there is no compiler for it,
 torch multiplies: its libraries pick their kernel, and with it the order in which a row is summed, by the number of rows
@@ -36,7 +36,7 @@ class NotExact(RuntimeError):
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ, [..., inputs] → [..., outputs], with gradients as of `F.linear`."""
+    """Batch-invariant x · weightᵀ, [..., inputs] → [..., outputs]; gradients are those of `F.linear`, not invariant."""
     return _Product.apply(x, weight)
 
 
@@ -64,7 +64,7 @@ class _Product(torch.autograd.Function):
 
 
 def _in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ, some rows at a time."""
+    """x · weightᵀ by torch, in tiles of a few fixed numbers of rows."""
     sizes, parts, start = tile_sizes(weight.shape[1], weight.shape[0], weight.dtype), [], 0
     with one_thread():
         while start < len(rows):
@@ -79,7 +79,7 @@ def _in_tiles(rows: Tensor, weight: Tensor) -> Tensor:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A sum is not shared out between threads."""
+    """Within this block torch uses one thread, so that no sum is split between threads."""
     before = torch.get_num_threads()
     if before == 1:
         yield
@@ -93,9 +93,9 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def tile_sizes(inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Numbers of rows, the largest first, that give a row the same bits with weights of this shape on this CPU.
+    """The tile sizes (rows), largest first, at which products with weights of this shape have equal bits on this CPU.
 
-    None where the bits even depend on a row's place among `TILE`, as those of MKL's kernels for two to nine outputs do
+    Empty where the bits even depend on a row's place among `TILE`, as those of MKL's kernels for two to nine outputs do
     on some processors, and the weight is `NARROW` enough to be added up one product after the other.
 
     Raises:
@@ -134,7 +134,7 @@ def trial_weights(outputs: int, inputs: int, dtype: torch.dtype) -> Iterator[Ten
 
 
 def delicate(rows: int, width: int, dtype: torch.dtype, side: int) -> Tensor:
-    """Random rows whose products with those of the other side are 0, so that all of their bits are rounding errors.
+    """Random rows whose products with those of the other side are 0, so that all bits of a result are rounding errors.
 
     Two sums of the same numbers in another order seldom differ after rounding to bf16; these do.
 

@@ -1,8 +1,8 @@
-"""The arithmetic of exact numerics: a token's bits depend on the token and what it sees, and on nothing beside it.
+"""Batch-invariant sums, means, softmax, activations and all-reduces: a row's bits do not depend on other rows.
 
-Fast numerics leave the order of sums to libraries. Here every order is fixed: of sums over a row, over tensor ranks
-and, in modules of their own, of products and attention. What works on numbers one by one is made of operations that
-give the same bits wherever in a tensor a number stands. torch's sigmoid, silu and gelu do not: they compute the last
+Fast numerics leave the order of sums to libraries. Here every order is fixed: over a row, over tensor ranks and, in
+other modules, in products and attention. Elementwise functions are composed of operations that give the same bits at
+any position in a tensor. torch's sigmoid, silu and gelu do not: they compute the last
 few numbers of a thread's part by other instructions.
 """
 
@@ -22,7 +22,7 @@ PART = 16_384
 
 
 def row_sum(x: Tensor) -> Tensor:
-    """Sum over the last dim, whose order depends on its length only."""
+    """Sum over the last dim, in an order that depends on its length only."""
     if x.is_cuda:
         return triton_kernels.row_sum(x)
     whole = x.shape[-1] // PART * PART
@@ -33,18 +33,18 @@ def row_sum(x: Tensor) -> Tensor:
 
 
 def row_mean(x: Tensor) -> Tensor:
-    """Mean over the last dim, which stays as one of 1."""
+    """Mean over the last dim, which is kept with size 1."""
     return (row_sum(x) / x.shape[-1])[..., None]
 
 
 def log_sum_exp(x: Tensor) -> Tensor:
-    """Over the last dim; −∞ where all are."""
+    """Log-sum-exp over the last dim; −∞ where all elements are."""
     most = x.amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
     return row_sum((x - most).exp()).log() + most[..., 0]
 
 
 def softmax(x: Tensor) -> Tensor:
-    """Over the last dim."""
+    """Softmax over the last dim."""
     weights = (x - x.amax(-1, keepdim=True)).exp()
     return weights / row_sum(weights)[..., None]
 
@@ -67,7 +67,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """The same with tanh for Φ (Hendrycks & Gimpel 2016, section 2), computed in fp32."""
+    """GELU with the tanh approximation of Φ (Hendrycks & Gimpel 2016, section 2), computed in fp32."""
     wide = x.float()
     inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * (wide * wide * wide))
     return (0.5 * wide * (1 + inner.tanh())).to(x.dtype)
@@ -85,7 +85,7 @@ def in_order(parts: Sequence[Tensor]) -> Tensor:
 
 
 def gathered(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Every rank's tensor, in the order of ranks; without a gradient."""
+    """All-gather: every rank's tensor, in rank order; without a gradient."""
     part = part.contiguous()
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part, group=group)
@@ -93,7 +93,7 @@ def gathered(part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
 
 
 def summed(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over ranks, added in their order: a ring's order differs from element to element."""
+    """All-reduce that adds in rank order: a ring's order differs from element to element."""
     return part if group.size() == 1 else _Summed.apply(part, group)
 
 
@@ -108,7 +108,7 @@ class _Summed(torch.autograd.Function):
 
 
 def summed_and_split(part_T: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[T, …] → [T / ranks, …]: this rank's tokens of the sum over ranks, added in their order."""
+    """Reduce-scatter over dim 0 that adds in rank order, [T, …] → [T / ranks, …]."""
     ranks = group.size()
     each = [len(part_T) // ranks] * ranks
     return in_order(all_to_all(part_T, group, each, each).chunk(ranks))

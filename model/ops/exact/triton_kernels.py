@@ -1,8 +1,8 @@
-"""The sums of exact numerics on a GPU, as Triton kernels of fixed tiles: products, attention, sums over a row.
+"""Batch-invariant products and row sums on a GPU, as Triton kernels of fixed tiles; see `attention.exact_triton`, too.
 
 A library tunes its kernels to the number of rows, and splits long sums where there are few. Here a program's tile,
-the order of its loop and its warps never change, and each row's sum stays in one program. What the functions here
-take and return is said by those of the same purpose in `exact_product`, `exact_attention` and `exact`, which call them.
+the order of its loop and its warps never change, and each row's sum stays in one program. The functions are
+called by those of the same names in `matmul` and `reductions`.
 """
 
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ FIXED = {"num_warps": 4, "num_stages": 2}
 
 
 def need_triton() -> None:
+    """Raise a RuntimeError unless Triton is installed."""
     if triton is None:
         raise RuntimeError("numerics='exact' on a GPU needs Triton, which is not installed: pip install triton")
 
@@ -45,7 +46,7 @@ def _product(x, w, out, rows, outputs, inputs, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 def product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
-    """x · weightᵀ, [R, N]; in fp32 without TF32."""
+    """Batch-invariant x · weightᵀ, [R, N]; in fp32 without TF32."""
     need_triton()
     x, weight = x_RK.contiguous(), weight_NK.contiguous()
     (rows, inputs), outputs = x.shape, len(weight)
@@ -67,7 +68,7 @@ def _row_sum(x, out, width, PART: tl.constexpr):
 
 
 def row_sum(x: Tensor) -> Tensor:
-    """Sum over the last dim of fp32."""
+    """Sum over the last dim of fp32, in a fixed order."""
     need_triton()
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = rows.new_empty(len(rows))
