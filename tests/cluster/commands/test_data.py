@@ -11,12 +11,12 @@ from typer.testing import Result
 from lockstep.data.corpus.indexed_dataset import IndexedDataset
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.model.formats.registry import tokenizer_files
-from tests.cluster import commands
+from tests.cluster import cli_process
 
 
 def lockstep(*arguments: object) -> Result:
     """The command, in this process."""
-    return commands.lockstep("data", *map(str, arguments))
+    return cli_process.lockstep("data", *map(str, arguments))
 
 
 def refused(*arguments: object) -> str:
