@@ -35,9 +35,9 @@ from lockstep.rl.learner import Learned, Learner, Models
 from lockstep.rl.prompts import make_prompt
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.stubs import ModelWorker
 from lockstep.rl.types import Advantaged, Judged, Prompt, own_logp
 from lockstep.rl.verdict import Outcome
+from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
 NO_MODELS = Models()

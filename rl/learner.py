@@ -13,8 +13,8 @@ from lockstep.rl.algorithms.estimates import columns, of_answers, of_tokens
 from lockstep.rl.algorithms.rewards import RewardConfig, rewarded
 from lockstep.rl.algorithms.samples import samples_of, updates_of, with_advantages
 from lockstep.rl.remote import Call, Gather
-from lockstep.rl.stubs import ModelWorker
 from lockstep.rl.types import Advantaged, Estimated, Estimates, Judged, Rewarded
+from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup
 
 

@@ -1,9 +1,9 @@
 """Typed calls of Ray actors, each a process for one worker, and waiting for their results.
 
 `worker.call(ModelWorker.update, …)` is checked by mypy against the method's own signature. An actor imports the class
-that works in it, and what that imports, in its own process only: the caller names classes by `lockstep.rl.stubs`.
-`gather` waits for all calls and fails with the first that fails, so that a dead worker never leaves the others waiting
-unnoticed.
+that works in it, and what that imports, in its own process only; the driver names it by `lockstep.rl.workers.stubs`, or
+by a protocol. `gather` waits for all calls and fails with the first that fails, so that a dead worker never leaves the
+others waiting unnoticed.
 """
 
 import re

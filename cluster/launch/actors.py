@@ -17,7 +17,7 @@ from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.rl.learner import Models
 from lockstep.rl.remote import Call, gather
-from lockstep.rl.stubs import ModelWorker
+from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup, threads_for
 
 

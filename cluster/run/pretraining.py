@@ -24,7 +24,7 @@ from lockstep.model.formats.registry import ModelContents
 from lockstep.model.training.config import PretrainConfig
 from lockstep.model.training.flops import training_flops
 from lockstep.rl.remote import Places, gather
-from lockstep.rl.stubs import ModelWorker
+from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup, threads_for
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lockstep.cluster.records.progress import Progress
 from lockstep.distributed.profiler import FIRST, LAST
-from lockstep.rl.stubs import ModelWorker
+from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup
 
 

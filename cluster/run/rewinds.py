@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
 from lockstep.model.training.loss_spikes import SpikeConfig, is_spike
-from lockstep.rl.stubs import ModelWorker
+from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup
 
 

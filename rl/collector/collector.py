@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from lockstep.rl.collector.episode_service import Continued, Ended, EpisodeService
 from lockstep.rl.collector.group_buffer import GroupBuffer
 from lockstep.rl.collector.judge_service import JudgeService
-from lockstep.rl.collector.rollout_service import RolloutService, Written
+from lockstep.rl.collector.rollout_service import Finished, RolloutService
 from lockstep.rl.collector.supervisor import Supervisor
 from lockstep.rl.remote import Call, any_of, failed, gather
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.stubs import ModelWorker, RolloutWorker
 from lockstep.rl.types import Completion, Judged, Prompt
+from lockstep.rl.workers.stubs import ModelWorker, RolloutWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
 Result = TypeVar("Result")
@@ -155,11 +155,11 @@ class Collector:
                 found.append(call)
         return found
 
-    def _after_writing(self, written: Sequence[Written]) -> None:
+    def _after_writing(self, finished: Sequence[Finished]) -> None:
         """Asks environments for their answers to completions, or verifiers for their verdicts."""
-        rollouts = [each.completion.with_prompt(self._buffer.prompt_of(each.completion.sample)) for each in written]
+        rollouts = [each.completion.with_prompt(self._buffer.prompt_of(each.completion.sample)) for each in finished]
         if self._episodes:
-            for each, rollout in zip(written, rollouts, strict=True):
+            for each, rollout in zip(finished, rollouts, strict=True):
                 self._episodes.begin(each.team, each.request, rollout)
         elif rollouts:
             self._judges.judge(rollouts)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from lockstep.rl.collector.supervisor import Supervisor
 from lockstep.rl.remote import Call, WorkerDied, gather
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.stubs import RolloutWorker
 from lockstep.rl.types import Completion
+from lockstep.rl.workers.stubs import RolloutWorker
 from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
 
 
@@ -27,7 +27,7 @@ class _Team:
 
 
 @dataclass(frozen=True)
-class Written:
+class Finished:
     """A completion that a team has handed in."""
 
     team: int
@@ -81,7 +81,7 @@ class RolloutService:
             if number not in self._lost:
                 self._teams[number].calls = [member.call(method) for member in members]
 
-    def take(self, call: Call[list[Completion] | None]) -> list[Written]:
+    def take(self, call: Call[list[Completion] | None]) -> list[Finished]:
         """What a team's call that has ended brought; nothing where the team died."""
         number = next(n for n, team in enumerate(self._teams) if team.calls and team.calls[0] == call)
         team = self._teams[number]
@@ -94,7 +94,7 @@ class RolloutService:
             return []
         if completions:
             self._supervisor.count_result(f"rollout {number}")
-        return [Written(number, team.unwritten.pop(each.sample), each) for each in completions or ()]
+        return [Finished(number, team.unwritten.pop(each.sample), each) for each in completions or ()]
 
     def receive(self) -> None:
         """Gives all teams, which rest, the next version of the policy's weights."""

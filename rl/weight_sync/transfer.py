@@ -11,16 +11,16 @@ from itertools import chain
 from typing import Any, Concatenate, ParamSpec
 
 from lockstep.rl.remote import ActorHandle, Call, WorkerDied, WorkerFailed, gather, wait_for
-from lockstep.rl.stubs import ModelWorker, RankWorker, RolloutWorker
 from lockstep.rl.weight_sync.config import WeightSyncConfig
+from lockstep.rl.weight_sync.protocol import BroadcastMember, WeightReceiver, WeightSender
 
 TRIES = 3
 """How often a broadcast is begun; in a team that died while it went on, others' connections end, too."""
 
-Policy = Sequence[ActorHandle[ModelWorker]]
+Policy = Sequence[ActorHandle[WeightSender]]
 """The ranks of a policy, or those of them that own weights."""
 
-Teams = Mapping[int, Sequence[ActorHandle[RolloutWorker]]]
+Teams = Mapping[int, Sequence[ActorHandle[WeightReceiver]]]
 """The tensor ranks of each rollout model, by the number of its team."""
 
 Params = ParamSpec("Params")
@@ -49,7 +49,7 @@ def weight_session(policy: Policy, size: int) -> Iterator[WeightSession]:
         WorkerFailed: when a rank of the policy fails.
     """
     try:
-        counts = gather([rank.call(ModelWorker.open_weights, size) for rank in policy])
+        counts = gather([rank.call(WeightSender.open_weights, size) for rank in policy])
         owners = [rank for rank, count in zip(policy, counts, strict=True) if count]
         yield WeightSession(owners, max(counts))
     except BaseException:
@@ -61,7 +61,7 @@ def weight_session(policy: Policy, size: int) -> Iterator[WeightSession]:
 
 
 def _close(policy: Policy) -> list[Call[None]]:
-    return [rank.call(ModelWorker.close_weights) for rank in policy]
+    return [rank.call(WeightSender.close_weights) for rank in policy]
 
 
 class WeightTransfer:
@@ -89,7 +89,7 @@ class WeightTransfer:
 
     def _crosses(self, owners: Policy, teams: Teams) -> bool:
         """Whether some of these processes are on other hosts than others; those that died are on none."""
-        members: list[ActorHandle[RankWorker]] = [*owners, *chain(*teams.values())]
+        members: list[ActorHandle[BroadcastMember]] = [*owners, *chain(*teams.values())]
         new = [member for member in members if member.handle not in self._nodes]
         for member in new:
             try:
@@ -100,27 +100,27 @@ class WeightTransfer:
 
     def _broadcast(self, owners: Policy, teams: Teams, version: int) -> Teams:
         for _ in range(TRIES):
-            teams = _told(teams, RolloutWorker.begin_update, version)
+            teams = _told(teams, WeightReceiver.begin_update, version)
             members = list(chain(*teams.values()))
             if not members:
                 return teams
             if self._link(owners, members) and self._sent(owners, members):
-                return _told(teams, RolloutWorker.end_update)
+                return _told(teams, WeightReceiver.end_update)
         raise WorkerFailed(f"weights did not come whole by a broadcast in {TRIES} tries: is the network in order?")
 
-    def _sent(self, owners: Policy, members: Sequence[ActorHandle[RolloutWorker]]) -> bool:
+    def _sent(self, owners: Policy, members: Sequence[ActorHandle[WeightReceiver]]) -> bool:
         """Broadcasts all messages; whether all members have them. Otherwise the group is not used again."""
         linked, self._linked = self._linked, []  # so that it is not either where an exception ends this
         sent = _all(
             [
-                *[owner.call(ModelWorker.broadcast_weights) for owner in owners],
-                *[member.call(RolloutWorker.broadcast_weights) for member in members],
+                *[owner.call(WeightSender.broadcast_weights) for owner in owners],
+                *[member.call(WeightReceiver.broadcast_weights) for member in members],
             ]
         )
         self._linked = linked if sent else []
         return sent
 
-    def _link(self, owners: Policy, members: Sequence[ActorHandle[RolloutWorker]]) -> bool:
+    def _link(self, owners: Policy, members: Sequence[ActorHandle[WeightReceiver]]) -> bool:
         """Forms a group of each owner and all members, if that has not happened; whether it stands."""
         wanted = [member.handle for member in (*owners, *members)]
         if wanted == self._linked:
@@ -128,11 +128,11 @@ class WeightTransfer:
         self._linked = []
         addresses = gather([owner.address() for owner in owners])
         ports = gather(
-            [o.call(ModelWorker.host, address, "broadcast") for o, address in zip(owners, addresses, strict=True)]
+            [o.call(WeightSender.host, address, "broadcast") for o, address in zip(owners, addresses, strict=True)]
         )
         meetings, size = list(zip(addresses, ports, strict=True)), 1 + len(members)
-        calls = [o.call(ModelWorker.open_broadcasts, 0, size, [own]) for o, own in zip(owners, meetings, strict=True)]
-        calls += [m.call(RolloutWorker.open_broadcasts, rank, size, meetings) for rank, m in enumerate(members, 1)]
+        calls = [o.call(WeightSender.open_broadcasts, 0, size, [own]) for o, own in zip(owners, meetings, strict=True)]
+        calls += [m.call(WeightReceiver.open_broadcasts, rank, size, meetings) for rank, m in enumerate(members, 1)]
         stands = _all(calls)
         self._linked = wanted if stands else []
         return stands
@@ -140,19 +140,22 @@ class WeightTransfer:
 
 def _share(session: WeightSession, teams: Teams, version: int) -> Teams:
     """Gives messages through shared memory; what was taken may be freed there."""
-    teams = _told(teams, RolloutWorker.begin_update, version)
-    coming = [owner.store(ModelWorker.weights, 0) for owner in session.owners]
+    teams = _told(teams, WeightReceiver.begin_update, version)
+    coming = [owner.store(WeightSender.weights, 0) for owner in session.owners]
     for number in range(1, session.messages + 1):
         stored = coming
         wait_for([message.ended for message in stored])
         more = session.owners if number < session.messages else []
-        coming = [owner.store(ModelWorker.weights, number) for owner in more]
-        teams = _told(teams, RolloutWorker.take, *[message.value for message in stored])
-    return _told(teams, RolloutWorker.end_update)
+        coming = [owner.store(WeightSender.weights, number) for owner in more]
+        teams = _told(teams, WeightReceiver.take, *[message.value for message in stored])
+    return _told(teams, WeightReceiver.end_update)
 
 
 def _told(
-    teams: Teams, method: Callable[Concatenate[RolloutWorker, Params], None], *args: Params.args, **named: Params.kwargs
+    teams: Teams,
+    method: Callable[Concatenate[WeightReceiver, Params], None],
+    *args: Params.args,
+    **named: Params.kwargs,
 ) -> Teams:
     """Calls a method of all ranks of teams; returns those teams that are alive then."""
     calls = {n: [member.call(method, *args, **named) for member in team] for n, team in teams.items()}

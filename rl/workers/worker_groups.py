@@ -13,11 +13,11 @@ from lockstep.model.config import Head, Numerics
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.remote import GRACE_S, ActorHandle, Call, Places, Processes, WorkerDied, gather, start
-from lockstep.rl.stubs import EnvironmentWorker, ModelWorker, RankWorker, RolloutWorker, VerifierWorker
 from lockstep.rl.types import Rollout
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.weight_sync.transfer import WeightTransfer
+from lockstep.rl.workers.stubs import EnvironmentWorker, ModelWorker, RankWorker, RolloutWorker, VerifierWorker
 
 if TYPE_CHECKING:  # torch, which a verifier has no use for
     from lockstep.model.objectives.objective import Objective

@@ -20,9 +20,9 @@ from lockstep.rl.learner import Models
 from lockstep.rl.remote import ActorHandle, gather
 from lockstep.rl.rollout.config import RolloutConfig, SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.stubs import RolloutWorker
 from lockstep.rl.types import Advantaged, Completion
 from lockstep.rl.workers.base import Worker
+from lockstep.rl.workers.stubs import RolloutWorker
 from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
 from tests.rl.conftest import Actors
 

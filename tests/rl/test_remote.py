@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.rl import stubs
+from lockstep.rl.workers import stubs
 
 STUBS = [each for each in vars(stubs).values() if isinstance(each, stubs.Stub)]
 SETTINGS = """
@@ -49,7 +49,7 @@ def test_stubs_name_worker_classes(stub: stubs.Stub) -> None:
 
 
 def test_naming_a_method_loads_no_torch() -> None:
-    program = "import sys; import lockstep.rl.remote, lockstep.rl.stubs; assert 'torch' not in sys.modules"
+    program = "import sys; import lockstep.rl.remote, lockstep.rl.workers.stubs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 

@@ -9,10 +9,10 @@ import pytest
 from lockstep.rl.collector.judge_service import JudgeService
 from lockstep.rl.collector.supervisor import Supervisor
 from lockstep.rl.remote import any_of, gather
-from lockstep.rl.stubs import VerifierWorker
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.config import VerifierConfig
+from lockstep.rl.workers.stubs import VerifierWorker
 from lockstep.rl.workers.worker_groups import VerifierGroup
 from tests.rl.conftest import Actors
 

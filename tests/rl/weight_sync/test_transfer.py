@@ -11,8 +11,9 @@ from lockstep.distributed.layout import Layout
 from lockstep.model.objectives.token_loss import nll
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.remote import ActorHandle, Call, gather
-from lockstep.rl.stubs import ModelWorker
+from lockstep.rl.weight_sync.config import Transport, WeightSyncConfig
 from lockstep.rl.weight_sync.transfer import WeightTransfer, weight_session
+from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup
 from tests.rl.conftest import Actors
 
@@ -36,12 +37,19 @@ def handed_out(policy: ModelGroup) -> list[int]:
     return [len(shards) for shards in policy.call(ModelWorker.weights, 0)]
 
 
-@pytest.mark.parametrize("transport", ["memory", "broadcast"])
-def test_a_delivery_that_breaks_off_leaves_no_session_open(transport: Any, actors: Actors) -> None:
+@pytest.mark.parametrize(
+    ("transport", "at"),
+    [
+        ("memory", "take"),
+        ("broadcast", "end_update"),
+        # The policy waits until its patience ends for a receiver that was never asked, and the group is not used again.
+        pytest.param("broadcast", "broadcast_weights", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_delivery_that_breaks_off_leaves_no_session_open(transport: Transport, at: str, actors: Actors) -> None:
     policy, [member] = actors.policy.workers, actors.rollouts.teams[0]
-    transfer = WeightTransfer(SIZE / 2**20, transport)
+    transfer = WeightTransfer(WeightSyncConfig(bucket_mib=SIZE / 2**20, transport=transport))
     assert transfer.give(policy, {0: [member]}, 1) == [0]
-    at = "take" if transport == "memory" else "broadcast_weights"
     with pytest.raises(KeyboardInterrupt):
         transfer.give(policy, {0: [Interrupted(member.name, member.handle, at)]}, 2)
     assert handed_out(actors.policy) == [0], "the policy still hands out weights"
