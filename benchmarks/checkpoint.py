@@ -34,7 +34,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lockstep.data.batch import rows_for_ranks, sample
+from lockstep.data.batch import sample
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.groups import Groups

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lockstep.cluster.checks.mismatch import compare, reported, rescored
-from lockstep.data.batch import RowRules, rows_for_ranks, sample
+from lockstep.data.batch import sample
+from lockstep.data.packing import RowRules, rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.distributed.groups import Groups, alone

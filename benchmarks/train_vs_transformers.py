@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from lockstep.cluster.conversion.convert import to_huggingface
-from lockstep.data.batch import RowRules, rows_for_ranks, sample
+from lockstep.data.batch import sample
+from lockstep.data.packing import RowRules, rows_for_ranks
 from lockstep.distributed.groups import alone
 from lockstep.model.formats.registry import QUICKSTART_MODEL, open_model
 from lockstep.model.loading import build

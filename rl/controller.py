@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from lockstep.data.batch import Sample, documents, sample
+from lockstep.data.batch import Sample, sample
+from lockstep.data.packing import documents
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.model.objectives.token_loss import nll

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from rich.table import Table
 
-from lockstep.data.batch import Floats, documents, pack
+from lockstep.data.batch import Floats
+from lockstep.data.packing import documents, pack
 from lockstep.data.tasks.task import TaskConfig, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint

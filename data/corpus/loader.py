@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from lockstep.data.batch import COLUMNS, RowRules, TokenBatch, members_of
+from lockstep.data.batch import COLUMNS, TokenBatch, members_of
 from lockstep.data.corpus.blend import Blend
 from lockstep.data.corpus.document_stream import Cut, DocumentStream, split
 from lockstep.data.corpus.indexed_dataset import BadIndexedDataset, IndexedDataset
+from lockstep.data.packing import RowRules
 
 
 class BadBlend(ValueError):

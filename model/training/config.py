@@ -1,57 +1,33 @@
 """The configuration of training: optimizer, trainer and pretraining, and how batches are packed for a layout."""
 
-import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lockstep.data.batch import RowRules
 from lockstep.data.corpus.loader import PretrainingConfig
 from lockstep.data.corpus.sample_schedule import SampleSchedule
+from lockstep.data.packing import RowRules
 from lockstep.distributed.layout import Layout
 from lockstep.model.layers.recompute import Recompute
 from lockstep.model.training.loss_spikes import SpikeConfig
+from lockstep.model.training.lr_schedule import LearningRateSchedule
 from lockstep.model.training.trainable import TrainableConfig
 
 
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(LearningRateSchedule):
     """AdamW, with or without Muon, and the learning rate of both: linear warm-up, then a schedule.
 
     Loshchilov & Hutter 2019; Jordan et al. 2024. Muon updates the matrices of attention, feed-forward layers and
     experts; embeddings, head, routers, norms and biases remain with AdamW.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     kind: Literal["adamw", "muon"] = Field("adamw", description="what updates the matrices inside of blocks")
-    learning_rate: float = Field(1e-5, gt=0)
-    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
-    schedule: Literal["constant", "linear", "cosine", "stable"] = Field(
-        "constant", description="of the rate after the warm-up; stable falls linearly at the end only"
-    )
-    decay_share: float = Field(0.2, gt=0, le=1, description="share of all steps in which a stable rate falls")
-    final_share: float = Field(0.0, ge=0, le=1, description="what is left of the rate when it has fallen")
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     weight_decay: float = Field(0.0, ge=0, description="for matrices only")
     clip_norm: float = Field(1.0, ge=0, description="bound of the gradient's global norm; 0 for none")
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a step, numbered from 1, in a phase of so many steps.
-
-        Cosine: Loshchilov & Hutter 2017, eq. 5, without restarts. Stable: warmup-stable-decay, Hu et al. 2024, eq. 1.
-        """
-        left = (steps + 1 - step) / max(1, steps - self.warmup_steps)
-        if self.schedule == "cosine":
-            left = 0.5 - 0.5 * math.cos(math.pi * min(1.0, left))
-        elif self.schedule == "stable":
-            left = (steps + 1 - step) / max(1.0, self.decay_share * steps)
-        elif self.schedule == "constant":
-            left = 1.0
-        fallen = self.final_share + (1 - self.final_share) * min(1.0, left)
-        return self.learning_rate * min(fallen, step / (self.warmup_steps + 1))
 
 
 class TrainerConfig(BaseModel):

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from lockstep.data.batch import RowRules, TokenBatch
+from lockstep.data.batch import TokenBatch
 from lockstep.data.corpus.loader import PretrainingData
 from lockstep.data.corpus.prefetch import Prefetch
 from lockstep.data.corpus.sample_schedule import SampleSchedule
+from lockstep.data.packing import RowRules
 from lockstep.distributed.optimizer.snapshot import Snapshot
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.objectives.token_loss import nll

@@ -49,7 +49,7 @@ def returns(rewards_C: Sequence[float] | Doubles, discount: float = 1.0) -> Doub
     return found
 
 
-def generalised(rewards_C: Doubles, values_C: Doubles, *, discount: float, trace: float) -> tuple[Doubles, Doubles]:
+def gae(rewards_C: Doubles, values_C: Doubles, *, discount: float, trace: float) -> tuple[Doubles, Doubles]:
     """Generalised advantage estimates (GAE, Schulman et al. 2016) and returns of each token, [C] each.
 
     The episode ends with the last token:

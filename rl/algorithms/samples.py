@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from lockstep.data.batch import Floats, Sample, documents, sample
+from lockstep.data.batch import Floats, Sample, sample
+from lockstep.data.packing import documents
 from lockstep.rl.algorithms.advantage import (
     Doubles,
     best,
     centred,
     distance,
-    generalised,
+    gae,
     leave_one_out,
     overlong,
     returns,
@@ -177,7 +178,7 @@ def _pieces(kept: Sequence[Advantaged], config: RLConfig) -> Pieces:
             if config.whiten_rewards:
                 rewards = whitened(rewards, shift=False)
             found = [
-                generalised(r, _of_written(s, s.estimates.value), discount=config.discount, trace=config.gae_trace)
+                gae(r, _of_written(s, s.estimates.value), discount=config.discount, trace=config.gae_trace)
                 for s, r in zip(kept, rewards, strict=True)
             ]
             white = whitened([advantages for advantages, _ in found])

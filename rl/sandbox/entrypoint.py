@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from lockstep.rl.sandbox import syscalls
+from lockstep.rl.sandbox import libc
 from lockstep.rl.sandbox.isolation import Isolation, SandboxLimits
 from lockstep.rl.sandbox.jail import build_root, map_users, unshare_all
 from lockstep.rl.sandbox.zygote import Zygote
@@ -84,7 +84,7 @@ def _enter_namespaces(loop: Callable[[], None], folder_bytes: int) -> str:
 def _unshared(loop: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
     """The process between: in the new namespaces but for that of processes, whose first process is its child."""
     say_ready, go, say_trouble = pipes
-    syscalls.die_with_parent(signal.SIGKILL)
+    libc.die_with_parent(signal.SIGKILL)
     unshare_all(say_ready, go)
     child = os.fork()
     if child == 0:
@@ -94,7 +94,7 @@ def _unshared(loop: Callable[[], None], folder_bytes: int, pipes: tuple[int, int
 
 
 def _first_inside(loop: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
-    syscalls.die_with_parent(signal.SIGKILL)
+    libc.die_with_parent(signal.SIGKILL)
     build_root(folder_bytes)
     for descriptor in pipes:
         os.close(descriptor)

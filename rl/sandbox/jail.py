@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lockstep.rl.sandbox import syscalls
+from lockstep.rl.sandbox import libc
 from lockstep.rl.sandbox.isolation import Isolation, SandboxLimits
 from lockstep.rl.sandbox.seccomp import filter_program
 
@@ -21,14 +21,7 @@ _ROOT = "/proc"
 """Where the new root is put together; that it hides the old /proc meanwhile does not matter."""
 _NOBODY = 65534
 _INSIDE_USER = 1
-_NAMESPACES = (
-    syscalls.NEW_USER
-    | syscalls.NEW_MOUNTS
-    | syscalls.NEW_PIDS
-    | syscalls.NEW_NET
-    | syscalls.NEW_IPC
-    | syscalls.NEW_NAME
-)
+_NAMESPACES = libc.NEW_USER | libc.NEW_MOUNTS | libc.NEW_PIDS | libc.NEW_NET | libc.NEW_IPC | libc.NEW_NAME
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _OPEN_FILES = 64
@@ -46,7 +39,7 @@ def unshare_all(ready: int, go: int) -> None:
 
     ready, go: descriptors on which this process says that it waits, and is told to go on.
     """
-    syscalls.unshare(_NAMESPACES)
+    libc.unshare(_NAMESPACES)
     os.write(ready, b"u")
     if os.read(go, 1) != b"m":
         raise OSError("the parent could not map users into the namespace")
@@ -71,25 +64,25 @@ def _write_maps(pid: int, users: str, groups: str) -> None:
 
 def build_root(folder_bytes: int) -> None:
     """Makes a new root file system: Python's libraries, read-only, three devices and an empty folder to write."""
-    syscalls.mount("none", "/", flags=syscalls.RECURSIVE | syscalls.PRIVATE)
+    libc.mount("none", "/", flags=libc.RECURSIVE | libc.PRIVATE)
     sources = _library_folders()
     hidden = [path for source in sources for path in source.glob("python*/*-packages")]
     hidden += [path for source in sources for path in source.glob("*-packages")]
-    syscalls.mount("sandbox", _ROOT, "tmpfs", syscalls.NO_SUID, "size=1m,nr_inodes=4k,mode=755")
+    libc.mount("sandbox", _ROOT, "tmpfs", libc.NO_SUID, "size=1m,nr_inodes=4k,mode=755")
     for source in sources:
-        _bind(str(source), syscalls.READ_ONLY | syscalls.NO_SUID | syscalls.NO_DEVICES)
+        _bind(str(source), libc.READ_ONLY | libc.NO_SUID | libc.NO_DEVICES)
     for path in hidden:
-        syscalls.mount("sandbox", _ROOT + str(path), "tmpfs", syscalls.NO_SUID, "size=4k,nr_inodes=1,mode=755")
-        syscalls.protect_mount(_ROOT + str(path), syscalls.READ_ONLY)
+        libc.mount("sandbox", _ROOT + str(path), "tmpfs", libc.NO_SUID, "size=4k,nr_inodes=1,mode=755")
+        libc.protect_mount(_ROOT + str(path), libc.READ_ONLY)
     for device in _DEVICES:
-        _bind(device, syscalls.NO_SUID)
+        _bind(device, libc.NO_SUID)
     os.makedirs(_ROOT + FOLDER)
     os.makedirs(_ROOT + "/old")
-    syscalls.pivot_root(_ROOT, _ROOT + "/old")
+    libc.pivot_root(_ROOT, _ROOT + "/old")
     os.chdir("/")
-    syscalls.unmount("/old")
+    libc.unmount("/old")
     os.rmdir("/old")
-    syscalls.protect_mount("/", syscalls.READ_ONLY)
+    libc.protect_mount("/", libc.READ_ONLY)
     renew_folder(folder_bytes, first=True)
 
 
@@ -107,8 +100,8 @@ def _bind(source: str, attributes: int) -> None:
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
-    syscalls.mount(os.path.realpath(source), target, flags=syscalls.BIND | syscalls.RECURSIVE)
-    syscalls.protect_mount(target, attributes, recursive=True)
+    libc.mount(os.path.realpath(source), target, flags=libc.BIND | libc.RECURSIVE)
+    libc.protect_mount(target, attributes, recursive=True)
 
 
 def renew_folder(folder_bytes: int, first: bool = False) -> None:
@@ -117,24 +110,24 @@ def renew_folder(folder_bytes: int, first: bool = False) -> None:
         status = os.stat(FOLDER)
         if not os.listdir(FOLDER) and status.st_mode & 0o7777 == 0o777:
             return
-        syscalls.unmount(FOLDER)
+        libc.unmount(FOLDER)
     options = f"size={folder_bytes},nr_inodes=1k,mode=777"
-    syscalls.mount("program", FOLDER, "tmpfs", syscalls.NO_SUID | syscalls.NO_DEVICES, options)
+    libc.mount("program", FOLDER, "tmpfs", libc.NO_SUID | libc.NO_DEVICES, options)
 
 
 def landlock_rules(private_root: bool) -> int | None:
     """A descriptor of a Landlock ruleset for programs; None where the kernel has no Landlock."""
-    version = syscalls.landlock_version()
+    version = libc.landlock_version()
     if version == 0:
         return None
     count = max(number for since, number in _FILE_ACCESSES.items() if since <= version)
     files = (1 << count) - 1
-    ruleset = syscalls.landlock_ruleset(files, 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0)
+    ruleset = libc.landlock_ruleset(files, 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0)
     for path in ["/"] if private_root else map(str, _library_folders()):
-        syscalls.landlock_allow(ruleset, path, _READ)
-    syscalls.landlock_allow(ruleset, os.devnull, _READ_AND_WRITE)
+        libc.landlock_allow(ruleset, path, _READ)
+    libc.landlock_allow(ruleset, os.devnull, _READ_AND_WRITE)
     if private_root:
-        syscalls.landlock_allow(ruleset, _FOLDERS, files)
+        libc.landlock_allow(ruleset, _FOLDERS, files)
     return ruleset
 
 
@@ -156,14 +149,14 @@ class Jail:
         self._limit(writes)
         if self.active.namespaces:
             _become_nobody()
-        syscalls.drop_capabilities()
-        syscalls.die_with_parent(signal.SIGKILL)
-        syscalls.gain_nothing()
+        libc.drop_capabilities()
+        libc.die_with_parent(signal.SIGKILL)
+        libc.gain_nothing()
         if self._rules is not None:
-            syscalls.landlock_enforce(len(descriptors))
+            libc.landlock_enforce(len(descriptors))
             os.close(len(descriptors))
         if rules := self._filters[writes]:
-            syscalls.install_filter(rules)
+            libc.install_filter(rules)
 
     def _limit(self, writes: bool) -> None:
         limits = self._limits

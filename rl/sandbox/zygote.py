@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 
-from lockstep.rl.sandbox import syscalls
+from lockstep.rl.sandbox import libc
 from lockstep.rl.sandbox.guest import exit_code, load, run_functions, run_whole
 from lockstep.rl.sandbox.harness import examine, observe, read_tests
 from lockstep.rl.sandbox.isolation import Isolation, SandboxLimits
@@ -48,8 +48,8 @@ class Zygote:
         self._jail = Jail(uses, limits)
         self._null = os.open(os.devnull, os.O_RDWR)
         self._itself = os.pidfd_open(os.getpid())
-        syscalls.hide_memory()
-        syscalls.adopt_orphans()
+        libc.hide_memory()
+        libc.adopt_orphans()
 
     def serve(self, refused: str = "") -> None:
         """Reports the active isolation and what the kernel refused, then judges until the pool closes its end."""
@@ -86,12 +86,12 @@ class Zygote:
         """A child in the jail, the first process of a PID namespace of its own where there are namespaces."""
         apart = self._jail.active.namespaces
         if apart:
-            syscalls.unshare(syscalls.NEW_PIDS)
+            libc.unshare(libc.NEW_PIDS)
         pid = os.fork()
         if pid == 0:
             self._be_child(life, descriptors, writes)
         if apart:
-            syscalls.join(self._itself, syscalls.NEW_PIDS)
+            libc.join(self._itself, libc.NEW_PIDS)
         return _Child(pid)
 
     def _be_child(self, life: Callable[[], int], descriptors: list[int], writes: bool) -> None:

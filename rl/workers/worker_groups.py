@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
 
-from lockstep.data.batch import Floats, Ints, Sample, TokenBatch, rows_for_ranks
+from lockstep.data.batch import Floats, Ints, Sample, TokenBatch
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.step_result import StepResult

@@ -8,19 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.data.batch import (
-    COLUMNS,
-    Document,
-    RowRules,
-    Sample,
-    TokenBatch,
-    documents,
-    pack,
-    rows_for_ranks,
-    sample,
-    sequences_of,
-    share,
-)
+from lockstep.data.batch import COLUMNS, Sample, TokenBatch, sample, sequences_of
+from lockstep.data.packing import Document, RowRules, documents, pack, rows_for_ranks, share
 
 PROMPTS = ([1], [2, 3], [2, 3, 4], [1, 1, 1, 1, 1, 1, 1])
 

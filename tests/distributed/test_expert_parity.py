@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from lockstep.cluster.conversion.convert import to_huggingface
-from lockstep.data.batch import rows_for_ranks
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, LayoutError, check_divides
 from lockstep.distributed.rank_pool import RankPool, WorldFailed

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.data.batch import Sample, rows_for_ranks, sample
+from lockstep.data.batch import Sample, sample
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool

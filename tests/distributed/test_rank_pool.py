@@ -7,7 +7,8 @@ import pytest
 import torch
 from deepspeed.utils import groups as deepspeed_groups
 
-from lockstep.data.batch import rows_for_ranks, sample
+from lockstep.data.batch import sample
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import MOST_THREADS, RankPool

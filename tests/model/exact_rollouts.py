@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.data.batch import Sample, rows_for_ranks, sample
+from lockstep.data.batch import Sample, sample
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.model.attention.exact import attend_exactly
 from lockstep.model.attention.spec import PLAIN, AttentionSpec

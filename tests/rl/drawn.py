@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lockstep.data.batch import Floats, RowRules, Sample, rows_for_ranks
+from lockstep.data.batch import Floats, Sample
+from lockstep.data.packing import RowRules, rows_for_ranks
 from lockstep.model.objectives.objective import Objective, loss_inputs
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.rewards import RewardConfig, reward_of

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.cluster.checks.expert_ties import TIE, Choices, Routing, RoutingWatch, tie
-from lockstep.data.batch import rows_for_ranks
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lockstep.data.batch import RowRules, TokenBatch
+from lockstep.data.batch import TokenBatch
 from lockstep.data.corpus.indexed_dataset import BadIndexedDataset, IndexedDataset, Note
 from lockstep.data.corpus.indexed_dataset_writer import IndexedDatasetWriter
 from lockstep.data.corpus.loader import BadBlend, BlendPart, PretrainingConfig, PretrainingData
 from lockstep.data.corpus.prefetch import Prefetch
+from lockstep.data.packing import RowRules
 
 VOCABULARY = 1 << 20
 BATCH = 6

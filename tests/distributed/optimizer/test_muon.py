@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lockstep.data.batch import rows_for_ranks
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.optimizer.zero import newton_schulz

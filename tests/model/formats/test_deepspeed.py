@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lockstep.data.batch import rows_for_ranks, sample
+from lockstep.data.batch import sample
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, state_name, to_numpy, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout

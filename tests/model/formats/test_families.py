@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lockstep.data.batch import rows_for_ranks, sample
+from lockstep.data.batch import sample
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.tensors import Box, Source, to_torch, whole
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout

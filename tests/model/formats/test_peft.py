@@ -14,7 +14,8 @@ from lockstep.cluster.checks.verify import verify_checkpoint
 from lockstep.cluster.conversion.convert import convert_checkpoint
 from lockstep.cluster.conversion.inspection import open_outline, plan_lines
 from lockstep.cluster.conversion.plan import BadConversion, Conversion
-from lockstep.data.batch import rows_for_ranks, sample
+from lockstep.data.batch import sample
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.model.config import UnknownModel
 from lockstep.model.formats.huggingface.reader import BadFolder

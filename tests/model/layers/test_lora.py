@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lockstep.data.batch import TokenBatch, rows_for_ranks
+from lockstep.data.batch import TokenBatch
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.reshard import WEIGHTS
 from lockstep.distributed.checkpoint.saver import Saver

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, LlamaConfig, Qwen2Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from lockstep.data.batch import Sample, rows_for_ranks, sample
+from lockstep.data.batch import Sample, sample
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.groups import Groups

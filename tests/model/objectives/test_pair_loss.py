@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.data.batch import Sample, documents, pack
+from lockstep.data.batch import Sample
+from lockstep.data.packing import documents, pack
 from lockstep.model.objectives.objective import loss_inputs
 from lockstep.model.objectives.pair_loss import PairLoss
 from lockstep.rl.algorithms.samples import preference_samples

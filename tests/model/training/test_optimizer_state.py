@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lockstep.data.batch import rows_for_ranks
+from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.reshard import FlatShard, fill, whole_chunks
 from lockstep.distributed.checkpoint.saver import Saver

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lockstep.rl.algorithms.advantage import best, centred, generalised, leave_one_out, overlong, whitened
+from lockstep.rl.algorithms.advantage import best, centred, gae, leave_one_out, overlong, whitened
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.samples import teaches, with_advantages
 from lockstep.rl.rollout.config import SamplingParams
@@ -136,7 +136,7 @@ def test_best_is_the_first_of_the_highest_above_the_bound() -> None:
 
 def test_advantages_of_three_steps_by_hand() -> None:
     """γ = λ = ½, so that δ_t counts ¼ a step later."""
-    advantages, goals = generalised(np.array([0.0, 0.0, 1.0]), np.array([0.5, 0.25, 0.75]), discount=0.5, trace=0.5)
+    advantages, goals = gae(np.array([0.0, 0.0, 1.0]), np.array([0.5, 0.25, 0.75]), discount=0.5, trace=0.5)
     last = 1 - 0.75
     middle = 0.5 * 0.75 - 0.25 + 0.25 * last
     first = 0.5 * 0.25 - 0.5 + 0.25 * middle

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.data.batch import Floats, Ints, RowRules, rows_for_ranks
+from lockstep.data.batch import Floats, Ints
+from lockstep.data.packing import RowRules, rows_for_ranks
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.data.batch import Sample, documents, pack, sample
+from lockstep.data.batch import Sample, sample
+from lockstep.data.packing import documents, pack
 from lockstep.model.objectives.kl import KL
 from lockstep.model.objectives.objective import LossInputs, Objective, loss_inputs
 from lockstep.model.objectives.pair_loss import PairLoss
 from lockstep.model.objectives.token_loss import TokenLoss
 from lockstep.model.objectives.value_loss import ValueLoss
-from lockstep.rl.algorithms.advantage import best, distance, generalised
+from lockstep.rl.algorithms.advantage import best, distance, gae
 
 BETA = 0.5
 NEAR = 0.02
@@ -117,7 +118,7 @@ def filled(
 
 
 def ppo(problem: Problem) -> Tensor:
-    """The policy that PPO ends with: KL in the reward, a critic's table of values, generalised advantages."""
+    """The policy that PPO ends with: KL in the reward, a critic's table of values, gae advantages."""
     columns, reference = problem.columns(), problem.logp(problem.reference)
     contexts = torch.tensor(problem.paths)[..., 0]
     values = torch.zeros(len(problem.reference), requires_grad=True)
@@ -128,7 +129,7 @@ def ppo(problem: Problem) -> Tensor:
         rewards = -BETA * distance(logp.detach().numpy(), reference.numpy(), "k1")
         rewards[:, -1] += REWARDS
         old = values.detach()[contexts]
-        found = [generalised(r, v, discount=1.0, trace=0.95) for r, v in zip(rewards, old.numpy(), strict=True)]
+        found = [gae(r, v, discount=1.0, trace=0.95) for r, v in zip(rewards, old.numpy(), strict=True)]
         advantage, goal = (torch.tensor(np.array(part), dtype=torch.float32) for part in zip(*found, strict=True))
         now = filled(columns, problem, policy, logp, reference, advantage)
         told = replace(now, value=old.flatten(), returns=goal.flatten())
