@@ -78,8 +78,8 @@ class Controller:
         environments: EnvironmentGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._policy, self._producer = policy, Collector(policy, rollouts, verifiers, clock, environments)
-        self._learner = Learner(policy, models, self._producer.gather, seed, reward)
+        self._policy, self._collector = policy, Collector(policy, rollouts, verifiers, clock, environments)
+        self._learner = Learner(policy, models, self._collector.gather, seed, reward)
         self._stop = tuple(task.stop)
         self._reward_model = models.reward
         self._tokenizer, self._seed, self._clock = tokenizer, seed, clock
@@ -92,11 +92,11 @@ class Controller:
     @property
     def version(self) -> int:
         """The version of the weights that the rollout workers have."""
-        return self._producer.version
+        return self._collector.version
 
     def resume(self, version: int) -> None:
         """Gives the rollout workers the policy's weights as this version."""
-        self._producer.resume(version)
+        self._collector.resume(version)
 
     def evaluate(self, max_new_tokens: int) -> list[Judged]:
         """Greedy completions of the held-out problems, with their verdicts."""
@@ -108,9 +108,9 @@ class Controller:
         self, prompts: Mapping[int, Prompt], sampling: SamplingParams, samples: int, seed: int
     ) -> list[list[Judged]]:
         """Judged groups of completions, outside of the batches of RL."""
-        self._producer.ask(prompts, sampling, samples, seed)
-        found = [self._producer.take(number) for number in prompts]
-        self._producer.drop()
+        self._collector.ask(prompts, sampling, samples, seed)
+        found = [self._collector.take(number) for number in prompts]
+        self._collector.drop()
         return found
 
     def supervised(self, config: SupervisedConfig, done: int = 0) -> Iterator[StepRecord]:
@@ -131,7 +131,7 @@ class Controller:
             seconds = self._clock() - started
             speed = {"train_tokens_per_second": _computed(samples) / seconds, "step_seconds": seconds}
             yield StepRecord("sft", step, result.values | {"grad_norm": result.grad_norm} | speed)
-        self._producer.renew()
+        self._collector.renew()
 
     def prefer(
         self, config: PreferenceConfig, comparisons: Sequence[Comparison], done: int = 0
@@ -165,7 +165,7 @@ class Controller:
                 metrics |= {f"held_out_{name}": found[name] for name in ("loss", "accuracy", "margin")}
             yield StepRecord(config.phase, step, metrics)
         if not config.judged:
-            self._producer.renew()
+            self._collector.renew()
 
     def _judge(self) -> ModelGroup:
         assert self._reward_model, "a reward model is to learn, and there is none"
@@ -200,30 +200,30 @@ class Controller:
             batch = stream.batch()
             clock.lap("rollout")
             if config.flow.release:
-                self._producer.release()
+                self._collector.release()
             learned = self._learner.learn(step, batch.groups, batch.teaching, config)
             clock.lap("train")
             if learned.metrics:
-                self._producer.renew(finish=config.flow.in_waves)
+                self._collector.renew(finish=config.flow.in_waves)
             elif config.flow.release:
-                self._producer.resume(self.version)
+                self._collector.resume(self.version)
             elif not config.flow.staleness:
-                self._producer.drop()
+                self._collector.drop()
             if config.flow.release:
                 self._policy.call(ModelWorker.release)
             clock.lap("sync")
-            metrics = learned.metrics | _summary(batch, learned, config, clock.seconds) | self._producer.metrics()
+            metrics = learned.metrics | _summary(batch, learned, config, clock.seconds) | self._collector.metrics()
             completions = tuple(s for group in learned.groups for s in group)
             target, position = config.kl_target, stream.position
             if "kl" in learned.metrics:
                 config = config.adapted(learned.metrics["kl"])
             yield StepRecord("rl", step, metrics, completions, position, config.kl_beta if target else None)
-        self._producer.drop()
+        self._collector.drop()
 
     def _stream(self, config: RLConfig, first: int) -> BatchScheduler:
         """The scheduler of batches of training prompts, one batch a step."""
         return BatchScheduler(
-            self._producer,
+            self._collector,
             lambda number: self._place(self._train, number, "rl"),
             config.flow,
             groups=config.prompts_per_step,

@@ -43,9 +43,9 @@ flows = st.builds(
 
 @given(flows, st.integers(1, 6), st.lists(st.booleans(), min_size=1, max_size=30))
 def test_the_bound_holds_for_every_group(flow: FlowConfig, groups: int, teaching: list[bool]) -> None:
-    producer = Slowest(teaching)
+    source = Slowest(teaching)
     stream = BatchScheduler(
-        producer,
+        source,
         lambda number: Prompt(number, "", (1,), ""),
         flow,
         groups=groups,
@@ -57,7 +57,7 @@ def test_the_bound_holds_for_every_group(flow: FlowConfig, groups: int, teaching
     )
     taken = 0
     for version in range(8):
-        producer.version = version
+        source.version = version
         batch = stream.batch()
         numbers = [group[0].rollout.sample for group in batch.groups]
         assert numbers == list(range(taken, taken + len(numbers)))
@@ -67,4 +67,4 @@ def test_the_bound_holds_for_every_group(flow: FlowConfig, groups: int, teaching
         assert max(batch.staleness) == min(version, flow.staleness) or flow.dynamic_sampling
         most = int(flow.most * groups) if flow.dynamic_sampling else groups
         assert len(numbers) - batch.replaced == groups or len(numbers) == most
-        assert producer.open_most <= (flow.staleness + 1) * groups
+        assert source.open_most <= (flow.staleness + 1) * groups
