@@ -35,7 +35,7 @@ class RolloutWorker(RankWorker):
         """Loads this tensor rank's part of the model as weight version 0."""
         groups = join(Layout(tensor=limits.tensor), rank=rank, meeting=meeting_at(address, port))
         self.engine: Engine = load_rollout_engine(checkpoint, limits, dtype=dtype, groups=groups, numerics=numerics)[0]
-        self.writer, self._speaks = OutputProcessor(self.engine), rank == 0
+        self.processor, self._speaks = OutputProcessor(self.engine), rank == 0
         self.log.info("ready for %d sequences", limits.sequences)
 
     def begin_update(self, version: int) -> None:
@@ -65,26 +65,26 @@ class RolloutWorker(RankWorker):
         """Runs until new weights may come; returns the completions that ended, where `on_update` lets them end."""
         ended = []
         while not self.engine.ready_for_update():
-            ended += self.writer.step()
+            ended += self.processor.step()
         return ended if self._speaks else []
 
-    def work(self, orders: list[RolloutRequest], passes: int) -> list[Completion]:
+    def work(self, requests: list[RolloutRequest], passes: int) -> list[Completion]:
         """Adds requests and generates until a completion has ended, for at most so many forward passes.
 
         Returns:
             The completions that have ended, on the first rank; nothing on the others.
         """
-        for order in orders:
-            self.writer.add(order)
+        for request in requests:
+            self.processor.add(request)
         for _ in range(passes):
-            ended = self.writer.step()
+            ended = self.processor.step()
             if ended:
                 return ended if self._speaks else []
         return []
 
     def drop(self) -> None:
         """Drops all requests, and the prefix cache."""
-        self.writer.drop()
+        self.processor.drop()
         self.engine.forget()
 
     def release(self) -> None:

@@ -267,12 +267,12 @@ def teams(actors: Actors) -> Iterator[RolloutGroup]:
 def written(team: list[ActorHandle[RolloutWorker]]) -> Completion:
     """What a team writes, greedily."""
     tokens = (1, 5, 3, 8)
-    orders = [RolloutRequest(0, tokens, SamplingParams(temperature=0, max_new_tokens=8), 0)]
+    requests = [RolloutRequest(0, tokens, SamplingParams(temperature=0, max_new_tokens=8), 0)]
     while True:
-        found = gather([member.call(RolloutWorker.work, orders, PASSES) for member in team])[0]
+        found = gather([member.call(RolloutWorker.work, requests, PASSES) for member in team])[0]
         if found:
             return found[0]
-        orders = []
+        requests = []
 
 
 def test_teams_get_weights_by_broadcasts_and_go_on_without_one_that_died(teams: RolloutGroup, actors: Actors) -> None:

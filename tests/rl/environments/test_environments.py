@@ -279,19 +279,19 @@ def test_what_is_wrong_with_a_section_is_said(tokenizer: Tokenizer) -> None:
 
 def played(engine: RolloutEngine, form: ChatForm, prompts: list[Prompt], sampling: SamplingParams) -> list[Rollout]:
     """Episodes of three turns, as a producer has them written."""
-    writer = OutputProcessor(engine)
+    processor = OutputProcessor(engine)
     done: list[Rollout] = []
-    orders = {prompt.index: RolloutRequest(prompt.index, prompt.tokens, sampling, 5) for prompt in prompts}
-    for order in orders.values():
-        writer.add(order)
-    while writer.has_work:
-        for ended in writer.step():
+    requests = {prompt.index: RolloutRequest(prompt.index, prompt.tokens, sampling, 5) for prompt in prompts}
+    for request in requests.values():
+        processor.add(request)
+    while processor.has_work:
+        for ended in processor.step():
             tokens = form.answer(ended.tokens, [Message("tool", f"That makes {ended.sample}.")])
             room = len(ended.tokens) + len(tokens) < sampling.max_new_tokens
             if turns(ended) == 3 or ended.finish_reason == "length" or not room:
                 done.append(ended.with_prompt(prompts[ended.sample]))
             else:
-                writer.add(replace(orders[ended.sample], begun=answered(ended, tokens)))
+                processor.add(replace(requests[ended.sample], begun=answered(ended, tokens)))
     return sorted(done, key=lambda r: r.sample)
 
 

@@ -133,13 +133,13 @@ def test_released_memory_is_given_back_and_what_was_running_goes_on(groups: Grou
     wide = transformer_of(build(model, groups, torch.float32, RandomWeights(model, seed=0)))
     engine = RolloutEngine(wide, EngineConfig(sequences=80), decode=tokenizer.decode, blocks=[1400])
     long = [Prompt(i, "", (3 + i,) * 240, "") for i in range(64)]
-    orders = [RolloutRequest(p.index, p.tokens, SamplingParams(max_new_tokens=8), 0) for p in long]
-    wanted = {r.sample: r.tokens for r in generate(engine, long, orders[0].sampling, samples=1, seed=0)}
-    writer, found = OutputProcessor(engine), {}
-    for order in orders:
-        writer.add(order)
+    requests = [RolloutRequest(p.index, p.tokens, SamplingParams(max_new_tokens=8), 0) for p in long]
+    wanted = {r.sample: r.tokens for r in generate(engine, long, requests[0].sampling, samples=1, seed=0)}
+    processor, found = OutputProcessor(engine), {}
+    for request in requests:
+        processor.add(request)
     for passes in range(30):
-        found |= {r.sample: r.tokens for r in writer.step()}
+        found |= {r.sample: r.tokens for r in processor.step()}
         if passes == 3:
             assert not found
             before = psutil.Process().memory_info().rss
