@@ -160,7 +160,7 @@ def trainer_of(groups: Groups, model: ModelConfig, source: Any) -> Trainer:
 def saving(groups: Groups, model: ModelConfig, folder: Path) -> dict[str, float]:
     """Ours, at once and in the background, and DCP's."""
     trainer = trainer_of(groups, model, RandomWeights(model, 0))
-    for held in trainer.engine._zero._held:  # as after a step
+    for held in trainer.engine._zero._shares:  # as after a step
         state = trainer.engine._zero._innermost().state[held]
         state.update(step=torch.tensor(1.0), exp_avg=torch.randn_like(held), exp_avg_sq=torch.rand_like(held))
     saver = Saver(folder / "ours", rank=groups.rank, ranks=groups.layout.processes, barrier=dist.barrier)

@@ -229,7 +229,7 @@ def trials(
         transformer.zero_grad()
 
     def loss(scores_2K: Tensor, batch: DeviceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        return nll(scores_2K[0], batch.columns)
+        return nll(scores_2K[0], batch.loss_inputs)
 
     decoding = {count: engine_of(count, 256, 200) for count in (1, 8, 64)}
     return {

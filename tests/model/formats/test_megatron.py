@@ -446,7 +446,7 @@ def test_parts_of_a_stored_tensor_cover_it_once(groups: int, queries: int, head_
     model = MODELS["tied"].model_copy(update=sizes | {"gated": gated})
     shapes = logical_tensors(model)
     for part in parts({name: place(name, model) for name in shapes}, shapes):
-        rows = np.concatenate([found.rows(0, count) for _, found, count in part.held])
+        rows = np.concatenate([found.rows(0, count) for _, found, count in part.tensors])
         assert sorted(rows) == list(range(part.rows)), part.key
 
 
