@@ -145,40 +145,6 @@ def test_scores_of_a_reward_model_decide_which_groups_teach(actors: Actors) -> N
     assert "grad_norm" not in record.metrics
 
 
-@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "best"])
-def test_rollouts_are_compared_by_rewards_less_their_kl(advantage: Signal, controller: Controller) -> None:
-    chosen = RLConfig(
-        advantage=advantage,
-        kl_beta=0.5,
-        kl_place="reward",
-        kl_estimator="k1",
-        reference=ReferenceConfig(kind="average", decay=0.9),
-        steps=3,
-        prompts_per_step=GROUPS,
-        group_size=SAMPLES,
-        flow=FlowConfig(dynamic_sampling=True, most=3.0),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
-        sampling=SamplingParams(max_new_tokens=6),
-    )
-    records = list(controller.reinforce(chosen))
-    check_samples(records)
-    learned = [record for record in records if "grad_norm" in record.metrics]
-    assert learned, "RL had nothing to learn from"
-    for group in (group for record in learned for group in groups(record)):
-        rewards = [s.verdict.reward or 0.0 for s in group]
-        costs = [0.5 * float(np.sum(np.float64(s.rollout.logp) - s.estimates.reference_logp)) for s in group]
-        net = [reward - cost for reward, cost in zip(rewards, costs, strict=True)]
-        mean = sum(net) / SAMPLES
-        expected = {
-            "grpo": [(n - mean) / (np.std(net) + 1e-6) for n in net],
-            "dr_grpo": [n - mean for n in net],
-            "rloo": [(n - mean) * SAMPLES / (SAMPLES - 1) for n in net],
-            "reinforce_pp_baseline": [n - mean for n in net],
-            "best": [1.0 if n == max(net) > 0 else None for n in net],
-        }[advantage]
-        assert [s.advantage for s in group] == pytest.approx(expected, abs=1e-6)
-
-
 def kill(member: ActorHandle[Worker]) -> None:
     os.kill(gather([member.call(Worker.pid)])[0], signal.SIGKILL)
 
@@ -294,3 +260,37 @@ def test_broadcasts_bring_what_shared_memory_does(teams: RolloutGroup, actors: A
         assert rollouts.receive(actors.policy) == []
     one, other = written(teams.teams[1]), written(actors.rollouts.teams[0])
     assert (one.tokens, one.logp) == (other.tokens, other.logp)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "best"])
+def test_rollouts_are_compared_by_rewards_less_their_kl(advantage: Signal, controller: Controller) -> None:
+    chosen = RLConfig(
+        advantage=advantage,
+        kl_beta=0.5,
+        kl_place="reward",
+        kl_estimator="k1",
+        reference=ReferenceConfig(kind="average", decay=0.9),
+        steps=3,
+        prompts_per_step=GROUPS,
+        group_size=SAMPLES,
+        flow=FlowConfig(dynamic_sampling=True, most=3.0),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        sampling=SamplingParams(max_new_tokens=6),
+    )
+    records = list(controller.reinforce(chosen))
+    check_samples(records)
+    learned = [record for record in records if "grad_norm" in record.metrics]
+    assert learned, "RL had nothing to learn from"
+    for group in (group for record in learned for group in groups(record)):
+        rewards = [s.verdict.reward or 0.0 for s in group]
+        costs = [0.5 * float(np.sum(np.float64(s.rollout.logp) - s.estimates.reference_logp)) for s in group]
+        net = [reward - cost for reward, cost in zip(rewards, costs, strict=True)]
+        mean = sum(net) / SAMPLES
+        expected = {
+            "grpo": [(n - mean) / (np.std(net) + 1e-6) for n in net],
+            "dr_grpo": [n - mean for n in net],
+            "rloo": [(n - mean) * SAMPLES / (SAMPLES - 1) for n in net],
+            "reinforce_pp_baseline": [n - mean for n in net],
+            "best": [1.0 if i == net.index(max(net)) and n > 0 else None for i, n in enumerate(net)],
+        }[advantage]
+        assert [s.advantage for s in group] == pytest.approx(expected, abs=1e-6)
