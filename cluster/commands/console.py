@@ -24,14 +24,13 @@ def sentences(command: Callable[..., Any]) -> Callable[..., Any]:
 
     The package's errors name arguments, as `max_memory=80 MB`; here they become flags, as `--max-memory 80 MB`.
     """
-    flags = flags_of(command)
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError) as error:
-            err.print(f"[red]error:[/red] {escape(with_flags(_plain(error), flags))}")
+            err.print(f"[red]error:[/red] {escape(with_flags(_plain(error), flags_of(command)))}")
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
             err.print("interrupted")

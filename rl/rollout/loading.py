@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.groups import Groups, alone, leave
@@ -50,7 +49,7 @@ def as_lockstep(name: str, folder: Path) -> Path | Storage:
     """A checkpoint of ours: the one of this name, or what another format holds, converted into a folder."""
     opened = open_model(name)
     source = opened.source
-    return source.place if isinstance(source, manager.Checkpoint) else _written(opened, folder)
+    return source.place if isinstance(source, Checkpoint) else _written(opened, folder)
 
 
 def _written(opened: OpenModel, destination: Path, dtype: str | None = None) -> Path:
