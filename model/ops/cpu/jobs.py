@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.model.ops.cpu.library import ALONE, loaded, run, threads_for
+from lockstep.model.ops.cpu.library import ALONE, loaded, run, team_size
 
 
 def _fields(integers: str, addresses: str, floats: str = "") -> list[tuple[str, Any]]:
@@ -63,7 +63,7 @@ class ProductJob(ctypes.Structure):
 
 
 class _ListJob(ctypes.Structure):
-    _fields_ = _fields("arrived threads count rows", "steps")
+    _fields_ = _fields("arrived count rows", "steps threads")
 
 
 class JobList:
@@ -95,8 +95,6 @@ class JobList:
                 for name, job, same in self._jobs
             ]
             self._steps = np.array(steps, np.int64)
-        everything = _ListJob(
-            threads=threads_for(ALONE), count=len(self._jobs), rows=rows, steps=self._steps.ctypes.data
-        )
+        everything = _ListJob(count=len(self._jobs), rows=rows, steps=self._steps.ctypes.data, threads=team_size())
         self._library.begin(ctypes.byref(everything))
         run("list", everything, self._dtype, size=ALONE)

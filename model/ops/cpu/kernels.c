@@ -795,7 +795,8 @@ void product(struct product *job)
     free(room);
 }
 
-/* Jobs that follow one another: threads that are given the same list share each job, and wait for each other behind it. */
+/* Jobs that follow one another: threads that are given the same list share each job, and wait for each other behind it.
+   OpenMP may grant fewer threads than were asked for (OMP_THREAD_LIMIT, OMP_DYNAMIC), so the list asks how many came. */
 struct step {
     void (*work)(void *);
     int64_t *job;                                    /* begins with a counter and a number of rows, but for attention */
@@ -803,8 +804,9 @@ struct step {
 };
 
 struct list {
-    int64_t arrived, threads, count, rows;
+    int64_t arrived, count, rows;
     const struct step *steps;
+    int (*threads)(void);                            /* how many share this list: omp_get_num_threads, or none */
 };
 
 void begin(struct list *list)
@@ -827,9 +829,10 @@ void begin(struct list *list)
 
 void list(struct list *list)
 {
+    int64_t threads = list->threads ? list->threads() : 1;
     for (int64_t i = 0; i < list->count; i++) {
         list->steps[i].work(list->steps[i].job);
         __atomic_fetch_add(&list->arrived, 1, __ATOMIC_RELEASE);
-        wait_until(&list->arrived, (i + 1) * list->threads);
+        wait_until(&list->arrived, (i + 1) * threads);
     }
 }

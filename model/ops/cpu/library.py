@@ -2,15 +2,18 @@
 
 import ctypes
 import hashlib
+import logging
 import os
+import shlex
+import stat
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
+log = logging.getLogger(__name__)
 NUMBERS = {torch.bfloat16: "uint16_t", torch.float32: "float"}
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
 ALONE = 1 << 14
@@ -19,17 +22,18 @@ ALONE = 1 << 14
 
 def run(name: str, job: ctypes.Structure, dtype: torch.dtype, *, size: int) -> None:
     """Call a kernel in torch's OpenMP threads, or in this thread alone where its size in elements is small."""
-    team, threads = _team(), threads_for(size)
-    function = getattr(loaded(dtype), name)
-    if threads == 1 or team is None:
+    threads = 1 if size < ALONE else torch.get_num_threads()
+    function, openmp = getattr(loaded(dtype), name), _openmp()
+    if threads == 1 or openmp is None:
         function(ctypes.byref(job))
     else:
-        team(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(job), threads, 0)
+        openmp.GOMP_parallel(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(job), threads, 0)
 
 
-def threads_for(size: int) -> int:
-    """The number of threads for a kernel call over so many elements."""
-    return 1 if size < ALONE or _team() is None else torch.get_num_threads()
+def team_size() -> int | None:
+    """Address of a C function that counts the threads of the call it is in; None where each call has one thread."""
+    openmp = _openmp()
+    return None if openmp is None else ctypes.cast(openmp.omp_get_num_threads, ctypes.c_void_p).value
 
 
 def loaded(dtype: torch.dtype) -> ctypes.CDLL:
@@ -40,33 +44,81 @@ def loaded(dtype: torch.dtype) -> ctypes.CDLL:
 
 
 @cache
-def _team() -> Any:
-    """GOMP_parallel of torch's own OpenMP: other threads would compete with torch's, which spin."""
+def _openmp() -> ctypes.CDLL | None:
+    """Torch's own OpenMP runtime: threads of another one would compete with torch's, which spin."""
     try:
-        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.omp_get_num_threads.argtypes = []
     except (OSError, AttributeError):
         return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    return function
+    return library
 
 
 @cache
 def library_of(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Compile `kernels.c` for a dtype, or take it from the user's cache; None where it cannot be compiled."""
+    """Load `kernels.c`, compiled for a dtype now or earlier; None, said in a warning, where that is impossible.
+
+    Compiled libraries are kept in the user's cache. Without a compiler the newest one of the same source is taken.
+    """
     source = Path(__file__).with_name("kernels.c")
-    words = [os.environ.get("CC", "cc"), *FLAGS, f"-DNUMBER={NUMBERS[dtype]}"]
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    words = [*FLAGS, f"-DNUMBER={NUMBERS[dtype]}"]
+    key = _digest(source.read_bytes(), *map(str.encode, words), _processor())
     try:
-        version = subprocess.run([words[0], "--version"], check=True, capture_output=True).stdout
-        name = hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, words), version, _processor()]))
-        path = _folder() / f"kernels-{name.hexdigest()[:16]}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                made = Path(folder) / "kernels.so"
-                subprocess.run([*words, str(source), "-o", str(made), "-lm"], check=True, capture_output=True)
-                made.replace(path)  # whole or not at all, whoever else compiles it
-        return ctypes.CDLL(str(path))
+        folder = _cache_folder()
+        version = _version(compiler)
+        if version is None:
+            return _newest(folder, key)
+        path = folder / f"kernels-{key}-{_digest(version)}.so" if folder else None
+        if path is not None and _is_private(path):
+            return ctypes.CDLL(str(path))
+        kept = path if os.access(folder or "", os.W_OK) else None
+        return _compiled([*compiler, *words, str(source)], kept)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = error.stderr.decode(errors="replace").strip() if isinstance(error, subprocess.CalledProcessError) else ""
+        log.warning(
+            "kernels are not compiled for %s (%s): torch's operations take their place, slower and, in exact numerics, "
+            "with other bits than where kernels are: install a C compiler, or name one in CC",
+            str(dtype).removeprefix("torch."),
+            " ".join((said or str(error)).split())[:300],
+        )
+        return None
+
+
+def _compiled(command: list[str], path: Path | None) -> ctypes.CDLL:
+    """Compile and load a library, and keep it at a path, whole or not at all, whoever else compiles it."""
+    with tempfile.TemporaryDirectory(dir=path and path.parent) as folder:
+        made = Path(folder) / "kernels.so"
+        subprocess.run([*command, "-o", str(made), "-lm"], check=True, capture_output=True)
+        made.chmod(0o700)  # whatever the umask: see `_is_private`
+        library = ctypes.CDLL(str(made))
+        if path is not None:
+            made.replace(path)
+        return library
+
+
+def _newest(folder: Path | None, key: str) -> ctypes.CDLL:
+    """The library that was compiled last of a source and processor.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = [path for path in (folder.glob(f"kernels-{key}-*.so") if folder else ()) if _is_private(path)]
+    if not found:
+        raise FileNotFoundError("there is no C compiler, and none was here before")
+    return ctypes.CDLL(str(max(found, key=lambda path: path.stat().st_mtime)))
+
+
+def _version(compiler: list[str]) -> bytes | None:
+    try:
+        return subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _processor() -> bytes:
@@ -78,7 +130,22 @@ def _processor() -> bytes:
     return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
 
 
-def _folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _cache_folder() -> Path | None:
+    """The user's cache of compiled libraries; None where there is none that other users cannot write to."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep"
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.stat().st_uid == os.getuid():
+            folder.chmod(0o700)
+        return folder if _is_private(folder) else None
+    except (OSError, RuntimeError):  # the latter of a user without a home
+        return None
+
+
+def _is_private(path: Path) -> bool:
+    """Whether only this user, or root, can have written a file or folder: code of others is not loaded."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return found.st_uid in (0, os.getuid()) and not stat.S_ISLNK(found.st_mode) and not found.st_mode & 0o022
