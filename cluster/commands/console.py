@@ -1,48 +1,88 @@
-"""The terminal of the commands: stdout, stderr, progress, and errors as one sentence that names the command's flags."""
+"""The terminal of the commands: stdout, stderr, progress, and errors as one sentence that names the command's flags.
 
+Text is printed as it is: names of users may look like markup or emoji codes.
+"""
+
+import dis
+import inspect
 import re
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from inspect import get_annotations
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from typer.models import OptionInfo
 
+import lockstep
 from lockstep.cluster.records.progress import duration
 
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+ROOMS = (Path(lockstep.__file__).parent, *Path(lockstep.__file__).parent.iterdir())
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error, too.")]
 
 
 def sentences(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Print errors of the user as one sentence, with exit code 2; Ctrl-C ends with 130.
+    """Print errors of the user as one sentence, with exit code 2; Ctrl-C ends with 130. Adds the option `--debug`.
 
     The package's errors name arguments, as `max_memory=80 MB`; here they become flags, as `--max-memory 80 MB`.
+    A ValueError that nobody raised for the user is a fault of the package: it is printed with its place, and code 1.
     """
 
     @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, debug: bool = False, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError) as error:
-            err.print(f"[red]error:[/red] {escape(with_flags(_plain(error), flags_of(command)))}")
-            raise typer.Exit(2) from error
+            if debug:
+                traceback.print_exception(error)
+            fault = None if isinstance(error, OSError) else fault_of(error)
+            sentence = with_flags(_plain(error), flags_of(command))
+            err.print(Text.assemble(("error: ", "red"), f"{sentence} ({fault})" if fault else sentence))
+            raise typer.Exit(1 if fault else 2) from error
         except KeyboardInterrupt as error:
             err.print("interrupted")
             raise typer.Exit(130) from error
 
+    option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    signature = inspect.signature(command)
+    signature = signature.replace(parameters=[*signature.parameters.values(), option])
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]  # from here typer knows a command's options
+    wrapped.__annotations__ = command.__annotations__ | {"debug": Debug}
     return wrapped
+
+
+def fault_of(error: ValueError) -> str | None:
+    """Where an error comes from, if it is no sentence for users: those are raised by name in the package's own code."""
+    if any(kind.__module__.startswith("lockstep.") for kind in type(error).__mro__) or error.__traceback__ is None:
+        return None
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    path, rooms = Path(frame.f_code.co_filename).resolve(), [room.resolve() for room in ROOMS]
+    if any(room in path.parents for room in rooms) and _raises(error.__traceback__):
+        return None
+    return f"unexpected {type(error).__name__} in {path.name}, line {line}: --debug prints the traceback"
+
+
+def _raises(trace: TracebackType) -> bool:
+    """Whether a `raise` began a traceback, and not a function that has no frame, such as `int`."""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def flags_of(command: Callable[..., Any]) -> dict[str, str]:
     """The flags of a command's options, by parameter."""
     found: dict[str, str] = {}
-    for name, annotation in get_annotations(command, eval_str=True).items():
+    for name, annotation in inspect.get_annotations(command, eval_str=True).items():
         for option in getattr(annotation, "__metadata__", ()):
             if isinstance(option, OptionInfo):
                 declared = (option.default, *(option.param_decls or ()))  # typer keeps the first one as a default
@@ -73,7 +113,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     if not err.is_terminal:
         yield _Lines(what)
         return
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -95,4 +135,4 @@ class _Lines:
         self._said = now
         began, before = self._first
         left = (now - began) * (total - done) / max(1, done - before)
-        err.print(f"{self._what}: {done / total:.0%}, {duration(left)} left", markup=False)
+        err.print(f"{self._what}: {done / total:.0%}, {duration(left)} left")

@@ -56,7 +56,7 @@ def tokenize(
     how = tokenization.tokenization_of(
         Tokenizer(tokenizer_files(tokenizer)), end=end, reading=reading, on_bad=_on_bad(on_bad)
     )
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("tokenizing, chunks", total=None)
         note = tokenization.tokenize(

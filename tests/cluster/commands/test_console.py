@@ -1,11 +1,19 @@
 """What the package says of its arguments, a command says of its flags."""
 
+import json
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Annotated
 
 import pytest
 import typer
+from rich.table import Table
+from typer.testing import CliRunner
 
-from lockstep.cluster.commands.console import flags_of, with_flags
+from lockstep.cluster.commands.console import flags_of, out, sentences, with_flags
 from lockstep.cluster.commands.options import Overrides, overriding
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import parse
@@ -48,3 +56,62 @@ def test_an_override_is_named_with_its_flag_by_commands_alone() -> None:
         parse({}, ["seed"])
     with pytest.raises(RecipeError, match=r"^--set 'seed' is not of the form"), overriding():
         parse({}, ["seed"])
+
+
+def for_users() -> None:
+    parse({}, ["seed"])
+
+
+def for_users_of_a_file() -> None:
+    Path("[bold]:smile:[/bold]").read_text()
+
+
+def elsewhere() -> None:
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        pool.submit(parse, {}, ["seed"]).result()
+
+
+def by_function() -> None:
+    int("twelve")
+
+
+def in_a_library() -> None:
+    json.loads("{")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        (for_users, 2, "'seed' is not of the form"),
+        (for_users_of_a_file, 2, "'[bold]:smile:[/bold]'\n"),
+        (elsewhere, 2, "'seed' is not of the form"),
+        (by_function, 1, "(unexpected ValueError in test_console.py, line "),
+        (in_a_library, 1, "(unexpected JSONDecodeError in decoder.py, line "),
+    ],
+)
+def test_errors_that_nobody_wrote_for_users_say_where_they_come_from(
+    body: Callable[[], None], code: int, words: str
+) -> None:
+    app = typer.Typer()
+    app.command()(sentences(body))
+    result = CliRunner().invoke(app, [])
+    assert (result.exit_code, result.stderr.count("\n")) == (code, 1), result.output
+    assert words in result.stderr
+    assert ("--debug" in result.stderr) == (code == 1)
+    traced = CliRunner().invoke(app, ["--debug"])
+    assert traced.exit_code == code
+    assert "Traceback (most recent call last)" in traced.stderr
+    assert f"in {body.__name__}\n" in traced.stderr
+    assert traced.stderr.endswith(result.stderr)
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
+    name = "[red]run[/red] [/] :smile: [link=x]"
+    table = Table(name, title=name, caption=name)
+    table.add_row(name)
+    file = StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(out, "file", file)
+        out.print(name)
+        out.print(table)
+    assert file.getvalue().count(name) == 5
