@@ -36,18 +36,21 @@ class Engine:
         clip_norm: float,
         parts: Mapping[str, Iterable[nn.Parameter]],
         tied: nn.Parameter | None = None,
+        gradient_dtype: torch.dtype = torch.float32,
     ) -> None:
         """
         Args:
             parts: the parts of the model whose norms are reported, by name: all parts of the whole model, in the same
                 order on every rank, each with those of its parameters that this rank holds.
             tied: the embedding that the first and the last stage both hold, where they are tied over stages.
+            gradient_dtype: in which gradients of bf16 parameters are added up over micro-batches and replicas; bf16
+                takes half the memory, and loses 0.8% of a sum of 64 gradients and 2% of one of 512.
         """
-        self.stage, self.groups = stage, groups
+        self.stage, self.groups, self._gradient_dtype = stage, groups, gradient_dtype
         if tied is not None and groups.layout.pipeline > 1 and not groups.is_first_stage:
             replicate(tied)
         self._tied = tied if tied is not None and groups.layout.pipeline > 1 and tied.requires_grad else None
-        self._zero = ZeroOptimizer(stage.module, optimizer, groups, clip_norm, parts)
+        self._zero = ZeroOptimizer(stage.module, optimizer, groups, clip_norm, parts, gradient_dtype)
         self._trained = {n: p for n, p in stage.module.named_parameters() if p.requires_grad and p is not self._tied}
         self._reached: set[str] = set()
         self.before_changes: Callable[[], object] = lambda: None
@@ -154,15 +157,22 @@ class Engine:
         owner, name = _owner(self.stage.module, tied)
         stand_in = nn.Parameter(tied.detach())
         vars(stand_in).update(vars(tied))
+        total = torch.zeros_like(tied, dtype=self._gradient_dtype if tied.dtype == torch.bfloat16 else tied.dtype)
+
+        def add(parameter: nn.Parameter) -> None:
+            assert parameter.grad is not None
+            total.add_(parameter.grad)
+            parameter.grad = None
+
+        stand_in.register_post_accumulate_grad_hook(add)
         owner._parameters[name] = stand_in
         try:
             yield
         finally:
             owner._parameters[name] = tied
-        gradient = torch.zeros_like(tied) if stand_in.grad is None else stand_in.grad
-        dist.all_reduce(gradient, group=self.groups.embedding)
+        dist.all_reduce(total, group=self.groups.embedding)
         self._zero.begin_backward()
-        torch.autograd.backward([tied], [gradient])
+        torch.autograd.backward([tied], [total.to(tied.dtype)])
 
     def _reduced(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
         """Reported values over all micro-batches and data ranks, sent from the last stage to all stages."""

@@ -37,6 +37,7 @@ if not torch.cuda.is_available():
 with patch.object(torch, "compile", _as_it_is), _without("torch.utils.tensorboard"):
     import deepspeed
     import deepspeed.moe.layer
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION as zero_optimization
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero import utils as zero_utils
     from deepspeed.runtime.zero.muon import original_muon
@@ -56,5 +57,6 @@ __all__ = [
     "original_muon",
     "parallel_state",
     "parameter_offload",
+    "zero_optimization",
     "zero_utils",
 ]

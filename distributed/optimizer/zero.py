@@ -3,6 +3,9 @@
 The accumulation boundary is ours (`managed_gradient_accumulation: false`): backwards run wherever the schedule wants
 them, then `step` reduces over the data axis, clips by the global norm and updates. DeepSpeed averages over the data
 axis, so losses are multiplied by its size and gradients become sums over the global batch.
+
+Gradients of a bf16 model are added up over micro-batches, and reduced, in fp32: a sum of many in bf16 loses what each
+adds to it.
 """
 
 import inspect
@@ -24,8 +27,10 @@ from lockstep.distributed.libraries import (
     deepspeed_logger,
     original_muon,
     parameter_offload,
+    zero_optimization,
     zero_utils,
 )
+from lockstep.distributed.optimizer.data_parallel import BUCKET, DataParallel
 from lockstep.distributed.optimizer.grad_norm import LocalValues, PartNorms, global_norm
 from lockstep.distributed.optimizer.parameter_marks import EXPERTS, is_expert
 from lockstep.distributed.optimizer.partition import Sharded, Share, share_of, shares_of_all, shares_of_each, stored
@@ -73,9 +78,6 @@ def _clear_caches(kind: type) -> None:
                 clear()
 
 
-BUCKET = 20_000_000
-"""Elements that are reduced at a time: enough for a network, and few enough that they are still in a cache."""
-
 _half_precision = original_muon.ns_compute_dtype
 _newton_schulz = original_muon.zeropower_via_gram_newtonschulz
 _newton_schulz = getattr(_newton_schulz, "_torchdynamo_orig_callable", _newton_schulz)  # where others came before us
@@ -108,6 +110,25 @@ def _standing_still(optimizer: Any) -> Iterator[None]:
         del optimizer.step
 
 
+@contextmanager
+def _partitioned_at_every_stage() -> Iterator[None]:
+    """Within this block DeepSpeed's ZeRO-1 is that of ZeRO-2, whatever the dtype of sums of gradients.
+
+    It has another optimizer for bf16 weights with fp32 sums, which knows nothing of experts, offloading and Muon.
+    """
+    chosen = deepspeed.DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose(engine: Any, optimizer: Any) -> Any:
+        found = chosen(engine, optimizer)
+        return zero_optimization if engine.zero_optimization() else found
+
+    deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = choose
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine._do_optimizer_sanity_check = chosen
+
+
 class ZeroOptimizer:
     """An optimizer wrapped by DeepSpeed's ZeRO, which partitions state, gradients or weights over the replicas."""
 
@@ -118,15 +139,17 @@ class ZeroOptimizer:
         groups: Groups,
         clip_norm: float,
         parts: Mapping[str, Iterable[nn.Parameter]],
+        gradient_dtype: torch.dtype = torch.float32,
     ) -> None:
         """
         Args:
             parts: see `Engine`.
+            gradient_dtype: see `Engine`.
         """
         deepspeed_logger.setLevel(logging.WARNING)
         self._groups, self._clip_norm = groups, clip_norm
         self._bfloat16 = next(module.parameters()).dtype == torch.bfloat16
-        self._plain = groups.layout.zero == 0
+        self._sums_in_fp32 = self._bfloat16 and gradient_dtype == torch.float32
         if any(is_expert(p) for p in module.parameters()):
             module.add_module("_has_experts", _HasExperts())
             deepspeed_groups._EXPERT_PARALLEL_GROUP[EXPERTS] = groups.expert
@@ -135,7 +158,7 @@ class ZeroOptimizer:
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         if type(optimizer) not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:  # it would warn of an untested one
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
-        with _standing_still(optimizer):
+        with _standing_still(optimizer), _partitioned_at_every_stage():
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, model_parameters=parameters, mpu=_Grid(groups), config=self._config()
             )
@@ -147,8 +170,10 @@ class ZeroOptimizer:
         if isinstance(optimizer, Sharded):
             optimizer.shares = self._shares
         self.state = ZeroState(module, self._innermost(), groups, self._shares)
-        if self._plain:
-            optimizer.register_step_pre_hook(lambda stepping, *_: self._clip(stepping))
+        self._whole: DataParallel | None = None
+        if groups.layout.zero == 0:
+            owners = {tensor: share.parameter for tensor, (share,) in self._shares.items()}
+            self._whole = DataParallel(owners, groups, clip_norm, self._norms, self._sums_in_fp32)
         elif groups.layout.zero == 3:
             self._engine.optimizer._get_norm_groups = lambda: [self._gradient_norm()]
         else:
@@ -170,17 +195,18 @@ class ZeroOptimizer:
         layout = self._groups.layout
         zero: dict[str, Any] = {
             "stage": layout.zero,
-            "overlap_comm": torch.cuda.is_available(),
+            "overlap_comm": torch.cuda.is_available() and layout.zero >= 2,  # elsewhere it refuses our accumulation
             "reduce_bucket_size": BUCKET,
         }
         if layout.zero == 3:
             zero["stage3_param_persistence_threshold"] = 0  # small weights are split, too: one way for all
         if layout.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
-        return {
+        sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+        return (sums if self._sums_in_fp32 and layout.zero else {}) | {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": 0.0 if self._plain else self._clip_norm,
+            "gradient_clipping": self._clip_norm,
             "managed_gradient_accumulation": False,
             "bf16": {"enabled": self._bfloat16},
             "zero_optimization": zero,
@@ -193,7 +219,7 @@ class ZeroOptimizer:
     ) -> dict[Tensor, list[Share]]:
         """The shares in each tensor that DeepSpeed gives the optimizer in the place of parameters; see `Sharded`."""
         zero: Any = self._engine.optimizer
-        if self._plain:
+        if self._groups.layout.zero == 0:
             tensors = [t for group in optimizer.param_groups for t in group["params"]]
             return {t: [share_of(p, (0, p.numel()), 0, 0)] for t, p in zip(tensors, stepped, strict=True)}
         if self._groups.layout.zero == 3:
@@ -250,7 +276,10 @@ class ZeroOptimizer:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._squares.fill_(math.inf)  # remains where DeepSpeed finds that gradients overflowed, and does not step
-        self._engine.step()
+        if self._whole is not None:
+            self._squares = self._whole.step(self._innermost())
+        else:
+            self._engine.step()
         return float(global_norm(self._squares))
 
     def gradient_norms(self) -> dict[str, float]:
@@ -269,31 +298,12 @@ class ZeroOptimizer:
         for share in shares_of_each(parameters, self._groups.replicas):
             yield share.parameter, stored(share), 1
 
-    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip gradients by the global norm where there is no ZeRO.
-
-        DeepSpeed then reports no norm of fp32 gradients, and leaves experts out of that of bf16 ones.
-
-        Args:
-            optimizer: its parameters are the module's, or fp32 copies of them.
-        """
-        norm = float(self._gradient_norm())
-        stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        for parameter in stepped:
-            if not math.isfinite(norm):
-                parameter.grad = None  # what has no gradient takes no step
-            elif self._clip_norm and norm > self._clip_norm:
-                parameter.grad.mul_(self._clip_norm / (norm + 1e-6))
-
     def _gradient_norm(self) -> Tensor:
         """The global norm of the reduced gradients; keeps the sums of squares of the parts."""
         self._squares = self._norms.squares(self._gradients())
         return global_norm(self._squares)
 
     def _gradients(self) -> Iterator[LocalValues]:
-        if self._plain:
-            yield from ((p, p.grad, self._norms.copies(p)) for p in self._parameters if p.grad is not None)
-            return
         averaged: Any = self._engine.optimizer.averaged_gradients
         for index, (tensor, shares) in enumerate(self._shares.items()):
             if self._groups.layout.offload:

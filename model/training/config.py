@@ -28,6 +28,9 @@ class OptimizerConfig(LearningRateSchedule):
     momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     weight_decay: float = Field(0.0, ge=0, description="for matrices only")
     clip_norm: float = Field(1.0, ge=0, description="bound of the gradient's global norm; 0 for none")
+    gradient_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="in which gradients of a bf16 model are added up; bfloat16 takes half the memory"
+    )
 
 
 class TrainerConfig(BaseModel):

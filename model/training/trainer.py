@@ -61,6 +61,7 @@ class Trainer:
             clip_norm=optimizer.clip_norm,
             parts=parts(self.transformer),
             tied=self.transformer.tied_over_stages,
+            gradient_dtype=getattr(torch, optimizer.gradient_dtype),
         )
 
     def step(
