@@ -34,7 +34,7 @@ from lockstep.model.config import ModelConfig, MoEConfig, Numerics
 from lockstep.model.formats.registry import QUICKSTART_MODEL
 from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.objectives.token_loss import nll
-from lockstep.model.training.device_batch import DeviceBatch, rows_of
+from lockstep.model.training.device_batch import DeviceBatch, DeviceRows
 from lockstep.model.training.forward import scorer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams
@@ -200,7 +200,7 @@ def trials(
     draw = np.random.default_rng(0)
     texts = draw.integers(0, model.vocabulary, (2, 513))
     rows = rows_for_ranks([sample(t[:1], t[1:], weight=1 / 1024) for t in texts], RowRules(budget=1024))[0]
-    batches, transformer = rows_of(stage, groups, rows), transformer_of(stage)
+    batches, transformer = DeviceRows(stage, groups, rows), transformer_of(stage)
     keys = iter(range(1 << 30))
 
     def engine_of(count: int, length: int, new: int) -> RolloutEngine:

@@ -6,6 +6,7 @@ the CPU instead, for the length of one call, and only on a host without an accel
 
 import ctypes
 import gc
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -21,11 +22,23 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 """Parameters of mallopt, as in malloc.h."""
 
 
-def local_device(local_rank: int = 0) -> torch.device:
-    """The accelerator of this rank, or the CPU where there is none."""
+def local_device(rank: int = 0) -> torch.device:
+    """The accelerator of a rank of the world, of hosts with equally many that fill up in turn; the CPU without any."""
     if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
+        return torch.device("cuda", rank % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def take_device(rank: int) -> None:
+    """Make a rank's accelerator the current one, before anything is built on it; DeepSpeed takes it from LOCAL_RANK.
+
+    A rank's number in the world is no device: the second host begins again with device 0, and where a launcher shows
+    each process one device, that one is 0.
+    """
+    device = local_device(rank)
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def peak_memory(device: torch.device) -> int:

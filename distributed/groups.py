@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from lockstep.distributed.device import take_device
 from lockstep.distributed.layout import Layout, LayoutError
 from lockstep.distributed.libraries import parallel_state
 
@@ -89,7 +90,7 @@ def join(layout: Layout, *, rank: int, meeting: Store, timeout_s: float = 600.0)
     if not 0 <= rank < layout.processes:
         raise LayoutError(f"rank {rank} does not exist in a layout of {layout.processes} processes")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(layout.processes))
-    os.environ.setdefault("LOCAL_RANK", str(rank))
+    take_device(rank)
     if not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",

@@ -180,11 +180,10 @@ class _SegmentBatch:
         own = start + (columns - seen).clamp(max=length - 1)
         self.row_tokens = (start + rows.clamp(max=length - 1)).flatten()
         self.key_tokens = torch.where(columns < seen, prompt + columns, own).flatten()
-        self._position_NL, self._last_N1 = seen + rows, seen + length - 1
-        self._first_N = seen[:, 0].to(device)
-        self._least_last = int(self._last_N1.min())
-        self._device = device
-        self._biases: dict[int | None, Tensor] = {None: self._made_bias(None)}
+        self._least, self._most = int(seen.min()), int(seen.max())
+        self._least_last = int((seen + length).min()) - 1
+        self._first_N, self._last_N = (t[:, 0].to(device) for t in (seen, seen + length - 1))
+        self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self._causal = not any(s.seen for s in segments)
 
     def attend(self, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor, spec: AttentionSpec) -> Tensor:
@@ -193,12 +192,12 @@ class _SegmentBatch:
         window = None if spec.window is None or spec.window >= self.keys else spec.window
         if spec.cap is None and (self.queries > LONGEST_IN_FULL or q.is_cuda):
             causal = self._causal and window is None
-            mask = None if causal else self._bias(window)[:, None].to(q.dtype)
+            mask = None if causal else self._bias(window, q.dtype)[:, None]
             mixed = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=causal, scale=spec.scale, enable_gqa=True
             )
         else:
-            mixed = attend_in_full(q, k, v, self._bias(window), spec, self._spans(window))
+            mixed = attend_in_full(q, k, v, self._bias(window, torch.float32), spec, self._spans(window))
         return mixed.transpose(1, 2).flatten(0, 1).flatten(1)
 
     def attend_exactly(self, q_PHE: Tensor, k_PGE: Tensor, v_PGE: Tensor, spec: AttentionSpec) -> Tensor:
@@ -212,21 +211,27 @@ class _SegmentBatch:
 
     def _spans(self, window: int | None) -> list[Span]:
         """Blocks of rows, and the columns that any of their tokens sees."""
-        least, most = int(self._position_NL[:, 0].min()), int(self._position_NL[:, 0].max())
         starts = range(0, self.queries, ROWS_AT_ONCE)
         rows = [slice(start, min(start + ROWS_AT_ONCE, self.queries)) for start in starts]
-        first = [0 if window is None else max(0, min(least + r.start, self._least_last) - window + 1) for r in rows]
-        return [(r, slice(f, min(self.keys, most + r.stop))) for r, f in zip(rows, first, strict=True)]
+        first = [
+            0 if window is None else max(0, min(self._least + r.start, self._least_last) - window + 1) for r in rows
+        ]
+        return [(r, slice(f, min(self.keys, self._most + r.stop))) for r, f in zip(rows, first, strict=True)]
 
-    def _bias(self, window: int | None) -> Tensor:
-        """0 where the token of a row [N, L] sees the column's key [S], −∞ elsewhere."""
-        if window not in self._biases:
-            self._biases[window] = self._made_bias(window)
-        return self._biases[window]
+    def _bias(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """0 where the token of a row [N, L] sees the column's key [S], −∞ elsewhere; made on the device, once."""
+        if (window, dtype) not in self._biases:
+            hidden = self._hidden(window)
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self._biases[window, dtype] = bias.masked_fill_(hidden, float("-inf"))
+        return self._biases[window, dtype]
 
-    def _made_bias(self, window: int | None) -> Tensor:
-        columns = torch.arange(self.keys)
-        hidden = columns > self._position_NL[:, :, None]
+    def _hidden(self, window: int | None) -> Tensor:
+        """Whether the token of a row [N, L] does not see the column's key [S]."""
+        device = self._first_N.device
+        columns = torch.arange(self.keys, device=device)
+        position_NL = self._first_N[:, None] + torch.arange(self.queries, device=device)
+        hidden = columns > position_NL[:, :, None]
         if window is not None:  # a row of padding sees what the last token does: a row of −∞ would give NaN
-            hidden |= columns <= self._position_NL.minimum(self._last_N1)[:, :, None] - window
-        return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).to(self._device)
+            hidden |= columns <= position_NL.minimum(self._last_N[:, None])[:, :, None] - window
+        return hidden

@@ -1,7 +1,7 @@
 """A packed row on this rank's device: its tokens, attention and loss inputs, split over context ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -61,11 +61,26 @@ def places_of(batch: TokenBatch, groups: Groups) -> Ints:
     return zigzag_indices(len(batch.tokens), groups.layout.context, groups.context_rank).numpy()
 
 
-def rows_of(stage: Stage, groups: Groups, rows: Sequence[TokenBatch]) -> list[DeviceBatch]:
-    """This rank's parts of rows, on the device of a stage."""
-    transformer = transformer_of(stage)
-    device = next(transformer.parameters()).device
-    return [to_device(row, groups, transformer.model.kv_heads, device, transformer.numerics) for row in rows]
+@dataclass(frozen=True)
+class DeviceRows(Sequence[DeviceBatch]):
+    """This rank's parts of rows, each moved to the device when a schedule takes it, so that few are there at a time."""
+
+    stage: Stage
+    groups: Groups
+    rows: Sequence[TokenBatch]
+    reference_logp: Sequence[Tensor] = ()
+    """[K] of each row, instead of those in the rows; empty for those in the rows."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> DeviceBatch:  # type: ignore[override]
+        transformer = transformer_of(self.stage)
+        device = next(transformer.parameters()).device
+        batch = to_device(self.rows[index], self.groups, transformer.model.kv_heads, device, transformer.numerics)
+        if not self.reference_logp:
+            return batch
+        return replace(batch, loss_inputs=replace(batch.loss_inputs, reference_logp=self.reference_logp[index]))
 
 
 def longest_document(rows: Sequence[TokenBatch]) -> int:

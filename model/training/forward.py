@@ -12,7 +12,7 @@ from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Forward, Stage, run_forward
 from lockstep.model.layers.logprobs import token_scores
 from lockstep.model.layers.value_head import ValueHead
-from lockstep.model.training.device_batch import DeviceBatch, longest_document, places_of, rows_of
+from lockstep.model.training.device_batch import DeviceBatch, DeviceRows, longest_document, places_of
 from lockstep.model.transformer import Transformer
 
 
@@ -59,7 +59,8 @@ def score(stage: Stage, groups: Groups, rows: Sequence[TokenBatch], temperature:
 
     On all but the last pipeline stage an empty list.
     """
-    found = run_forward(stage, rows_of(stage, groups, rows), scorer(groups, temperature), tokens=longest_document(rows))
+    batches, tokens = DeviceRows(stage, groups, rows), longest_document(rows)
+    found = run_forward(stage, batches, scorer(groups, temperature), tokens=tokens)
     return [_whole(row, scores[0], groups) for row, scores in zip(rows, found, strict=False)]
 
 

@@ -22,7 +22,7 @@ from lockstep.model.objectives.objective import Objective
 from lockstep.model.objectives.token_loss import TokenLoss
 from lockstep.model.state_dict import parts, pieces, pieces_by_parameter
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-from lockstep.model.training.device_batch import DeviceBatch, longest_document, rows_of
+from lockstep.model.training.device_batch import DeviceBatch, DeviceRows, longest_document
 from lockstep.model.training.forward import score, scorer
 from lockstep.model.training.optimizer import optimizer_of
 from lockstep.model.training.trainable import freeze
@@ -79,10 +79,10 @@ class Trainer:
                 drifting (de Brébisson & Vincent 2016; PaLM, Chowdhery et al. 2022, section 5).
             reference: a reference model, whose log-probabilities replace those in the rows.
         """
-        batches, tokens = rows_of(self.stage, self.groups, rows), longest_document(rows)
+        batches, tokens = DeviceRows(self.stage, self.groups, rows), longest_document(rows)
         if reference is not None:
             scores = self.engine.evaluate(reference, batches, self._forward, tokens=tokens)
-            batches = [_with_reference(b, s[0]) for b, s in zip(batches, scores, strict=False)] or batches
+            batches = replace(batches, reference_logp=[score[0] for score in scores])
         loss = _loss(objective, z_coefficient)
         wants_entropy = isinstance(objective, TokenLoss) and objective.entropy != 0
         forward = self._forward_with_entropy if wants_entropy else self._forward
@@ -134,7 +134,7 @@ class Trainer:
 
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
         """The metrics that an objective reports over a global batch, without an update; `rows` are this data rank's."""
-        batches = rows_of(self.stage, self.groups, rows)
+        batches = DeviceRows(self.stage, self.groups, rows)
         return self.engine.measure(batches, self._forward, _loss(objective), tokens=longest_document(rows))
 
     def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
@@ -159,7 +159,3 @@ def _loss(objective: Objective, z_coefficient: float = 0.0) -> Loss:
         return value + z_coefficient * z_loss, report | {"z_loss": z_loss.detach()}
 
     return loss
-
-
-def _with_reference(batch: DeviceBatch, logp_K: Tensor) -> DeviceBatch:
-    return replace(batch, loss_inputs=replace(batch.loss_inputs, reference_logp=logp_K))

@@ -1,13 +1,15 @@
 """What a process reports as its peak of memory is its own, and stays."""
 
+import os
 import subprocess
 import sys
 
 import numpy as np
 import psutil
+import pytest
 import torch
 
-from lockstep.distributed.device import peak_memory
+from lockstep.distributed.device import local_device, peak_memory, take_device
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
@@ -66,3 +68,18 @@ def test_freed_memory_is_used_again() -> None:
     pages = (32 << 20) // 4096
     assert faults("keep") < pages
     assert faults("leave") > 9 * pages, "the library behaves as well alone"
+
+
+@pytest.mark.parametrize(("rank", "visible", "index"), [(0, 8, 0), (7, 8, 7), (8, 8, 0), (13, 4, 1), (5, 1, 0)])
+def test_a_ranks_device_is_one_of_its_host(
+    rank: int, visible: int, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With devices that are only said to be there."""
+    taken: list[torch.device] = []
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    take_device(rank)
+    assert taken == [local_device(rank)] == [torch.device("cuda", index)]
+    assert os.environ["LOCAL_RANK"] == str(index)

@@ -190,3 +190,16 @@ def test_no_token_sees_what_it_may_not(documents: Documents, data: st.DataObject
     after = DocumentAttention(documents, CPU)(0, q, k, v)
     differs = (before != after).flatten(1).any(1)
     assert differs.tolist() == visible(documents)[:, changed].tolist()
+
+
+def test_masks_are_made_where_no_kernel_does_without() -> None:
+    """A mask of 8,192 by 8,192 tokens in fp32 is 268 MB, and a causal kernel needs none."""
+    tokens = packed.LONGEST_IN_FULL + 6
+    q, k, v = (torch.randn(tokens, heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    for documents, masks in [([[tokens]], 0), ([[tokens - 3, 2, 1]], 1)]:
+        attention = DocumentAttention(documents, CPU)
+        assert not any(batch._biases for batch in attention._batches)
+        for layer in range(2):
+            attention(layer, q, k, v)
+        assert sum(len(batch._biases) for batch in attention._batches if batch.queries > packed.LONGEST_IN_FULL) == 0
+        assert sum(len(batch._biases) for batch in attention._batches) == masks
