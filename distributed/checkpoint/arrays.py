@@ -229,14 +229,24 @@ class ArrayFolder(WeightsOnly):
     def _result(self, name: str, work: Callable[[Any], Any]) -> Any:
         """What work on an array, which goes on by itself, comes to."""
         if name not in self._open:
-            if not (self.folder / name).has(_METADATA):
+            if not self.folder.has(f"{name}/{_METADATA}"):
                 raise KeyError(f"{self.folder} has no tensor {name}")
-            spec = _spec(self.folder, name) | {"fill_missing_data_reads": False}
-            self._open[name] = tensorstore.open(spec, open=True, read=True).result()
+            self._open[name] = self._opened(name)
         try:
             return work(self._open[name]).result()
         except ValueError as error:
             raise BadArray(f"{self.folder / name} has a chunk that is missing or damaged: {error}") from error
+
+    def _opened(self, name: str) -> Any:
+        spec = _spec(self.folder, name) | {"fill_missing_data_reads": False}
+        try:
+            return tensorstore.open(spec, open=True, read=True).result()
+        except ValueError as error:
+            raise BadArray(f"{self.folder / name}/{_METADATA} is damaged: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _slices(box: Box) -> tuple[slice, ...]:

@@ -1,12 +1,12 @@
 """A folder of checkpoints: `step-000120` folders, each complete or absent, and `latest`, a link to the newest."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lockstep.distributed.checkpoint.arrays import ArrayFolder, Entry
+from lockstep.distributed.checkpoint.manifest import check_manifest, parsed_manifest
 from lockstep.distributed.checkpoint.storage import Storage, storage_of
 from lockstep.distributed.checkpoint.tensors import STATES
 
@@ -74,17 +74,10 @@ class Checkpoint:
     def __init__(self, where: str | Path | Storage) -> None:
         """
         Raises:
-            BadCheckpoint: when the path or URL holds none, or one of a newer format.
+            BadCheckpoint: when the path or URL holds none, or one that is damaged or of a newer format.
         """
         self.place = find(where)
-        try:
-            self.manifest: dict[str, Any] = json.loads(self.place.read(MANIFEST))
-        except ValueError as error:
-            raise BadCheckpoint(f"{self.place}/{MANIFEST} is damaged: {error}") from error
-        if self.manifest.get("format") != FORMAT:
-            raise BadCheckpoint(
-                f"{self.place} has format {self.manifest.get('format')}, and this program reads format {FORMAT}"
-            )
+        self.manifest = _manifest(self.place)
         arrays = ArrayFolder(self.place / "arrays")
         self.read, self.read_into = arrays.read, arrays.read_into
 
@@ -108,3 +101,15 @@ class Checkpoint:
     def files(self) -> dict[str, str]:
         """Name and text of the files that the manifest lists and that exist, such as the tokenizer's."""
         return {name: self.place.read(name) for name in self.manifest["files"] if self.place.has(name)}
+
+
+def _manifest(place: Storage) -> dict[str, Any]:
+    try:
+        found = parsed_manifest(place.read(MANIFEST))
+        if found.get("format") == FORMAT:
+            check_manifest(found)
+    except ValueError as error:
+        raise BadCheckpoint(f"{place}/{MANIFEST} is damaged: {error}") from error
+    if found.get("format") != FORMAT:
+        raise BadCheckpoint(f"{place} has format {found.get('format')}, and this program reads format {FORMAT}")
+    return found

@@ -15,13 +15,15 @@ from typing import Any, Protocol
 
 import tensorstore
 
+from lockstep.distributed.checkpoint.file_names import checked_name, path_inside
+
 
 class BadStorage(ValueError):
     """A URL that names no key-value store."""
 
 
 class Storage(Protocol):
-    """A folder, or a prefix of a key-value store. Names are of files and folders directly in it."""
+    """A folder, or a prefix of a key-value store. Names are of files and folders in it; others raise `BadName`."""
 
     def __hash__(self) -> int: ...
 
@@ -137,7 +139,7 @@ class Folder:
         return str(self.path)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(self.path / name)
+        return Folder(self.path / checked_name(name, self))
 
     @property
     def kvstore(self) -> Any:
@@ -146,7 +148,7 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """See `Storage`."""
-        return (self.path / name).is_file()
+        return path_inside(self.path, name, self).is_file()
 
     def holding(self, name: str) -> list[str]:
         """See `Storage`."""
@@ -154,17 +156,18 @@ class Folder:
 
     def read(self, name: str) -> str:
         """See `Storage`."""
-        return (self.path / name).read_text(encoding="utf-8")
+        return path_inside(self.path, name, self).read_text(encoding="utf-8")
 
     def write(self, name: str, text: str) -> None:
         """See `Storage`."""
+        path = self.path / checked_name(name, self)
         self.path.mkdir(parents=True, exist_ok=True)
-        new = self.path / f"{name}.new"
+        new = path.with_name(f"{path.name}.new")
         with new.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        new.rename(self.path / name)
+        new.rename(path)
 
     def sync(self, *names: str) -> None:
         """See `Storage`."""
@@ -236,7 +239,7 @@ class Prefix:
 
     def __truediv__(self, name: str) -> "Prefix":
         here = self.kvstore
-        return Prefix(json.dumps(here | {"path": f"{here['path']}{name}/"}))
+        return Prefix(json.dumps(here | {"path": f"{here['path']}{checked_name(name, self)}/"}))
 
     @property
     def kvstore(self) -> Any:
@@ -261,7 +264,7 @@ class Prefix:
 
     def write(self, name: str, text: str) -> None:
         """See `Storage`."""
-        self._store.write(name, text.encode("utf-8")).result()
+        self._store.write(checked_name(name, self), text.encode("utf-8")).result()
 
     def sync(self, *names: str) -> None:
         """See `Storage`. A write is durable when it returns."""
@@ -304,7 +307,7 @@ class Prefix:
         return _opened(self.spec)
 
     def _found(self, name: str) -> bytes | None:
-        found = self._store.read(name).result()
+        found = self._store.read(checked_name(name, self)).result()
         return bytes(found.value) if found.state == "value" else None
 
 
