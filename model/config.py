@@ -23,6 +23,10 @@ Head = Literal["vocabulary", "value"]
 """The output layer: a logit for each token of the vocabulary, or one value per token (critics, reward models)."""
 
 
+MOST_LAYERS, MOST_EXPERTS, WIDEST, LARGEST = 10_000, 1 << 20, 1 << 24, 10**14
+"""Layers, experts of all layers, elements of a row, and parameters of a model at most: beyond, a file is damaged."""
+
+
 class UnknownModel(ValueError):
     """A model architecture that Lockstep does not support."""
 
@@ -106,12 +110,12 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: str = Field("llama", description="Hugging Face's model_type: the words of its files, not its arithmetic")
-    layers: int = Field(ge=1)
-    width: int = Field(ge=1)
+    layers: int = Field(ge=1, le=MOST_LAYERS)
+    width: int = Field(ge=1, le=WIDEST)
     heads: int = Field(ge=1)
     kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
-    intermediate: int = Field(ge=1)
+    intermediate: int = Field(ge=1, le=WIDEST)
     vocabulary: int = Field(ge=2)
     context: int = Field(ge=1, description="longest sequence, in tokens")
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
@@ -164,6 +168,14 @@ class ModelConfig(BaseModel):
         strange = [name for name in self.adapted if name not in self.projections]
         named = {*self.full_layers, *self.unrotated_layers}
         faults: dict[str, Any] = {
+            f"heads={self.heads} of head_dim={self.head_dim} make a width beyond {WIDEST}": (
+                self.heads * self.head_dim > WIDEST
+            ),
+            f"it has more than {MOST_EXPERTS} experts, or one is wider than {WIDEST}": self.moe
+            and (
+                self.layers * self.moe.experts > MOST_EXPERTS
+                or max(self.moe.intermediate, self.moe.shared_intermediate) > WIDEST
+            ),
             f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}": self.heads % self.kv_heads,
             f"head_dim={self.head_dim} is odd, and rotary positions turn pairs": self.rope and self.head_dim % 2,
             f"qk_norm={self.qk_norm!r} needs norm='rms'{', or rms_offset' if self.qk_norm == 'head' else ''}": (
@@ -189,6 +201,7 @@ class ModelConfig(BaseModel):
             "moe is given, and experts are gated by silu and have no biases": (
                 self.moe and (not self.gated or self.activation != "silu" or "mlp" in self.biases)
             ),
+            f"it has more than {LARGEST:.0e} parameters": self.parameters > LARGEST,
         }
         for fault, present in faults.items():
             if present:

@@ -10,20 +10,18 @@ Words = dict[str, Any]
 """A `config.json`, or part of one."""
 
 
-def rope_from(given: Words, words: Words, theta: float) -> Rope:
+def rope_from(given: Words, words: Words) -> Rope:
     """Read rotary positions from config.json.
 
     Args:
         given: its `rope_parameters` or `rope_scaling`.
         words: the whole file.
-        theta: where the file says none.
 
     Raises:
         UnknownModel: for a scaling that is not described in `model/rope.py`.
     """
     refuse("partial_rotary_factor", given.get("partial_rotary_factor", words.get("partial_rotary_factor", 1)) != 1)
-    theta = given.get("rope_theta") or words.get("rope_theta") or theta
-    return Rope(theta=theta, scaling=_scaling(given, words))
+    return Rope(theta=given.get("rope_theta") or words["rope_theta"], scaling=_scaling(given, words))
 
 
 def _scaling(given: Words, words: Words) -> Scaling | None:

@@ -9,9 +9,13 @@ from lockstep.model.rope import Rope
 
 def read_gemma(words: Words) -> Words:
     """Fields of a Gemma 1 model. Its first config.json files say `gelu` and mean the tanh approximation."""
-    word = words.get("hidden_activation") or words.get("hidden_act") or "gelu_pytorch_tanh"
-    word = "gelu_pytorch_tanh" if word == "gelu" else word
-    return read_llama(words | {"hidden_act": word, "mlp_bias": False}, tied=True) | {
+    word = "gelu_pytorch_tanh" if words["hidden_act"] == "gelu" else words["hidden_act"]
+    return _read_gemma(words, word)
+
+
+def _read_gemma(words: Words, activation: str) -> Words:
+    """Fields that all versions share."""
+    return read_llama(words | {"hidden_act": activation, "mlp_bias": False}) | {
         "norm": "rms_offset",
         "embedding_scale": words["hidden_size"] ** 0.5,
     }
@@ -27,14 +31,14 @@ def read_gemma2(words: Words) -> Words:
     """Fields of a Gemma 2 model."""
     types = layer_types_of(words, lambda layer: layer % 2)
     return (
-        read_gemma(words)
+        _read_gemma(words, words["hidden_activation"])
         | {
             "norm_at": "around",
-            "query_scalar": words.get("query_pre_attn_scalar", 256),
-            "attention_cap": words.get("attn_logit_softcapping", 50.0),
-            "logit_cap": words.get("final_logit_softcapping", 30.0),
+            "query_scalar": words["query_pre_attn_scalar"],
+            "attention_cap": words["attn_logit_softcapping"],
+            "logit_cap": words["final_logit_softcapping"],
         }
-        | window_fields(words.get("sliding_window", 4096), types)
+        | window_fields(words["sliding_window"], types)
     )
 
 
@@ -52,21 +56,19 @@ def write_gemma2(config: ModelConfig) -> Words:
 
 def read_gemma3(words: Words) -> Words:
     """Fields of a Gemma 3 text model."""
-    refuse("attn_logit_softcapping", words.get("attn_logit_softcapping"))
-    pattern = words.get("sliding_window_pattern", 6)
+    refuse("attn_logit_softcapping", words["attn_logit_softcapping"])
+    pattern = words["sliding_window_pattern"]
     types = layer_types_of(words, lambda layer: (layer + 1) % pattern == 0)
     nested = words.get("rope_parameters") or {}
     of_full = nested.get("full_attention") or words.get("rope_scaling") or {}
-    of_window = nested.get("sliding_attention") or {"rope_theta": words.get("rope_local_base_freq")}
+    of_window = nested.get("sliding_attention") or {}
     fields = {
-        **read_gemma2(
-            {"attn_logit_softcapping": None, "final_logit_softcapping": None} | words | {"layer_types": types}
-        ),
+        **read_gemma2(words | {"layer_types": types}),
         "qk_norm": "head",
-        "rope": rope_from(of_full, words, 1_000_000.0),
+        "rope": rope_from(of_full, words),
     }
     if "window" in fields:
-        fields["window_rope"] = rope_from(of_window, words | {"rope_theta": None}, 10_000.0)
+        fields["window_rope"] = rope_from(of_window, words | {"rope_theta": words["rope_local_base_freq"]})
     return fields
 
 

@@ -17,17 +17,17 @@ def read_gpt2(words: Words) -> Words:
         "heads": heads,
         "kv_heads": heads,
         "head_dim": width // heads,
-        "intermediate": words.get("n_inner") or 4 * width,
+        "intermediate": words["n_inner"] or 4 * width,
         "vocabulary": words["vocab_size"],
         "context": words["n_positions"],
-        "activation": activation_of(words.get("activation_function", "gelu_new"), "activation_function"),
+        "activation": activation_of(words["activation_function"], "activation_function"),
         "gated": False,
         "biases": ("qkv", "out", "mlp"),
         "norm": "layer",
-        "norm_eps": words.get("layer_norm_epsilon", 1e-5),
-        "query_scalar": None if words.get("scale_attn_weights", True) else 1.0,
+        "norm_eps": words["layer_norm_epsilon"],
+        "query_scalar": None if words["scale_attn_weights"] else 1.0,
         "rope": None,
-        "tied": words.get("tie_word_embeddings", True),
+        "tied": words["tie_word_embeddings"],
     }
 
 

@@ -1,6 +1,6 @@
 """Llama, Mistral, Mixtral, SmolLM 3 and OLMo 2: config.json to and from ModelConfig."""
 
-from lockstep.model.config import ModelConfig, MoEConfig, need
+from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel, need
 from lockstep.model.formats.huggingface.families.shared import (
     ACTIVATION_WORDS,
     activation_of,
@@ -12,26 +12,26 @@ from lockstep.model.formats.huggingface.families.shared import (
 from lockstep.model.formats.huggingface.rope import Words, rope_from, rope_words
 
 
-def read_llama(words: Words, *, tied: bool = False, theta: float = 10000.0) -> Words:
+def read_llama(words: Words) -> Words:
     """Fields of a Llama model, and those that later families share with it."""
     need(words, "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     need(words, "vocab_size", "max_position_embeddings", "rms_norm_eps")
     heads = words["num_attention_heads"]
-    attention = ("qkv", "out") if words.get("attention_bias") else ()
+    attention = ("qkv", "out") if words["attention_bias"] else ()
     return {
         "layers": words["num_hidden_layers"],
         "width": words["hidden_size"],
         "heads": heads,
-        "kv_heads": words.get("num_key_value_heads") or heads,
-        "head_dim": words.get("head_dim") or words["hidden_size"] // heads,
+        "kv_heads": words["num_key_value_heads"] or heads,
+        "head_dim": words["head_dim"] or words["hidden_size"] // heads,
         "intermediate": words["intermediate_size"],
         "vocabulary": words["vocab_size"],
         "context": words["max_position_embeddings"],
-        "activation": activation_of(words.get("hidden_act", "silu"), "hidden_act"),
-        "biases": (*attention, *(("mlp",) if words.get("mlp_bias") else ())),
+        "activation": activation_of(words["hidden_act"], "hidden_act"),
+        "biases": (*attention, *(("mlp",) if words["mlp_bias"] else ())),
         "norm_eps": words["rms_norm_eps"],
-        "rope": rope_from(words.get("rope_scaling") or words.get("rope_parameters") or {}, words, theta),
-        "tied": words.get("tie_word_embeddings", tied),
+        "rope": rope_from(words.get("rope_scaling") or words.get("rope_parameters") or {}, words),
+        "tied": words["tie_word_embeddings"],
     }
 
 
@@ -55,7 +55,7 @@ def write_llama(config: ModelConfig) -> Words:
 
 def read_mistral(words: Words) -> Words:
     """Fields of a Mistral model."""
-    window = words.get("sliding_window", 4096)
+    window = words["sliding_window"]
     return read_llama(words) | {"biases": ()} | ({} if window is None else {"window": window})
 
 
@@ -66,10 +66,12 @@ def write_mistral(config: ModelConfig) -> Words:
 
 def read_smollm3(words: Words) -> Words:
     """Fields of a SmolLM 3 model: layers without rotary positions, and sliding windows."""
-    fields = read_llama(words, tied=True, theta=2_000_000.0)
-    interval, layers = words.get("no_rope_layer_interval", 4), range(fields["layers"])
+    fields = read_llama(words)
+    interval, layers = words["no_rope_layer_interval"], range(fields["layers"])
     rotated = words.get("no_rope_layers") or [(i + 1) % interval for i in layers]
-    window = words.get("sliding_window") if words.get("use_sliding_window") else None
+    if len(rotated) < len(layers):
+        raise UnknownModel(f"config.json describes no model: no_rope_layers has {len(rotated)} of {len(layers)} layers")
+    window = words["sliding_window"] if words["use_sliding_window"] else None
     return (
         fields
         | {"unrotated_layers": tuple(i for i in layers if not rotated[i])}
@@ -94,14 +96,13 @@ def read_olmo2(words: Words) -> Words:
 
 def read_mixtral(words: Words) -> Words:
     """Fields of a Mixtral model."""
-    window = words.get("sliding_window")
+    fields = read_mistral(words)
     moe = MoEConfig(
-        experts=words.get("num_local_experts", 8),
-        experts_per_token=words.get("num_experts_per_tok", 2),
-        intermediate=words["intermediate_size"],
+        experts=words["num_local_experts"],
+        experts_per_token=words["num_experts_per_tok"],
+        intermediate=fields["intermediate"],
     )
-    fields = read_llama(words, theta=1_000_000.0) | {"biases": (), "moe": moe}
-    return fields | ({} if window is None else {"window": window})
+    return fields | {"moe": moe}
 
 
 def write_mixtral(config: ModelConfig) -> Words:

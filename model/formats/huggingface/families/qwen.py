@@ -10,8 +10,8 @@ from lockstep.model.formats.huggingface.rope import Words
 
 def read_qwen2(words: Words) -> Words:
     """Fields of a Qwen 2 model."""
-    window = words.get("sliding_window", 4096) if words.get("use_sliding_window") else None
-    full = words.get("max_window_layers", 28)
+    window = words["sliding_window"] if words["use_sliding_window"] else None
+    full = words["max_window_layers"]
     return (
         read_llama(words)
         | {"biases": ("qkv",)}
@@ -39,8 +39,8 @@ def read_qwen3(words: Words) -> Words:
 def _read_qwen_experts(words: Words, **shared: Any) -> MoEConfig:
     for feature, present in {
         "mlp_only_layers": words.get("mlp_only_layers"),
-        "decoder_sparse_step": words.get("decoder_sparse_step", 1) != 1,
-        "use_sliding_window": words.get("use_sliding_window"),
+        "decoder_sparse_step": words["decoder_sparse_step"] != 1,
+        "use_sliding_window": words["use_sliding_window"],
     }.items():
         refuse(feature, present)
     need(words, "num_experts_per_tok", "moe_intermediate_size")
@@ -51,7 +51,7 @@ def _read_qwen_experts(words: Words, **shared: Any) -> MoEConfig:
         experts=experts,
         experts_per_token=words["num_experts_per_tok"],
         intermediate=words["moe_intermediate_size"],
-        normalize=words.get("norm_topk_prob", False),
+        normalize=words["norm_topk_prob"],
         **shared,
     )
 
@@ -65,7 +65,7 @@ def read_qwen2_moe(words: Words) -> Words:
     """Fields of a Qwen 2 mixture-of-experts model, with its shared expert."""
     need(words, "shared_expert_intermediate_size")
     moe = _read_qwen_experts(words, shared_intermediate=words["shared_expert_intermediate_size"], shared_gate=True)
-    return read_qwen2(words) | {"biases": ("qkv",) if words.get("qkv_bias", True) else (), "moe": moe}
+    return read_qwen2(words) | {"biases": ("qkv",) if words["qkv_bias"] else (), "moe": moe}
 
 
 def write_qwen_moe(config: ModelConfig) -> Words:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lockstep.model.config import Head, ModelConfig, UnknownModel, refuse
+from lockstep.model.formats.files.reading import reading
+from lockstep.model.formats.huggingface.families.config_keys import completed
 from lockstep.model.formats.huggingface.families.gemma import (
     read_gemma,
     read_gemma2,
@@ -66,8 +68,15 @@ def from_huggingface(words: Words) -> ModelConfig:
 
     Raises:
         UnknownModel: for a family, or a feature, that the block lacks.
+        BadFile: for values that describe no model.
     """
+    with reading("config.json", "describes no model"):
+        return _model_of(words)
+
+
+def _model_of(words: Words) -> ModelConfig:
     family = _family(words.get("model_type"))
+    words = completed(words)
     for feature in ("use_bidirectional_attention", "quantization_config"):
         refuse(feature, words.get(feature))
     eos = words.get("eos_token_id")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lockstep.model.config import ModelConfig, UnknownModel, refuse
+from lockstep.model.config import ModelConfig, UnknownModel, need, refuse
 from lockstep.model.formats.huggingface.rope import Words
 
 _ACTIVATIONS = {
@@ -40,8 +40,12 @@ def layer_types(config: ModelConfig) -> list[str]:
 
 def layer_types_of(words: Words, is_full: Callable[[int], Any]) -> list[str]:
     """`layer_types` of config.json, or the family's rule where it has none."""
+    need(words, "num_hidden_layers")
     layers = range(words["num_hidden_layers"])
-    return words.get("layer_types") or ["full_attention" if is_full(i) else "sliding_attention" for i in layers]
+    types = words.get("layer_types") or ["full_attention" if is_full(i) else "sliding_attention" for i in layers]
+    if len(types) != len(layers):
+        raise UnknownModel(f"config.json describes no model: layer_types has {len(types)} of {len(layers)} layers")
+    return types
 
 
 def expert_fields(config: ModelConfig, key: str) -> Words:
