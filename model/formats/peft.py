@@ -1,7 +1,8 @@
 """Reads and writes PEFT adapters: `adapter_config.json` and `adapter_model.safetensors`, beside a base model elsewhere.
 
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint. A tensor's name there is `base_model.model.` and
-ours. What PEFT can do beyond plain LoRA of linear layers is refused.
+ours. What PEFT can do beyond plain LoRA of linear layers is refused by name, and so is what is not known here: a key
+that a later version adds may mean another model.
 """
 
 import json
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, digest
 from lockstep.model.config import LoraConfig, ModelConfig, Projection, UnknownModel, refuse
 from lockstep.model.formats.files.extents import write_bytes
+from lockstep.model.formats.files.reading import read_object, reading
 from lockstep.model.formats.files.safetensors import layout, read_header
 from lockstep.model.formats.huggingface.reader import BadFolder
 from lockstep.model.formats.huggingface.tensor_names import STORED
@@ -26,8 +28,20 @@ from lockstep.model.weights.names import VALUE, is_adapter, logical_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_PLAIN = ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out", "lora_bias")
-"""What must be empty or false."""
+_HARMLESS = {
+    *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version"),
+    *("r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "revision"),  # read below
+    *("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"),  # shown by the tensors
+    *("lora_dropout", "runtime_config", "ephemeral_gpu_offload", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # say how the initialization went
+}
+"""Keys of adapter_config.json that change no model, or that are taken into account; others must be empty or false."""
+
+_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the base model's weights alone.
+
+PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their part out of them first, and PEFT does so again when it loads adapters.
+"""
 
 
 class PeftFolder:
@@ -40,16 +54,17 @@ class PeftFolder:
             UnknownModel: when the adapters are of another kind.
         """
         self.folder, words = folder, _words(folder)
-        refuse(f"peft_type={words.get('peft_type')}", words.get("peft_type") != "LORA")
-        refuse(f"bias={words.get('bias')!r}", words.get("bias", "none") != "none")
-        for feature in _PLAIN:
-            refuse(feature, words.get(feature))
+        _check_plain(words)
         self.base: str | None = words.get("base_model_name_or_path")
         """The model that they belong to, by path or name."""
         self._extents = {name.removeprefix(PREFIX): extent for name, extent in read_header(folder / WEIGHTS).items()}
+        with reading(folder / CONFIG):
+            self.lora = self._lora(words)
+
+    def _lora(self, words: dict[str, Any]) -> LoraConfig:
         targets = {name.split(".")[-3] for name in self._extents if is_adapter(name)}
         refuse(f"adapters of {', '.join(sorted(targets - {*get_args(Projection)}))}", targets - {*get_args(Projection)})
-        self.lora = LoraConfig(
+        return LoraConfig(
             rank=words["r"],
             alpha=words.get("lora_alpha", 8),
             rslora=words.get("use_rslora", False),
@@ -63,9 +78,12 @@ class PeftFolder:
             BadFolder: when a tensor that the model asks for is missing, has another shape, or is none of the model's.
         """
         head = "value" if VALUE in self._extents else model.head
-        wanted = ModelConfig(**model.with_head(head).model_dump() | {"lora": self.lora.model_dump()})
+        with reading(self.folder, "does not fit the model that it names"):
+            wanted = ModelConfig(**model.with_head(head).model_dump() | {"lora": self.lora.model_dump()})
         shapes = logical_tensors(wanted)
-        for name in [name for name in shapes if is_adapter(name)]:
+        whole = {name for name in self._extents if not is_adapter(name)} - {VALUE}
+        refuse(f"modules_to_save, {min(whole, default='')} over a base model with a tied head,", whole and model.tied)
+        for name in [name for name in shapes if is_adapter(name) or name in self._extents]:
             found = self._extents[name].shape if name in self._extents else None
             if found != shapes[name]:
                 raise BadFolder(f"{self.folder} has {name} of shape {found}, and its model asks for {shapes[name]}")
@@ -157,12 +175,30 @@ def _config(model: ModelConfig, base: str) -> dict[str, Any]:
 
 
 def _words(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise BadFolder(f"{folder / CONFIG} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("r"), int):
+    found = read_object(folder / CONFIG)
+    if not isinstance(found.get("r"), int):
         raise BadFolder(f"{folder / CONFIG} does not say the rank r of its adapters")
+    if not isinstance(found.get("base_model_name_or_path"), str | None):
+        raise BadFolder(f"{folder / CONFIG} has a base_model_name_or_path that is no text")
     if not (folder / WEIGHTS).is_file():
         raise BadFolder(f"{folder} lacks {WEIGHTS}")
     return found
+
+
+def _check_plain(words: dict[str, Any]) -> None:
+    """Refuse by name whatever makes another model of base and adapters than W + scale · B · A.
+
+    Raises:
+        UnknownModel: when there is something.
+    """
+    refuse(f"peft_type={words.get('peft_type')}", words.get("peft_type") != "LORA")
+    refuse(f"bias={words.get('bias')!r}", words.get("bias", "none") != "none")
+    begun, revision = words.get("init_lora_weights", True), words.get("revision")
+    if not isinstance(begun, bool | str | None) or begun not in _UNCHANGED:
+        raise UnknownModel(
+            f"this checkpoint uses init_lora_weights={begun!r}, whose base model is not the one that it names: save it "
+            "with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…), which makes plain LoRA of it"
+        )
+    refuse(f"revision={revision!r} of its base model", revision not in (None, "main"))
+    for feature in sorted(words.keys() - _HARMLESS):
+        refuse(feature, words[feature])

@@ -1,6 +1,7 @@
 """Adapters in PEFT's format, there and back: the same logits as the real library, and what is not LoRA is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lockstep.cluster.checks.verify import verify_checkpoint
 from lockstep.cluster.conversion.convert import convert_checkpoint
@@ -122,21 +123,151 @@ def test_adapters_of_a_reward_model_bring_its_head(tiny_folder: Path, groups: Gr
         convert_checkpoint(Conversion(str(ours), tmp_path / "megatron", "megatron"))
 
 
+def begun_as(kind: str | bool, base: Path, folder: Path) -> Path:
+    """Adapters whose initialization PEFT knows as `kind`, after a little training."""
+    torch.manual_seed(1)
+    words = PeftConfig(r=4, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=kind)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), words)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.05 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", [True, "gaussian", "orthogonal", "eva"])
+def test_beginnings_that_leave_the_base_alone_have_the_logits_of_peft(
+    kind: str | bool, tiny_folder: Path, groups: Groups, tmp_path: Path
+) -> None:
+    adapters = begun_as(kind, tiny_folder, tmp_path / "adapters")
+    assert json.loads((adapters / "adapter_config.json").read_text())["init_lora_weights"] == kind
+    expected = peft_logp(tiny_folder, adapters)
+    np.testing.assert_allclose(our_logp(groups, adapters), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
+def test_beginnings_that_take_their_part_out_of_the_base_are_refused(
+    kind: str, tiny_folder: Path, groups: Groups, tmp_path: Path
+) -> None:
+    adapters = begun_as(kind, tiny_folder, tmp_path / "adapters")
+    with pytest.raises(UnknownModel, match=f"uses init_lora_weights='{kind}', whose base model is not the one that it"):
+        convert_checkpoint(Conversion(str(adapters), tmp_path / "out", "hf"))
+    # What is refused would be another model: as plain LoRA over the untouched base.
+    words = json.loads((adapters / "adapter_config.json").read_text())
+    (adapters / "adapter_config.json").write_text(json.dumps(words | {"init_lora_weights": True}))
+    plain = our_logp(groups, adapters)
+    (adapters / "adapter_config.json").write_text(json.dumps(words))
+    assert np.abs(plain - peft_logp(tiny_folder, adapters)).max() > 0.05
+
+
+def test_what_peft_makes_plain_lora_of_is_read(tiny_folder: Path, groups: Groups, tmp_path: Path) -> None:
+    """The way that the refusal of PiSSA names."""
+    torch.manual_seed(1)
+    words = PeftConfig(r=4, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights="pissa")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32), words)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "begun")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.05 * torch.randn(parameter.shape)
+    expected = logp_of(model.eval())
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "begun"))
+    np.testing.assert_allclose(our_logp(groups, tmp_path / "plain"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_modules_that_are_saved_whole_replace_the_base_s(tied: bool, groups: Groups, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(tmp_path / "base")
+    whole = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    words = PeftConfig(r=2, target_modules=["v_proj"], modules_to_save=whole, task_type="CAUSAL_LM")
+    base.name_or_path = str(tmp_path / "base")
+    model = get_peft_model(base, words)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape)
+    model.save_pretrained(tmp_path / "adapters")
+    if tied:
+        with pytest.raises(UnknownModel, match=r"modules_to_save, model\.embed_tokens\.weight over .* a tied head"):
+            open_model(str(tmp_path / "adapters"))
+        return
+    expected = peft_logp(tmp_path / "base", tmp_path / "adapters")
+    np.testing.assert_allclose(our_logp(groups, tmp_path / "adapters"), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"peft_type": "IA3"}, "peft_type=IA3"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias='all'"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2], [1, 4]]}, "layer_replication"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+        ({"a_key_of_a_later_version": "on"}, "a_key_of_a_later_version"),
+        ({"revision": "v2"}, "revision='v2' of its base model"),
+        *(
+            ({"init_lora_weights": kind}, f"init_lora_weights={kind!r}")
+            for kind in ("pissa_niter_16", "corda", "loftq")
+        ),
+        *(
+            ({"init_lora_weights": kind}, f"init_lora_weights={kind!r}")
+            for kind in ("lora_ga", "mica", "OLORA", "new", 1)
+        ),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(change: dict[str, object], said: str, folder: Path, tmp_path: Path) -> None:
     words = json.loads((folder / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(words | change))
     (tmp_path / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
-    with pytest.raises(UnknownModel, match=f"uses {said}"):
+    with pytest.raises(UnknownModel, match=f"uses {re.escape(said)}"):
         PeftFolder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"r": None}, "does not say the rank r"),
+        ({"r": "4"}, "does not say the rank r"),
+        ({"r": -1}, "rank"),
+        ({"r": 5}, r"has .*lora_A.* of shape \(4, "),
+        ({"lora_alpha": "many"}, "alpha"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path that is no text"),
+    ],
+)
+def test_what_is_no_adapter_config_is_one_sentence(
+    change: dict[str, object], said: str, folder: Path, tmp_path: Path
+) -> None:
+    words = json.loads((folder / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(words | change))
+    (tmp_path / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=said) as raised:
+        open_model(str(tmp_path))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_folder_that_is_not_whole_is_refused(folder: Path, tmp_path: Path) -> None:
