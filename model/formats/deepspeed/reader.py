@@ -4,7 +4,6 @@ Two kinds of names are understood: those of a Hugging Face model, which one mode
 of Lockstep's own `Transformer` in any tensor and pipeline layout. fp32 masters and moments are the optimizer's own.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lockstep.distributed.checkpoint.file_names import path_inside
 from lockstep.distributed.checkpoint.tensors import STATES, Box, overlap, state_name, to_numpy, within
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, FlatTensor
 from lockstep.model.formats.deepspeed.tensor_map import Place, places_of
 from lockstep.model.formats.deepspeed.zero_files import read_folder
+from lockstep.model.formats.files.reading import read_object, read_text, reading
 from lockstep.model.formats.huggingface.families.registry import from_huggingface
 
 
@@ -39,12 +40,12 @@ class DeepSpeedFolder:
         """
         self.folder = step_folder(path)
         self.config = config or _config_beside(self.folder)
-        self._ranks = read_folder(self.folder)
-        self._places = places_of(self.config, self._ranks)
-        self.updates = self._ranks[0].updates
-        self.states = tuple(
-            state_name(kind, name) for kind in STATES for name, found in self._places.items() if self._has(kind, found)
-        )
+        with reading(self.folder):
+            self._ranks = read_folder(self.folder)
+            self._places = places_of(self.config, self._ranks)
+            self.updates = self._ranks[0].updates
+            states = ((kind, name, found) for kind in STATES for name, found in self._places.items())
+            self.states = tuple(state_name(kind, name) for kind, name, found in states if self._has(kind, found))
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
         """See `Source`. Only the rows of the files that the box needs are read, unless the file has them transposed."""
@@ -96,7 +97,7 @@ def step_folder(path: Path) -> Path:
     """
     for latest in (path / "latest", path / "latest_universal"):
         if latest.is_file():
-            path = path / latest.read_text().strip()
+            path = path_inside(path, read_text(latest).strip(), latest)
             break
     if not path.is_dir():
         raise BadDeepSpeedFolder(f"there is no folder {path}: give the one that save_checkpoint was given")
@@ -106,7 +107,7 @@ def step_folder(path: Path) -> Path:
 def _config_beside(folder: Path) -> ModelConfig:
     for place in (folder, folder.parent):
         if (place / "config.json").is_file():
-            return from_huggingface(json.loads((place / "config.json").read_text()))
+            return from_huggingface(read_object(place / "config.json"))
     raise BadDeepSpeedFolder(
         f"{folder} does not say which model it is of: put the model's config.json into it, or give a configuration"
     )

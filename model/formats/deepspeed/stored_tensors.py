@@ -72,7 +72,10 @@ def load(path: Path) -> Any:
 def param(path: Path) -> Tensor:
     """Load the tensor of a file in a universal checkpoint."""
     found = load(path)
-    return found["param"] if isinstance(found, dict) else found
+    found = found.get("param") if isinstance(found, dict) else found
+    if not isinstance(found, Tensor):
+        raise BadDeepSpeedFolder(f"{path} holds no tensor: copy it again, or take another checkpoint")
+    return found
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,10 @@ class TensorFile:
 
     def flatten(self) -> Tensor:
         """All elements."""
-        return param(self.path).flatten()
+        found = param(self.path).flatten()
+        if len(found) < self.elements:
+            raise BadDeepSpeedFolder(f"{self.path} has {len(found)} of {self.elements} elements: copy it again")
+        return found
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lockstep.distributed.checkpoint.file_names import path_inside
 from lockstep.model.formats.deepspeed.stored_tensors import (
     BadDeepSpeedFolder,
     FlatTensor,
@@ -24,6 +25,7 @@ from lockstep.model.formats.deepspeed.stored_tensors import (
     load,
     param,
 )
+from lockstep.model.formats.files.extents import checked_tensor
 
 MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": "momentum"}
 """Tensors of an optimizer's state, by their names in files, and the kinds that they are."""
@@ -101,6 +103,7 @@ def _module(model: Mapping[str, Any]) -> dict[str, Tensor]:
     first: dict[Any, str] = {}
     for name, tensor in model["module"].items():
         if isinstance(tensor, Tensor) and name not in ignored:
+            checked_tensor(name, Path("mp_rank_XX_model_states.pt"))
             first.setdefault(tensor.data_ptr() if tensor.numel() else name, name)
     return {name: model["module"][name] for name in first.values()}
 
@@ -221,7 +224,7 @@ def _universal(zero: Path, models: Sequence[Mapping[str, Any]]) -> RankTensors:
     shapes = {
         name: shape for model in models for group in model.get("param_shapes", ()) for name, shape in group.items()
     }
-    for name in (n for n in module if (zero / n / "fp32.pt").is_file()):
+    for name in (n for n in module if path_inside(zero, f"{n}/fp32.pt", zero.parent).is_file()):
         found = param(zero / name / "fp32.pt")
         shape = found.shape if found.dim() > 1 else shapes.get(name, found.shape)  # ZeRO 3's are laid flat
         for file, kind in ({"fp32": "master"} | MOMENTS).items():

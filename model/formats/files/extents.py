@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,17 @@ _BLOCK = 8 << 20
 
 class BadFile(ValueError):
     """A file that is damaged, or that is not in the format that its name says."""
+
+
+def checked_tensor(name: object, path: Path) -> str:
+    """Return the name that a file gives a tensor, if it is one.
+
+    Raises:
+        BadFile: for what is no text, is empty, or would break a line.
+    """
+    if not isinstance(name, str) or not name.isprintable() or not name:
+        raise BadFile(f"{path} has a tensor that is called {str(name)[:80]!r}: it is damaged")
+    return name
 
 
 def read_bytes(path: Path, offset: int, size: int) -> NDArray[np.uint8]:
@@ -96,10 +106,3 @@ class Extent:
     def _rows(self, start: int, stop: int) -> NDArray[Any]:
         data = read_bytes(self.path, self.offset + start * self._row_size, (stop - start) * self._row_size)
         return data.view(self.dtype).reshape(stop - start, *self.shape[1:])
-
-
-def left_out(names: Iterable[str]) -> tuple[str, ...]:
-    """A sentence on tensors of a file that the model does not have; empty where there are none."""
-    unused = sorted(names)
-    shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
-    return (f"{len(unused)} tensors that the model does not have are left out: {shown}",) if unused else ()

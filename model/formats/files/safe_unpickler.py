@@ -52,7 +52,9 @@ def load_pickle(file: IO[bytes], listed: Mapping[str, tuple[str, ...]], what: st
     return _guarded(_Restricted(file, listed).load, what)
 
 
-class _Restricted(pickle.Unpickler):
+class _Restricted(pickle._Unpickler):
+    """In Python: for a memo's number, that in C allocates as much memory as the number says."""
+
     def __init__(self, file: IO[bytes], listed: Mapping[str, tuple[str, ...]]) -> None:
         super().__init__(file)
         self._listed = listed
@@ -96,6 +98,7 @@ def _guarded(load: Callable[[], Any], what: str) -> Any:
     try:
         return load()
     except _Foreign as error:
-        raise UnreadFile(f"{what} is not read: it holds {error}, which is not on the list of what may be") from error
+        held = " ".join(str(error).split())
+        raise UnreadFile(f"{what} is not read: it holds {held}, which is not on the list of what may be") from error
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UnreadFile(f"{what} is damaged ({type(error).__name__}): copy it again") from error

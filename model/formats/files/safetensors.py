@@ -7,13 +7,14 @@ are all in memory, which does not suit one of 5 GB.
 import json
 import math
 from collections.abc import Mapping
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 
-from lockstep.model.formats.files.extents import BadFile, Extent, read_bytes
+from lockstep.model.formats.files.extents import BadFile, Extent, checked_tensor, read_bytes
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -29,6 +30,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 
+_LONGEST_HEADER = 100_000_000
+"""Bytes of a header at most, as in the library."""
+
+_NO_SIZE = 1 << 63
+
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 """Shape and dtype of each tensor of a file."""
 
@@ -41,12 +47,12 @@ def read_header(path: Path) -> dict[str, Extent]:
     """
     size = path.stat().st_size
     length = int(read_bytes(path, 0, 8).view("<u8")[0]) if size >= 8 else size
-    if length > size - 8:
+    if length > min(size - 8, _LONGEST_HEADER):
         raise BadFile(f"{path} is cut off, or no safetensors file: its {size} bytes do not hold its own header")
     try:
-        listed = json.loads(read_bytes(path, 8, length).tobytes())
+        listed = json.loads(read_bytes(path, 8, length).tobytes(), object_pairs_hook=_unique)
         found = {n: _extent(path, n, words, 8 + length) for n, words in listed.items() if n != "__metadata__"}
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, KeyError) as error:
+    except (UnicodeDecodeError, JSONDecodeError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise BadFile(f"{path} is no safetensors file: its header cannot be read ({error!r})") from error
     end = max((extent.offset + extent.size for extent in found.values()), default=0)
     if end > size:
@@ -54,11 +60,21 @@ def read_header(path: Path) -> dict[str, Extent]:
     return found
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise KeyError("a name is there twice")
+    return found
+
+
 def _extent(path: Path, name: str, words: dict[str, Any], data: int) -> Extent:
+    checked_tensor(name, path)
     if words["dtype"] not in _DTYPES:
-        raise BadFile(f"{name} in {path} has dtype {words['dtype']}: supported are {', '.join(_DTYPES)}")
-    start, stop = words["data_offsets"]
-    extent = Extent(path, data + start, tuple(words["shape"]), _DTYPES[words["dtype"]])
+        raise BadFile(f"{name} in {path} has dtype {words['dtype']!r}: supported are {', '.join(_DTYPES)}")
+    shape, (start, stop) = tuple(words["shape"]), words["data_offsets"]
+    if not all(type(n) is int and 0 <= n < _NO_SIZE for n in (*shape, start, stop)):
+        raise BadFile(f"{name} in {path} has the shape {shape} and lies from {start} to {stop}, which cannot be")
+    extent = Extent(path, data + start, shape, _DTYPES[words["dtype"]])
     if extent.size != stop - start:
         raise BadFile(f"{name} in {path} has {stop - start} bytes, and its shape {extent.shape} needs {extent.size}")
     return extent

@@ -5,7 +5,6 @@ Format: https://docs.pytorch.org/docs/stable/notes/serialization.html. Only what
 
 import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lockstep.distributed.checkpoint.tensors import to_numpy
-from lockstep.model.formats.files.extents import BadFile, Extent
+from lockstep.model.formats.files.extents import BadFile, Extent, checked_tensor
 
 
 def read_torch(path: Path) -> dict[str, Extent]:
@@ -26,13 +25,13 @@ def read_torch(path: Path) -> dict[str, Extent]:
     try:
         with FakeTensorMode():
             state: Any = torch.load(path, weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises nearly anything
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds a {foreign[1]}" if foreign else "it is damaged or cut off"
         raise BadFile(f"{path} cannot be read as weights alone, because {reason}: save it as safetensors") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise BadFile(f"{path} holds more than tensors by name: save the model's state_dict alone")
-    found = {name: _extent(path, name, tensor) for name, tensor in state.items()}
+    found = {checked_tensor(name, path): _extent(path, name, tensor) for name, tensor in state.items()}
     end, size = max((e.offset + e.size for e in found.values()), default=0), path.stat().st_size
     if end > size:
         raise BadFile(f"{path} is cut off: it has {size} bytes, and its tensors end at {end}")
@@ -48,4 +47,7 @@ def _extent(path: Path, name: str, tensor: Tensor) -> Extent:
 
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    return to_numpy(torch.empty(0, dtype=dtype)).dtype
+    try:
+        return to_numpy(torch.empty(0, dtype=dtype)).dtype
+    except TypeError as error:
+        raise BadFile(f"a tensor has the dtype {dtype}, which is not read: save it as safetensors") from error

@@ -15,10 +15,10 @@ from lockstep.model.config import ModelConfig
 from lockstep.model.formats.files.extents import write_bytes
 from lockstep.model.formats.files.safetensors import Shapes, layout
 from lockstep.model.formats.huggingface.families.registry import to_huggingface
-from lockstep.model.formats.huggingface.reader import CONFIG, GENERATION
+from lockstep.model.formats.huggingface.reader import CONFIG
 from lockstep.model.formats.huggingface.tensor_names import STORED, Stored
 from lockstep.model.formats.recast import Recast
-from lockstep.model.formats.target import LARGEST_PART, Part, split, write_whole
+from lockstep.model.formats.target import GENERATION, LARGEST_PART, Part, split, write_whole
 from lockstep.model.weights.names import EMBEDDING, logical_tensors
 
 SHARD_BYTES = 5 * 10**9

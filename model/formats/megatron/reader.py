@@ -4,7 +4,6 @@ Optimizer state has the tensors' names and shapes behind a prefix, in the format
 Format: https://docs.nvidia.com/megatron-core/developer-guide/latest/api-guide/core/dist_checkpointing.html.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lockstep.distributed.checkpoint.tensors import Box, state_name, to_numpy
+from lockstep.distributed.checkpoint.file_names import path_inside
+from lockstep.distributed.checkpoint.tensors import Box, state_name
 from lockstep.model.config import ModelConfig, UnknownModel
+from lockstep.model.formats.files.reading import read_object, read_text, reading
 from lockstep.model.formats.huggingface.families.registry import from_huggingface
 from lockstep.model.formats.megatron.arguments import from_megatron
 from lockstep.model.formats.megatron.tensor_map import STORED_EMBEDDING, Place, parts, place, variants
@@ -67,7 +68,7 @@ class MegatronFolder:
         found = self._places[tensor]
         key = self._states[kind, found.key] if kind else found.key
         if any(start == stop for start, stop in box):
-            return to_numpy(torch.empty([stop - start for start, stop in box], dtype=self._stored.dtype(key)))
+            return self._stored.empty(key, box)
         rows = found.rows(*box[0])
         lead = [(i, i + 1) for i in found.lead]
         array = self._stored.read(key, (*lead, (int(rows[0]), int(rows[-1]) + 1), *box[1:]))
@@ -98,7 +99,8 @@ class MegatronFolder:
     @property
     def updates(self) -> int:
         """See `Source`."""
-        steps = set(_steps(self._common.get("optimizer", {})))
+        with reading(self.folder, "does not say after how many updates it was saved"):
+            steps = set(_steps(self._common.get("optimizer", {})))
         if len(steps) > 1:
             raise BadTorchDist(f"{self.folder} has parameters after {sorted(steps)} updates: they must be equally many")
         return steps.pop() if steps else 0
@@ -117,12 +119,13 @@ class MegatronFolder:
     def _config(self) -> ModelConfig:
         beside = self.folder / "config.json"
         if beside.is_file():
-            return from_huggingface(json.loads(beside.read_text()))
+            return from_huggingface(read_object(beside))
         words = self._common.get("args", self._common.get("config"))
         if words is None:
             raise UnknownModel(f"{self.folder} does not say which model it holds: put the model's config.json into it")
-        rows = self._stored.shapes.get(STORED_EMBEDDING, (0,))[0]
-        return from_megatron(words if isinstance(words, Mapping) else vars(words), rows)
+        with reading(self.folder, "does not say which model it holds"):
+            rows = self._stored.shapes.get(STORED_EMBEDDING, (0,))[0]
+            return from_megatron(words if isinstance(words, Mapping) else vars(words), rows)
 
     def _find(self, stacked: Place) -> Place:
         found = next((p for p in variants(stacked) if p.key in self._stored.shapes), None)
@@ -146,8 +149,8 @@ def _newest(path: Path) -> Path:
     tracker = path / _TRACKER
     if not tracker.is_file():
         return path
-    said = tracker.read_text().strip()
-    return path / (f"iter_{int(said):07d}" if said.isdecimal() else said)
+    said = read_text(tracker).strip()
+    return path_inside(path, f"iter_{said:0>7}" if said.isdecimal() else said, tracker)
 
 
 def _steps(state: Any) -> Iterator[int]:

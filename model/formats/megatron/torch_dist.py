@@ -8,6 +8,7 @@ Format: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html.
 
 import io
 import json
+import math
 import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -29,8 +30,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from lockstep.distributed.checkpoint.file_names import checked_name, path_inside
 from lockstep.distributed.checkpoint.tensors import Box, overlap, to_numpy, to_torch, within
-from lockstep.model.formats.files.extents import write_bytes
+from lockstep.model.formats.files.extents import checked_tensor, read_bytes, write_bytes
+from lockstep.model.formats.files.reading import read_object, reading
 from lockstep.model.formats.files.safe_unpickler import load_pickle, load_torch
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
@@ -97,16 +100,17 @@ class TorchDist:
             UnreadFile: when one is damaged, or holds a class that is not listed.
         """
         self.folder = folder
-        backend = json.loads(self._path("metadata.json").read_text()).get("sharded_backend")
+        backend = read_object(self._path("metadata.json")).get("sharded_backend")
         if backend != BACKEND["sharded_backend"]:
             raise BadTorchDist(f"{folder} has the format {backend!r}: save it with --ckpt-format torch_dist")
         metadata = _metadata(self._path(".metadata"))
-        self._tensors = _tensors(metadata)
-        self._objects = {
-            index.fqn: place
-            for index, place in metadata.storage_data.items()
-            if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata)
-        }
+        with reading(folder / ".metadata"):
+            self._tensors = _tensors(metadata)
+            self._objects = {
+                index.fqn: _checked(place)
+                for index, place in metadata.storage_data.items()
+                if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata)
+            }
         self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
         self.names = (*self._tensors, *self._objects)
 
@@ -114,12 +118,31 @@ class TorchDist:
         """The dtype that a tensor is stored in."""
         return self._tensors[name].dtype
 
+    def empty(self, name: str, box: Box) -> NDArray[Any]:
+        """Room for a box of a tensor, in the dtype that it is stored in.
+
+        Raises:
+            BadTorchDist: when NumPy has no such dtype.
+        """
+        try:
+            return to_numpy(torch.empty([stop - start for start, stop in box], dtype=self.dtype(name)))
+        except TypeError as error:
+            raise BadTorchDist(
+                f"{name} in {self.folder} has the dtype {self.dtype(name)}, which is not read"
+            ) from error
+
     def common(self) -> dict[str, Any]:
         """What was saved beside the tensors."""
         if COMMON_OBJECT in self._objects:
-            return load_torch(self._bytes(self._objects[COMMON_OBJECT]), f"{COMMON_OBJECT} in {self.folder}")[0]
-        path = self._path("common.pt")
-        return load_torch(path.read_bytes(), str(path))
+            what = f"{COMMON_OBJECT} in {self.folder}"
+            with reading(what):
+                found = load_torch(self._bytes(self._objects[COMMON_OBJECT]), what)[0]
+        else:
+            what = str(self._path("common.pt"))
+            found = load_torch(Path(what).read_bytes(), what)
+        if not isinstance(found, dict):
+            raise BadTorchDist(f"{what} holds {type(found).__name__}, and was to hold values by name")
+        return found
 
     def read(self, name: str, box: Box) -> NDArray[Any]:
         """Read a box of one tensor, of size 1 on each dim but the last two.
@@ -128,16 +151,14 @@ class TorchDist:
             BadTorchDist: when chunks are missing or cut off.
         """
         stored = self._tensors[name]
-        out = to_numpy(torch.empty([stop - start for start, stop in box], dtype=stored.dtype))
-        found = 0
-        for chunk in stored.near(box):
-            common = overlap(chunk.box, box)
-            if common is not None:
-                part = self._chunk(name, chunk, stored.dtype)[within(common, chunk.box)]
-                out[within(common, box)] = part
-                found += part.size
-        if found != out.size:
-            raise BadTorchDist(f"{self.folder} holds {found} of the {out.size} values of {name} at {box}")
+        parts = {i: common for i, chunk in enumerate(stored.near(box)) if (common := overlap(chunk.box, box))}
+        found, wanted = sum(map(_volume, parts.values())), _volume(box)
+        if found != wanted:
+            raise BadTorchDist(f"{self.folder} holds {found} of the {wanted} values of {name} at {box}")
+        out = self.empty(name, box)
+        for i, common in parts.items():
+            chunk = stored.near(box)[i]
+            out[within(common, box)] = self._chunk(name, chunk, stored.dtype)[within(common, chunk.box)]
         return out
 
     def _chunk(self, name: str, chunk: _Chunk, dtype: torch.dtype) -> NDArray[Any]:
@@ -151,34 +172,50 @@ class TorchDist:
         return to_numpy(tensor)
 
     def _bytes(self, place: _StorageInfo) -> bytes:
-        with self._path(place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            content = file.read(place.length)
-        if len(content) != place.length:
-            raise BadTorchDist(
-                f"{self.folder / place.relative_path} ends {place.length - len(content)} bytes before its chunk does: "
-                "copy the folder again"
-            )
-        return content
+        path = self._path(place.relative_path)
+        missing = place.offset + place.length - path.stat().st_size
+        if missing > 0:
+            raise BadTorchDist(f"{path} ends {missing} bytes before its chunk does: copy the folder again")
+        return read_bytes(path, place.offset, place.length).tobytes()
 
     def _path(self, name: str) -> Path:
-        if not (self.folder / name).is_file():
+        path = path_inside(self.folder, name, self.folder / ".metadata")
+        if not path.is_file():
             raise BadTorchDist(f"{self.folder} lacks {name}: give a folder that Megatron saved whole")
-        return self.folder / name
+        return path
 
 
 def _tensors(metadata: Metadata) -> dict[str, _Stored]:
     tensors, sizes = {}, {}
     for name, said in metadata.state_dict_metadata.items():
+        checked_tensor(name, Path(".metadata"))
         if isinstance(said, TensorStorageMetadata):
-            tensors[name] = _Stored(tuple(said.size), said.properties.dtype)
-            sizes[name] = {tuple(chunk.offsets): chunk.sizes for chunk in said.chunks}
+            tensors[name] = _Stored(_sizes(said.size), said.properties.dtype)
+            sizes[name] = {tuple(chunk.offsets): _sizes(chunk.sizes) for chunk in said.chunks}
     for index, place in metadata.storage_data.items():
         if index.fqn in tensors:
-            offset = tuple(index.offset or ())
+            offset = _sizes(index.offset or ())
             box = tuple((start, start + size) for start, size in zip(offset, sizes[index.fqn][offset], strict=True))
-            tensors[index.fqn].add(_Chunk(box, place))
+            tensors[index.fqn].add(_Chunk(box, _checked(place)))
     return tensors
+
+
+def _sizes(said: Iterable[int]) -> tuple[int, ...]:
+    sizes = tuple(said)
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise TypeError(f"sizes {sizes}")
+    return sizes
+
+
+def _checked(place: _StorageInfo) -> _StorageInfo:
+    """A chunk's place, whose numbers are numbers and whose file lies in the folder."""
+    checked_name(place.relative_path, ".metadata")
+    _sizes((place.offset, place.length))
+    return place
+
+
+def _volume(box: Box) -> int:
+    return math.prod(stop - start for start, stop in box)
 
 
 def _metadata(path: Path) -> Metadata:

@@ -17,17 +17,33 @@ from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.storage import Storage, storage_of
 
 OUTSIDE: list[Any] = [
-    *("../planted", "a/../../planted", "a/..", "..", ".", "./a", "a/./b", "", "/", "/etc/passwd", "//host/x", "a//b", "a/"),
+    *(
+        "../planted",
+        "a/../../planted",
+        "a/..",
+        "..",
+        ".",
+        "./a",
+        "a/./b",
+        "",
+        "/",
+        "/etc/passwd",
+        "//host/x",
+        "a//b",
+        "a/",
+    ),
     *("..\\planted", "a\\b", "C:\\x", "c:x", "a\0b", "a\nb", "\x7f", "s3://bucket/x", "file:///etc/passwd", "a/gs://b"),
     *("a" * 256, "ä" * 128, "a/" * 600 + "b", "\ud800", None, 7, 1.5, True, {"a": 1}, ["a"], b"a"),
 ]
-INSIDE = ["a", "a.b", "..a", "a..", "...", ".metadata", "__0_0.distcp", "a/b/c", "exp_avg/model.norm.weight", "ü", "a b",
-          "epoch=1-step=2", "12:30", "a" * 255, "~", "$HOME", "%2e%2e", "-rf"]  # fmt: skip
+INSIDE = [
+    *("a", "a.b", "..a", "a..", "...", ".metadata", "__0_0.distcp", "a/b/c", "exp_avg/model.norm.weight", "ü", "a b"),
+    *("epoch=1-step=2", "12:30", "a" * 255, "~", "$HOME", "%2e%2e", "-rf"),
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=[repr(name)[:30] for name in OUTSIDE])
 def test_names_that_lead_out_or_are_none_are_refused(name: Any, tmp_path: Path) -> None:
-    with pytest.raises(BadName, match="index names .*: a name must be relative and stay inside of its folder"):
+    with pytest.raises(BadName, match=r"index names .*: a name must be relative and stay inside of its folder"):
         checked_name(name, "index")
     with pytest.raises(BadName):
         path_inside(tmp_path, name, "index")
@@ -99,7 +115,10 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "files as text": ({"files": "note.txt"}, "it has str where a list of file names was needed"),
     "no files": ({"files": None}, "it has NoneType where a list"),
     "array outside": ({"tensors": {"exp_avg/../../../w": ENTRY}}, "it names 'exp_avg/"),
-    "array of no shape": ({"tensors": {"w": {"dtype": "float32"}}}, "does not say shape, dtype and chunks of the array w"),
+    "array of no shape": (
+        {"tensors": {"w": {"dtype": "float32"}}},
+        "does not say shape, dtype and chunks of the array w",
+    ),
     "chunks of 0": ({"tensors": {"w": ENTRY | {"chunk": [0]}}}, "does not say shape"),
     "negative shape": ({"tensors": {"w": ENTRY | {"shape": [-2]}}}, "does not say shape"),
     "no tensors": ({"tensors": []}, "it lists no tensors"),

@@ -11,9 +11,12 @@ from gguf import GGMLQuantizationType as Quantization
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, GgufConfig
 
+from lockstep.cluster.conversion.convert import convert_checkpoint
+from lockstep.cluster.conversion.plan import Conversion
 from lockstep.distributed.checkpoint.tensors import whole
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.formats.files.extents import BadFile
+from lockstep.model.formats.files.gguf_header import GGUFHeader
 from lockstep.model.formats.gguf import ARCHITECTURES, GGUFFile
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.names import logical_tensors
@@ -181,3 +184,99 @@ def test_a_tokenizer_of_an_unknown_kind_is_left_out_and_said_so(tmp_path: Path) 
     assert file.notes == (
         "the tokenizer is left out: tokenizer.ggml.model='llama' is not supported: known is gpt2, byte-level BPE",
     )
+
+
+def with_biases(path: Path, architecture: str, names: tuple[str, ...]) -> Path:
+    """A file with further biases beside its layers' weights, and nothing of them in its keys."""
+    model = MODELS[architecture]
+    rows = {"attn_q": model.heads * model.head_dim, "attn_output": model.width, "ffn_down": model.width}
+    rows |= dict.fromkeys(("attn_k", "attn_v"), model.kv_heads * model.head_dim)
+    rows |= dict.fromkeys(("ffn_gate", "ffn_up"), model.intermediate)
+    generator = np.random.default_rng(7)
+    biases = {
+        f"blk.{layer}.{name}.bias": generator.normal(0, 0.5, rows[name]).astype(np.float32)
+        for layer in range(model.layers)
+        for name in names
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "write_header_to_file", _first(biases, gguf.GGUFWriter.write_header_to_file))
+        return write_gguf(path, architecture)
+
+
+def _first(biases: dict[str, NDArray[np.float32]], then: Any) -> Any:
+    def write(writer: gguf.GGUFWriter) -> None:
+        for name, bias in biases.items():
+            writer.add_tensor(name, bias)
+        then(writer)
+
+    return write
+
+
+QKV = ("attn_q", "attn_k", "attn_v")
+
+
+@pytest.mark.parametrize(
+    ("names", "family", "biases"),
+    [
+        (QKV, "qwen2", ("qkv",)),
+        ((*QKV, "attn_output"), "llama", ("qkv", "out")),
+        (("ffn_gate", "ffn_up", "ffn_down"), "llama", ("mlp",)),
+        ((*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down"), "llama", ("qkv", "out", "mlp")),
+    ],
+)
+def test_biases_that_only_the_tensors_show_come_along(
+    names: tuple[str, ...], family: str, biases: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = with_biases(tmp_path / "model.gguf", "llama", names)
+    file = GGUFFile(path)
+    assert (file.config.family, file.config.biases) == (family, biases)
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    convert_checkpoint(Conversion(str(path), tmp_path / "out", "hf"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    found = model.state_dict()
+    for layer in range(file.config.layers):
+        for name in names:
+            logical = {
+                "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+                "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+                "ffn_down": "mlp.down_proj",
+            }[name]  # fmt: skip
+            wanted = stored[f"blk.{layer}.{name}.bias"]
+            if name in ("attn_q", "attn_k"):  # llama.cpp interleaves the halves of each head in this architecture
+                wanted = wanted.reshape(-1, 8, 2).swapaxes(1, 2).reshape(-1)
+            assert np.array_equal(found[f"model.layers.{layer}.{logical}.bias"].numpy(), wanted), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "said"),
+    [
+        ("llama", ("attn_q",), r"lacks the tensor blk\.0\.attn_k\.bias"),
+        ("llama", ("attn_v",), r"holds blk\.0\.attn_v\.bias, which a llama model of its keys does not have"),
+        ("llama", ("attn_output",), r"has biases of attn_output, and no llama model has these"),
+        (
+            "llama",
+            (*QKV, "ffn_gate", "ffn_up", "ffn_down"),
+            r"has biases of attn_q, attn_k, attn_v and ffn_gate, ffn_up",
+        ),
+        ("qwen3", QKV, r"has biases of attn_q, attn_k, attn_v, and no qwen3 model has these"),
+        ("gemma2", ("ffn_down",), r"holds blk\.0\.ffn_down\.bias, which a gemma2 model"),
+    ],
+)
+def test_biases_that_no_family_has_are_refused(
+    architecture: str, names: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        GGUFFile(with_biases(tmp_path / "model.gguf", architecture, names))
+
+
+def test_headers_say_what_the_library_reads(architecture: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", architecture, Quantization.Q8_0)
+    header, theirs = GGUFHeader(path), gguf.GGUFReader(path)
+    assert {name: header.value(name) for name in theirs.fields if not name.startswith("GGUF.")} == {
+        name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")
+    }
+    assert header.tensors.keys() == {tensor.name for tensor in theirs.tensors}
+    for tensor in theirs.tensors:
+        found = header.tensors[tensor.name]
+        assert found.shape == tuple(int(n) for n in reversed(tensor.shape))
+        assert (found.kind, found.offset, found.size) == (tensor.tensor_type, tensor.data_offset, tensor.n_bytes)
