@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import jinja2
-
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import TextStream
@@ -49,12 +47,9 @@ class Answerer:
         Raises:
             ValueError: when there is no chat template, or it refuses the messages.
         """
-        if not question.messages:
-            return tuple(self.tokenizer.encode(question.text))
-        try:
-            return tuple(self.tokenizer.encode(self.tokenizer.chat(question.messages)))
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+        if question.messages:
+            return tuple(self.tokenizer.encode_chat(question.messages))
+        return tuple(self.tokenizer.encode_prompt(question.text))
 
     def stream(
         self, tokens: tuple[int, ...], sample: int = 0, sampling: SamplingParams | None = None

@@ -1,43 +1,79 @@
-"""Tokenizers with chat templates from Hugging Face tokenizer files, and training of byte-level BPE tokenizers."""
+"""Tokenizers with chat templates from Hugging Face tokenizer files, and training of byte-level BPE tokenizers.
+
+Which text means control tokens is the question that decides how to encode:
+
+- `encode` takes a text as it is: where it spells a control token, it has one. `encode_prompt` also begins it as the
+  tokenizer does, with BOS where there is one, once.
+- `render` and `chat` put a conversation into the chat template; what messages and tools spell is text, and only what
+  the template writes is a control token. `encode_marked` encodes what `render` gives. Templates write BOS themselves.
+- `continuation` encodes a text as it goes on behind another, `answer` one that ends as the template ends a turn.
+"""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
 import xxhash
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from lockstep.data.chat_template import ChatTemplates, Message, RefusedChat
+from lockstep.data.control_tokens import ControlTokens, Marked
+from lockstep.data.json_text import Bad, parsed_json
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ASKED, _SAID, _NEXT = "7f3a-what-is-asked", "7f3a-what-is-said", "7f3a-what-is-asked-next"
+"""Texts that stand for turns, to see what a template writes around them."""
+_ANCHORS = ("\n", "a", ".", "0")
+"""Texts to encode another behind, where the prompt's own last token would merge with its first."""
 
 
 class BadTokenizer(ValueError):
     """Tokenizer files that cannot be used."""
 
 
-class Tokenizer:
-    """A Hugging Face `tokenizers` tokenizer with its special tokens and chat template."""
+@dataclass(frozen=True)
+class TurnEnd:
+    """How a chat template ends what an assistant says."""
 
-    def __init__(self, files: dict[str, str]) -> None:
+    whole: str
+    """All that follows it in a conversation."""
+    text: str
+    """Of that, what ends in the first control token: what a model writes to end its turn; empty if there is none."""
+    token: int | None
+    """That control token."""
+
+
+class Tokenizer:
+    """A Hugging Face `tokenizers` tokenizer with its special tokens and chat templates."""
+
+    def __init__(self, files: dict[str, str], chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
         """
         Args:
             files: file name → text; `tokenizer.json` is needed, the others are optional.
+            chat_template_kwargs: variables of the chat template, such as `enable_thinking`.
 
         Raises:
-            BadTokenizer: when tokenizer.json is missing or broken.
+            BadTokenizer: when tokenizer.json is missing, or a file is broken.
         """
         if "tokenizer.json" not in files:
             raise BadTokenizer("the checkpoint has no tokenizer.json: convert it from a folder that has one")
-        self.files = files
+        self.files, self._variables = files, dict(chat_template_kwargs or {})
         try:
             self._fast = FastTokenizer.from_str(files["tokenizer.json"])
         except Exception as error:  # `tokenizers` raises nothing narrower
             raise BadTokenizer(f"tokenizer.json cannot be read: {error}") from error
-        settings: dict[str, Any] = json.loads(files.get("tokenizer_config.json", "{}"))
-        self._names = {k: _content(settings.get(k)) for k in ("bos_token", "eos_token", "pad_token")}
-        template = files.get("chat_template.jinja") or settings.get("chat_template")
-        self._template = _compiled(template) if isinstance(template, str) else None
+        self._settings = _object(files, "special_tokens_map.json") | _object(files, "tokenizer_config.json")
+        named = {name: _content(self._settings.get(name)) for name in _NAMED}
+        self._names = {name: text for name, text in named.items() if text is not None}
+        self._fast.add_special_tokens([n for n in self._names.values() if self._fast.token_to_id(n) is not None])
+        self._templates = ChatTemplates(files, self._settings)
+
+    def with_template_kwargs(self, chat_template_kwargs: Mapping[str, Any]) -> "Tokenizer":
+        """The same tokenizer with other variables of its chat template."""
+        return Tokenizer(self.files, chat_template_kwargs)
 
     @property
     def vocabulary(self) -> int:
@@ -52,7 +88,7 @@ class Tokenizer:
     @property
     def eos(self) -> int | None:
         """The id of the end-of-text token, or None."""
-        name = self._names["eos_token"]
+        name = self._names.get("eos_token")
         return None if name is None else self._fast.token_to_id(name)
 
     @cached_property
@@ -79,9 +115,32 @@ class Tokenizer:
             raise BadTokenizer(f"the tokenizer has no token {name!r}")
         return found
 
+    @cached_property
+    def begin(self) -> tuple[int, ...]:
+        """The tokens that every text begins with: BOS, for tokenizers that add it; else none.
+
+        As in `transformers`, `add_bos_token` of tokenizer_config.json decides, where it is there, and the
+        post-processor of tokenizer.json otherwise.
+        """
+        bos, added = self._names.get("bos_token"), self._settings.get("add_bos_token")
+        if isinstance(added, bool):
+            found = self._fast.token_to_id(bos) if added and bos is not None else None
+            return () if found is None else (found,)
+        encoding = self._fast.encode("a", add_special_tokens=True)
+        own = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
+        return tuple(encoding.ids[:own])
+
     def encode(self, text: str) -> list[int]:
-        """Encode a text; no special tokens are added."""
+        """Encode a text as it is; nothing is added, and control tokens that it spells are control tokens."""
         return self._fast.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode a text to be continued as it is, no chat: it begins with BOS where the tokenizer adds it, once."""
+        return self.begun(self.encode(text))
+
+    def begun(self, tokens: list[int]) -> list[int]:
+        """Tokens of a text with `begin` before them, unless they begin so already."""
+        return tokens if tokens[: len(self.begin)] == list(self.begin) else [*self.begin, *tokens]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts, in parallel; no special tokens are added."""
@@ -91,15 +150,126 @@ class Tokenizer:
         """Decode tokens to text; bytes that do not form a character become U+FFFD."""
         return self._fast.decode(list(tokens), skip_special_tokens=skip_special)
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **chat_template_kwargs: Any,
+    ) -> Marked:
         """Render a conversation with the chat template, up to where the model's answer begins.
 
+        Args:
+            tools: JSON schemas of functions that the model may call.
+            chat_template_kwargs: further variables of the template, over the tokenizer's own.
+
+        Returns:
+            A text for `encode_marked`, in which control tokens that messages and tools spell are marked as text.
+
         Raises:
-            BadTokenizer: when the tokenizer has no chat template.
+            BadTemplate: when there is no template, or it cannot be read.
+            RefusedChat: says in the template's words why it refuses the conversation.
         """
-        if self._template is None:
-            raise BadTokenizer("the tokenizer has no chat template: set task.chat=false, or convert a chat model")
-        return self._template.render(messages=list(messages), add_generation_prompt=True, **self._names)
+        mark = self._control.mark
+        variables = {**self._names, **self._variables, **mark(chat_template_kwargs)}
+        variables["add_generation_prompt"] = add_generation_prompt
+        return Marked(self._templates.render(mark(list(messages)), mark(tools), variables))
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> str:
+        """The text that `render` gives, without marks."""
+        return self.plain(self.render(messages, **options))
+
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> list[int]:
+        """The tokens of a conversation, up to where the model's answer begins; options are those of `render`."""
+        return self.encode_marked(self.render(messages, **options))
+
+    def marked(self, text: str) -> Marked:
+        """A text all of whose control tokens are only spelled, to be put into others for `encode_marked`."""
+        return Marked(self._control.mark(text))
+
+    def plain(self, marked: Marked) -> str:
+        """A marked text without its marks."""
+        return self._control.plain(marked)
+
+    def encode_marked(self, marked: Marked) -> list[int]:
+        """Encode a text in which control tokens that are only spelled are marked; nothing is added."""
+        return self._control.encode(marked)
+
+    def continuation(self, before: Marked, text: Marked) -> list[int]:
+        """The tokens of a text behind another, whose own tokens are those of `encode_marked(before)`.
+
+        Unlike `encode`, no tokenizer adds a space before it, as SentencePiece's do at the begin of a text.
+        """
+        for anchor in (before, *map(Marked, _ANCHORS)):
+            head, whole = self.encode_marked(anchor), self.encode_marked(Marked(anchor + text))
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return self.encode_marked(text)
+
+    def answer(self, messages: Sequence[Message], text: str, **options: Any) -> tuple[list[int], list[int]]:
+        """The prompt of a conversation, and a model's answer to it, ended as the chat template ends a turn.
+
+        The answer is what the template writes of it behind the prompt, where it keeps the prompt's text. Its last token
+        is the control token that ends the turn, or the tokenizer's end of text, where the template writes none.
+
+        Returns:
+            Tokens of the prompt, as `encode_chat` gives them, and those of the answer.
+        """
+        prompt, said, end = self.render(messages, **options), self.marked(text), self.turn_end
+        turn = {"role": "assistant", "content": text}
+        whole = self.render([*messages, turn], **options, add_generation_prompt=False)
+        if whole.startswith(prompt) and whole.endswith(end.whole):
+            said = Marked(whole[len(prompt) : len(whole) - len(end.whole)])
+        return self.encode_marked(prompt), self._ended(prompt, Marked(said + end.text), end.token)
+
+    def plain_answer(self, prompt: Marked, text: str) -> list[int]:
+        """A model's answer to a prompt that is continued as it is, ended by the tokenizer's end of text."""
+        return self._ended(prompt, self.marked(text), None)
+
+    def _ended(self, before: Marked, text: Marked, end: int | None) -> list[int]:
+        tokens = self.continuation(before, text)
+        return tokens if end is not None or self.eos is None else [*tokens, self.eos]
+
+    @cached_property
+    def turn_end(self) -> TurnEnd:
+        """How the chat template ends an assistant's turn.
+
+        Raises:
+            BadTemplate, RefusedChat: as `render`.
+        """
+        asked, said = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}
+        _, found, whole = self.render([asked, said], add_generation_prompt=False).rpartition(_SAID)
+        if not found:
+            raise RefusedChat("the chat template leaves out what an assistant says: use another template")
+        written = self._control.written(Marked(whole))
+        if written is None:
+            return TurnEnd(whole, "", None)
+        return TurnEnd(whole, whole[: written.end()], self.token(written[0]))
+
+    @cached_property
+    def _control(self) -> ControlTokens:
+        """Of the tokens with special meaning: special ones, named ones, and those that begin and end turns.
+
+        Added tokens that are not special, such as <think> and <tool_call>, are part of what is said.
+        """
+        added = self._fast.get_added_tokens_decoder().values()
+        around = self._around_turns()
+        return ControlTokens(
+            self._fast, {t.content for t in added if t.special or (t.content in around and not t.content.isspace())}
+        )
+
+    def _around_turns(self) -> str:
+        """What the chat template writes around turns of a user and an assistant; empty where it writes none."""
+        turns = zip(("user", "assistant", "user"), (_ASKED, _SAID, _NEXT), strict=True)
+        try:
+            return self._templates.render(
+                [{"role": role, "content": text} for role, text in turns],
+                None,
+                {**self._names, **self._variables, "add_generation_prompt": False},
+            )
+        except ValueError:  # whoever renders a conversation is told
+            return ""
 
 
 def train_tokenizer(
@@ -138,14 +308,12 @@ def train_tokenizer(
 
 
 def _content(token: Any) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _compiled(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
-    return environment.from_string(template)
+def _object(files: Mapping[str, str], name: str) -> dict[str, Any]:
+    found = parsed_json(files.get(name, "{}"))
+    if isinstance(found, Bad) or not isinstance(found, dict):
+        raise BadTokenizer(f"{name} must hold an object: {found.reason if isinstance(found, Bad) else 'it does not'}")
+    return found

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import jinja2
-
 from lockstep.cluster.serving.errors import Refused
 from lockstep.cluster.serving.protocol import Body, ChatBody, CompletionBody
-from lockstep.data.tokenizer import BadTokenizer, Tokenizer
+from lockstep.data.chat_template import BadTemplate, RefusedChat
+from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.protocol import Request
 
@@ -50,7 +49,7 @@ class RequestMaker:
         Raises:
             Refused: names the field that is wrong.
         """
-        encode, decode = self.tokenizer.encode, partial(self.tokenizer.decode, skip_special=False)
+        encode, decode = self.tokenizer.encode_prompt, partial(self.tokenizer.decode, skip_special=False)
         prompts = [encode(p) if isinstance(p, str) else p for p in body.prompts]
         for prompt in prompts:
             self._check(prompt, "prompt")
@@ -66,9 +65,9 @@ class RequestMaker:
         """
         tokenizer = self.tokenizer
         try:
-            prompt = tokenizer.encode(tokenizer.chat([message.plain for message in body.messages]))
-        except (jinja2.TemplateError, BadTokenizer) as error:
-            raise Refused(400, f"the chat template refuses these messages: {error}", param="messages") from error
+            prompt = tokenizer.encode_chat([message.plain for message in body.messages])
+        except (BadTemplate, RefusedChat) as error:
+            raise Refused(400, str(error), param="messages") from error
         self._check(prompt, "messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         limit = self.longest - len(prompt) if asked is None else asked

@@ -6,7 +6,8 @@
 
 Results are messages of the chat template. Only what is new is encoded: the template renders a conversation with a
 stand-in where the model spoke, and what follows the stand-in is the answer, up to where the next assistant turn begins.
-What the model wrote is never rendered: its tokens stay what they are, also where its text has other tokens.
+What the model wrote is never rendered: its tokens stay what they are, also where its text has other tokens. What
+messages say is text: no result of a tool can end its own message and begin another.
 """
 
 import json
@@ -15,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
-
-from lockstep.data.tokenizer import BadTokenizer, Tokenizer
+from lockstep.data.chat_template import BadTemplate, RefusedChat
+from lockstep.data.control_tokens import Marked
+from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.environments.protocol import Message
 
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
@@ -75,48 +76,45 @@ class ChatForm:
         """Tokens to append to those of a turn, the end-of-turn token included where the model has not written it.
 
         Raises:
-            BadTokenizer: when there is no chat template.
+            BadTemplate, RefusedChat: when there is no chat template, or it refuses the messages.
         """
-        said = [Message(m.role, self._harmless(m.content)) for m in messages]
-        tokens = self._tokenizer.encode(self._rendered(said) if self._chat else _plain(said))
+        before, after = self._rendered(messages) if self._chat else (Marked(_STAND_IN), self._plain(messages))
+        tokens = self._tokenizer.continuation(before, after)
         return tokens[1:] if turn and tokens[:1] == list(turn[-1:]) and turn[-1] in self._tokenizer.special else tokens
 
-    def _rendered(self, messages: Sequence[Message]) -> str:
-        """What the template renders behind a turn; tool results as user messages where it has no tool role."""
+    def _plain(self, messages: Sequence[Message]) -> Marked:
+        return self._tokenizer.marked("".join(f"\n{_tagged(m)}\n" for m in messages))
+
+    def _rendered(self, messages: Sequence[Message]) -> tuple[Marked, Marked]:
+        """What the template renders up to the end of a turn, and behind it.
+
+        Tool results are user messages where it has no tool role.
+        """
         return self._after_stand_in(messages if all(self._knows(m.role) for m in messages) else [_as_user(messages)])
 
     def _knows(self, role: str) -> bool:
         """Whether the template renders messages of a role."""
         if role not in self._known:
             try:
-                self._known[role] = _PROBE in self._after_stand_in([Message(role, _PROBE)])
-            except jinja2.TemplateError:
+                self._known[role] = _PROBE in self._after_stand_in([Message(role, _PROBE)])[1]
+            except RefusedChat:
                 self._known[role] = False
         return self._known[role]
 
-    def _after_stand_in(self, messages: Sequence[Message]) -> str:
+    def _after_stand_in(self, messages: Sequence[Message]) -> tuple[Marked, Marked]:
         opening = [{"role": "user", "content": "…"}, {"role": "assistant", "content": _STAND_IN}]
         spoken = [{"role": m.role, "content": m.content} for m in messages]
-        before, found, after = self._tokenizer.chat([*opening, *spoken]).rpartition(_STAND_IN)
+        whole = self._tokenizer.render([*opening, *spoken])
+        before, found, after = whole.rpartition(_STAND_IN)
         if not found:
-            raise BadTokenizer(
-                f"the chat template leaves out what an assistant said ({before[:80]!r} is all): use another template"
+            raise BadTemplate(
+                f"the chat template leaves out what an assistant said ({whole[:80]!r} is all): use another template"
             )
-        return after
-
-    def _harmless(self, text: str) -> str:
-        """Text without special tokens, so that no result of a tool can end its own message and begin another."""
-        for name in self._tokenizer.special.values():
-            text = text.replace(name, f"{name[:1]} {name[1:]}")
-        return text
+        return Marked(before + found), Marked(after)
 
 
 def _as_user(messages: Sequence[Message]) -> Message:
     return Message("user", "\n".join(_tagged(m) for m in messages))
-
-
-def _plain(messages: Sequence[Message]) -> str:
-    return "".join(f"\n{_tagged(m)}\n" for m in messages)
 
 
 def _tagged(message: Message) -> str:

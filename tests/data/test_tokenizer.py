@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lockstep.data.chat_template import BadTemplate
 from lockstep.data.tokenizer import BadTokenizer, Tokenizer, train_tokenizer
 from lockstep.model.formats.huggingface.reader import read_text_files
 
@@ -118,5 +119,5 @@ def test_a_broken_tokenizer_file_is_refused() -> None:
 def test_a_chat_without_a_template_is_refused(tiny_folder: Path) -> None:
     plain = Tokenizer({"tokenizer.json": read_text_files(tiny_folder)["tokenizer.json"]})
     assert plain.eos is None
-    with pytest.raises(BadTokenizer, match=r"no chat template: set task\.chat=false"):
+    with pytest.raises(BadTemplate, match=r"no chat template: set task\.chat=false"):
         plain.chat([{"role": "user", "content": "hi"}])
