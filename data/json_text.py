@@ -30,3 +30,8 @@ def encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which no encoding of Unicode has."""
+    return text if encodable(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -4,8 +4,9 @@ A row knows its file and line, so that errors name file, line and field.
 """
 
 import gzip
+import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lockstep.data.json_text import Bad, parsed_json
+from lockstep.data.json_text import Bad, encodable, parsed_json
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 HUB = "hf://datasets/"
@@ -23,6 +24,13 @@ HUB = "hf://datasets/"
 
 class BadRow(ValueError):
     """A row that cannot be used, or a file without rows; the message names file, line and field."""
+
+
+OnBad = Callable[[BadRow], None]
+"""What is done with the error of a bad row: it is raised, or kept to be counted, and the row is skipped."""
+
+_BLANK = b" \t\r\n\v\f\xef\xbb\xbf"
+"""White space, and the byte order mark."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,19 @@ class Row:
         value = self._needed(name)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise self.bad(name, f"must be text, and is {_kind(value)}")
-        return str(value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.bad(name, f"must be text, and is {value}")
+        return self.sound(name, str(value))
+
+    def sound(self, name: str, text: str) -> str:
+        """The text itself, if it can be encoded.
+
+        Raises:
+            BadRow: where it holds half of a surrogate pair.
+        """
+        if not encodable(text):
+            raise self.bad(name, "holds half of a surrogate pair")
+        return text
 
     def texts(self, name: str) -> list[str]:
         """The value of a field that is a list of texts.
@@ -57,7 +77,7 @@ class Row:
         values = self.items(name)
         if not all(isinstance(value, str) for value in values):
             raise self.bad(name, "must be a list of texts")
-        return values
+        return [self.sound(name, value) for value in values]
 
     def items(self, name: str) -> list[Any]:
         """The value of a field that is a list.
@@ -125,11 +145,24 @@ def is_source(name: str) -> bool:
     return name.startswith(HUB) or name.endswith(SUFFIXES) or Path(name).is_dir()
 
 
-def read_rows(name: str) -> Iterator[Row]:
+def stop(error: BadRow) -> None:
+    """Raise the error of a bad row."""
+    raise error
+
+
+def left_out(skipped: Sequence[BadRow]) -> str:
+    """A sentence that counts skipped rows and quotes the first; empty where there are none."""
+    return f"Bad rows left out: {len(skipped)}; the first: {skipped[0]}" if skipped else ""
+
+
+def read_rows(name: str, *, on_bad: OnBad = stop) -> Iterator[Row]:
     """Read the rows of a file, of a folder's files in alphabetical order, or of files on the Hub.
+
+    Empty lines are no rows.
 
     Args:
         name: a path, or `hf://datasets/owner/name/files`, where files may have shell wildcards.
+        on_bad: called with the error of each row that is no object, which is skipped; the default raises it.
 
     Raises:
         BadRow: says what cannot be read, with the file, and with the line or row.
@@ -137,10 +170,12 @@ def read_rows(name: str) -> Iterator[Row]:
     for path in _files(name):
         if path.suffix == ".parquet":
             yield from _parquet(path)
-        elif path.suffix == ".json":
-            yield from _json(path)
-        else:
-            yield from _lines(path)
+            continue
+        for found in _json(path) if path.suffix == ".json" else _lines(path):
+            if isinstance(found, Row):
+                yield found
+            else:
+                on_bad(found)
 
 
 def _files(name: str) -> list[Path]:
@@ -180,39 +215,43 @@ def _from_hub(name: str) -> list[Path]:
     return found
 
 
-def _lines(path: Path) -> Iterator[Row]:
+def _lines(path: Path) -> Iterator[Row | BadRow]:
     opened = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
         with opened(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                yield _row(f"{path}:{number}", line.removesuffix(b"\n"))
+                if line.strip(_BLANK):
+                    yield _row(f"{path}:{number}", line.removesuffix(b"\n"))
     except (EOFError, OSError, zlib.error) as error:
         raise BadRow(f"{path} cannot be read on after line {number}: {error}") from error
 
 
-def _row(place: str, raw: bytes) -> Row:
+def _row(place: str, raw: bytes) -> Row | BadRow:
+    value = _parsed(raw)
+    return BadRow(f"{place}: {value.reason}") if isinstance(value, Bad) else _object(place, value)
+
+
+def _parsed(raw: bytes) -> Any | Bad:
+    """Parse JSON in UTF-8, with or without a byte order mark."""
     try:
-        value = parsed_json(raw.decode("utf-8"))
+        return parsed_json(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        value = Bad(f"not valid UTF-8 ({error.reason} at byte {error.start})")
-    if isinstance(value, Bad):
-        raise BadRow(f"{place}: {value.reason}")
-    return _object(place, value)
+        return Bad(f"not valid UTF-8 ({error.reason} at byte {error.start})")
 
 
-def _object(place: str, value: Any) -> Row:
+def _object(place: str, value: Any) -> Row | BadRow:
     if not isinstance(value, dict):
-        raise BadRow(f"{place}: a JSON object is needed, and this is {_kind(value)}")
+        return BadRow(f"{place}: a JSON object is needed, and this is {_kind(value)}")
     return Row(place, value)
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[Row | BadRow]:
     """A list of rows, or one row alone, as MATH has them."""
     try:
-        value = parsed_json(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        value = Bad(f"not valid UTF-8 ({error.reason} at byte {error.start})")
+        value = _parsed(path.read_bytes())
+    except OSError as error:
+        raise BadRow(f"{path} cannot be read: {error}") from error
     if isinstance(value, Bad):
         raise BadRow(f"{path}: {value.reason}")
     if isinstance(value, list):

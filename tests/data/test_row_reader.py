@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lockstep.data.row_reader import BadRow, Row, is_source, read_rows
+from lockstep.data.row_reader import BadRow, Row, is_source, left_out, read_rows
 
 TEXT = st.text('aé\u2028\x85"{\n', max_size=6)
 VALUES = st.dictionaries(TEXT, TEXT | st.integers() | st.booleans() | st.lists(TEXT), max_size=3)
@@ -52,7 +52,12 @@ def test_a_json_file_may_be_one_row(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{"x": 1}\n{"x"', r"a\.jsonl:2: not valid JSON"),
-        ("a.jsonl", b'{"x": 1}\n\n{"x": 1}', r"a\.jsonl:2: the line is empty"),
+        ("a.jsonl", b'{"x": 1}\n\n{"x": 1', r"a\.jsonl:3: not valid JSON"),
+        ("a.jsonl", b'{"x": 1}\n' + b"[" * 200_000, r"a\.jsonl:2: not readable JSON"),
+        ("a.json", b"[" * 200_000, r"a\.json: not readable JSON"),
+        ("a.jsonl", b'{"x": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: not readable JSON"),
+        ("a.jsonl", b'{"x": "a\x00b"}', r"a\.jsonl:1: not valid JSON \(Invalid control character"),
+        ("a.jsonl", '{"x": 1}'.encode("utf-16"), r"a\.jsonl:1: not valid UTF-8"),
         ("a.jsonl", b'{"x": "\xff"}', r"a\.jsonl:1: not valid UTF-8"),
         ("a.jsonl", b"[1]", r"a\.jsonl:1: a JSON object is needed, and this is a list"),
         ("a.json", b'[{"x": 1}, 2]', r"a\.json, row 2: a JSON object is needed, and this is a number"),
@@ -104,3 +109,62 @@ def test_fields_say_what_they_must_be() -> None:
     ):
         with pytest.raises(BadRow, match=words):
             read()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"x": 1}\n\n{"x": 2}\n',
+        b'{"x": 1}\n{"x": 2}\n\n\n',
+        b'\n \t\n{"x": 1}\r\n\r\n{"x": 2}\r\n',
+        b'\xef\xbb\xbf{"x": 1}\n{"x": 2}',
+        b'\xef\xbb\xbf\n{"x": 1}\n \xef\xbb\xbf\n\xef\xbb\xbf{"x": 2}\n',
+    ],
+)
+def test_empty_lines_and_byte_order_marks_mean_nothing(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    found = list(read_rows(str(tmp_path / name)))
+    assert [row.values for row in found] == [{"x": 1}, {"x": 2}]
+    numbers = [n for n, line in enumerate(content.split(b"\n"), start=1) if b"x" in line]
+    assert [row.place for row in found] == [f"{tmp_path / name}:{n}" for n in numbers]
+
+
+def test_a_json_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf [{"x": 1}]')
+    assert [row.values for row in read_rows(str(tmp_path / "a.json"))] == [{"x": 1}]
+
+
+def test_rows_that_are_none_may_be_counted_instead(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n{"x"\n7\n{"x": 2}\n')
+    (tmp_path / "b.json").write_text('[{"x": 3}, "y"]')
+    skipped: list[BadRow] = []
+    assert [row.values["x"] for row in read_rows(str(tmp_path), on_bad=skipped.append)] == [1, 2, 3]
+    assert [str(error).split(": ")[0].rsplit("/")[-1] for error in skipped] == [
+        "a.jsonl:2",
+        "a.jsonl:3",
+        "b.json, row 2",
+    ]
+    assert left_out(skipped).startswith(f"Bad rows left out: 3; the first: {tmp_path / 'a.jsonl'}:2: not ")
+    assert left_out([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (r"\ud800", "holds half of a surrogate pair"),
+        (r"a\udfffb", "holds half of a surrogate pair"),
+        (float("nan"), "must be text, and is nan"),
+        (float("-inf"), "must be text, and is -inf"),
+    ],
+)
+def test_what_no_text_can_be_is_said(value: Any, words: str, tmp_path: Path) -> None:
+    encoded = f'"{value}"' if isinstance(value, str) else json.dumps(value)
+    (tmp_path / "a.jsonl").write_text(f'{{"x": {encoded}}}')
+    (row,) = read_rows(str(tmp_path / "a.jsonl"))
+    with pytest.raises(BadRow, match=f"a.jsonl:1: the field 'x' {words}"):
+        row.text("x")
+    if isinstance(value, str):
+        with pytest.raises(BadRow, match=words):
+            Row(row.place, {"x": ["a", row.values["x"]]}).texts("x")
+    assert Row("p", {"x": "\U0001f600\x00"}).text("x") == "\U0001f600\x00"
