@@ -51,6 +51,11 @@ class Answerer:
             return tuple(self.tokenizer.encode_chat(question.messages))
         return tuple(self.tokenizer.encode_prompt(question.text))
 
+    def sampling_of(self, question: Question) -> SamplingParams:
+        """The sampling parameters of a question: in a chat, an answer also ends where the template ends a turn."""
+        ends = self.tokenizer.chat_stop_tokens if question.messages else ()
+        return self.sampling.model_copy(update={"stop_tokens": (*self.sampling.stop_tokens, *ends)})
+
     def stream(
         self, tokens: tuple[int, ...], sample: int = 0, sampling: SamplingParams | None = None
     ) -> Generator[str, None, None]:
@@ -70,7 +75,8 @@ class Answerer:
         prompts = [Prompt(i, q.text, self.tokens(q), "") for i, q in enumerate(questions)]
         found: dict[int, list[Rollout]] = {prompt.index: [] for prompt in prompts}
         following = iter(questions)
-        for rollout in generate(self.engine, prompts, self.sampling, samples=samples, seed=self.seed):
+        sampling = self.sampling_of(next((q for q in questions if q.messages), Question({})))
+        for rollout in generate(self.engine, prompts, sampling, samples=samples, seed=self.seed):
             found[rollout.prompt.index].append(rollout)
             while found and len(next(iter(found.values()))) == samples:
                 rollouts = found.pop(next(iter(found)))
@@ -185,14 +191,15 @@ def talk(answerer: Answerer, read: Callable[[], str], write: Write, note: Write,
 
 
 def _turn(answerer: Answerer, messages: Sequence[Message], write: Write) -> str:
-    tokens = answerer.tokens(Question({}, messages=tuple(messages)))
+    question = Question({}, messages=tuple(messages))
+    tokens = answerer.tokens(question)
     room = answerer.engine.longest - len(tokens)
     if room < 1:
         raise ValueError(
             f"this talk has {len(tokens)} tokens, and {answerer.engine.longest} are allowed: end it and begin another"
         )
     limit = min(room, answerer.sampling.max_new_tokens)
-    sampling = answerer.sampling.model_copy(update={"max_new_tokens": limit})
+    sampling = answerer.sampling_of(question).model_copy(update={"max_new_tokens": limit})
     said = []
     with interruptible() as stop:
         pieces = answerer.stream(tokens, len(messages), sampling)

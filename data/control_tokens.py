@@ -14,6 +14,8 @@ from typing import Any, NewType
 
 from tokenizers import Tokenizer as FastTokenizer
 
+from lockstep.data.json_text import whole_characters
+
 Marked = NewType("Marked", str)
 """A text in which every control token that is only spelled is marked: `ControlTokens.plain` is the text itself."""
 
@@ -48,6 +50,10 @@ class ControlTokens:
             return {self.mark(key): self.mark(each) for key, each in value.items()}
         return [self.mark(each) for each in value] if isinstance(value, list | tuple) else value
 
+    def verbatim(self, text: str) -> Marked:
+        """A text whose control tokens are meant."""
+        return Marked(whole_characters(text).replace(_MARK, _NATIVE))
+
     def plain(self, marked: Marked) -> str:
         """The text without marks."""
         return marked.replace(_SPELLED, "").replace(_NATIVE, _MARK) if _MARK in marked else marked
@@ -65,10 +71,10 @@ class ControlTokens:
         return self._written.search(marked)
 
     def _marked(self, text: str) -> str:
-        kept = text.replace(_MARK, _NATIVE)
+        kept = self.verbatim(text)
         found = self._spelling.sub(lambda match: match[0][:1] + _SPELLED + match[0][1:], kept)
-        hidden = found == kept and self._fast.normalizer is not None and self._spelled_when_normal(text)
-        return text[:1] + _SPELLED + text[1:] if hidden else found
+        hidden = found == kept and self._fast.normalizer is not None and self._spelled_when_normal(kept)
+        return kept[:1] + _SPELLED + kept[1:] if hidden else found
 
     def _spelled_when_normal(self, text: str) -> bool:
         """Whether the tokenizer's normalizer makes the spelling of a control token, such as out of wide letters."""

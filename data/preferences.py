@@ -6,12 +6,12 @@ A ranking is best first, and a pair is a ranking of two. What ranks nothing (equ
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from lockstep.data.row_reader import BadRow, Row, read_rows
+from lockstep.data.row_reader import BadRow, OnBad, Row, read_rows, stop
 from lockstep.data.tokenizer import Tokenizer
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):[ ]?")
@@ -49,20 +49,16 @@ class RankedTokens:
     index: int
     prompt: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
-    """Best first; each ends with the tokenizer's end token where there is one."""
+    """Best first; each ends as the chat template ends a turn, or with the tokenizer's end token where there is one."""
 
 
-def stop(error: BadRow) -> None:
-    """Raise the error of a bad row."""
-    raise error
-
-
-def read(source: str, *, on_bad: Callable[[BadRow], None] = stop) -> list[Preference]:
+def read(source: str, *, on_bad: OnBad = stop) -> list[Preference]:
     """Read preferences from local files or the Hub; see `row_reader.read_rows` for what a source may be.
 
     Recognised are Anthropic's HH (`chosen`, `rejected` as transcripts, arXiv:2204.05862), UltraFeedback (message lists
-    in `chosen` and `rejected`; or `instruction` with `completions` and their `overall_score`, arXiv:2310.01377), plain
-    `prompt`, `chosen`, `rejected`, and rankings: `prompt` with `ranked`, best first, or with `responses` and `scores`.
+    in `chosen` and `rejected`; or `instruction` with `completions` and their `overall_score`, arXiv:2310.01377), TRL's
+    `prompt`, `chosen`, `rejected`, as texts or as messages, and rankings: `prompt`, a text or messages, with `ranked`,
+    best first, or with `responses` and `scores`.
 
     Args:
         on_bad: called with the error of each bad row, which is skipped; the default raises it.
@@ -71,7 +67,7 @@ def read(source: str, *, on_bad: Callable[[BadRow], None] = stop) -> list[Prefer
         BadRow: names file, line and field.
     """
     found = []
-    for index, row in enumerate(read_rows(source)):
+    for index, row in enumerate(read_rows(source, on_bad=on_bad)):
         try:
             found.append(_preference(index, row))
         except BadRow as error:
@@ -100,30 +96,57 @@ def tokenized(preference: Preference, tokenizer: Tokenizer, *, chat: bool = True
     """Tokenize a preference with the chat template, or its texts as they are, for prompts that a model has read so.
 
     The prompt is encoded once and alone, as rollouts read it, so that all completions share its tokens exactly.
+    Completions are encoded as they go on behind it. Control tokens that they spell are text.
 
     Raises:
-        BadTokenizer: when there is no chat template.
+        BadTemplate, RefusedChat: when there is no chat template, or it refuses the conversation.
     """
-    turns = (*preference.before, Turn("user", preference.prompt))
-    text = tokenizer.chat([{"role": t.role, "content": t.content} for t in turns]) if chat else preference.prompt
-    end = () if tokenizer.eos is None else (tokenizer.eos,)
-    completions = tuple((*tokenizer.encode(text), *end) for text in preference.ranked)
-    return RankedTokens(preference.index, tuple(tokenizer.encode(text)), completions)
+    if chat:
+        turns = [asdict(turn) for turn in (*preference.before, Turn("user", preference.prompt))]
+        prompt = tokenizer.encode_chat(turns)
+        completions = [tokenizer.chat_answer(turns, text) for text in preference.ranked]
+    else:
+        prompt = tokenizer.encode_prompt(preference.prompt)
+        before = tokenizer.verbatim(preference.prompt)
+        completions = [tokenizer.text_answer(before, tokenizer.marked(text)) for text in preference.ranked]
+    return RankedTokens(preference.index, tuple(prompt), tuple(map(tuple, completions)))
 
 
 def _preference(index: int, row: Row) -> Preference:
     if "completions" in row.values and "instruction" in row.values:
-        return _scored(index, row, row.text("instruction"), *_ultrafeedback(row))
+        return _scored(index, row, (Turn("user", row.text("instruction")),), *_ultrafeedback(row))
     if "ranked" in row.values:
-        return _ranking(index, row, "ranked", (Turn("user", row.text("prompt")),), row.texts("ranked"))
+        return _ranking(index, row, "ranked", _prompt(row), row.texts("ranked"))
     if "responses" in row.values:
-        return _scored(index, row, row.text("prompt"), row.texts("responses"), row.items("scores"))
-    if isinstance(row.values.get("chosen"), list):
-        return _compared(index, row, *(_messages(row, name) for name in ("chosen", "rejected")))
-    if "prompt" not in row.values:
+        return _scored(index, row, _prompt(row), row.texts("responses"), row.items("scores"))
+    if row.values.get("prompt") is None and not isinstance(row.values.get("chosen"), list):
         return _compared(index, row, *(_transcript(row, name) for name in ("chosen", "rejected")))
-    pair = [row.text("chosen"), row.text("rejected")]
-    return _ranking(index, row, "rejected", (Turn("user", row.text("prompt")),), pair)
+    return _compared(index, row, *(_conversation(row, name) for name in ("chosen", "rejected")))
+
+
+def _prompt(row: Row) -> tuple[Turn, ...]:
+    """The field `prompt`: a person's text, or messages that end with one's."""
+    if not isinstance(row.values.get("prompt"), list):
+        return (Turn("user", row.text("prompt")),)
+    turns = _messages(row, "prompt")
+    if turns[-1].role != "user":
+        raise row.bad("prompt", f"must end with a person's turn, and ends with one of {turns[-1].role!r}")
+    return tuple(turns)
+
+
+def _conversation(row: Row, name: str) -> list[Turn]:
+    """A whole conversation: the prompt with an answer behind it, or messages that have the prompt among them."""
+    if not isinstance(row.values.get(name), list):
+        return [*_prompt(row), Turn("assistant", row.text(name))]
+    said = _messages(row, name)
+    if row.values.get("prompt") is None or (isinstance(row.values["prompt"], str) and _asks(said)):
+        return said
+    prompt = list(_prompt(row))
+    return said if said[: len(prompt)] == prompt else prompt + said
+
+
+def _asks(turns: Sequence[Turn]) -> bool:
+    return any(turn.role == "user" for turn in turns)
 
 
 def _ranking(index: int, row: Row, name: str, asked: tuple[Turn, ...], ranked: Sequence[str]) -> Preference:
@@ -148,7 +171,15 @@ def _messages(row: Row, name: str) -> list[Turn]:
     turns = [Row(row.place, row.checked(name, turn, dict)) for turn in row.items(name)]
     if not turns:
         raise row.bad(name, "holds no messages")
-    return [Turn(turn.text("role"), turn.text("content")) for turn in turns]
+    return [Turn(turn.text("role"), _content(turn)) for turn in turns]
+
+
+def _content(turn: Row) -> str:
+    """What a message says: a text, or parts that are texts."""
+    if not isinstance(turn.values.get("content"), list):
+        return turn.text("content")
+    parts = [Row(turn.place, turn.checked("content", part, dict)) for part in turn.items("content")]
+    return "".join(part.text("text") for part in parts)
 
 
 def _transcript(row: Row, name: str) -> list[Turn]:
@@ -165,7 +196,7 @@ def _ultrafeedback(row: Row) -> tuple[list[str], list[Any]]:
     return [a.text("response") for a in answers], [a.json(name) for a, name in zip(answers, names, strict=True)]
 
 
-def _scored(index: int, row: Row, prompt: str, texts: Sequence[str], scores: Sequence[Any]) -> Preference:
+def _scored(index: int, row: Row, asked: tuple[Turn, ...], texts: Sequence[str], scores: Sequence[Any]) -> Preference:
     """Best first; of completions with one score, which are not ranked among themselves, the first stands for all."""
     name = "responses" if "responses" in row.values else "completions"
     if len(scores) != len(texts) or not all(isinstance(s, int | float) and math.isfinite(s) for s in scores):
@@ -174,4 +205,4 @@ def _scored(index: int, row: Row, prompt: str, texts: Sequence[str], scores: Seq
     for score, text in zip(scores, texts, strict=True):
         by_score.setdefault(score, text)
     distinct = dict.fromkeys(by_score[score] for score in sorted(by_score, reverse=True))
-    return _ranking(index, row, name, (Turn("user", prompt),), list(distinct))
+    return _ranking(index, row, name, asked, list(distinct))

@@ -5,7 +5,7 @@ ever or from building a text that fills the memory. Here every iteration, call a
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar
 from functools import wraps
 from math import prod
@@ -17,13 +17,14 @@ from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-BUDGET = 10_000_000
-"""Iterations, calls and blocks of 64 characters of one rendering, at most."""
+BUDGET = 5_000_000
+"""Iterations of one rendering at most; calls and texts cost as many as take about as long."""
 LONGEST = 1 << 25
 """Characters of a text that a template builds, or items of a list, at most."""
-_CHARACTERS = 64
-_WIDTH = re.compile(r"\d{6}|\*")
-"""A width in a format string that is too large, or comes from an argument."""
+_CHARACTERS, _CALL, _BITS = 64, 16, 1 << 14
+"""Characters that cost as much as an iteration, iterations that cost as much as a call, bits of a number at most."""
+_WIDTH = re.compile(r"\d{6}|\*|:[^{}]*\{[^}]*[.\[]")
+"""A width in a format string that is too large, or comes from an argument by `*` or out of an object."""
 _GROWING = {"batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "pprint", "replace"} | {
     "rjust",
     "round",
@@ -69,7 +70,7 @@ def _size(value: object) -> int:
 def _check(name: str, value: object, options: Sequence[object]) -> None:
     """Bound what a function may make of a value: its size times that of the largest option, and times numbers."""
     sizes = [_size(value), *map(_size, options)]
-    _charge(1 + sum(sizes) // 8)
+    _charge(_CALL + sum(sizes) // 8)
     if name not in _GROWING:
         return
     numbers = [abs(each) for each in options if isinstance(each, int)]
@@ -171,14 +172,28 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             _allow(len(found))
         return found
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The sandbox's own `format` of a text, with widths that are not too large."""
+        formatted = super().wrap_str_format(value)
+        if formatted is None:
+            return None
+
+        def bounded(*args: Any, **kwargs: Any) -> str:
+            named = [each for arg in args if isinstance(arg, Mapping) for each in arg.values()]
+            _check("format", value.__self__, (*args, *named, *kwargs.values()))
+            return formatted(*args, **kwargs)
+
+        return bounded
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Compute `+`, `*`, `**` or `%` where the result is not too large."""
         if operator == "%" and isinstance(left, str):
             _check("format", left, right if isinstance(right, tuple) else (right,))
         elif operator == "**":
-            _allow(_bits(left) * (abs(right) if isinstance(right, int) else 1))
+            _allow_bits(_bits(left) * (abs(right) if isinstance(right, int) else 1))
         elif operator == "*":
-            _allow(_product(left, right))
+            _allow(_repeated(left, right))
+            _allow_bits(_bits(left) + _bits(right))
         elif isinstance(left, str | list | tuple):
             _allow(len(left) + _size(right))
         return super().call_binop(context, operator, left, right)
@@ -188,8 +203,15 @@ def _bits(value: object) -> int:
     return value.bit_length() if isinstance(value, int) else 1
 
 
-def _product(left: Any, right: Any) -> int:
+def _allow_bits(bits: int) -> None:
+    if bits > _BITS:
+        raise TooMuchWork(f"it computes a number of more than {_BITS} bits")
+    _charge(1)
+
+
+def _repeated(left: Any, right: Any) -> int:
+    """Characters or items of a product of a text or a list and a number."""
     for many, times in ((left, right), (right, left)):
         if isinstance(many, str | list | tuple):
             return len(many) * max(0, times) if isinstance(times, int) else 0
-    return _bits(left) + _bits(right)
+    return 0

@@ -6,7 +6,7 @@ Which text means control tokens is the question that decides how to encode:
   tokenizer does, with BOS where there is one, once.
 - `render` and `chat` put a conversation into the chat template; what messages and tools spell is text, and only what
   the template writes is a control token. `encode_marked` encodes what `render` gives. Templates write BOS themselves.
-- `continuation` encodes a text as it goes on behind another, `answer` one that ends as the template ends a turn.
+- `continuation` encodes a text as it goes on behind another; `chat_answer` and `text_answer` also end it.
 """
 
 import json
@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lockstep.data.chat_template import ChatTemplates, Message, RefusedChat
 from lockstep.data.control_tokens import ControlTokens, Marked
-from lockstep.data.json_text import Bad, parsed_json
+from lockstep.data.json_text import Bad, parsed_json, whole_characters
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ASKED, _SAID, _NEXT = "7f3a-what-is-asked", "7f3a-what-is-said", "7f3a-what-is-asked-next"
@@ -65,11 +65,11 @@ class Tokenizer:
             self._fast = FastTokenizer.from_str(files["tokenizer.json"])
         except Exception as error:  # `tokenizers` raises nothing narrower
             raise BadTokenizer(f"tokenizer.json cannot be read: {error}") from error
-        self._settings = _object(files, "special_tokens_map.json") | _object(files, "tokenizer_config.json")
-        named = {name: _content(self._settings.get(name)) for name in _NAMED}
+        settings = _object(files, "special_tokens_map.json") | _object(files, "tokenizer_config.json")
+        named = {name: _content(settings.get(name)) for name in _NAMED}
         self._names = {name: text for name, text in named.items() if text is not None}
         self._fast.add_special_tokens([n for n in self._names.values() if self._fast.token_to_id(n) is not None])
-        self._templates = ChatTemplates(files, self._settings)
+        self._templates = ChatTemplates(files, settings)
 
     def with_template_kwargs(self, chat_template_kwargs: Mapping[str, Any]) -> "Tokenizer":
         """The same tokenizer with other variables of its chat template."""
@@ -92,13 +92,6 @@ class Tokenizer:
         return None if name is None else self._fast.token_to_id(name)
 
     @cached_property
-    def special(self) -> dict[int, str]:
-        """Ids and names of the special tokens."""
-        return {
-            number: token.content for number, token in self._fast.get_added_tokens_decoder().items() if token.special
-        }
-
-    @cached_property
     def digest(self) -> str:
         """A digest of the vocabulary, 32 hex digits: equal for tokenizers that give every id the same token."""
         names = sorted((number, name) for name, number in self._fast.get_vocab(with_added_tokens=True).items())
@@ -117,29 +110,20 @@ class Tokenizer:
 
     @cached_property
     def begin(self) -> tuple[int, ...]:
-        """The tokens that every text begins with: BOS, for tokenizers that add it; else none.
-
-        As in `transformers`, `add_bos_token` of tokenizer_config.json decides, where it is there, and the
-        post-processor of tokenizer.json otherwise.
-        """
-        bos, added = self._names.get("bos_token"), self._settings.get("add_bos_token")
-        if isinstance(added, bool):
-            found = self._fast.token_to_id(bos) if added and bos is not None else None
-            return () if found is None else (found,)
+        """The tokens that the post-processor of tokenizer.json begins a text with: BOS, or none."""
         encoding = self._fast.encode("a", add_special_tokens=True)
         own = encoding.special_tokens_mask.index(0) if 0 in encoding.special_tokens_mask else 0
         return tuple(encoding.ids[:own])
 
     def encode(self, text: str) -> list[int]:
         """Encode a text as it is; nothing is added, and control tokens that it spells are control tokens."""
-        return self._fast.encode(text, add_special_tokens=False).ids
+        return self._fast.encode(whole_characters(text), add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Encode a text to be continued as it is, no chat: it begins with BOS where the tokenizer adds it, once."""
-        return self.begun(self.encode(text))
+        return self._begun(self.encode(text))
 
-    def begun(self, tokens: list[int]) -> list[int]:
-        """Tokens of a text with `begin` before them, unless they begin so already."""
+    def _begun(self, tokens: list[int]) -> list[int]:
         return tokens if tokens[: len(self.begin)] == list(self.begin) else [*self.begin, *tokens]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -192,40 +176,49 @@ class Tokenizer:
         """A marked text without its marks."""
         return self._control.plain(marked)
 
-    def encode_marked(self, marked: Marked) -> list[int]:
-        """Encode a text in which control tokens that are only spelled are marked; nothing is added."""
-        return self._control.encode(marked)
+    def verbatim(self, text: str) -> Marked:
+        """A text all of whose control tokens are meant."""
+        return self._control.verbatim(text)
+
+    def encode_marked(self, marked: Marked, *, begin: bool = False) -> list[int]:
+        """Encode a text in which control tokens that are only spelled are marked.
+
+        Args:
+            begin: whether it begins with BOS, as `encode_prompt` says; nothing is added otherwise.
+        """
+        tokens = self._control.encode(marked)
+        return self._begun(tokens) if begin else tokens
 
     def continuation(self, before: Marked, text: Marked) -> list[int]:
         """The tokens of a text behind another, whose own tokens are those of `encode_marked(before)`.
 
         Unlike `encode`, no tokenizer adds a space before it, as SentencePiece's do at the begin of a text.
         """
-        for anchor in (before, *map(Marked, _ANCHORS)):
+        for anchor in (before, *map(self.verbatim, _ANCHORS)):
             head, whole = self.encode_marked(anchor), self.encode_marked(Marked(anchor + text))
             if whole[: len(head)] == head:
                 return whole[len(head) :]
         return self.encode_marked(text)
 
-    def answer(self, messages: Sequence[Message], text: str, **options: Any) -> tuple[list[int], list[int]]:
-        """The prompt of a conversation, and a model's answer to it, ended as the chat template ends a turn.
+    def chat_answer(self, messages: Sequence[Message], text: str) -> list[int]:
+        """The tokens of a model's answer to a conversation, ended as the chat template ends a turn.
 
-        The answer is what the template writes of it behind the prompt, where it keeps the prompt's text. Its last token
-        is the control token that ends the turn, or the tokenizer's end of text, where the template writes none.
+        They go on behind those of `encode_chat(messages)`, and are what the template writes of the answer there, where
+        it keeps the prompt's text. The last one is the control token that ends the turn, or the tokenizer's end of
+        text, where the template writes none.
 
-        Returns:
-            Tokens of the prompt, as `encode_chat` gives them, and those of the answer.
+        Raises:
+            BadTemplate, RefusedChat: as `render`.
         """
-        prompt, said, end = self.render(messages, **options), self.marked(text), self.turn_end
-        turn = {"role": "assistant", "content": text}
-        whole = self.render([*messages, turn], **options, add_generation_prompt=False)
+        prompt, said, end = self.render(messages), self.marked(text), self.turn_end
+        whole = self.render([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
         if whole.startswith(prompt) and whole.endswith(end.whole):
             said = Marked(whole[len(prompt) : len(whole) - len(end.whole)])
-        return self.encode_marked(prompt), self._ended(prompt, Marked(said + end.text), end.token)
+        return self._ended(prompt, Marked(said + end.text), end.token)
 
-    def plain_answer(self, prompt: Marked, text: str) -> list[int]:
-        """A model's answer to a prompt that is continued as it is, ended by the tokenizer's end of text."""
-        return self._ended(prompt, self.marked(text), None)
+    def text_answer(self, prompt: Marked, text: Marked) -> list[int]:
+        """The tokens of a text behind a prompt that is continued as it is, ended by the tokenizer's end of text."""
+        return self._ended(prompt, text, None)
 
     def _ended(self, before: Marked, text: Marked, end: int | None) -> list[int]:
         tokens = self.continuation(before, text)
@@ -246,6 +239,15 @@ class Tokenizer:
         if written is None:
             return TurnEnd(whole, "", None)
         return TurnEnd(whole, whole[: written.end()], self.token(written[0]))
+
+    @cached_property
+    def chat_stop_tokens(self) -> tuple[int, ...]:
+        """The token that ends a turn in chats, at which a model stops beside its own; none where none is known."""
+        try:
+            end = self.turn_end.token
+        except ValueError:  # a template that needs more than a question and an answer
+            return ()
+        return () if end is None else (end,)
 
     @cached_property
     def _control(self) -> ControlTokens:

@@ -33,7 +33,7 @@ from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
 from lockstep.rl.collector.collector import Collector
 from lockstep.rl.environments.factory import told
 from lockstep.rl.learner import Learned, Learner, Models
-from lockstep.rl.prompts import make_prompt
+from lockstep.rl.prompts import demonstration_tokens, make_prompt
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.types import Advantaged, Judged, Prompt, own_logp
@@ -81,6 +81,7 @@ class Controller:
         self._policy, self._collector = policy, Collector(policy, rollouts, verifiers, clock, environments)
         self._learner = Learner(policy, models, self._collector.gather, seed, reward)
         self._stop = tuple(task.stop)
+        self._stop_tokens = tokenizer.chat_stop_tokens if task.chat else ()
         self._reward_model = models.reward
         self._tokenizer, self._seed, self._clock = tokenizer, seed, clock
         rules = told(environments.config) if environments else ""
@@ -88,6 +89,8 @@ class Controller:
             [make_prompt(p, task, tokenizer, split.shots, rules) for p in problems]
             for problems in (split.train, split.held_out)
         )
+        self._taught = partial(demonstration_tokens, task=task, tokenizer=tokenizer, shots=split.shots, rules=rules)
+        self._problems = split.train
 
     @property
     def version(self) -> int:
@@ -101,7 +104,7 @@ class Controller:
     def evaluate(self, max_new_tokens: int) -> list[Judged]:
         """Greedy completions of the held-out problems, with their verdicts."""
         prompts = dict(enumerate(self._held_out))
-        sampling = SamplingParams(temperature=0, max_new_tokens=max_new_tokens, stop=self._stop)
+        sampling = self._stopped(SamplingParams(temperature=0, max_new_tokens=max_new_tokens))
         return [judged for group in self._answers(prompts, sampling, samples=1, seed=0) for judged in group]
 
     def _answers(
@@ -124,8 +127,9 @@ class Controller:
         for step in range(done + 1, config.steps + 1):
             started = self._clock()
             count = config.problems_per_step
-            prompts = [self._place(self._train, n, "sft") for n in range((step - 1) * count, step * count)]
-            samples = weighted([self._demonstration(p) for p in prompts])
+            pairs = list(zip(self._problems, self._train, strict=True))
+            chosen = [self._place(pairs, n, "sft") for n in range((step - 1) * count, step * count)]
+            samples = weighted([sample(prompt.tokens, self._taught(problem)) for problem, prompt in chosen])
             rate = config.optimizer.rate(step, config.steps)
             result = gather(self._policy.update(step, samples, nll, rate))[0]
             seconds = self._clock() - started
@@ -171,14 +175,19 @@ class Controller:
         assert self._reward_model, "a reward model is to learn, and there is none"
         return self._reward_model
 
-    def compare(self, config: PreferenceConfig) -> list[Comparison]:
-        """Comparisons from a file or of the policy's completions, with its log-probabilities where it is to learn."""
+    def compare(self, config: PreferenceConfig, say: Callable[[str], None] = lambda sentence: None) -> list[Comparison]:
+        """Comparisons from a file or of the policy's completions, with its log-probabilities where it is to learn.
+
+        Args:
+            say: takes a sentence on rows of the file that were left out.
+        """
         if config.source:
-            found = read_comparisons(config, self._tokenizer)
+            found = read_comparisons(config, self._tokenizer, say)
         else:
             prompts = {n: self._place(self._train, n, "preference") for n in range(config.prompts)}
             seed = int(np.random.default_rng([self._seed, *b"preference"]).integers(1 << 62))
-            found = by_verdict(self._answers(prompts, config.sampling, config.completions, seed), config.pairs)
+            sampling = self._stopped(config.sampling)
+            found = by_verdict(self._answers(prompts, sampling, config.completions, seed), config.pairs)
         if config.judged or not found:
             return found
         texts = completions_of(found)
@@ -228,16 +237,17 @@ class Controller:
             config.flow,
             groups=config.prompts_per_step,
             samples=config.group_size,
-            sampling=config.sampling.model_copy(update={"stop": (*config.sampling.stop, *self._stop)}),
+            sampling=self._stopped(config.sampling),
             seed=int(np.random.default_rng([self._seed, *b"rl"]).integers(1 << 62)),
             reward=self._learner.rewarded,
             teaches=partial(teaches, config=config),
             first=first,
         )
 
-    def _demonstration(self, prompt: Prompt) -> Sample:
-        eos = [] if self._tokenizer.eos is None else [self._tokenizer.eos]
-        return sample(prompt.tokens, self._tokenizer.encode(prompt.demonstration) + eos)
+    def _stopped(self, sampling: SamplingParams) -> SamplingParams:
+        """Sampling whose completions also end where the task and the chat template end them."""
+        stops = {"stop": (*sampling.stop, *self._stop), "stop_tokens": (*sampling.stop_tokens, *self._stop_tokens)}
+        return sampling.model_copy(update=stops)
 
     def _place(self, things: Sequence[Placed], number: int, phase: str) -> Placed:
         """The prompt, or comparison, of this number in a phase: epoch after epoch, each shuffled by the seed."""

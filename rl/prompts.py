@@ -1,14 +1,21 @@
-"""Builds prompts from problems: few-shot examples, instruction and chat template, as the task says."""
+"""Builds prompts from problems: few-shot examples, instruction and chat template, as the task says.
+
+A chat's messages are text whatever they spell. In a plain prompt the recipe's own words may spell control tokens, and
+what comes from the data is text.
+"""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from lockstep.data.control_tokens import Marked
 from lockstep.data.tasks.problem import Problem, entry_text
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.types import Prompt
 
 _PLACE = re.compile(r"\{([a-z]+)\}")
+
+Mark = Callable[[str], str]
 
 
 def make_prompt(
@@ -19,43 +26,70 @@ def make_prompt(
     Args:
         shots: solved problems to show before it, one more than `task.shots`: where it is one of them, the others serve.
         rules: of the environment, at the end of the system message.
+
+    Raises:
+        BadTemplate, RefusedChat: when there is no chat template, or it refuses the messages.
     """
-    system = "\n\n".join(filter(None, (task.system or problem.system, rules)))
-    shown = [shot for shot in shots if shot.question != problem.question][: task.shots]
-    text = _conversation(problem, task, tokenizer, shown, system) if task.chat else _plain(problem, task, shown, system)
+    if task.chat:
+        text = tokenizer.render(_messages(problem, task, shots, rules))
+    else:
+        text = _plain(problem, task, tokenizer, shots, rules)
+    tokens = tuple(tokenizer.encode_marked(text, begin=not task.chat))
     scored = problem.entry if task.grader == "gym" else None
     answer = entry_text(scored, task.settings) if scored else problem.answer
-    tokens = tuple(tokenizer.encode(text))
-    return Prompt(problem.index, text, tokens, answer, problem.tests, demonstration(problem, task))
+    return Prompt(problem.index, tokenizer.plain(text), tokens, answer, problem.tests)
 
 
-def asked(problem: Problem, task: TaskConfig) -> str:
-    """The user's message: the problem in the task's template, then the instruction."""
-    text = _filled(task.prompt, {"question": problem.question, "examples": problem.examples})
+def demonstration_tokens(
+    problem: Problem, task: TaskConfig, tokenizer: Tokenizer, shots: Sequence[Problem] = (), rules: str = ""
+) -> list[int]:
+    """What supervised tuning teaches behind the tokens of `make_prompt`: the demonstration, and the turn's end."""
+    if task.chat:
+        return tokenizer.chat_answer(_messages(problem, task, shots, rules), demonstration(problem, task))
+    text = _plain(problem, task, tokenizer, shots, rules)
+    return tokenizer.text_answer(text, Marked(demonstration(problem, task, tokenizer.marked)))
+
+
+def asked(problem: Problem, task: TaskConfig, mark: Mark = str) -> str:
+    """The user's message: the problem in the task's template, then the instruction.
+
+    Args:
+        mark: applied to what comes from the data.
+    """
+    text = _filled(task.prompt, {"question": problem.question, "examples": problem.examples}, mark)
     return f"{text}\n\n{task.instruction}" if task.instruction else text
 
 
-def demonstration(problem: Problem, task: TaskConfig) -> str:
-    """The answer in the task's template, for few-shot examples and supervised fine-tuning."""
+def demonstration(problem: Problem, task: TaskConfig, mark: Mark = str) -> str:
+    """The answer in the task's template, for few-shot examples and supervised fine-tuning; `mark` as in `asked`."""
     solution = problem.solution or problem.answer
-    return _filled(task.completion, {"answer": problem.answer, "solution": solution, "program": problem.program})
+    return _filled(task.completion, {"answer": problem.answer, "solution": solution, "program": problem.program}, mark)
 
 
-def _filled(template: str, values: Mapping[str, str]) -> str:
+def _filled(template: str, values: Mapping[str, str], mark: Mark) -> str:
     """Fills the template's fields; braces around anything else stay, and so do those in the values."""
-    return _PLACE.sub(lambda place: values.get(place[1], place[0]), template)
+    return _PLACE.sub(lambda place: mark(values[place[1]]) if place[1] in values else place[0], template)
 
 
-def _conversation(
-    problem: Problem, task: TaskConfig, tokenizer: Tokenizer, shown: Sequence[Problem], system: str
-) -> str:
+def _shown(problem: Problem, task: TaskConfig, shots: Sequence[Problem]) -> list[Problem]:
+    return [shot for shot in shots if shot.question != problem.question][: task.shots]
+
+
+def _system(problem: Problem, task: TaskConfig, rules: str, mark: Mark = str) -> str:
+    return "\n\n".join(filter(None, (task.system or mark(problem.system), rules)))
+
+
+def _messages(problem: Problem, task: TaskConfig, shots: Sequence[Problem], rules: str) -> list[dict[str, str]]:
+    system = _system(problem, task, rules)
     messages = [{"role": "system", "content": system}] if system else []
-    for shot in shown:
+    for shot in _shown(problem, task, shots):
         messages.append({"role": "user", "content": asked(shot, task)})
         messages.append({"role": "assistant", "content": demonstration(shot, task)})
-    return tokenizer.chat([*messages, {"role": "user", "content": asked(problem, task)}])
+    return [*messages, {"role": "user", "content": asked(problem, task)}]
 
 
-def _plain(problem: Problem, task: TaskConfig, shown: Sequence[Problem], system: str) -> str:
-    solved = [asked(shot, task) + demonstration(shot, task) for shot in shown]
-    return "\n\n".join([*([system] if system else []), *solved, asked(problem, task)])
+def _plain(problem: Problem, task: TaskConfig, tokenizer: Tokenizer, shots: Sequence[Problem], rules: str) -> Marked:
+    mark = tokenizer.marked
+    system = _system(problem, task, rules, mark)
+    solved = [asked(shot, task, mark) + demonstration(shot, task, mark) for shot in _shown(problem, task, shots)]
+    return Marked("\n\n".join([*([system] if system else []), *solved, asked(problem, task, mark)]))

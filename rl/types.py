@@ -32,8 +32,6 @@ class Prompt:
     answer: str
     tests: CodeTests | None = None
     """Of a program; its verdict is that of the tests and not of the answer."""
-    demonstration: str = ""
-    """What supervised tuning teaches to say."""
 
     @property
     def answer_key(self) -> AnswerKey:

@@ -174,7 +174,7 @@ def _prompts(work: Work, tokenizer: Tokenizer) -> list[Prompt]:
         texts = list(islice((_text(line) for line in lines if line.strip()), work.count))
     if not texts:
         raise ValueError(f"{work.prompts} has no prompts: write one a line")
-    return [Prompt(i, text, tuple(tokenizer.encode(text)), "") for i, text in enumerate(texts)]
+    return [Prompt(i, text, tuple(tokenizer.encode_prompt(text)), "") for i, text in enumerate(texts)]
 
 
 def _text(line: str) -> str:

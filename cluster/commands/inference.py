@@ -163,7 +163,7 @@ def _chat(answerer: "Answerer", system: str | None) -> None:
 
 def _stream(answerer: "Answerer", question: "Question") -> None:
     """Show one completion as it is generated."""
-    for piece in answerer.stream(answerer.tokens(question)):
+    for piece in answerer.stream(answerer.tokens(question), sampling=answerer.sampling_of(question)):
         _show(piece)
     _show("\n")
 

@@ -1,7 +1,7 @@
 """Evaluates a model on held-out problems: greedy and sampled completions, judged, resumable; behind `lockstep eval`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ import xxhash
 
 from lockstep.cluster.evaluation.accuracy import Estimate, Tally, estimate_accuracy, mean_pass_at_k, tally
 from lockstep.cluster.evaluation.answer_folder import Answer, AnswerFolder
+from lockstep.data.row_reader import BadRow, left_out
 from lockstep.data.tasks.task import Split, TaskConfig, held_out_problems, make_split
+from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.prompts import make_prompt
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.loading import open_engine
@@ -75,14 +77,18 @@ def evaluate_checkpoint(work: Evaluation, folder: Path, progress: Callable[[int,
 
     Args:
         progress: told of completions that are there, and of all that there will be.
-        note: takes a sentence on what programs are kept in by.
+        note: takes sentences, on rows that were left out and on what programs are kept in by.
 
     Raises:
         ValueError: one sentence on what does not fit, before anything is written.
     """
     split = _problems(work.task, work.seed)
+    if split.skipped:
+        note(left_out(split.skipped))
     config = EngineConfig(cache_gib=work.cache_gib)
     with open_engine(work.checkpoint, work.dtype, config) as (engine, tokenizer):
+        tokenizer = tokenizer.with_template_kwargs(work.task.chat_template_kwargs)
+        work = _stopped(work, tokenizer)
         prompts = [make_prompt(problem, work.task, tokenizer, split.shots) for problem in split.held_out]
         answers = AnswerFolder(folder, _settings(work, prompts, engine))
         with Judge(work.verifier, work.task.grader, note) as judge:
@@ -106,8 +112,10 @@ class _Sitting:
 
     def answer(self) -> Iterator[int]:
         """Generate and judge what is missing; yields how many completions there are, now and then."""
-        longest, stop = self.work.sampling.max_new_tokens, self.work.sampling.stop
-        greedy = SamplingParams(temperature=0, max_new_tokens=longest, stop=stop)
+        drawn = self.work.sampling
+        greedy = SamplingParams(
+            temperature=0, max_new_tokens=drawn.max_new_tokens, stop=drawn.stop, stop_tokens=drawn.stop_tokens
+        )
         passes = [(GREEDY, greedy, 1), (SAMPLED, self.work.sampling, self.work.samples)]
         yield len(self.answers)
         for mode, sampling, samples in passes:
@@ -156,7 +164,14 @@ def _problems(task: TaskConfig, seed: int) -> Split:
     """Training problems are read only where the task needs them."""
     if task.shots or not task.held_out_from:
         return make_split(task, seed)
-    return Split((), held_out_problems(task, seed), "")
+    skipped: list[BadRow] = []
+    return Split((), held_out_problems(task, seed, skipped), "", skipped=tuple(skipped))
+
+
+def _stopped(work: Evaluation, tokenizer: Tokenizer) -> Evaluation:
+    """The evaluation, whose completions also end where the chat template ends a turn."""
+    ends = tokenizer.chat_stop_tokens if work.task.chat else ()
+    return replace(work, sampling=work.sampling.model_copy(update={"stop_tokens": (*work.sampling.stop_tokens, *ends)}))
 
 
 def _settings(work: Evaluation, prompts: Sequence[Prompt], engine: Engine) -> dict[str, Any]:

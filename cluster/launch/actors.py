@@ -129,7 +129,10 @@ def _environments(recipe: Recipe, first: Storage) -> EnvironmentGroup | None:
     if recipe.environment.kind == "none":
         return None
     files = Tokenizer(Checkpoint(first).files).files
-    environments = EnvironmentGroup(recipe.environment, files, chat=recipe.task.chat)
+    task = recipe.task
+    environments = EnvironmentGroup(
+        recipe.environment, files, chat=task.chat, chat_template_kwargs=task.chat_template_kwargs
+    )
     gather([environments.ready()])
     return environments
 

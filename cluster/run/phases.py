@@ -49,7 +49,7 @@ def run_phases(
         actors.policy,
         actors.rollouts,
         actors.verifiers,
-        tokenizer=Tokenizer(Checkpoint(first).files),
+        tokenizer=Tokenizer(Checkpoint(first).files, recipe.task.chat_template_kwargs),
         task=recipe.task,
         split=split,
         seed=recipe.seed,
@@ -110,7 +110,7 @@ class _Phases:
             comparisons = [Comparison.of(row) for row in self._run.comparisons()]
         else:
             self._progress.say("reading comparisons" if config.source else "writing completions to compare")
-            comparisons = self._controller.compare(config)
+            comparisons = self._controller.compare(config, self._progress.say)
             self._run.keep_comparisons([each.row() for each in comparisons])
         self._run_all(config.phase, config.steps, self._controller.prefer(config, comparisons, done))
         if config.judged:

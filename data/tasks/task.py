@@ -12,7 +12,7 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lockstep.data.row_reader import is_source, read_rows
+from lockstep.data.row_reader import BadRow, OnBad, is_source, left_out, read_rows, stop
 from lockstep.data.tasks.presets import PRESETS
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.problem_formats import read_problem
@@ -55,6 +55,10 @@ class TaskConfig(BaseModel):
         "answer", description="what decides where there are no tests; gym: reasoning-gym's scores, with partial credit"
     )
     chat: bool = Field(True, description="put the prompt into the tokenizer's chat template")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="variables of the chat template, such as enable_thinking = false"
+    )
+    on_bad: Literal["stop", "skip"] = Field("stop", description="stop at a bad row of files, or skip and count it")
     stop: list[str] = Field([], description="texts at which a completion ends")
 
     @model_validator(mode="before")
@@ -85,6 +89,8 @@ class Split:
     method: str
     shots: tuple[Problem, ...] = ()
     """Training problems to show solved, one more than the task asks for, so that none has to show itself."""
+    skipped: tuple[BadRow, ...] = ()
+    """Rows of the files that were read and could not be used, where the task skips them."""
 
     @property
     def overlap(self) -> int:
@@ -109,40 +115,58 @@ def make_split(task: TaskConfig, seed: int) -> Split:
         BadRow: names the file, line and field of a row that cannot be used.
         BadProblems: for an unknown generator, bad settings, or when a side stays empty.
     """
+    skipped: list[BadRow] = []
     if task.held_out_from:
-        train = tuple(_numbered(islice(_stream(task, seed), task.train)))
-        held_out = held_out_problems(task, seed)
+        train = tuple(_numbered(islice(_stream(task, seed, skipped), task.train)))
+        held_out = held_out_problems(task, seed, skipped)
         method = "Training and held-out problems come from files of their own, and nothing is left out of either."
     else:
-        train, held_out = _by_hash(task, seed)
+        train, held_out = _by_hash(task, seed, skipped)
         method = (
             f"A hash of each problem, blind to the order of its numbers, sends one in {HELD_OUT_SHARE} to the held-out "
             "side and the others to training; duplicates are dropped, so no problem stands on both sides."
         )
     for side, problems in (("training", train), ("held-out", held_out)):
         if not problems:
-            raise BadProblems(f"{task.generator} gave no {side} problems: widen task.settings")
-    return Split(train, held_out, method, draw_shots(task, train, seed))
+            raise BadProblems(
+                f"{task.generator} gave no {side} problems: widen task.settings. {left_out(skipped)}".strip()
+            )
+    method = " ".join(filter(None, (method, left_out(skipped))))
+    return Split(train, held_out, method, draw_shots(task, train, seed), tuple(skipped))
 
 
-def held_out_problems(task: TaskConfig, seed: int) -> tuple[Problem, ...]:
+def held_out_problems(task: TaskConfig, seed: int, skipped: list[BadRow]) -> tuple[Problem, ...]:
     """The held-out problems alone; training problems that have a file of their own are not read.
+
+    Args:
+        skipped: gets the errors of rows that the task skips.
 
     Raises:
         ValueError: as `make_split`.
     """
     if not task.held_out_from:
-        return make_split(task, seed).held_out
-    return tuple(_numbered(islice(read_problems(task.held_out_from, task.fields), task.held_out)))
+        split = make_split(task, seed)
+        skipped += split.skipped
+        return split.held_out
+    return tuple(_numbered(islice(_read(task, task.held_out_from, skipped), task.held_out)))
 
 
-def read_problems(source: str, fields: Mapping[str, str]) -> Iterator[Problem]:
+def read_problems(source: str, fields: Mapping[str, str], *, on_bad: OnBad = stop) -> Iterator[Problem]:
     """Read the problems of a file, a folder or files on the Hub, in order; see `problem_formats`.
+
+    Args:
+        on_bad: called with the error of each bad row, which is skipped; the default raises it.
 
     Raises:
         BadRow: names file, line and field.
     """
-    return (read_problem(index, row, fields) for index, row in enumerate(read_rows(source)))
+    for index, row in enumerate(read_rows(source, on_bad=on_bad)):
+        try:
+            problem = read_problem(index, row, fields)
+        except BadRow as error:
+            on_bad(error)
+        else:
+            yield problem
 
 
 def draw_shots(task: TaskConfig, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:
@@ -159,12 +183,12 @@ def draw_shots(task: TaskConfig, train: Sequence[Problem], seed: int) -> tuple[P
     return tuple(order[: task.shots + 1]) if task.shots else ()
 
 
-def _by_hash(task: TaskConfig, seed: int) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
+def _by_hash(task: TaskConfig, seed: int, skipped: list[BadRow]) -> tuple[tuple[Problem, ...], tuple[Problem, ...]]:
     """Distinct problems for training and held out."""
     sides: dict[bool, list[Problem]] = {True: [], False: []}
     wanted = {True: task.held_out, False: task.train}
     seen: set[str] = set()
-    for problem in _stream(task, seed):
+    for problem in _stream(task, seed, skipped):
         name = key(problem.question)
         side = xxhash.xxh3_64_intdigest(name.encode()) % HELD_OUT_SHARE == 0
         if name not in seen and len(sides[side]) < wanted[side]:
@@ -179,8 +203,12 @@ def _numbered(problems: Iterable[Problem]) -> Iterator[Problem]:
     return (replace(problem, index=index) for index, problem in enumerate(problems))
 
 
-def _stream(task: TaskConfig, seed: int) -> Iterator[Problem]:
-    return read_problems(task.generator, task.fields) if is_source(task.generator) else _made(task, seed)
+def _stream(task: TaskConfig, seed: int, skipped: list[BadRow]) -> Iterator[Problem]:
+    return _read(task, task.generator, skipped) if is_source(task.generator) else _made(task, seed)
+
+
+def _read(task: TaskConfig, source: str, skipped: list[BadRow]) -> Iterator[Problem]:
+    return read_problems(source, task.fields, on_bad=skipped.append if task.on_bad == "skip" else stop)
 
 
 def _made(task: TaskConfig, seed: int) -> Iterator[Problem]:

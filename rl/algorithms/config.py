@@ -79,6 +79,7 @@ class PreferenceConfig(BaseModel):
     beta: float = Field(0.1, gt=0, description="weight of the KL that dpo and ipo are regularised by")
     smoothing: float = Field(0.0, ge=0, lt=0.5, description="of dpo: the probability that a preference is wrong")
     source: str = Field("", description="a file of preferences; empty for pairs of the policy's own completions")
+    on_bad: Literal["stop", "skip"] = Field("stop", description="stop at a bad row of source, or skip and count it")
     chat: bool = Field(True, description="put the prompts of source into the tokenizer's chat template")
     prompts: int = Field(256, ge=1, description="without source: training problems that the policy answers")
     completions: int = Field(8, ge=2, description="without source: of each")

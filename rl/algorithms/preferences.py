@@ -4,7 +4,7 @@ The reference of DPO and IPO is the policy as it was when the phase began. Its l
 computed once, before the first update, and are kept with the comparisons, so that no second model is in memory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from lockstep.data.batch import Floats, Sample
 from lockstep.data.preferences import RankedTokens, read, tokenized
+from lockstep.data.row_reader import BadRow, left_out, stop
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.algorithms.config import PreferenceConfig
 from lockstep.rl.algorithms.samples import preference_samples
@@ -45,13 +46,23 @@ class TooFewComparisons(ValueError):
     """No comparison is left to learn from."""
 
 
-def read_comparisons(config: PreferenceConfig, tokenizer: Tokenizer) -> list[Comparison]:
+def read_comparisons(
+    config: PreferenceConfig, tokenizer: Tokenizer, say: Callable[[str], None] = lambda sentence: None
+) -> list[Comparison]:
     """Reads and tokenizes all comparisons of the recipe's file.
+
+    Args:
+        say: takes a sentence on rows that were left out.
 
     Raises:
         BadRow: names file, line and field.
+        BadTemplate, RefusedChat: when there is no chat template, or it refuses a conversation.
     """
-    return [Comparison(tokenized(row, tokenizer, chat=config.chat)) for row in read(config.source)]
+    skipped: list[BadRow] = []
+    rows = read(config.source, on_bad=skipped.append if config.on_bad == "skip" else stop)
+    if skipped:
+        say(left_out(skipped))
+    return [Comparison(tokenized(row, tokenizer, chat=config.chat)) for row in rows]
 
 
 def by_verdict(groups: Iterable[Sequence[Judged]], pairs: int) -> list[Comparison]:

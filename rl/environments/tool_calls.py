@@ -78,9 +78,12 @@ class ChatForm:
         Raises:
             BadTemplate, RefusedChat: when there is no chat template, or it refuses the messages.
         """
-        before, after = self._rendered(messages) if self._chat else (Marked(_STAND_IN), self._plain(messages))
-        tokens = self._tokenizer.continuation(before, after)
-        return tokens[1:] if turn and tokens[:1] == list(turn[-1:]) and turn[-1] in self._tokenizer.special else tokens
+        if not self._chat:
+            return self._tokenizer.continuation(Marked(_STAND_IN), self._plain(messages))
+        (before, after), end = self._rendered(messages), self._tokenizer.turn_end
+        if turn and turn[-1] == end.token and after.startswith(end.text):
+            before, after = Marked(before + end.text), Marked(after.removeprefix(end.text))
+        return self._tokenizer.continuation(before, after)
 
     def _plain(self, messages: Sequence[Message]) -> Marked:
         return self._tokenizer.marked("".join(f"\n{_tagged(m)}\n" for m in messages))

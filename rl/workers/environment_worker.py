@@ -5,7 +5,7 @@ deadline like one that is only slow. Whatever an environment does wrong makes it
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -33,17 +33,25 @@ class EnvironmentWorker(Worker):
 
     role = "environment"
 
-    def __init__(self, rank: int, config: EnvironmentConfig, files: dict[str, str], chat: bool) -> None:
+    def __init__(
+        self,
+        rank: int,
+        config: EnvironmentConfig,
+        files: dict[str, str],
+        chat: bool,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """
         Args:
             files: contents of the policy's tokenizer files, by name.
             chat: whether prompts are in the tokenizer's chat template.
+            chat_template_kwargs: variables of that template.
 
         Raises:
-            BadTokenizer, NoEnvironment, SandboxError: where no episode could begin.
+            BadTokenizer, BadTemplate, NoEnvironment, SandboxError: where no episode could begin.
         """
         super().__init__(rank)
-        self._config, self._tokenizer = config, Tokenizer(files)
+        self._config, self._tokenizer = config, Tokenizer(files, chat_template_kwargs)
         self._form = ChatForm(self._tokenizer, chat=chat)
         self._form.answer((), [Message("tool", "")])
         self._shared = ExitStack()

@@ -1,9 +1,9 @@
 """Groups of Ray actors as the controller sees them: the ranks of a model, rollout teams, verifiers, environments."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from lockstep.data.batch import Floats, Ints, Sample, TokenBatch
 from lockstep.data.packing import rows_for_ranks
@@ -190,13 +190,21 @@ class EnvironmentGroup:
     TOGETHER = 4096
     """Calls that the process works on at the same time."""
 
-    def __init__(self, config: EnvironmentConfig, files: dict[str, str], *, chat: bool) -> None:
+    def __init__(
+        self,
+        config: EnvironmentConfig,
+        files: dict[str, str],
+        *,
+        chat: bool,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """
         Args:
             files: contents of the policy's tokenizer files, by name.
             chat: whether prompts are in the tokenizer's chat template.
+            chat_template_kwargs: variables of that template.
         """
-        self._given, self.config = (config, files, chat), config
+        self._given, self.config = (config, files, chat, chat_template_kwargs), config
         self.worker = self._start()
 
     @property

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lockstep.data.preferences import Preference, Turn, from_verdicts, read, tokenized
 from lockstep.data.row_reader import BadRow
 from lockstep.data.tokenizer import Tokenizer, train_tokenizer
+from lockstep.rl.algorithms.config import PreferenceConfig
+from lockstep.rl.algorithms.preferences import read_comparisons
 from tests.conftest import TEMPLATE
 
 
@@ -46,6 +48,59 @@ def test_ultrafeedback_completions_are_ranked_and_ties_stand_once(tmp_path: Path
     assert from_rows(tmp_path, other) == [Preference(0, "q", ("b", "c", "a"))]
 
 
+def said(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+ASKED, GOOD, BAD = said("user", "2+2?"), said("assistant", "4"), said("assistant", "5")
+
+
+@pytest.mark.parametrize(
+    ("row", "before"),
+    [
+        ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, ()),
+        ({"prompt": [ASKED], "chosen": "4", "rejected": "5"}, ()),
+        ({"prompt": "2+2?", "chosen": [GOOD], "rejected": [BAD]}, ()),
+        ({"prompt": "2+2?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, ()),
+        ({"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, ()),
+        ({"prompt": None, "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, ()),
+        ({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, ()),
+        ({"prompt": [ASKED], "ranked": ["4", "5"]}, ()),
+        ({"prompt": [ASKED], "responses": ["5", "4"], "scores": [0, 1]}, ()),
+        (
+            {
+                "prompt": [said("user", [{"type": "text", "text": "2+"}, {"text": "2?"}])],
+                "chosen": [GOOD],
+                "rejected": "5",
+            },
+            (),
+        ),
+        (
+            {"prompt": [said("system", "s"), said("user", "x"), said("assistant", "y"), ASKED], "chosen": [GOOD]}
+            | {"rejected": [BAD]},
+            (Turn("system", "s"), Turn("user", "x"), Turn("assistant", "y")),
+        ),
+        (
+            {
+                "prompt": "2+2?",
+                "chosen": [said("system", "s"), ASKED, GOOD],
+                "rejected": [said("system", "s"), ASKED, BAD],
+            },
+            (Turn("system", "s"),),
+        ),
+        (
+            {"prompt": [said("user", "x")], "chosen": [said("assistant", "y"), ASKED, GOOD]}
+            | {"rejected": [said("assistant", "y"), ASKED, BAD]},
+            (Turn("user", "x"), Turn("assistant", "y")),
+        ),
+    ],
+)
+def test_conversations_may_be_messages_in_whole_or_in_part(
+    row: dict[str, Any], before: tuple[Turn, ...], tmp_path: Path
+) -> None:
+    assert from_rows(tmp_path, row) == [Preference(0, "2+2?", ("4", "5"), before)]
+
+
 def test_plain_pairs_and_rankings(tmp_path: Path) -> None:
     found = from_rows(
         tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "ranked": ["a", "b", "c"]}
@@ -67,6 +122,17 @@ def test_plain_pairs_and_rankings(tmp_path: Path) -> None:
         ({"chosen": "\n\nHuman: x", "rejected": "\n\nHuman: y"}, "the field 'chosen' must end with a person's turn"),
         ({"chosen": [], "rejected": []}, "the field 'chosen' holds no messages"),
         ({"chosen": [{"role": "user"}], "rejected": []}, "the field 'content' is missing"),
+        ({"prompt": [ASKED, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "'prompt' must end with a person's turn"),
+        ({"prompt": [], "chosen": [GOOD], "rejected": [BAD]}, "'prompt' holds no messages"),
+        ({"prompt": ["2+2?"], "chosen": [GOOD], "rejected": [BAD]}, "'prompt' must hold an object, and holds text"),
+        ({"prompt": 7.5, "chosen": [ASKED], "rejected": [ASKED]}, "'chosen' must end with a person's turn"),
+        ({"prompt": [ASKED], "chosen": [GOOD], "rejected": []}, "'rejected' holds no messages"),
+        ({"prompt": [ASKED], "chosen": [said("assistant", None)], "rejected": [BAD]}, "'content' is null"),
+        (
+            {"prompt": [ASKED], "chosen": [said("assistant", [{"type": "image"}])], "rejected": [BAD]},
+            "'text' is missing",
+        ),
+        ({"prompt": "p", "chosen": "\ud800", "rejected": "b"}, "'chosen' holds half of a surrogate pair"),
         ({"instruction": "q", "completions": [{"response": "r"}]}, "completions: the field 'overall_score' is missing"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1]}, "needs one number for each text"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1.0]}, "'responses' ranks 1 different texts"),
@@ -81,10 +147,50 @@ def test_a_bad_row_is_named_with_file_line_and_field(row: dict[str, Any], words:
 def test_bad_rows_may_be_counted_instead(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "p", "chosen": "a", "rejected": r} for r in ("b", "a", "c")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt"\n\n')
     skipped: list[BadRow] = []
     assert [p.index for p in read(str(path), on_bad=skipped.append)] == [0, 2]
-    assert len(skipped) == 1
+    assert len(skipped) == 2
+
+
+def test_a_recipe_says_whether_bad_rows_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p"}\n')
+    tokenizer, told = Tokenizer(train_tokenizer([TEMPLATE], 300)), list[str]()
+    config = PreferenceConfig(source=str(path), chat=False, on_bad="skip")
+    assert len(read_comparisons(config, tokenizer, told.append)) == 1
+    assert told[0].startswith(f"Bad rows left out: 1; the first: {path}:2: the field 'chosen' is missing")
+    with pytest.raises(BadRow, match="'chosen' is missing"):
+        read_comparisons(config.model_copy(update={"on_bad": "stop"}), tokenizer)
+
+
+ROWS = st.dictionaries(
+    st.sampled_from(["prompt", "chosen", "rejected", "ranked", "responses", "scores", "instruction", "completions"]),
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.floats()
+        | st.integers()
+        | st.sampled_from(["a", "", "\n\nHuman: a", "\ud800", "\0"]),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.sampled_from(["role", "content", "text", "response", "overall_score", "score"]), inner)
+        ),
+        max_leaves=8,
+    ),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(ROWS, max_size=4), raw=st.binary(max_size=20))
+def test_any_rows_are_preferences_or_a_sentence_each(rows: list[dict[str, Any]], raw: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode() + raw)
+    skipped: list[BadRow] = []
+    found = read(str(path), on_bad=skipped.append)
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip(b" \t\r\n\v\f\xef\xbb\xbf")]
+    assert len(found) + len(skipped) == len(lines)
+    assert all(len(set(each.ranked)) > 1 for each in found)
 
 
 OUTCOMES = st.sampled_from(["correct", "incorrect", "ungradable"])

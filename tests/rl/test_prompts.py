@@ -36,7 +36,7 @@ def test_a_chat_has_the_system_the_shots_as_turns_and_the_instruction(words: Tok
         "<|im_start|>user\n0 + 1 =\n\nAnswer.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert prompt.tokens == tuple(words.encode(prompt.text))
-    assert (prompt.answer, prompt.demonstration) == ("1", "So 1")
+    assert (prompt.answer, demonstration(SUMS[0], task)) == ("1", "So 1")
 
 
 def test_a_plain_text_goes_on_after_the_shots(words: Tokenizer) -> None:
@@ -73,7 +73,7 @@ def test_gym_scores_need_the_whole_entry(words: Tokenizer) -> None:
     task = TaskConfig(generator="chain_sum", settings={"max_terms": 2}, grader="gym", train=2, held_out=2)
     for problem in make_split(task, 0).train:
         prompt = make_prompt(problem, task, words)
-        assert prompt.demonstration == problem.answer
+        assert demonstration(problem, task) == problem.answer
         assert reasoning_gym.grade(f"<answer>{problem.answer}</answer>", prompt.answer).reward == 1.0
         assert reasoning_gym.grade("<answer>no number</answer>", prompt.answer).reward != 1.0
     with pytest.raises(ValueError, match="scores what reasoning-gym made"):
@@ -88,7 +88,7 @@ def test_gsm8k_is_asked_as_its_preset_says(name: str, words: Tokenizer) -> None:
     prompt = make_prompt(split.held_out[0], task, words, split.shots)
     assert prompt.text.count("####") == (5 if name == "gsm8k-plain" else 1)
     assert split.held_out[0].question in prompt.text
-    assert prompt.demonstration.endswith("\n#### 18")
+    assert demonstration(split.held_out[0], task).endswith("\n#### 18")
 
 
 @pytest.mark.skipif(
@@ -102,7 +102,8 @@ def test_humaneval_is_asked_as_its_preset_says(name: str, words: Tokenizer) -> N
         assert isinstance(prompt.tests, CodeTests)
         assert problem.question in prompt.text
         assert problem.solution not in prompt.text
-        assert prompt.demonstration in (problem.solution, f"```python\n{problem.question}{problem.solution}\n```")
+        taught = (problem.solution, f"```python\n{problem.question}{problem.solution}\n```")
+        assert demonstration(problem, task) in taught
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -105,7 +105,6 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path) -> None:
         ('{"question": "q"}', "the field 'answer' is missing"),
         ('{"question": "q", "answer": true}', "the field 'answer' must be text"),
         ("7", "a JSON object is needed"),
-        ("  ", "the line is empty"),
     ):
         task = rows(tmp_path, *numbered(2), bad, *numbered(1))
         with pytest.raises(BadRow, match=rf"rows\.jsonl:3: {words}"):
@@ -146,10 +145,10 @@ def test_files_for_both_sides_are_taken_as_they_are(tmp_path: Path) -> None:
     assert [p.question for p in split.held_out] == [f"What is {i} + 1?" for i in (0, 1, 0)]
     assert split.overlap == 2
     train.unlink()
-    assert held_out_problems(task, 0) == split.held_out
+    assert held_out_problems(task, 0, []) == split.held_out
     whole = TaskConfig(generator=str(held_out), held_out=1)
     held_out.write_text("\n".join(numbered(40)))
-    assert held_out_problems(whole, 0) == make_split(whole, 0).held_out
+    assert held_out_problems(whole, 0, []) == make_split(whole, 0).held_out
 
 
 def test_shots_come_from_training_problems_by_seed(tmp_path: Path) -> None:
@@ -203,3 +202,23 @@ def test_gsm8k_reads_as_numbers() -> None:
     assert {p.question: p.answer for p in problems} == answers
     assert all(p.answer.replace(",", "").lstrip("-").replace(".", "", 1).isdigit() for p in problems)
     assert 0.15 < len(split.held_out) / len(problems) < 0.25
+
+
+def test_bad_rows_stop_a_task_or_are_counted(tmp_path: Path) -> None:
+    rows = [{"question": f"{i} + 1", "answer": str(i + 1)} for i in range(40)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text(
+        "\n".join([*map(json.dumps, rows[:20]), "", '{"question"', '{"question": "?"}', *map(json.dumps, rows[20:])])
+    )
+    task = TaskConfig(generator=str(path), on_bad="skip")
+    split = make_split(task, 0)
+    assert len(split.train) + len(split.held_out) == 40
+    assert [str(error).split(": ")[0] for error in split.skipped] == [f"{path}:22", f"{path}:23"]
+    assert f"Bad rows left out: 2; the first: {path}:22: not valid JSON" in split.method
+    skipped: list[BadRow] = []
+    both = task.model_copy(update={"held_out_from": str(path)})
+    assert len(held_out_problems(both, 0, skipped)) == 40
+    assert len(skipped) == 2
+    assert len(make_split(both, 0).skipped) == 4
+    with pytest.raises(BadRow, match=r"sums\.jsonl:22: not valid JSON"):
+        make_split(TaskConfig(generator=str(path)), 0)
