@@ -108,6 +108,8 @@ def _from_json(chunk: Chunk, name: str) -> Iterator[str | Bad]:
     with _opened(chunk.path) as file:
         first, before = _first_line(file, chunk.start), None
         for number, (offset, line) in enumerate(_lines(file, first, chunk, gz=chunk.path.suffix == ".gz")):
+            if not line.strip():
+                continue
             text = _field(line, chunk.path, offset, name)
             if isinstance(text, Bad):
                 before = _newlines(chunk.path, first) if before is None else before
@@ -135,7 +137,7 @@ def _field(line: bytes, path: Path, offset: int, name: str) -> str | Bad:
 
 def _decoded(raw: bytes, path: Path, offset: int) -> str | Bad:
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8" if offset else "utf-8-sig")  # a byte order mark is no part of a text
     except UnicodeDecodeError as error:
         return Bad(f"{path}, byte {offset + error.start}: not valid UTF-8 ({error.reason})")
 

@@ -58,6 +58,8 @@ class Tokenization:
 
     files: tuple[tuple[str, str], ...]
     """Names and texts of the tokenizer's files."""
+    begin: tuple[int, ...]
+    """Tokens that begin each document: BOS, for tokenizers whose post-processor adds it."""
     end: int
     reading: Reading
     on_bad: OnBad
@@ -95,7 +97,8 @@ def tokenization_of(
     number = tokenizer.eos if end is None else tokenizer.token(end)
     if number is None:
         raise BadTokenizer("the tokenizer does not say which token ends a text: name one with end=TOKEN")
-    return Tokenization(tuple(sorted(tokenizer.files.items())), number, reading or Reading(), on_bad)
+    files = tuple(sorted(tokenizer.files.items()))
+    return Tokenization(files, tokenizer.begin, number, reading or Reading(), on_bad)
 
 
 def tokenize(
@@ -243,7 +246,7 @@ def _make(how: Tokenization, part: Part) -> None:
     bad: list[str] = []
     try:
         for group in _batched(_good(read_documents(part.chunk, how.reading), how.on_bad, bad), _TOGETHER):
-            encoded = [[*ids, how.end] for ids in tokenizer.encode_all(group)]
+            encoded = [[*how.begin, *ids, how.end] for ids in tokenizer.encode_all(group)]
             writer.add(np.concatenate(encoded), np.array([len(ids) for ids in encoded]))
     except BaseException:
         writer.abandon()

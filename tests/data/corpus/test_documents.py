@@ -66,6 +66,16 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert read(path, LINE) == []
 
 
+@pytest.mark.parametrize("size", [1, 20, 1 << 20])
+def test_byte_order_marks_and_empty_lines_mean_nothing(tmp_path: Path, size: int) -> None:
+    bom, path = b"\xef\xbb\xbf", tmp_path / "a.jsonl"
+    path.write_bytes(bom + b'{"text": "a"}\n\n \r\n{"text": "b"}\r\n\n')
+    assert read(path, size=size) == ["a", "b"]
+    (tmp_path / "a.txt").write_bytes(bom + b"a\n--\n\xef\xbb\xbfb")
+    assert read(tmp_path / "a.txt", size=size) == ["a\n--\n\ufeffb"]
+    assert read(tmp_path / "a.txt", LINE, size) == ["a\n", "\ufeffb"]
+
+
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())], ids=str
 )
@@ -101,10 +111,9 @@ def test_bad_json_lines(tmp_path: Path, size: int) -> None:
     path.write_bytes(b"\n".join(lines) + b"\n")
     offset = path.read_bytes().index(b"\xff")
     found = reasons(path, size=size)
-    assert found[9].startswith("FILE:11: not readable JSON (")
-    assert found[:9] == [
+    assert found[8].startswith("FILE:11: not readable JSON (")
+    assert found[:8] == [
         "FILE:2: not valid JSON (Expecting value at column 10)",
-        "FILE:3: the line is empty",
         "FILE:4: no text in the field 'text'; the row has 'title', 'id'",
         "FILE:5: no text in the field 'text'; the row has no fields",
         "FILE:6: no text in the field 'text'; the row has 'text'",

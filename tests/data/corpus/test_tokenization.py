@@ -244,6 +244,23 @@ def test_the_end_of_a_document_can_be_named(files: dict[str, str], tokenizer: To
         tokenization_of(nameless)
 
 
+def test_documents_begin_with_bos_where_the_tokenizer_adds_it(tmp_path: Path, files: dict[str, str]) -> None:
+    values = json.loads(files["tokenizer.json"])
+    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, other],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [7], "tokens": ["<s>"]}},
+    }
+    made = Tokenizer(files | {"tokenizer.json": json.dumps(values)})
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": ""}\n')
+    tokenize([tmp_path / "a.jsonl"], tmp_path / "out", tokenization_of(made))
+    store = IndexedDataset(tmp_path / "out")
+    assert [store.document(i).tolist() for i in range(2)] == [[7, *made.encode("one"), made.eos], [7, made.eos]]
+
+
 def test_numbers_that_a_tokenizer_leaves_out_cost_no_token(tmp_path: Path, files: dict[str, str]) -> None:
     values = json.loads(files["tokenizer.json"])
     values["model"]["vocab"]["w"] = 70_000
