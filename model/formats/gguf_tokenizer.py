@@ -1,7 +1,8 @@
 """Converts the tokenizer of a GGUF file to Hugging Face's: byte-level BPE, special tokens and chat template.
 
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer. `tokenizer.ggml.pre` names how llama.cpp cuts
-a text before it merges; only names whose rule is known here are taken.
+a text before it merges; only names whose rule is known here are taken. `tokenizer.ggml.add_bos_token` says whether a
+text begins with BOS; without it, llama.cpp begins those of Llama 3 so.
 """
 
 import json
@@ -63,7 +64,7 @@ def _document(value: Callable[..., Any], tokens: list[str], pre: str) -> dict[st
         "added_tokens": _added(tokens, value("tokenizer.ggml.token_type")),
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*_PRE[pre], byte_level]},
-        "post_processor": None,
+        "post_processor": _begin(value, tokens, pre),
         "decoder": byte_level,
         "model": {
             "type": "BPE",
@@ -77,6 +78,21 @@ def _document(value: Callable[..., Any], tokens: list[str], pre: str) -> dict[st
             "vocab": {token: i for i, token in enumerate(tokens)},
             "merges": [merge.split(" ") for merge in value("tokenizer.ggml.merges")],
         },
+    }
+
+
+def _begin(value: Callable[..., Any], tokens: list[str], pre: str) -> dict[str, Any] | None:
+    """The post-processor that begins a text with BOS, where the file wants it."""
+    bos = value("tokenizer.ggml.bos_token_id", None)
+    if bos is None or not value("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
+        return None
+    first = {"SpecialToken": {"id": tokens[bos], "type_id": 0}}
+    text, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, first, second],
+        "special_tokens": {tokens[bos]: {"id": tokens[bos], "ids": [bos], "tokens": [tokens[bos]]}},
     }
 
 
