@@ -1,6 +1,5 @@
 """Generates for people: a streamed completion, completions of a file of prompts, or a chat."""
 
-import json
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from lockstep.data.json_text import Bad, parsed_json
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import TextStream
@@ -106,7 +106,9 @@ def read_questions(lines: Iterable[str], *, raw: bool, system: str | None) -> li
         ValueError: names the line that is neither.
     """
     return [
-        _question(line.strip("\r\n"), number, raw, system) for number, line in enumerate(lines, start=1) if line.strip()
+        _question(line.strip("\r\n\ufeff"), number, raw, system)
+        for number, line in enumerate(lines, start=1)
+        if line.strip().strip("\ufeff")
     ]
 
 
@@ -124,11 +126,11 @@ def _parsed(line: str, number: int) -> dict[str, Any]:
     """The object of a line that begins as one does; any other line is a prompt."""
     if not line.lstrip().startswith("{"):
         return {"prompt": line}
-    try:
-        given: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} begins like a JSON object and is none: {error}") from error
-    return given
+    given = parsed_json(line)
+    if isinstance(given, Bad):
+        raise ValueError(f"line {number} begins like a JSON object and is none: {given.reason}")
+    found: dict[str, Any] = given
+    return found
 
 
 def _messages(given: Any, number: int) -> tuple[Message, ...]:
