@@ -59,7 +59,7 @@ class _Batch:
     rows_NL: Tensor
     """Places in the pass."""
     tables_NP: Tensor
-    """Blocks from the first key on; any block where a sequence has none."""
+    """Blocks from the first key on; its last block where a sequence has none."""
     first_N: Tensor
     keys_from_N: Tensor
 
@@ -115,7 +115,8 @@ def _batch(cache: GatheredKVCache, kind: int, spans: Sequence[tuple[int, Span]],
     most = max(b - a for a, b in zip(begins, stops, strict=True))
     tables = np.zeros((len(spans), most + -most % (KEYS // BLOCK)), np.int64)
     for place, (_, span), begin, stop in zip(tables, spans, begins, stops, strict=True):
-        place[: stop - begin] = np.maximum(span.tables[kind][begin:stop], 0)  # a block behind the window is given back
+        held, last = np.asarray(span.tables[kind][begin:stop]), span.tables[kind][stop - 1]
+        place[:], place[: stop - begin] = last, np.where(held < 0, last, held)  # those behind the window are given back
     rows = torch.tensor([i for i, _ in spans])[:, None] + torch.arange(spans[0][1].count)
     first, keys_from = torch.tensor([s.start for _, s in spans]), torch.tensor(begins) * BLOCK
     return _Batch(*(x.to(device) for x in (rows, torch.from_numpy(tables), first, keys_from)))

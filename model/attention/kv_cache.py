@@ -241,10 +241,10 @@ def _bias(columns: Tensor, rows: Tensor, window: int | None) -> Tensor:
 
 
 def _padded(tables: Sequence[Sequence[int]]) -> np.ndarray:
-    """Tables as the rows of one array; places of padding name a block that exists."""
+    """Tables as the rows of one array, filled up with the last block of each: another's might not be numbers."""
     found = np.zeros((len(tables), max(map(len, tables), default=0)), np.int32)
     for row, table in zip(found, tables, strict=True):
-        row[: len(table)] = table
+        row[: len(table)], row[len(table) :] = table, table[-1]
     return found
 
 
