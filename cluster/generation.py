@@ -11,8 +11,8 @@ from lockstep.data.json_text import Bad, parsed_json
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import TextStream
-from lockstep.rl.rollout.output_processor import generate
-from lockstep.rl.rollout.protocol import Engine, Request
+from lockstep.rl.rollout.output_processor import CompletionFailed, generate
+from lockstep.rl.rollout.protocol import Engine, FailedOutput, Request, TokenOutput
 from lockstep.rl.types import Prompt, Rollout
 
 Message = dict[str, str]
@@ -65,8 +65,11 @@ class Answerer:
         self.engine.add(Request("answer", tokens, sampling, self.seed, sample))
         try:
             while self.engine.has_work:
-                for token in self.engine.step():
-                    yield text.add(token.token, token.finish_reason)
+                for output in self.engine.step():
+                    if isinstance(output, FailedOutput):
+                        raise CompletionFailed(f"the completion cannot be written: {output.reason}")
+                    if isinstance(output, TokenOutput):
+                        yield text.add(output.token, output.finish_reason)
         finally:
             self.engine.cancel("answer")
 

@@ -83,6 +83,13 @@ class BlockPool:
             if self._names[block] is None:
                 self._idle.move_to_end(block, last=False)
 
+    def drop(self, block: int) -> bool:
+        """Remove a reference from a block whose content is in doubt; returns whether nobody holds or finds it now."""
+        if self._references[block] == 1:
+            self._forget(block)
+        self.release(block)
+        return not self._references[block]
+
     def name(self, block: int, name: bytes) -> None:
         """Let `find` return a block for the hash of its content, unless it returns another block for it already."""
         if name not in self._by_name:

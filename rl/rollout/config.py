@@ -1,8 +1,8 @@
 """Configuration of rollout engines, of the rollout workers of a recipe, and of sampling."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lockstep.rl.weight_sync.config import WeightSyncConfig
 
@@ -19,7 +19,9 @@ class EngineConfig(BaseModel):
 
     sequences: int = Field(64, ge=1, description="completions that one worker writes at the same time")
     length: int = Field(1 << 20, ge=2, description="tokens of the longest prompt and completion together")
-    cache_gib: float = Field(1.0, gt=0, description="memory for keys and values of each process, at most")
+    cache_gib: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="memory for keys and values of each process, at most"
+    )
     budget: int = Field(2048, ge=1, description="tokens of one forward pass, of prompts and completions together")
     on_update: OnUpdate = Field("restart", description="what completions that are being written do at new weights")
 
@@ -32,37 +34,58 @@ class RolloutConfig(WeightSyncConfig, EngineConfig):
     length: int = Field(512, ge=2, description="tokens of the longest prompt and completion together")
 
 
+COLDEST, LARGEST = 1e-3, 1e9
+"""The smallest temperature beside 0, and the largest of it, of penalties and of biases: whatever options meet, logits
+stay finite in fp32, and log-probabilities keep their digits."""
+
+LONGEST = 1 << 31
+"""Tokens; no context is longer."""
+
+Penalty = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Limit = Annotated[int, Field(ge=0, le=LONGEST)]
+
+
 class SamplingParams(BaseModel):
     """Sampling options of a completion, and the conditions that end it.
 
-    The options apply in this order: penalties and bias, minimum length, temperature, top-k, top-p, min-p.
+    The options apply in this order: penalties and bias, minimum length, temperature, top-k, top-p, min-p. Recipes, the
+    command line and requests to the server are all validated here; a boolean or a text is no number.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    temperature: float = Field(1.0, ge=0, allow_inf_nan=False, description="0 takes the likeliest token")
-    top_k: int = Field(0, ge=0, description="draw from the k likeliest tokens; 0 for all")
+    temperature: float = Field(1.0, ge=0, le=LARGEST, allow_inf_nan=False, description="0 takes the likeliest token")
+    top_k: Limit = Field(0, description="draw from the k likeliest tokens; 0 for all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest tokens of this total probability")
     min_p: float = Field(0.0, ge=0, le=1, description="draw from tokens this likely relative to the likeliest")
     repetition_penalty: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="logits of tokens seen, the prompt's too, are divided by it"
+        1.0, ge=1 / LARGEST, le=LARGEST, description="logits of tokens seen, the prompt's too, are divided by it"
     )
-    frequency_penalty: float = Field(
-        0.0, allow_inf_nan=False, description="taken from a token's logit each time that the completion has it"
+    frequency_penalty: Penalty = Field(
+        0.0, description="taken from a token's logit each time that the completion has it"
     )
-    presence_penalty: float = Field(
-        0.0, allow_inf_nan=False, description="taken from the logits of tokens that the completion has"
+    presence_penalty: Penalty = Field(0.0, description="taken from the logits of tokens that the completion has")
+    logit_bias: dict[int, Penalty] = Field({}, description="added to the logits of tokens, by their numbers")
+    max_new_tokens: int = Field(64, ge=1, le=LONGEST)
+    min_new_tokens: Limit = Field(0, description="tokens before one that ends the completion may be drawn")
+    exact_lengths: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...] = Field(
+        (), strict=False, description="for measurements: how many tokens each sample has, whatever it says; in turn"
     )
-    logit_bias: dict[int, float] = Field({}, description="added to the logits of tokens, by their numbers")
-    max_new_tokens: int = Field(64, ge=1)
-    min_new_tokens: int = Field(0, ge=0, description="tokens before one that ends the completion may be drawn")
-    exact_lengths: tuple[int, ...] = Field(
-        (), description="for measurements: how many tokens each sample has, whatever it says; in turn"
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), strict=False, description="end a completion that contains one of these strings"
     )
-    stop: tuple[str, ...] = Field((), description="end a completion that contains one of these strings")
-    stop_tokens: tuple[int, ...] = Field((), description="end a completion with one of these, beside the model's own")
-    logprobs: int = Field(0, ge=0, description="report this many of the likeliest tokens at each place")
+    stop_tokens: tuple[int, ...] = Field(
+        (), strict=False, description="end a completion with one of these, beside the model's own"
+    )
+    logprobs: Limit = Field(0, description="report this many of the likeliest tokens at each place")
     support: bool = Field(False, description="keep for each token the tokens that it was drawn among")
+
+    @field_validator("temperature")
+    @classmethod
+    def _drawable(cls, given: float) -> float:
+        if 0 < given < COLDEST:
+            raise ValueError(f"use 0, which takes the likeliest token, or {COLDEST:g} and more")
+        return given
 
     @property
     def longest(self) -> int:

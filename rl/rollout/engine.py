@@ -4,6 +4,7 @@ A sequence that ends makes room at once for one that waits.
 """
 
 from bisect import bisect_left
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,11 +21,14 @@ from lockstep.rl.rollout.block_pool import BlockPool
 from lockstep.rl.rollout.config import EngineConfig
 from lockstep.rl.rollout.detokenizer import StopStrings
 from lockstep.rl.rollout.model_runner import ModelRunner, block_counts
-from lockstep.rl.rollout.parallel_sampler import ParallelSampler
-from lockstep.rl.rollout.protocol import PromptTooLong, Request, Statistics, TokenOutput
-from lockstep.rl.rollout.scheduler import Plan, Scheduler, SequenceState
+from lockstep.rl.rollout.parallel_sampler import Drawn, ParallelSampler
+from lockstep.rl.rollout.prompt_scorer import PromptScorer
+from lockstep.rl.rollout.protocol import FailedOutput, Output, PromptTooLong, Request, Score, Statistics, TokenOutput
+from lockstep.rl.rollout.scheduler import Failures, Plan, Scheduler, SequenceState
 from lockstep.rl.weight_sync.receiver import Receiver
 from lockstep.rl.weight_sync.shards import Shard
+
+log = logging.getLogger(__name__)
 
 DEFAULTS = EngineConfig()
 
@@ -50,6 +54,7 @@ class RolloutEngine:
         self.length, self._on_update = min(config.length, transformer.model.context), config.on_update
         counts = blocks or block_counts(transformer, config)
         self.runner, self._sampler = ModelRunner(transformer, counts), ParallelSampler(transformer)
+        self._scorer = PromptScorer(self.runner, self._sampler)
         pools = [BlockPool(count) for count in counts]
         self._scheduler = Scheduler(kinds(transformer.model), pools, sequences=config.sequences, budget=config.budget)
         self._sequences: dict[str | int, SequenceState] = {}
@@ -165,7 +170,7 @@ class RolloutEngine:
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never run; raises what `Engine.check` names."""
-        model, new, prompt = self.transformer.model, request.sampling.longest, len(request.tokens)
+        model, new, prompt = self.transformer.model, request.new, len(request.tokens)
         if not prompt:
             raise ValueError(
                 "a prompt without tokens has no next token: give at least one, for example the text's begin"
@@ -175,7 +180,7 @@ class RolloutEngine:
                 f"a prompt of {prompt} tokens and {new} new ones need a context of {prompt + new}, "
                 f"and rollouts have {self.length}"
             )
-        lacking = self._scheduler.lacking(prompt + new - 1)
+        lacking = self._scheduler.lacking(prompt + max(0, new - 1))
         if lacking:
             raise PromptTooLong(
                 f"a prompt of {prompt} tokens and {new} new ones need {lacking[0]} blocks of {BLOCK} tokens, and the "
@@ -197,7 +202,8 @@ class RolloutEngine:
         if request.key in self._sequences:
             raise ValueError(f"a request with the key {request.key!r} is running already: give each a key of its own")
         stops = StopStrings(request.sampling.stop, self.decode) if request.sampling.stop else None
-        self._sequences[request.key] = sequence = SequenceState(request, stops=stops)
+        scores: list[Score] | None = None if request.prompt_logprobs is None else []
+        self._sequences[request.key] = sequence = SequenceState(request, stops=stops, scores=scores)
         self._scheduler.waiting.append(sequence)
         self._prompt_tokens += len(request.tokens)
 
@@ -211,8 +217,8 @@ class RolloutEngine:
         """Whether a request was added and has neither ended nor been cancelled."""
         return key in self._sequences
 
-    def step(self) -> list[TokenOutput]:
-        """Run one forward pass; returns the tokens that it drew, at most one of each request.
+    def step(self) -> list[Output]:
+        """Run one forward pass; returns the tokens that it drew, at most one of each request, prompts and failures.
 
         After an error no request is lost: the next step computes again what was running.
 
@@ -230,24 +236,47 @@ class RolloutEngine:
             self._scheduler.restart()
             raise
 
-    def _stepped(self, plan: Plan) -> list[TokenOutput]:
-        logits_BV = self.runner.run(plan) if plan.chunks else None
-        return [] if logits_BV is None else self._extended(plan.drawing, logits_BV)
+    def _stepped(self, plan: Plan) -> list[Output]:
+        if not plan.chunks:
+            return []
+        computed, failures, found = self.runner.run(plan), Failures(), list[Output]()
+        if computed.hidden_TD is not None:
+            found += self._scorer(plan.chunks, computed.hidden_TD, failures)
+        if computed.logits_BV is not None:
+            found += self._extended(plan.drawing, computed.logits_BV, failures)
+        for output in found:
+            if output.finish_reason:
+                self._scheduler.finish(self._sequences.pop(output.key))
+        return found + [self._failed(*failure) for failure in failures.items()]
 
-    def _extended(self, sequences: list[SequenceState], local_BV: Tensor) -> list[TokenOutput]:
-        """Draw a token for each sequence, and finish those that end with it."""
-        found = []
+    def _extended(self, sequences: list[SequenceState], local_BV: Tensor, failures: Failures) -> list[Output]:
+        """Draw a token for each sequence."""
+        found: list[Output] = []
         for sequence, drawn in zip(sequences, self._sampler(sequences, local_BV), strict=True):
-            sequence.tokens.append(drawn.token)
-            reason, key, how = self._reason(sequence), sequence.request.key, (drawn.top, drawn.support)
-            found.append(
-                TokenOutput(key, drawn.token, drawn.logp, drawn.sampling_logp, self.weight_version, reason, *how)
-            )
-            if reason:
-                del self._sequences[key]
-                self._scheduler.finish(sequence)
+            try:
+                if sequence not in failures:
+                    found.append(self._token(sequence, drawn))
+            except Exception as error:
+                failures[sequence] = error
         self._generated_tokens += len(found)
         return found
+
+    def _token(self, sequence: SequenceState, drawn: Drawn | Exception) -> TokenOutput:
+        """Add a drawn token to its sequence; raises what stands in its place."""
+        if isinstance(drawn, Exception):
+            raise drawn
+        sequence.tokens.append(drawn.token)
+        said = drawn.token, drawn.logp, drawn.sampling_logp, self.weight_version
+        return TokenOutput(sequence.request.key, *said, self._reason(sequence), drawn.top, drawn.support)
+
+    def _failed(self, sequence: SequenceState, error: Exception) -> FailedOutput:
+        """End a sequence that cannot go on; what it leaves in the cache is overwritten, lest it spread."""
+        key = sequence.request.key
+        if not isinstance(error, FloatingPointError):
+            log.error("the request %s failed", key, exc_info=error)
+        del self._sequences[key]
+        self.runner.clear(self._scheduler.discard(sequence))
+        return FailedOutput(key, str(error) or type(error).__name__)
 
     def _reason(self, sequence: SequenceState) -> str | None:
         """The finish reason of a sequence that ends with its last token; None for one that goes on."""

@@ -5,6 +5,7 @@ by module.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -32,6 +33,16 @@ def block_counts(transformer: Transformer, config: EngineConfig) -> list[int]:
         length=min(config.length, model.context),
         budget=config.budget,
     )
+
+
+@dataclass(frozen=True)
+class PassOutput:
+    """What a forward pass computed."""
+
+    logits_BV: Tensor | None
+    """This tensor rank's, [B, V/tensor], of `Plan.drawing`; None where no sequence draws."""
+    hidden_TD: Tensor | None
+    """Activations of all tokens, [T, width]; None of the decoder, whose sequences all draw."""
 
 
 class ModelRunner:
@@ -67,17 +78,24 @@ class ModelRunner:
         """Free the KV cache; the next pass allocates it again, with nothing in it."""
         self._cache = self.decoder = None
 
-    def run(self, plan: Plan) -> Tensor | None:
-        """Run one forward pass; returns the logits [B, V/tensor] of `plan.drawing`, or None where no sequence draws."""
+    def clear(self, blocks: Sequence[list[int]]) -> None:
+        """Overwrite blocks of each kind of layer with zeros: what is not a number spreads even where it is masked."""
+        assert self._cache is not None
+        for layer, kind in enumerate(self._cache.kind_of):
+            self._cache.keys[layer][blocks[kind]] = 0
+            self._cache.values[layer][blocks[kind]] = 0
+
+    def run(self, plan: Plan) -> "PassOutput":
+        """Run one forward pass."""
         cache = self._cache = self._cache or self._new_cache()
         if self._may_decode and not plan.forks and _decodes(plan.chunks):
-            return self._decoded(plan.chunks, cache)
+            return PassOutput(self._decoded(plan.chunks, cache), None)
         hidden_TD = self._hidden(plan.chunks, cache)
         for fork in plan.forks:
             for kind, copied in enumerate(fork.copies):
                 if copied:
                     cache.copy(kind, *copied)
-        return self._logits(hidden_TD, _rows(plan)) if plan.drawing else None
+        return PassOutput(self._logits(hidden_TD, _rows(plan)) if plan.drawing else None, hidden_TD)
 
     def _hidden(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
         """Activations [T, width] of all tokens of a pass."""
@@ -99,17 +117,20 @@ class ModelRunner:
 
     def _logits(self, hidden_TD: Tensor, rows: list[int]) -> Tensor:
         """Logits [B, V/tensor] behind some rows; those of a row that several sequences share are computed once."""
-        transformer, model = self.transformer, self.transformer.model
         rows_K, places_B = torch.tensor(rows).unique(return_inverse=True)
-        logits_KV = local_logits(
-            hidden_TD[rows_K.to(self.device)],
+        return self.logits(hidden_TD[rows_K.to(self.device)])[places_B.to(self.device)]
+
+    def logits(self, hidden_KD: Tensor) -> Tensor:
+        """Logits [K, V/tensor] of activations."""
+        transformer, model = self.transformer, self.transformer.model
+        return local_logits(
+            hidden_KD,
             transformer.inference_head,
             transformer.groups.tensor_rank * len(transformer.head_weight),
             model.vocabulary,
             model.logit_cap,
             transformer.numerics,
         )
-        return logits_KV[places_B.to(self.device)]
 
 
 def _kv_heads(transformer: Transformer) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import before_stop
-from lockstep.rl.rollout.protocol import Engine, Request, TokenOutput
+from lockstep.rl.rollout.protocol import Engine, FailedOutput, Request, TokenOutput
 from lockstep.rl.types import Completion, Prompt, Rollout, continued
 
 
@@ -36,6 +36,10 @@ class RolloutRequest:
         return Request(self.number, tokens, limits.model_copy(update=left), self.seed, self.number, before)
 
 
+class CompletionFailed(ValueError):
+    """A completion that an engine could not compute, which its model or its options are to blame for."""
+
+
 class OutputProcessor:
     """Requests that an engine works on, and the tokens that each has so far."""
 
@@ -59,9 +63,16 @@ class OutputProcessor:
         self._requests[request.number], self._parts[request.number] = request, []
 
     def step(self) -> list[Completion]:
-        """Run one forward pass; returns the completions that ended with it or had been cancelled."""
-        for token in self._engine.step():
-            self._parts[token.key].append(token)
+        """Run one forward pass; returns the completions that ended with it or had been cancelled.
+
+        Raises:
+            CompletionFailed: when one of them cannot be computed.
+        """
+        for output in self._engine.step():
+            if isinstance(output, FailedOutput):
+                raise CompletionFailed(f"completion {output.key} cannot be written: {output.reason}")
+            if isinstance(output, TokenOutput):
+                self._parts[output.key].append(output)
         return [self._completed(number) for number in list(self._requests) if not self._engine.holds(number)]
 
     def drop(self) -> None:

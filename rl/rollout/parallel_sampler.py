@@ -11,7 +11,8 @@ from lockstep.model.layers.logprobs import reduced
 from lockstep.model.ops.exact.reductions import gathered
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.rollout.sampler import Row, draw, likeliest, uniforms
+from lockstep.rl.rollout.protocol import Request, Score
+from lockstep.rl.rollout.sampler import Row, draw_isolated, likeliest, uniforms
 from lockstep.rl.rollout.scheduler import SequenceState
 
 
@@ -32,14 +33,14 @@ class ParallelSampler:
     def __init__(self, transformer: Transformer) -> None:
         self._transformer, self._group = transformer, transformer.groups.tensor
 
-    def __call__(self, sequences: Sequence[SequenceState], local_BV: Tensor) -> list[Drawn]:
-        """Draw a token for each sequence, from one row each of logits [B, V/tensor]."""
+    def __call__(self, sequences: Sequence[SequenceState], local_BV: Tensor) -> list[Drawn | Exception]:
+        """Draw a token for each sequence, from one row each of logits [B, V/tensor]; an error where none can be."""
         whole_BV = self._whole(local_BV)
         requests = [s.request for s in sequences]
         places = [s.request.begun + len(s.tokens) for s in sequences]
         numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], places)
         rows = [self._row(s, number) for s, number in zip(sequences, numbers.tolist(), strict=True)]
-        drawn = draw(whole_BV, rows)
+        drawn, failed = draw_isolated(whole_BV, rows)
         tokens_B = self._agreed(drawn.tokens)
         logp, log_sums = self._policy(local_BV, tokens_B, [row.policy_temperature for row in rows])
         sampling_logp = torch.where(drawn.sampling_logp.isnan(), logp, drawn.sampling_logp)
@@ -48,7 +49,17 @@ class ParallelSampler:
             for whole, log_sum, row in zip(whole_BV, log_sums, rows, strict=True)
         ]
         columns = tokens_B.tolist(), logp.tolist(), sampling_logp.tolist(), top, drawn.supports
-        return [Drawn(*each) for each in zip(*columns, strict=True)]
+        return [failed.get(i) or Drawn(*each) for i, each in enumerate(zip(*columns, strict=True))]
+
+    def scores(self, local_KV: Tensor, targets_K: Sequence[int], request: Request) -> list[Score]:
+        """Log-probabilities of given tokens under the policy, from one row each of logits [K, V/tensor]."""
+        asked = Row(request.sampling.model_copy(update={"logprobs": request.prompt_logprobs}), 0.0)
+        targets = torch.tensor(targets_K, device=local_KV.device)
+        logp, log_sums = self._policy(local_KV, targets, [asked.policy_temperature] * len(targets_K))
+        top: Sequence[tuple[tuple[int, float], ...]] = [()] * len(targets_K)
+        if asked.sampling.logprobs:
+            top = [likeliest(*row, asked) for row in zip(self._whole(local_KV), log_sums, strict=True)]
+        return [Score(*each) for each in zip(targets_K, logp.tolist(), top, strict=True)]
 
     def ends(self, sampling: SamplingParams) -> tuple[int, ...]:
         """Tokens that end a completion: the model's own end tokens, and those of the request."""

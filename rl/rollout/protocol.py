@@ -48,6 +48,15 @@ class Request:
     """Number that together with the seed and the position decides what is drawn."""
     begun: int = 0
     """The last so many of the tokens are the completion's beginning; positions count from there."""
+    prompt_logprobs: int | None = None
+    """Report the log-probabilities of the prompt, with this many of the likeliest tokens at each place; None: do not."""
+    draws: bool = True
+    """Whether tokens are drawn; a request that draws none ends when its prompt has been computed."""
+
+    @property
+    def new(self) -> int:
+        """The most tokens that may be drawn."""
+        return self.sampling.longest if self.draws else 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,40 @@ class TokenOutput:
     """Tokens among which it was drawn, in order, where the request asks for `support` and something was cut off."""
 
 
+@dataclass(frozen=True)
+class Score:
+    """A token of a prompt with its log-probability under the policy, given those before it."""
+
+    token: int
+    logp: float | None
+    """As `TokenOutput.logp`; None for the first, which nothing stands before."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at its place and their log-probabilities, where the request asks for some."""
+
+
+@dataclass(frozen=True)
+class PromptOutput:
+    """What a request reports when its prompt has been computed, before its first token."""
+
+    key: str | int
+    scores: tuple[Score, ...]
+    """Of each token of the prompt, where the request asks for `prompt_logprobs`."""
+    finish_reason: str | None = None
+    """`length` where the request draws no tokens."""
+
+
+@dataclass(frozen=True)
+class FailedOutput:
+    """The end of a request that could not be computed; it costs no other request anything."""
+
+    key: str | int
+    reason: str
+    finish_reason: str = "error"
+
+
+Output = TokenOutput | PromptOutput | FailedOutput
+
+
 class Engine(Protocol):
     """A language model that completes prompts, whose weights can be replaced while requests run.
 
@@ -81,7 +124,9 @@ class Engine(Protocol):
       that was computed under old weights is found by requests that begin after it.
     - The random number of a token depends on (seed, sample, position) only, and so does a completion, up to rounding:
       it does not depend on the batch, on other requests, or on when it was added.
-    - A request ends with exactly one token that has a finish reason, or by `cancel`; `holds` is true until then.
+    - A request ends with exactly one output that has a finish reason, or by `cancel`; `holds` is true until then.
+    - A request whose tokens cannot be computed, drawn or decoded ends with a `FailedOutput`. Other requests get the
+      tokens, and the bits, that they get without it.
     - Tensor ranks of one model each have an engine; they make the same calls and return the same tokens.
     - One thread uses an engine at a time; only `statistics` may be read from others.
 
@@ -128,8 +173,8 @@ class Engine(Protocol):
     def holds(self, key: str | int) -> bool:
         """Whether a request was added and has neither ended nor been cancelled."""
 
-    def step(self) -> list[TokenOutput]:
-        """Run one forward pass; returns the tokens that it drew, at most one of each request.
+    def step(self) -> list[Output]:
+        """Run one forward pass; returns the tokens that it drew, at most one of each request, prompts and failures.
 
         After an error no request is lost: the next step computes again what was running.
 

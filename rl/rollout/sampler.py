@@ -84,9 +84,40 @@ def _mixed(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
+def draw_isolated(logits_BV: Tensor, rows: Sequence[Row]) -> tuple[Draw, dict[int, Exception]]:
+    """As `draw`, but a row that fails costs no other row a bit: also returns the errors, by the numbers of their rows.
+
+    What is drawn for rows that failed means nothing.
+    """
+    try:
+        return draw(logits_BV, rows), {}
+    except Exception:
+        failed = {i: error for i, row in enumerate(rows) if (error := _error(logits_BV[i : i + 1], row)) is not None}
+        if not failed:
+            raise
+    stand_in = Row(SamplingParams(), 0.0)
+    logits_BV = logits_BV.clone()
+    logits_BV[list(failed)] = 0
+    return draw(logits_BV, [stand_in if i in failed else row for i, row in enumerate(rows)]), failed
+
+
+def _error(logits_1V: Tensor, row: Row) -> Exception | None:
+    """What drawing this row alone raises."""
+    try:
+        draw(logits_1V, [row])
+    except Exception as error:
+        return error
+    return None
+
+
 def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
-    """Draw one token a row by inverse transform sampling, at the row's uniform number."""
+    """Draw one token a row by inverse transform sampling, at the row's uniform number.
+
+    Raises:
+        FloatingPointError: when logits are not numbers, or options forbid all tokens of a row.
+    """
     device = logits_BV.device
+    _check(logits_BV, "the model's logits are not numbers")
     tokens = torch.empty(len(rows), dtype=torch.long, device=device)
     sampling_logp = torch.full((len(rows),), float("nan"), device=device)
     supports: list[tuple[int, ...]] = [()] * len(rows)
@@ -96,7 +127,9 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
     rest = [i for i, row in enumerate(rows) if not row.is_plain]
     if rest:
         chosen = [rows[i] for i in rest]
-        scaled = _truncated(_over_temperature(_altered(_picked(logits_BV, rest), chosen), chosen), chosen)
+        scaled = _over_temperature(_altered(_picked(logits_BV, rest), chosen), chosen)
+        _check(scaled, "the options leave no token to draw")
+        scaled = _truncated(scaled, chosen)
         tokens[rest], share = _inverted(_weights(scaled), _uniform(chosen, device))
         greedy = torch.tensor([not row.sampling.temperature for row in chosen], device=device)
         sampling_logp[rest] = share.masked_fill(greedy, 0.0)
@@ -105,6 +138,12 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
             if row.sampling.support:
                 supports[i] = tuple(torch.nonzero(logits > float("-inf"))[:, 0].tolist())
     return Draw(tokens, sampling_logp, tuple(supports))
+
+
+def _check(logits_BV: Tensor, complaint: str) -> None:
+    """Refuse rows whose largest logit is NaN or infinite."""
+    if not logits_BV.amax(-1).isfinite().all():
+        raise FloatingPointError(complaint)
 
 
 def likeliest(logits_V: Tensor, log_sum: Tensor, row: Row) -> tuple[tuple[int, float], ...]:

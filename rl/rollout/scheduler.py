@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from lockstep.model.attention.paged_kernel import BLOCK, first_seen
 from lockstep.rl.rollout.block_pool import ROOT, BlockPool, blocks_alone, chained
 from lockstep.rl.rollout.detokenizer import StopStrings
-from lockstep.rl.rollout.protocol import Request
+from lockstep.rl.rollout.protocol import Request, Score
 
 
 @dataclass(eq=False)
@@ -29,6 +29,8 @@ class SequenceState:
     names: list[bytes] = field(default_factory=list)
     """Hashes of the text's full blocks (see `block_pool.chained`), as far as they have been needed."""
     stops: StopStrings | None = None
+    scores: list[Score] | None = None
+    """Of the prompt's tokens, as far as they have been computed; None where none are asked for, or all were reported."""
 
     @property
     def known(self) -> int:
@@ -43,6 +45,10 @@ class SequenceState:
         return (*prompt[start:], *self.tokens[max(0, start - len(prompt)) : stop - len(prompt)])
 
 
+Failures = dict[SequenceState, Exception]
+"""Sequences that cannot go on, and why."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Tokens start … start+count−1 of a sequence, which one pass computes."""
@@ -50,8 +56,13 @@ class Chunk:
     sequence: SequenceState
     start: int
     count: int
-    draws: bool
-    """Whether the next token can be drawn after it."""
+    ends: bool
+    """Whether it is computed with all tokens of the sequence, so that the next one can be drawn."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next token is drawn after it."""
+        return self.ends and self.sequence.request.draws
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,8 @@ class Scheduler:
         ends: dict[tuple[int, ...], Chunk] = {}
         while self.admits and self.waiting and left and len(self.running) < self._sequences:
             sequence = self.waiting[0]
-            source = ends.get(sequence.request.tokens) if not sequence.tokens else None
+            fresh = not sequence.tokens and sequence.scores is None
+            source = ends.get(sequence.request.tokens) if fresh else None
             if source is not None:
                 fork = self._forked(sequence, source)
                 if fork is None:
@@ -138,6 +150,21 @@ class Scheduler:
     def finish(self, sequence: SequenceState) -> None:
         """Remove a running or waiting sequence, and release its blocks."""
         self._release(sequence)
+        self._remove(sequence)
+
+    def discard(self, sequence: SequenceState) -> list[list[int]]:
+        """Remove a sequence whose keys and values are in doubt.
+
+        Returns:
+            For each kind of layer the blocks that nobody else holds.
+        """
+        pairs = zip(self.pools, sequence.tables, strict=False)
+        alone = [[block for block in table if block >= 0 and pool.drop(block)] for pool, table in pairs]
+        sequence.tables, sequence.cached = [], 0
+        self._remove(sequence)
+        return alone
+
+    def _remove(self, sequence: SequenceState) -> None:
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -168,6 +195,8 @@ class Scheduler:
                 if block >= 0:
                     pool.release(block)
         sequence.tables, sequence.cached = [], 0
+        if sequence.scores:
+            sequence.scores = []
 
     def _granted(self, sequence: SequenceState, wanted: int) -> int:
         """As many of the wanted tokens as find room; younger ones make room for the first of them."""
@@ -201,8 +230,11 @@ class Scheduler:
         return 0
 
     def _find(self, sequence: SequenceState) -> None:
-        """Share the longest beginning that is cached in all kinds of layers; at least one token is left to compute."""
-        longest = (sequence.known - 1) // BLOCK
+        """Share the longest beginning that is cached in all kinds of layers; at least one token is left to compute.
+
+        The scores of a prompt come out of its computation, so that a prompt with scores to report shares nothing.
+        """
+        longest = (sequence.known - 1) // BLOCK if sequence.scores is None else 0
         self._name_up_to(sequence, longest)
         found = [[pool.find(name) for name in sequence.names[:longest]] for pool in self.pools]
         for window, blocks in zip(self._windows, found, strict=True):
