@@ -22,7 +22,7 @@ from lockstep.model.formats.files.safetensors import read_header
 from lockstep.model.formats.files.torch_pickle import read_torch
 from lockstep.model.formats.huggingface.families.registry import from_huggingface
 from lockstep.model.formats.huggingface.tensor_names import STORED, Stored
-from lockstep.model.formats.target import TEXT_FILES
+from lockstep.model.formats.target import GENERATION, TEXT_FILES
 from lockstep.model.weights.names import EMBEDDING, HEAD, logical_tensors
 
 CONFIG = "config.json"
@@ -129,14 +129,27 @@ def read_words(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Read a folder's config.json as a `ModelConfig`.
+    """Read a folder's config.json as a `ModelConfig`, with the end tokens that generation_config.json adds.
 
     Raises:
         BadFolder: when there is none.
         BadFile: when it describes no possible model.
         UnknownModel: for a family, or a feature, that the block lacks.
     """
-    return from_huggingface(read_words(folder))
+    words = read_words(folder)
+    return from_huggingface(words | _end_tokens(folder, words))
+
+
+def _end_tokens(folder: Path, words: dict[str, Any]) -> dict[str, Any]:
+    """`eos_token_id` of both files where the second has one: chat models often name the end of a turn there alone."""
+    path = folder / GENERATION
+    found = read_object(path).get("eos_token_id") if path.is_file() else None
+    if found is None:
+        return {}
+    ends = [
+        end for given in (words.get("eos_token_id"), found) for end in (given if isinstance(given, list) else [given])
+    ]
+    return {"eos_token_id": [end for i, end in enumerate(ends) if end is not None and end not in ends[:i]]}
 
 
 def read_text_files(folder: Path) -> dict[str, str]:
