@@ -1,5 +1,6 @@
 """Configuration of rollout engines, of the rollout workers of a recipe, and of sampling."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -91,3 +92,9 @@ class SamplingParams(BaseModel):
     def longest(self) -> int:
         """The most new tokens that any sample may have."""
         return max((self.max_new_tokens, *self.exact_lengths)) if self.exact_lengths else self.max_new_tokens
+
+
+def with_stop_tokens(sampling: SamplingParams, special: Mapping[int, str]) -> SamplingParams:
+    """The same sampling, where stop strings that are names of special tokens are stop tokens as well."""
+    named = tuple(token for token, name in special.items() if name in sampling.stop)
+    return sampling.model_copy(update={"stop_tokens": (*sampling.stop_tokens, *named)}) if named else sampling

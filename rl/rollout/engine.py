@@ -5,7 +5,9 @@ A sequence that ends makes room at once for one that waits.
 
 from bisect import bisect_left
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.block_pool import BlockPool
-from lockstep.rl.rollout.config import EngineConfig
+from lockstep.rl.rollout.config import EngineConfig, with_stop_tokens
 from lockstep.rl.rollout.detokenizer import StopStrings
 from lockstep.rl.rollout.model_runner import ModelRunner, block_counts
 from lockstep.rl.rollout.parallel_sampler import Drawn, ParallelSampler
@@ -42,15 +44,17 @@ class RolloutEngine:
         config: EngineConfig = DEFAULTS,
         *,
         decode: Callable[[list[int]], str],
+        special: Mapping[int, str] = MappingProxyType({}),
         blocks: Sequence[int] | None = None,
     ) -> None:
         """
         Args:
             config: the model's context bounds its length; the KV cache is allocated by the first pass.
             decode: tokens to text, for stop strings and `Rollout.text`.
+            special: names of tokens that are no text; a stop string that is one ends completions at this token.
             blocks: of the KV cache, for each kind of layer (see `kv_cache.kinds`), instead of what `cache_gib` allows.
         """
-        self.transformer, self.decode = transformer, decode
+        self.transformer, self.decode, self._special = transformer, decode, special
         self.length, self._on_update = min(config.length, transformer.model.context), config.on_update
         counts = blocks or block_counts(transformer, config)
         self.runner, self._sampler = ModelRunner(transformer, counts), ParallelSampler(transformer)
@@ -201,6 +205,7 @@ class RolloutEngine:
         self.check(request)
         if request.key in self._sequences:
             raise ValueError(f"a request with the key {request.key!r} is running already: give each a key of its own")
+        request = replace(request, sampling=with_stop_tokens(request.sampling, self._special))
         stops = StopStrings(request.sampling.stop, self.decode) if request.sampling.stop else None
         scores: list[Score] | None = None if request.prompt_logprobs is None else []
         self._sequences[request.key] = sequence = SequenceState(request, stops=stops, scores=scores)

@@ -37,7 +37,8 @@ def load_rollout_engine(
     model, weights = merged(model, source)
     stage = build(model, groups or alone(), DTYPES[dtype], weights, numerics)
     gc.freeze()  # weights and libraries, which are no garbage: looking through them takes as long as a forward pass
-    return RolloutEngine(transformer_of(stage), config, decode=tokenizer.decode), tokenizer
+    transformer = transformer_of(stage)
+    return RolloutEngine(transformer, config, decode=tokenizer.decode, special=tokenizer.special), tokenizer
 
 
 def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:

@@ -32,6 +32,8 @@ class ParallelSampler:
 
     def __init__(self, transformer: Transformer) -> None:
         self._transformer, self._group = transformer, transformer.groups.tensor
+        model = transformer.model
+        self._eos = tuple(token for token in model.eos_tokens if 0 <= token < model.vocabulary)
 
     def __call__(self, sequences: Sequence[SequenceState], local_BV: Tensor) -> list[Drawn | Exception]:
         """Draw a token for each sequence, from one row each of logits [B, V/tensor]; an error where none can be."""
@@ -63,7 +65,7 @@ class ParallelSampler:
 
     def ends(self, sampling: SamplingParams) -> tuple[int, ...]:
         """Tokens that end a completion: the model's own end tokens, and those of the request."""
-        return (*self._transformer.model.eos_tokens, *sampling.stop_tokens)
+        return (*self._eos, *sampling.stop_tokens)
 
     @property
     def _first_row(self) -> int:
