@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lockstep.distributed.checkpoint.reshard import FlatShard
 from lockstep.distributed.checkpoint.tensors import Piece, Source
@@ -175,16 +176,22 @@ class Engine:
         torch.autograd.backward([tied], [total.to(tied.dtype)])
 
     def _reduced(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Reported values over all micro-batches and data ranks, sent from the last stage to all stages."""
+        """Reported values over all micro-batches and data ranks, sent from the last stage to all stages.
+
+        A number is a sum over all, or a peak by its name; two numbers are a sum and a count, for a mean over all.
+        """
         shared: list[Any] = [None]
         if self.groups.is_last_stage:
             names = sorted(reports[0])
-            columns = {n: torch.stack([r[n].detach().double() for r in reports]) for n in names}
-            sums = torch.stack([column.sum() for column in columns.values()])
+            columns = {n: torch.stack([r[n].detach().double().reshape(-1) for r in reports]) for n in names}
+            sums = torch.stack([functional.pad(c.sum(0), (0, 2 - c.shape[1]), value=1.0) for c in columns.values()])
             peaks = torch.stack([column.max() for column in columns.values()])
+            counts = torch.tensor([column.shape[1] == 2 for column in columns.values()])
             dist.all_reduce(sums, group=self.groups.replicas)
             dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=self.groups.replicas)
-            values = torch.where(torch.tensor([n.endswith("_max") for n in names]), peaks.cpu(), sums.cpu())
+            totals, divisors = sums.cpu().unbind(1)
+            values = torch.where(counts, totals / divisors.clamp_min(1), totals)
+            values = torch.where(torch.tensor([n.endswith("_max") for n in names]), peaks.cpu(), values)
             shared = [dict(zip(names, values.tolist(), strict=True))]
         dist.broadcast_object_list(shared, src=self.groups.last_stage_rank, group=self.groups.pipeline)
         return shared[0]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 class StepResult:
     """Metrics of one update, the same on every rank, and the gradient norm before clipping: global and by part.
 
-    A value is the sum over the global batch, or the largest of its micro-batches if its name ends in `_max`. One comes
+    A value is the sum or the mean over the global batch, or the largest of its micro-batches if its name ends in
+    `_max`. One comes
     from the engine: `memory_gb`, the most that any rank held so far (`peak_memory`), in 10⁹ bytes.
     """
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lockstep.model.objectives.objective import LossInputs, Report
+from lockstep.model.objectives.objective import LossInputs, Report, token_mean
 
 
 def mismatch_metrics(logp_K: Tensor, inputs: LossInputs) -> Report:
@@ -11,15 +11,15 @@ def mismatch_metrics(logp_K: Tensor, inputs: LossInputs) -> Report:
 
     Returns:
         mismatch_mean and mismatch_max of |Δ log p|, mismatch_kl (nats a token, of the rollout's policy to this one, by
-        the k3 estimator), and mismatch_bits: in which the fp32 numbers differ, over all tokens that weigh something.
+        the k3 estimator), and mismatch_bits: in which the fp32 numbers differ, over all tokens that are trained on; means are `token_mean`s.
     """
     counted = inputs.weight != 0
     delta = logp_K - inputs.old_logp
     gap = delta.abs()[counted]
     return {
-        "mismatch_mean": (inputs.weight * delta.abs()).sum(),
+        "mismatch_mean": token_mean(delta.abs(), inputs),
         "mismatch_max": largest(gap),
-        "mismatch_kl": (inputs.weight * (delta.exp() - 1 - delta)).sum(),
+        "mismatch_kl": token_mean(delta.exp() - 1 - delta, inputs),
         "mismatch_bits": differing_bits(logp_K[counted], inputs.old_logp[counted]),
     }
 

@@ -103,5 +103,13 @@ def loss_inputs(batch: TokenBatch, device: torch.device, context: dist.ProcessGr
 
 
 Report = dict[str, Tensor]
+"""Metrics by name. A number is added up over micro-batches and ranks, and the largest is taken of names that end in
+`_max`; two numbers are a sum and a count, whose quotient is reported, see `token_mean`."""
 Objective = Callable[[Tensor, LossInputs], tuple[Tensor, Report]]
 """(scores [K]: log-probabilities or values, loss inputs) → (loss of the micro-batch, metrics to report)."""
+
+
+def token_mean(values_K: Tensor, inputs: LossInputs) -> Tensor:
+    """The mean over the tokens that are trained on, as a sum and a count, [2]: whatever their weights in the loss."""
+    counted = inputs.weight != 0
+    return torch.stack([values_K[counted].sum(), counted.sum().to(values_K.dtype)])

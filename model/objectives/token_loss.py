@@ -13,7 +13,7 @@ from torch import Tensor
 from lockstep.model.objectives.importance_ratio import Clip, Correction, Level, bounded, corrected, ratio
 from lockstep.model.objectives.kl import KL, estimate
 from lockstep.model.objectives.mismatch import largest, mismatch_metrics
-from lockstep.model.objectives.objective import LossInputs, Report
+from lockstep.model.objectives.objective import LossInputs, Report, token_mean
 
 
 def nll(logp_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
@@ -47,9 +47,10 @@ class TokenLoss:
         GRPO: Shao et al. 2024, eq. 3 and 4; `docs/methods.md` has the equation of every method.
 
         Returns:
-            The loss, and sums of: loss, kl (k3, nats a token), clipped (share of tokens whose ratio is out of bounds),
-            ratio_max (the largest |ratio − 1|), `mismatch_metrics` between the policy now and when it was sampled;
-            entropy and mean correction where they are used.
+            The loss, and metrics, which are means over the tokens that are trained on, whatever their weights: kl (k3,
+            nats a token) where there is a reference, clipped (share of tokens whose ratio is out of bounds), entropy
+            and correction where they are used; ratio_max (the largest |ratio − 1|), and `mismatch_metrics` between the
+            policy now and when it was sampled.
         """
         proximal = inputs.proximal_logp if self.proximal == "column" else logp_K.detach()
         ratio_K = ratio(logp_K - proximal, inputs.samples, self.level)
@@ -58,21 +59,20 @@ class TokenLoss:
         if self.correction:
             correction = corrected(inputs.old_logp, proximal, inputs.samples, self.correction)
             gain = correction * gain
-            report["correction"] = (inputs.weight * correction).sum()
+            report["correction"] = token_mean(correction, inputs)
         loss = -(inputs.weight * gain).sum()
         if self.kl.in_loss and self.has_reference:
             distance = estimate(logp_K, inputs.reference_logp, self.kl.estimator)
             loss = loss + self.kl.in_loss * (inputs.weight * distance).sum()
         if self.entropy and inputs.entropy is not None:
-            entropy = (inputs.weight * inputs.entropy).sum()
-            loss = loss - self.entropy * entropy
-            report["entropy"] = entropy.detach()
+            loss = loss - self.entropy * (inputs.weight * inputs.entropy).sum()
+            report["entropy"] = token_mean(inputs.entropy.detach(), inputs)
         with torch.no_grad():
-            k3 = estimate(logp_K, inputs.reference_logp, "k3") if self.has_reference else torch.zeros_like(logp_K)
+            if self.has_reference:
+                report["kl"] = token_mean(estimate(logp_K, inputs.reference_logp, "k3"), inputs)
             report |= {
                 "loss": loss.detach(),
-                "kl": (inputs.weight * k3).sum(),
-                "clipped": (inputs.weight * (ratio_K != bounded(ratio_K, self.clip))).sum(),
+                "clipped": token_mean((ratio_K != bounded(ratio_K, self.clip)).to(logp_K.dtype), inputs),
                 "ratio_max": largest((ratio_K - 1).abs()[inputs.weight != 0]),
                 **mismatch_metrics(logp_K, inputs),
             }

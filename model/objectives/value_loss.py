@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lockstep.model.objectives.objective import LossInputs, Report
+from lockstep.model.objectives.objective import LossInputs, Report, token_mean
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ValueLoss:
         """The loss Σ weight · ½ max((v − R)², (clip(v, v_old ± ε) − R)²), R the returns: PPO's critic as in its code.
 
         Returns:
-            The loss, and sums of: value_loss, value (its mean), value_clipped (share of tokens).
+            The loss, and metrics: value_loss; and over tokens: value (the mean), value_clipped (the share that was).
         """
         error = (values_K - inputs.returns).square()
         clipped = torch.zeros_like(values_K, dtype=torch.bool)
@@ -31,7 +31,7 @@ class ValueLoss:
         with torch.no_grad():
             report = {
                 "value_loss": loss.detach(),
-                "value": (inputs.weight * values_K).sum(),
-                "value_clipped": (inputs.weight * clipped).sum(),
+                "value": token_mean(values_K, inputs),
+                "value_clipped": token_mean(clipped.to(values_K.dtype), inputs),
             }
         return loss, report

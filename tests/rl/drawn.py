@@ -72,13 +72,19 @@ def policy_of(groups: Sequence[Sequence[Estimated]], seed: int) -> Tensor:
 def total(
     samples: Sequence[Sample], logp: Tensor, objective: Objective, *, budget: int = 100, ranks: int = 1
 ) -> tuple[Tensor, dict[str, float]]:
-    """The loss and the reports of a global batch: sums over all rows of all ranks, or the largest of any row."""
-    loss, reports = torch.zeros(()), dict[str, float]()
+    """The loss and the metrics of a global batch: sums or means over all rows of all ranks, or the largest of any."""
+    loss, found = torch.zeros(()), dict[str, list[Tensor]]()
     for rows in rows_for_ranks(samples, RowRules(ranks, budget, multiple=4)):
         for row in rows:
             value, report = objective(logp[torch.from_numpy(row.targets)], loss_inputs(row, torch.device("cpu")))
             loss = loss + value
             for name, number in report.items():
-                before = reports.get(name, 0.0)
-                reports[name] = max(before, number.item()) if name.endswith("_max") else before + number.item()
-    return loss, reports
+                found.setdefault(name, []).append(number.detach())
+    return loss, {name: _joined(name, torch.stack(parts)) for name, parts in found.items()}
+
+
+def _joined(name: str, parts: Tensor) -> float:
+    """As the engine joins micro-batches: two numbers are a sum and a count."""
+    if parts.dim() == 2:
+        return (parts[:, 0].sum() / parts[:, 1].sum().clamp_min(1)).item()
+    return (parts.max() if name.endswith("_max") else parts.sum()).item()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.model.objectives.importance_ratio import Clip
+from lockstep.model.objectives.importance_ratio import Clip, Correction
 from lockstep.model.objectives.kl import KL
 from lockstep.model.objectives.mismatch import differing_bits, mismatch_metrics
 from lockstep.model.objectives.objective import LossInputs, SampleInputs
 from lockstep.model.objectives.token_loss import TokenLoss, nll
+from lockstep.model.objectives.value_loss import ValueLoss
 
 CLIP = Clip(0.2, 0.3)
 
@@ -78,17 +79,43 @@ def test_reports_of_token_loss() -> None:
     p, old, r, w = (t.detach().double() for t in (logp, c.old_logp, c.reference_logp, c.weight))
     ratio = (p - old).exp()
     expected = {
-        "kl": (w * ((r - p).exp() - (r - p) - 1)).sum(),
-        "clipped": (w * ((ratio > 1.3) | (ratio < 0.8))).sum(),
+        "kl": ((r - p).exp() - (r - p) - 1).mean(),
+        "clipped": ((ratio > 1.3) | (ratio < 0.8)).double().mean(),
         "ratio_max": (ratio - 1).abs().max(),
-        "mismatch_mean": (w * (p - old).abs()).sum(),
+        "mismatch_mean": (p - old).abs().mean(),
         "mismatch_max": (p - old).abs().max(),
-        "mismatch_kl": (w * ((p - old).exp() - (p - old) - 1)).sum(),
+        "mismatch_kl": ((p - old).exp() - (p - old) - 1).mean(),
         "mismatch_bits": torch.tensor(bits_between(logp, c.old_logp)),
     }
     for name, value in expected.items():
-        assert math.isclose(report[name].item(), value.item(), rel_tol=1e-4), name
+        assert math.isclose(metric(report[name]), value.item(), rel_tol=1e-4), name
         assert not report[name].requires_grad
+
+
+def metric(found: Tensor) -> float:
+    """A report of two numbers is a sum and a count."""
+    return (found[0] / found[1].clamp_min(1) if found.dim() else found).item()
+
+
+SCALES = {"tokens": 1.0, "constant of 7": 1 / 7, "uneven": torch.linspace(0.1, 3.0, 60)}
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_metrics_do_not_depend_on_the_weights(scale: float | Tensor) -> None:
+    logp, c = columns(60, 4, 0.5)
+    rule = TokenLoss(clip=CLIP, kl=KL(0.1), correction=Correction(high=1.1), entropy=0.1)
+    silent = torch.arange(60) % 4 == 0
+    weight = torch.where(silent, 0.0, torch.ones(60) / 60)
+    entropy = torch.linspace(0, 2, 60)
+    given = replace(c, weight=weight, entropy=entropy, old_logp=c.old_logp + 0.1)
+    wanted, found = (rule(logp, replace(given, weight=w))[1] for w in (weight, weight * scale))
+    assert metric(wanted["entropy"]) == pytest.approx(entropy[~silent].mean().item(), rel=1e-6)
+    for name in wanted.keys() - {"loss"}:
+        assert metric(found[name]) == metric(wanted[name]), name
+    values = torch.linspace(-1, 1, 60)
+    _, critic = ValueLoss(0.1)(values, replace(given, weight=weight * scale, returns=c.advantage))
+    assert metric(critic["value"]) == pytest.approx(values[~silent].mean().item(), abs=1e-6)
+    assert 0 < metric(critic["value_clipped"]) < 1
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce() -> None:
@@ -98,8 +125,8 @@ def test_on_policy_the_gradient_is_that_of_reinforce() -> None:
     (wanted,) = torch.autograd.grad(nll(logp, c)[0], logp)
     assert torch.equal(found, wanted)
     assert torch.allclose(found, -c.weight * c.advantage)
-    assert report["clipped"] == 0
-    assert all(report[f"mismatch_{name}"] == 0 for name in ("mean", "max", "kl", "bits"))
+    assert metric(report["clipped"]) == 0
+    assert all(metric(report[f"mismatch_{name}"]) == 0 for name in ("mean", "max", "kl", "bits"))
 
 
 def bits_between(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -117,14 +144,14 @@ def test_all_32_bits_count() -> None:
 def test_tokens_that_weigh_nothing_have_no_mismatch() -> None:
     logp, c = columns(5, 4, 0.5)
     report = mismatch_metrics(logp, replace(c, weight=torch.zeros(5)))
-    assert all(value == 0 for value in report.values())
+    assert all(metric(value) == 0 for value in report.values())
 
 
 def test_no_reference_means_no_kl() -> None:
     logp, c = columns(10, 2, 0.1)
     plain, report = grpo(0.7, has_reference=False)(logp, c)
     assert plain == grpo(0.0)(logp, c)[0]
-    assert report["kl"] == 0
+    assert "kl" not in report
 
 
 @pytest.mark.parametrize("reference", [-3.0, -1.0, -0.1])
@@ -132,7 +159,7 @@ def test_k3_is_zero_only_at_the_reference_and_never_negative(reference: float) -
     logp = torch.linspace(-4, 0, 41)
     ones = torch.ones(1)
     rows = [columns_from(ones, ones, p[None], ones * reference) for p in logp]
-    values = [grpo(1.0)(p[None], c)[1]["kl"].item() for p, c in zip(logp, rows, strict=True)]
+    values = [metric(grpo(1.0)(p[None], c)[1]["kl"]) for p, c in zip(logp, rows, strict=True)]
     assert min(values) >= 0
     assert abs(logp[values.index(min(values))].item() - reference) < 0.051
 
@@ -142,7 +169,7 @@ def test_a_row_without_predictions_has_a_loss_of_zero_that_has_a_gradient() -> N
     for loss, report in (nll(logp, c), grpo(0.1)(logp, c)):
         loss.backward()
         assert loss == 0
-        assert all(value == 0 for value in report.values())
+        assert all(metric(value) == 0 for value in report.values())
 
 
 @pytest.mark.parametrize("parts", [2, 5])
