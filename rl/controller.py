@@ -16,6 +16,7 @@ from lockstep.data.packing import documents
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.model.objectives.token_loss import nll
+from lockstep.rl.algorithms.aggregation import weighted
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.algorithms.estimates import columns, of_completions
 from lockstep.rl.algorithms.preferences import (
@@ -28,7 +29,7 @@ from lockstep.rl.algorithms.preferences import (
     with_reference,
 )
 from lockstep.rl.algorithms.rewards import CORRECTNESS, RewardConfig, means
-from lockstep.rl.algorithms.samples import teaches, weighted
+from lockstep.rl.algorithms.samples import teaches
 from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
 from lockstep.rl.collector.collector import Collector
 from lockstep.rl.environments.factory import told
@@ -36,7 +37,7 @@ from lockstep.rl.learner import Learned, Learner, Models
 from lockstep.rl.prompts import demonstration_tokens, make_prompt
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Advantaged, Judged, Prompt, own_logp
+from lockstep.rl.types import Advantaged, Judged, Prompt, Rewarded, own_logp
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
@@ -239,7 +240,7 @@ class Controller:
             samples=config.group_size,
             sampling=self._stopped(config.sampling),
             seed=int(np.random.default_rng([self._seed, *b"rl"]).integers(1 << 62)),
-            reward=self._learner.rewarded,
+            reward=partial(self._learner.rewarded, config=config),
             teaches=partial(teaches, config=config),
             first=first,
         )
@@ -259,6 +260,11 @@ class Controller:
 def _computed(samples: Sequence[Sample]) -> int:
     """Tokens that a step computes: a prompt counts once, however many samples continue it."""
     return sum(len(document) for document in documents(samples))
+
+
+def _is_ungradable(rewarded: Rewarded) -> bool:
+    """Whether the verdict could not be given, or the reward is no number."""
+    return rewarded.verdict.outcome is Outcome.ungradable or rewarded.reward.total is None
 
 
 class _Stopwatch:
@@ -285,7 +291,7 @@ def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str
         "entropy": -float(np.mean(logp)),
         "completion_tokens": float(np.mean(lengths)),
         **({"kl_beta": config.kl_beta} if config.kl_target else {}),
-        "ungradable": float(sum(s.verdict.outcome is Outcome.ungradable for s in completions)),
+        "ungradable": float(sum(_is_ungradable(s) for s in completions)),
         "skipped_groups": float(batch.teaching.count(False)),
         "replaced_groups": float(batch.replaced),
         "staleness_mean": float(np.mean(batch.staleness)),

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 
 import numpy as np
 
 from lockstep.data.batch import Floats, Ints, Sample
 from lockstep.model.training.config import OptimizerConfig
+from lockstep.rl.algorithms.aggregation import updates_of
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.estimates import columns, of_answers, of_tokens
 from lockstep.rl.algorithms.rewards import RewardConfig, rewarded
-from lockstep.rl.algorithms.samples import samples_of, updates_of, with_advantages
+from lockstep.rl.algorithms.samples import asked_for, samples_of, with_advantages
 from lockstep.rl.remote import Call, Gather
 from lockstep.rl.types import Advantaged, Estimated, Estimates, Judged, Rewarded
 from lockstep.rl.workers.stubs import ModelWorker
@@ -72,18 +72,19 @@ class Learner:
     def learn(
         self, step: int, groups: Sequence[Sequence[Rewarded]], teaching: Sequence[bool], config: RLConfig
     ) -> Learned:
-        """Runs all updates of a step; none where no sample teaches anything.
+        """Runs all updates of a step; none where nothing has a gradient.
 
         Args:
-            teaching: whether each group has anything to learn from; the others are estimated for the records alone.
+            teaching: whether each group has anything to learn from; what dynamic sampling replaced is estimated for
+                the records alone.
         """
         compared = tuple(with_advantages(group, config) for group in self._estimated(groups, config))
-        samples = samples_of(list(compress(compared, teaching)), config)
+        parts = samples_of(*asked_for(compared, teaching, config.prompts_per_step), config)
         order = int(np.random.default_rng([self._seed, step]).integers(1 << 62))
-        reports = [self._update(step, part, config) for part in updates_of(samples, config, order)] if samples else []
+        reports = [self._update(step, samples, config) for samples in updates_of(parts, config, order)]
         if reports:
             self._gather([worker.call(ModelWorker.follow, step) for worker in self._policy.workers])
-        return Learned(compared, samples, _joined(reports))
+        return Learned(compared, [s for part in parts for s in part.samples], _joined(reports))
 
     def _update(self, step: int, samples: list[Sample], config: RLConfig) -> dict[str, float]:
         """One gradient step of the policy, and one of the critic beside it."""
@@ -101,9 +102,9 @@ class Learner:
             report |= values | {"critic_grad_norm": said.grad_norm}
         return report
 
-    def rewarded(self, groups: Sequence[Sequence[Judged]]) -> list[tuple[Rewarded, ...]]:
+    def rewarded(self, groups: Sequence[Sequence[Judged]], config: RLConfig) -> list[tuple[Rewarded, ...]]:
         """The groups with their rewards; where there is a reward model, by the scores that it gives them."""
-        return [rewarded(group, self._reward) for group in self._scored(groups)]
+        return [rewarded(group, self._reward, config.punishment) for group in self._scored(groups)]
 
     def _scored(self, groups: Sequence[Sequence[Judged]]) -> Sequence[Sequence[Judged]]:
         """The groups with the reward model's scores, where there is one."""

@@ -116,6 +116,13 @@ class Reward:
 
     total: float | None
     terms: dict[str, float]
+    punishment: float = 0.0
+    """What the method takes off for length, 0 or less; no part of the total."""
+
+    @property
+    def net(self) -> float | None:
+        """What the method compares: the total and the punishment."""
+        return None if self.total is None else self.total + self.punishment
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ def mismatch_metrics(logp_K: Tensor, inputs: LossInputs) -> Report:
 
     Returns:
         mismatch_mean and mismatch_max of |Δ log p|, mismatch_kl (nats a token, of the rollout's policy to this one, by
-        the k3 estimator), and mismatch_bits: in which the fp32 numbers differ, over all tokens that are trained on; means are `token_mean`s.
+        the k3 estimator), and mismatch_bits: in which the fp32 numbers differ. All are over the tokens that are trained
+        on, and means are `token_mean`s.
     """
     counted = inputs.weight != 0
     delta = logp_K - inputs.old_logp

@@ -9,6 +9,7 @@ from lockstep.model.objectives.kl import adapted
 from lockstep.model.objectives.pair_loss import PairLoss
 from lockstep.model.objectives.token_loss import TokenLoss
 from lockstep.model.training.config import OptimizerConfig
+from lockstep.rl.algorithms.advantage import overlong
 from lockstep.rl.algorithms.methods import DPO, IPO, METHODS, RANKING_MODEL, REWARD_MODEL, Method, Score
 from lockstep.rl.rollout.config import SamplingParams
 
@@ -176,6 +177,21 @@ class RLConfig(Method):
             raise ValueError(
                 "reference.kind='none' leaves nothing to measure a KL to: set kl_beta=0, or keep a reference"
             )
+
+    @property
+    def regularised(self) -> bool:
+        """Whether the loss has a term that needs no reward: a KL or an entropy."""
+        return bool(self.kl.in_loss or self.entropy)
+
+    @property
+    def compares_kl(self) -> bool:
+        """Whether a group's rollouts are compared by rewards less the KL of each."""
+        return bool(self.kl.in_reward) and self.advantage not in ("gae", "reinforce_pp", "teacher")
+
+    def punishment(self, length: int) -> float:
+        """What the method takes off the reward of a completion of so many tokens, see `overlong`; 0 or less."""
+        limit = self.sampling.max_new_tokens
+        return overlong(length, limit, self.overlong_share * limit) if self.overlong_share else 0.0
 
     @property
     def one_update(self) -> bool:

@@ -42,6 +42,9 @@ class Method(BaseModel):
 
     advantage: Signal = Field("grpo", description="grpo divides by the group's deviation")
     aggregation: Aggregation = Field("tokens", description="what the loss is a mean over")
+    denominator: Literal["batch", "kept"] = Field(
+        "batch", description="completions that it is a mean over: all that a step asks for, or those with a signal"
+    )
     gain: Literal["clipped", "cispo", "reinforce"] = "clipped"
     ratio: Level = Field("token", description="what the importance ratio is of")
     clip_low: float = Field(0.2, gt=0, le=1)
@@ -97,9 +100,9 @@ REINFORCE_PP = Method(advantage="reinforce_pp", kl_place="reward", kl_estimator=
 REINFORCE_PP_BASELINE = Method(advantage="reinforce_pp_baseline", kl_estimator="k2")
 GSPO = Method(aggregation="sequences", ratio="sequence", clip_low=3e-4, clip_high=4e-4)
 CISPO = Method(gain="cispo", clip_low=1.0, clip_high=4.0)
-DAPO = Method(clip_high=0.28, overlong_share=0.2)
+DAPO = Method(denominator="kept", clip_high=0.28, overlong_share=0.2)
 PPO = Method(advantage="gae", kl_place="reward", kl_estimator="k1")
-RSFT = Method(advantage="best", gain="reinforce")
+RSFT = Method(advantage="best", denominator="kept", gain="reinforce")
 DISTILL = Method(advantage="teacher")
 
 METHODS = {

@@ -4,9 +4,11 @@ Correctness, or the score of a reward model, is one term; the others look at the
 its language. A rollout whose verdict is ungradable has no reward, whatever its other terms say.
 """
 
+import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -96,13 +98,23 @@ CORRECTNESS = RewardConfig()
 """The verdict's reward alone."""
 
 
-def rewarded(group: Sequence[Judged], config: RewardConfig) -> tuple[Rewarded, ...]:
-    """The rollouts of a group with their rewards."""
-    return tuple(Rewarded(j.rollout, j.verdict, reward_of(j, config), score=j.score) for j in group)
+def rewarded(
+    group: Sequence[Judged], config: RewardConfig, punishment: Callable[[int], float] = lambda length: 0.0
+) -> tuple[Rewarded, ...]:
+    """The rollouts of a group with their rewards.
+
+    Args:
+        punishment: what the method takes off for a completion of so many tokens; 0 or less.
+    """
+    found = (replace(reward_of(j, config), punishment=punishment(len(j.rollout.tokens))) for j in group)
+    return tuple(Rewarded(j.rollout, j.verdict, reward, score=j.score) for j, reward in zip(group, found, strict=True))
 
 
 def reward_of(judged: Judged, config: RewardConfig) -> Reward:
-    """The reward of a rollout; a reward model's score, where there is one, takes the place of the verdict's reward."""
+    """The reward of a rollout; a reward model's score, where there is one, takes the place of the verdict's reward.
+
+    A total that is no finite number, as of a reward model whose score overflowed, says nothing: it is None.
+    """
     rollout = judged.rollout
     length = len(rollout.tokens)
     terms = {
@@ -116,7 +128,8 @@ def reward_of(judged: Judged, config: RewardConfig) -> Reward:
         )
         if weight and value is not None
     }
-    return Reward(None if judged.grade is None else sum(terms.values()), terms)
+    total = sum(terms.values())
+    return Reward(None if judged.grade is None or not math.isfinite(total) else total, terms)
 
 
 def means(rewards: Sequence[Reward]) -> dict[str, float]:

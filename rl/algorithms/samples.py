@@ -1,13 +1,12 @@
 """Advantages and training samples from groups of rollouts: pure functions of the groups and the recipe."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from lockstep.data.batch import Floats, Sample, sample
-from lockstep.data.packing import documents
 from lockstep.rl.algorithms.advantage import (
     Doubles,
     best,
@@ -15,14 +14,17 @@ from lockstep.rl.algorithms.advantage import (
     distance,
     gae,
     leave_one_out,
-    overlong,
     returns,
     whitened,
 )
+from lockstep.rl.algorithms.aggregation import GroupSamples
 from lockstep.rl.algorithms.config import RLConfig
-from lockstep.rl.algorithms.methods import Aggregation, Method
+from lockstep.rl.algorithms.methods import Method
 from lockstep.rl.types import Advantaged, Estimated, Rewarded
 
+Group = TypeVar("Group")
+ROUNDING = 1e-12
+"""Relative difference up to which rewards are equal: sums of the same terms in another order differ by 1e-16."""
 Pieces = list[tuple[Doubles, Doubles]]
 """Of each rollout: advantages and returns of the tokens that the model wrote."""
 
@@ -30,28 +32,32 @@ Pieces = list[tuple[Doubles, Doubles]]
 def teaches(group: Sequence[Rewarded], config: RLConfig) -> bool:
     """Whether a group has anything to learn from.
 
-    Where a method compares the rollouts of a group, two rewards have to differ: equal ones have advantages of 0, up to
-    rounding. A KL in the reward does not count: it is known only after the models were asked. Best-of-N needs a reward
-    above its bound; a critic, a teacher or a comparison over the batch needs one rollout with a reward.
+    Where a method compares the rollouts of a group, two rewards have to differ by more than rounding. A KL in the
+    reward does not count: it is known only after the models were asked. Best-of-N needs a reward above its bound; a
+    critic or a comparison over the batch needs one rollout with a reward, and a teacher needs none.
     """
-    rewards = [r for rewarded in group if (r := _reward(rewarded, config)) is not None]
+    rewards = [net for rewarded in group if (net := rewarded.reward.net) is not None]
     match config.advantage:
-        case "gae" | "teacher" | "reinforce_pp":
+        case "teacher":
+            return bool(group)
+        case "gae" | "reinforce_pp":
             return bool(rewards)
         case "best":
             return max(rewards, default=-math.inf) > config.accept_above
         case _:
-            return bool(rewards) and max(rewards) != min(rewards)
+            return bool(rewards) and not math.isclose(max(rewards), min(rewards), rel_tol=ROUNDING, abs_tol=ROUNDING)
 
 
 def with_advantages(group: Sequence[Estimated], config: RLConfig) -> tuple[Advantaged, ...]:
     """The rollouts of a group with their advantages; the ungradable get None and do not count for the others.
 
     A method that takes no baseline from the group, but from a critic, a teacher or the whole batch, has the reward
-    here, and the advantages of its tokens in `samples_of`.
+    here, and the advantages of its tokens in `samples_of`. In a group that does not teach, rewards count as equal, and
+    KL in the reward, which has no deviation of rewards beside it to be divided by, stays as it is.
     """
-    rewards = [_net_reward(s, config) for s in group]
-    graded = iter(_compared([r for r in rewards if r is not None], config))
+    live = teaches(group, config)
+    rewards = [_net_reward(s, config, live=live) for s in group]
+    graded = iter(_compared([r for r in rewards if r is not None], config, live=live))
     advantages = [None if reward is None else next(graded) for reward in rewards]
     return tuple(
         Advantaged(s.rollout, s.verdict, s.reward, s.estimates, advantage, score=s.score)
@@ -59,52 +65,62 @@ def with_advantages(group: Sequence[Estimated], config: RLConfig) -> tuple[Advan
     )
 
 
-def samples_of(groups: Sequence[Sequence[Advantaged]], config: RLConfig) -> list[Sample]:
-    """The samples that a step learns from, weighted, with the columns of the method.
+def asked_for(groups: Sequence[Group], teaching: Sequence[bool], count: int) -> tuple[list[Group], list[bool]]:
+    """The batch of a step: `count` groups, those that teach and as many of the others as there is room for.
+
+    Where dynamic sampling asked for more, groups that teach nothing were replaced and are not in the batch; those whose
+    place nobody took still are.
+    """
+    silent = [place for place, live in enumerate(teaching) if not live][: max(0, count - sum(teaching))]
+    chosen = sorted([*silent, *(place for place, live in enumerate(teaching) if live)])
+    return [groups[place] for place in chosen], [teaching[place] for place in chosen]
+
+
+def samples_of(
+    groups: Sequence[Sequence[Advantaged]], teaching: Sequence[bool], config: RLConfig
+) -> list[GroupSamples]:
+    """What a step learns from each group of its batch, with the columns of the method, to be weighted by `updates_of`.
+
+    A completion without a signal, because its group does not teach or it has no advantage itself, is learned from
+    where KL or entropy are in the loss, with an advantage of 0: the policy is kept near to the reference there, too.
+    Not so under `denominator="kept"`, or where a critic would learn from it.
 
     Args:
-        groups: those that teach something, see `teaches`; what `config.scores` names is in the estimates of every
-            rollout. Rollouts without an advantage are left out.
+        groups: of the batch; what `config.scores` names is in the estimates of every rollout.
+        teaching: whether each of them has anything to learn from.
     """
-    kept = [s for group in groups for s in group if s.advantage is not None]
-    pieces = _pieces(kept, config)
-    samples = [_sample(s, *piece) for s, piece in zip(kept, pieces, strict=True) if not _dropped(s, config)]
-    return weighted(samples, config.aggregation, config.sampling.max_new_tokens)
+    by_kl = config.compares_kl and config.denominator == "batch"
+    heard = [
+        [s for s in group if s.advantage is not None and (live or by_kl)]
+        for group, live in zip(groups, teaching, strict=True)
+    ]
+    every = [s for group in heard for s in group]
+    pieces = {id(s): piece for s, piece in zip(every, _pieces(every, config), strict=True)}
+    return [_group_samples(group, [pieces.get(id(s)) for s in group], config) for group in groups]
 
 
-def weighted(samples: Sequence[Sample], aggregation: Aggregation = "tokens", constant: int = 1) -> list[Sample]:
-    """Sets the samples' weights, so that weighted sums over the global batch are the mean that the method wants.
-
-    Args:
-        aggregation: a mean over all tokens; or a mean over samples, of the mean over each one's tokens, or of their sum
-            divided by a constant number of tokens.
-    """
-    masks = [(s.weight != 0).astype(np.float32) for s in samples]
-    counts = [float(mask.sum()) for mask in masks]
-    match aggregation:
-        case "tokens":
-            parts = [sum(counts)] * len(counts)
-        case "sequences":
-            parts = [len(counts) * max(count, 1.0) for count in counts]
-        case "constant":
-            parts = [float(len(counts) * constant)] * len(counts)
-    return [replace(s, weight=mask / np.float32(n)) for s, mask, n in zip(samples, masks, parts, strict=True)]
+def _group_samples(
+    group: Sequence[Advantaged], pieces: Sequence[tuple[Doubles, Doubles] | None], config: RLConfig
+) -> GroupSamples:
+    found = [(s, piece) for s, piece in zip(group, pieces, strict=True) if _counts(s, piece is not None, config)]
+    return GroupSamples(
+        tuple(_sample(s, *(piece or _nothing(s))) for s, piece in found if _is_learned(s, piece, config)),
+        tuple(int(_written(s).sum()) for s, _ in found),
+    )
 
 
-def updates_of(samples: Sequence[Sample], config: RLConfig, seed: int) -> Iterator[list[Sample]]:
-    """Yields the global batch of each update of a step: all samples, or `minibatches` parts in a new order each epoch.
+def _counts(estimated: Estimated, signal: bool, config: RLConfig) -> bool:
+    """Whether the mean is over this completion, among others."""
+    return config.denominator == "batch" or (signal and not _dropped(estimated, config))
 
-    Samples that share a prompt stay together, and the weights of each part are normalised over that part.
-    """
-    if config.minibatches == 1:
-        yield from [list(samples)] * config.epochs
-        return
-    shared = documents(samples)
-    for epoch in range(config.epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(shared))
-        for chosen in np.array_split(order, min(config.minibatches, len(shared))):
-            part = [s for place in chosen for s in shared[place].samples]
-            yield weighted(part, config.aggregation, config.sampling.max_new_tokens)
+
+def _is_learned(advantaged: Advantaged, piece: tuple[Doubles, Doubles] | None, config: RLConfig) -> bool:
+    """Whether anything in the loss has a gradient at a completion that counts."""
+    if _dropped(advantaged, config):
+        return False
+    if config.advantage == "gae" or config.denominator == "kept":
+        return piece is not None
+    return config.regularised or (piece is not None and bool(piece[0].any()))
 
 
 def preference_samples(
@@ -137,30 +153,25 @@ def preference_samples(
     return found
 
 
-def _reward(rewarded: Rewarded, config: RLConfig) -> float | None:
-    """The reward of a rollout with the method's overlong punishment; None if ungradable, 0 where a teacher judges."""
+def _net_reward(estimated: Estimated, config: RLConfig, *, live: bool) -> float | None:
+    """The reward, less the KL of the whole rollout where the method has it in the reward and compares whole rollouts.
+
+    0 where a teacher judges, and where rewards of the group are equal.
+    """
     if config.advantage == "teacher":
         return 0.0
-    reward = rewarded.reward.total
-    if reward is None or not config.overlong_share:
-        return reward
-    limit = config.sampling.max_new_tokens
-    return reward + overlong(len(rewarded.rollout.tokens), limit, config.overlong_share * limit)
+    net = estimated.reward.net
+    if net is None:
+        return None
+    net = net if live or config.advantage == "best" else 0.0
+    return net - float(config.kl.in_reward * _distance(estimated, config).sum()) if config.compares_kl else net
 
 
-def _net_reward(estimated: Estimated, config: RLConfig) -> float | None:
-    """`_reward` less the KL of the whole rollout, where the method has it in the reward and compares whole rollouts."""
-    reward = _reward(estimated, config)
-    if reward is None or not config.kl.in_reward or config.advantage in ("gae", "reinforce_pp", "teacher"):
-        return reward
-    return reward - float(config.kl.in_reward * _distance(estimated, config).sum())
-
-
-def _compared(rewards: list[float], config: RLConfig) -> Sequence[float | None]:
+def _compared(rewards: list[float], config: RLConfig, *, live: bool) -> Sequence[float | None]:
     match config.advantage:
-        case "grpo" | "dr_grpo":
-            return centred(rewards, scale_by_deviation=config.advantage == "grpo")
-        case "reinforce_pp_baseline":
+        case "grpo":
+            return centred(rewards, scale_by_deviation=live)
+        case "dr_grpo" | "reinforce_pp_baseline":
             return centred(rewards, scale_by_deviation=False)
         case "rloo":
             return leave_one_out(rewards)
@@ -191,6 +202,10 @@ def _pieces(kept: Sequence[Advantaged], config: RLConfig) -> Pieces:
             return [_alike(a) for a in whitened([_whole(s) for s in kept])]
         case _:
             return [_alike(_whole(s)) for s in kept]
+
+
+def _nothing(advantaged: Advantaged) -> tuple[Doubles, Doubles]:
+    return _alike(np.zeros(int(_written(advantaged).sum())))
 
 
 def _alike(advantages: Doubles) -> tuple[Doubles, Doubles]:

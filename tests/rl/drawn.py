@@ -1,6 +1,7 @@
 """Judged groups of random rollouts whose tokens all have numbers of their own, and losses of what is made of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from lockstep.data.batch import Floats, Sample
 from lockstep.data.packing import RowRules, rows_for_ranks
 from lockstep.model.objectives.objective import Objective, loss_inputs
+from lockstep.rl.algorithms.aggregation import updates_of
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.rewards import RewardConfig, reward_of
 from lockstep.rl.algorithms.samples import samples_of, teaches, with_advantages
@@ -58,8 +60,16 @@ def groups_of(seed: int, *, masked: bool = True) -> list[list[Estimated]]:
 
 
 def samples_from(groups: Sequence[Sequence[Estimated]], config: RLConfig) -> list[Sample]:
-    """The samples of those groups that teach something."""
-    return samples_of([with_advantages(group, config) for group in groups if teaches(group, config)], config)
+    """The samples of the first update of a batch of these groups."""
+    rewarded = [[_punished(s, config) for s in group] for group in groups]
+    teaching = [teaches(group, config) for group in rewarded]
+    found = samples_of([with_advantages(group, config) for group in rewarded], teaching, config)
+    return next(updates_of(found, config, 0))
+
+
+def _punished(estimated: Estimated, config: RLConfig) -> Estimated:
+    punishment = config.punishment(len(estimated.rollout.tokens))
+    return replace(estimated, reward=replace(estimated.reward, punishment=punishment))
 
 
 def policy_of(groups: Sequence[Sequence[Estimated]], seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from lockstep.model.objectives.pair_loss import PairLoss
 from lockstep.model.objectives.token_loss import TokenLoss
 from lockstep.model.training.config import OptimizerConfig, row_rules
 from lockstep.model.training.trainer import Trainer
-from lockstep.rl.algorithms.samples import weighted
+from lockstep.rl.algorithms.aggregation import weighted
 
 GSPO = TokenLoss(
     level="sequence",

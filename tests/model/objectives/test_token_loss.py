@@ -76,7 +76,7 @@ def test_token_loss_is_grpo(seed: int, kl_beta: float) -> None:
 def test_reports_of_token_loss() -> None:
     logp, c = columns(60, 4, 0.5)
     _, report = grpo(0.1)(logp, c)
-    p, old, r, w = (t.detach().double() for t in (logp, c.old_logp, c.reference_logp, c.weight))
+    p, old, r = (t.detach().double() for t in (logp, c.old_logp, c.reference_logp))
     ratio = (p - old).exp()
     expected = {
         "kl": ((r - p).exp() - (r - p) - 1).mean(),

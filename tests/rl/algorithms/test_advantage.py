@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from lockstep.rl.algorithms.advantage import best, centred, gae, leave_one_out, overlong, whitened
 from lockstep.rl.algorithms.config import RLConfig
+from lockstep.rl.algorithms.rewards import CORRECTNESS, rewarded
 from lockstep.rl.algorithms.samples import teaches, with_advantages
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Estimated, Estimates, Prompt, Reward, Rollout
+from lockstep.rl.types import Estimated, Estimates, Judged, Prompt, Reward, Rollout
 from lockstep.rl.verdict import Outcome, Verdict
 
 METHODS = {True: RLConfig(), False: RLConfig(method="dr_grpo")}
@@ -94,9 +95,48 @@ def test_what_teaches_where_a_group_is_no_baseline() -> None:
 def test_groups_are_told_apart_by_their_overlong_punishment() -> None:
     short, long = earning([1.0, 1.0])
     long = replace(long, rollout=replace(long.rollout, tokens=(3,) * 9, logp=(-0.5,) * 9, weight_versions=(0,) * 9))
-    sampling = SamplingParams(max_new_tokens=10)
-    assert teaches([short, long], RLConfig(overlong_share=0.2, sampling=sampling))
-    assert not teaches([short, long], RLConfig(sampling=sampling))
+    for share, differ in ((0.2, True), (0.0, False)):
+        config = RLConfig(overlong_share=share, sampling=SamplingParams(max_new_tokens=10))
+        group = rewarded([short, long], CORRECTNESS, config.punishment)
+        assert teaches(group, config) is differ
+        assert [each.reward.net for each in group] == [1.0, 0.5 if differ else 1.0]
+        assert [each.reward.total for each in group] == [1.0, 1.0], "what is reported has no punishment in it"
+        estimated = [Estimated(each.rollout, each.verdict, each.reward, Estimates()) for each in group]
+        assert ([each.advantage for each in with_advantages(estimated, config)] == [0.0, 0.0]) is not differ
+
+
+NO_NUMBERS = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("method", WHOLE, ids=lambda method: method.advantage)
+@pytest.mark.parametrize("score", NO_NUMBERS)
+def test_a_reward_that_is_no_number_is_left_out(score: float, method: RLConfig) -> None:
+    """As of a reward model whose score overflowed: it neither tells a group apart nor spoils the others' advantages."""
+    [rollout] = [each.rollout for each in earning([0.0])]
+    judged = [Judged(rollout, Verdict(Outcome.correct), score=s) for s in (score, 0.5, 0.5, score, 0.5)]
+    alike = rewarded(judged, CORRECTNESS)
+    assert not teaches(alike, method)
+    assert teaches(rewarded([*judged, replace(judged[1], score=0.25)], CORRECTNESS), method)
+    found = with_advantages([Estimated(r.rollout, r.verdict, r.reward, Estimates()) for r in alike], method)
+    assert [each.advantage for each in found] == [None, 0.0, 0.0, None, 0.0]
+
+
+ALIKE = {
+    "sums in another order": [0.1 + 0.2, 0.3, 0.2 + 0.1],
+    "one of them is gradable": [None, 1.0, None],
+    "none is gradable": [None, None],
+    "large": [1e9 + 1e-7, 1e9],
+    "both zeros": [0.0, -0.0],
+}
+
+
+@pytest.mark.parametrize("rewards", ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize("method", WHOLE, ids=lambda method: method.advantage)
+def test_rewards_that_differ_by_rounding_have_no_advantage(rewards: list[float | None], method: RLConfig) -> None:
+    group = [completion(i, Verdict(Outcome.correct), reward) for i, reward in enumerate(rewards)]
+    assert not teaches(group, method)
+    found = [each.advantage for each in with_advantages(group, method)]
+    assert found == [None if reward is None else 0.0 for reward in rewards]
 
 
 @pytest.mark.parametrize(

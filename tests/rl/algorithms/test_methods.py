@@ -57,6 +57,15 @@ def compared(groups: Groups, advantage: Callable[[list[float]], list[float]]) ->
     return found
 
 
+def every_token(groups: Groups, logp: Tensor) -> Tokens:
+    """Of all completions of the batch, whether or not they have a signal."""
+    return [token for group in groups for s in group for token in tokens(s, logp)]
+
+
+def completions(groups: Groups) -> int:
+    return sum(map(len, groups))
+
+
 def mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers)
 
@@ -82,35 +91,35 @@ def k3(p: Tensor, r: float) -> Tensor:
 
 
 def naive_grpo(groups: Groups, logp: Tensor) -> Tensor:
-    """Shao et al. 2024, eq. 3, averaged over tokens, β = 0.04."""
-    kept = [(tokens(s, logp), a) for s, a in compared(groups, scaled)]
-    every = [(token, a) for each, a in kept for token in each]
-    return -sum((ppo((p - t).exp(), a, 0.2, 0.2) - 0.04 * k3(p, r)) / len(every) for (p, _, t, r, _), a in every)
+    """Shao et al. 2024, eq. 3, averaged over tokens, β = 0.04; a group that is all right has its KL."""
+    kept = [(token, a) for s, a in compared(groups, scaled) for token in tokens(s, logp)]
+    every = every_token(groups, logp)
+    gain = sum(ppo((p - t).exp(), a, 0.2, 0.2) / len(every) for (p, _, t, _, _), a in kept)
+    return 0.04 * sum(k3(p, r) / len(every) for p, _, _, r, _ in every) - gain
 
 
 def naive_grpo_of_the_paper(groups: Groups, logp: Tensor) -> Tensor:
     """Shao et al. 2024, eq. 3: 1/G Σ 1/|o_i| Σ."""
     kept = [(tokens(s, logp), a) for s, a in compared(groups, scaled)]
-    return -sum(ppo((p - t).exp(), a, 0.2, 0.2) / len(e) / len(kept) for e, a in kept for p, _, t, _, _ in e)
+    count = completions(groups)
+    return -sum(ppo((p - t).exp(), a, 0.2, 0.2) / len(e) / count for e, a in kept for p, _, t, _, _ in e)
 
 
 def naive_dr_grpo(groups: Groups, logp: Tensor) -> Tensor:
     """Liu et al. 2025, §3.2: no deviation, no length but a constant one."""
     kept = [(tokens(s, logp), a) for s, a in compared(groups, shifted)]
-    return -sum(ppo((p - t).exp(), a, 0.2, 0.2) / LIMIT / len(kept) for e, a in kept for p, _, t, _, _ in e)
+    count = completions(groups)
+    return -sum(ppo((p - t).exp(), a, 0.2, 0.2) / LIMIT / count for e, a in kept for p, _, t, _, _ in e)
 
 
 def naive_rloo(groups: Groups, logp: Tensor) -> Tensor:
-    """Ahmadian et al. 2024, eq. 8 of rewards less 0.1 · KL (k1, of whole completions), in units of the longest, where
-    rewards differ."""
+    """Ahmadian et al. 2024, eq. 8 of rewards less 0.1 · KL (k1, of whole completions), in units of the longest."""
     kept = []
     for group in groups:
-        if not differ(graded(group)):
-            continue
         pairs = [(s, r - 0.1 * sum(t - ref for _, _, t, ref, _ in tokens(s, logp))) for s, r in graded(group)]
         for i, (s, reward) in enumerate(pairs):
             kept.append((s, reward - mean([r for j, (_, r) in enumerate(pairs) if j != i])))
-    return -sum(a * p / LIMIT / len(kept) for s, a in kept for p, *_ in tokens(s, logp))
+    return -sum(a * p / LIMIT / completions(groups) for s, a in kept for p, *_ in tokens(s, logp))
 
 
 def normalised(advantages: list[list[float]]) -> list[list[float]]:
@@ -119,8 +128,8 @@ def normalised(advantages: list[list[float]]) -> list[list[float]]:
     return [[(a - mean(every)) / scale for a in each] for each in advantages]
 
 
-def averaged(kept: list[Tokens], advantages: list[list[float]], low: float, high: float) -> Tensor:
-    count = sum(map(len, kept))
+def averaged(kept: list[Tokens], advantages: list[list[float]], count: int) -> Tensor:
+    low, high = 0.2, 0.2
     return -sum(
         ppo((p - t).exp(), a, low, high) / count
         for each, of_each in zip(kept, advantages, strict=True)
@@ -133,34 +142,33 @@ def naive_reinforce_pp(groups: Groups, logp: Tensor) -> Tensor:
     pairs = [(tokens(s, logp), r) for group in groups for s, r in graded(group)]
     kept = [each for each, _ in pairs]
     advantages = [[r - 0.1 * sum(t - f for _, _, t, f, _ in e[i:]) for i in range(len(e))] for e, r in pairs]
-    return averaged(kept, normalised(advantages), 0.2, 0.2)
+    return averaged(kept, normalised(advantages), len(every_token(groups, logp)))
 
 
 def naive_reinforce_pp_baseline(groups: Groups, logp: Tensor) -> Tensor:
     """Hu 2025, eq. 10: less the group's mean, normalised over the global batch; k2 in the loss, β = 0.04."""
     pairs = [(tokens(s, logp), a) for s, a in compared(groups, shifted)]
-    kept = [each for each, _ in pairs]
-    count = sum(map(len, kept))
-    distance = sum((p - r) ** 2 / 2 / count for each in kept for p, _, _, r, _ in each)
-    return averaged(kept, normalised([[a] * len(each) for each, a in pairs]), 0.2, 0.2) + 0.04 * distance
+    kept, every = [each for each, _ in pairs], every_token(groups, logp)
+    distance = sum((p - r) ** 2 / 2 / len(every) for p, _, _, r, _ in every)
+    return averaged(kept, normalised([[a] * len(each) for each, a in pairs]), len(every)) + 0.04 * distance
 
 
 def naive_gspo(groups: Groups, logp: Tensor) -> Tensor:
     """Zheng et al. 2025, eq. 5 and 7, with wider bounds."""
     kept = [(tokens(s, logp), a) for s, a in compared(groups, scaled)]
     ratios = [torch.exp(sum(p - t for p, _, t, _, _ in each) / len(each)) for each, _ in kept]  # type: ignore[arg-type]
-    return -sum(ppo(s, a, 0.1, 0.1) / len(kept) for s, (_, a) in zip(ratios, kept, strict=True))
+    return -sum(ppo(s, a, 0.1, 0.1) / completions(groups) for s, (_, a) in zip(ratios, kept, strict=True))
 
 
 def naive_cispo(groups: Groups, logp: Tensor) -> Tensor:
     """MiniMax-M1 2025, eq. 4: the clipped ratio weighs, and has no gradient."""
     kept = [(tokens(s, logp), a) for s, a in compared(groups, scaled)]
-    count = sum(len(each) for each, _ in kept)
+    count = len(every_token(groups, logp))
     return -sum((p - t).exp().clamp(0, 1.3).detach() * a * p / count for each, a in kept for p, _, t, _, _ in each)
 
 
 def naive_dapo(groups: Groups, logp: Tensor) -> Tensor:
-    """Yu et al. 2025, eq. 8 and 13: a higher upper bound, all tokens alike, long answers punished."""
+    """Yu et al. 2025, eq. 8 and 13: a higher upper bound, all tokens of groups that differ, long answers punished."""
     kept = []
     for group in groups:
         pairs = [(s, r + punishment(len(s.rollout.tokens))) for s, r in graded(group)]
@@ -195,7 +203,7 @@ def critic_targets(groups: Groups, logp: Tensor) -> tuple[list[Tokens], list[lis
 def naive_ppo(groups: Groups, logp: Tensor) -> Tensor:
     """Schulman et al. 2017, eq. 7, with generalised advantages, normalised."""
     kept, advantages, _ = critic_targets(groups, logp)
-    return averaged(kept, normalised(advantages), 0.2, 0.2)
+    return averaged(kept, normalised(advantages), len(every_token(groups, logp)))
 
 
 def naive_rsft(groups: Groups, logp: Tensor) -> Tensor:
@@ -274,7 +282,7 @@ def test_the_critic_learns_the_returns() -> None:
     values = policy_of(groups, 3)
     loss, _ = total(samples_from(groups, chosen), values, chosen.critic_loss)
     kept, _, goals = critic_targets(groups, values)
-    count = sum(map(len, kept))
+    count = len(every_token(groups, values))
     expected = torch.zeros((), dtype=torch.float64)
     for each, of_each in zip(kept, goals, strict=True):
         for (v, _, _, _, old), goal in zip(each, of_each, strict=True):
@@ -294,7 +302,7 @@ def test_corrections_weigh_by_trainer_over_rollout(kind: str, level: str) -> Non
     groups = groups_of(5)
     logp = policy_of(groups, 5)
     kept = [(tokens(s, logp), a) for s, a in compared(groups, scaled)]
-    count = sum(len(each) for each, _ in kept)
+    count = len(every_token(groups, logp))
     expected, weights = torch.zeros((), dtype=torch.float64), []
     for each, a in kept:
         whole = math.exp(sum(t - b for _, b, t, _, _ in each))
@@ -315,7 +323,7 @@ def test_with_one_update_the_trainer_itself_is_where_ratios_start() -> None:
     groups = groups_of(5)
     logp = policy_of(groups, 5)
     kept = [(tokens(s, logp), a) for s, a in compared(groups, scaled)]
-    count = sum(len(each) for each, _ in kept)
+    count = len(every_token(groups, logp))
     expected = -sum((p - b).exp().detach() * a * p / count for each, a in kept for p, b, _, _, _ in each)
     loss, report = total(samples_from(groups, chosen), logp, chosen.objective)
     found, wanted = (torch.autograd.grad(value, logp)[0] for value in (loss, expected))
@@ -329,7 +337,7 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens() -> None:
     groups = groups_of(5)
     logp = policy_of(groups, 5)
     kept = [(tokens(s, logp), a) for s, a in compared(groups, scaled)]
-    count = sum(len(each) for each, _ in kept)
+    count = len(every_token(groups, logp))
     gains = [(ppo((p - t).exp(), a, 0.2, 0.2), a) for each, a in kept for p, _, t, _, _ in each]
     assert any(a < 0 and gain < 1.5 * a for gain, a in gains)
     expected = -sum(torch.clamp_min(gain, 1.5 * a) if a < 0 else gain for gain, a in gains) / count

@@ -12,8 +12,8 @@ from lockstep.data.batch import Floats, Sample, sample
 from lockstep.model.objectives.importance_ratio import Clip, Correction
 from lockstep.model.objectives.kl import KL
 from lockstep.model.objectives.token_loss import TokenLoss
+from lockstep.rl.algorithms.aggregation import weighted
 from lockstep.rl.algorithms.methods import Aggregation
-from lockstep.rl.algorithms.samples import weighted
 from tests.rl.drawn import total
 
 PLACES = np.arange(20.0).reshape(4, 5)

@@ -379,7 +379,8 @@ def test_two_steps_of_rl_learn_from_what_the_model_wrote(actors: Actors, asking:
     found = [s for record in records for s in record.completions]
     assert sum(turns(s.rollout) > 1 for s in found) > 8
     groups = [found[i : i + 4] for i in range(0, len(found), 4)]
-    samples = samples_of([group for group in groups if teaches(group, config)], config)
+    parts = samples_of(groups, [teaches(group, config) for group in groups], config)
+    samples = [sample for part in parts for sample in part.samples]
     masks = {s.rollout.tokens: s.rollout.written or (True,) * len(s.rollout.tokens) for s in found}
     assert any(not all(masks[tuple(sample.completion.tolist())]) for sample in samples)
     for sample in samples:
