@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.data.corpus.loader import PretrainingConfig
 from lockstep.data.corpus.sample_schedule import SampleSchedule
@@ -12,6 +12,12 @@ from lockstep.model.layers.recompute import Recompute
 from lockstep.model.training.loss_spikes import SpikeConfig
 from lockstep.model.training.lr_schedule import LearningRateSchedule
 from lockstep.model.training.trainable import TrainableConfig
+
+
+def given(config: BaseModel, *keys: str, defaults: BaseModel | None = None) -> list[str]:
+    """Those of the keys that were given, and not as their defaults, which another value of the class may have."""
+    usual = {key: getattr(defaults, key) if defaults else type(config).model_fields[key].default for key in keys}
+    return [key for key in keys if key in config.model_fields_set and getattr(config, key) != usual[key]]
 
 
 class OptimizerConfig(LearningRateSchedule):
@@ -31,6 +37,18 @@ class OptimizerConfig(LearningRateSchedule):
     gradient_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="in which gradients of a bf16 model are added up; bfloat16 takes half the memory"
     )
+
+    @model_validator(mode="after")
+    def _has_what_keys_need(self) -> "OptimizerConfig":
+        schedules = "'linear', 'cosine' or 'stable'"
+        for key, holds, needed in (
+            ("momentum", self.kind == "muon", "kind='muon'"),
+            ("decay_share", self.schedule == "stable", "schedule='stable'"),
+            ("final_share", self.schedule != "constant", f"schedule={schedules}"),
+        ):
+            if not holds and given(self, key):
+                raise ValueError(f"{key} is of {needed}: leave it out, or set that")
+        return self
 
 
 class TrainerConfig(BaseModel):

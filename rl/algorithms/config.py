@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lockstep.model.objectives.kl import adapted
 from lockstep.model.objectives.pair_loss import PairLoss
 from lockstep.model.objectives.token_loss import TokenLoss
-from lockstep.model.training.config import OptimizerConfig
+from lockstep.model.training.config import OptimizerConfig, given
 from lockstep.rl.algorithms.advantage import overlong
+from lockstep.rl.algorithms.effects import check_effects
 from lockstep.rl.algorithms.methods import DPO, IPO, METHODS, RANKING_MODEL, REWARD_MODEL, Method, Score
 from lockstep.rl.rollout.config import SamplingParams
 
@@ -43,6 +44,13 @@ class FlowConfig(BaseModel):
         return {"synchronous": 0, "one_step_off": 1, "asynchronous": self.max_staleness}[self.mode]
 
     @model_validator(mode="after")
+    def _has_what_keys_need(self) -> "FlowConfig":
+        for key, needs in (("max_staleness", "mode"), ("most", "dynamic_sampling")):
+            if given(self, key) and needs not in self.model_fields_set:
+                raise ValueError(f"{key}={getattr(self, key)} has no effect while {needs} is not given: give it, too")
+        return self
+
+    @model_validator(mode="after")
     def _releases_between_phases(self) -> "FlowConfig":
         if self.release and self.mode != "synchronous":
             raise ValueError(
@@ -64,6 +72,10 @@ class SupervisedConfig(BaseModel):
     steps: int = Field(10, ge=0)
     problems_per_step: int = Field(32, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
+
+
+PREFERENCE_KEYS = {"beta": "dpo and ipo", "smoothing": "dpo"}
+"""Keys of the methods that train the policy, and which these are."""
 
 
 class PreferenceConfig(BaseModel):
@@ -92,8 +104,20 @@ class PreferenceConfig(BaseModel):
 
     @model_validator(mode="after")
     def _ranks_what_it_can(self) -> "PreferenceConfig":
-        if self.method == "ipo" and self.smoothing:
-            raise ValueError("smoothing is of dpo, and method='ipo': leave it out")
+        for key in ("beta", "smoothing") if self.judged else ("smoothing",) if self.method == "ipo" else ():
+            if given(self, key):
+                raise ValueError(f"{key} is of {PREFERENCE_KEYS[key]}, and method={self.method!r}: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_keys_need(self) -> "PreferenceConfig":
+        for key in given(self, *(("prompts", "completions", "pairs", "sampling") if self.source else ("chat",))):
+            rule = "of the policy's own completions" if self.source else "of a file"
+            raise ValueError(f"{key} is {rule}, and source={self.source!r}: leave one of them out")
+        if self.evaluate_every and not self.held_out:
+            raise ValueError(f"evaluate_every={self.evaluate_every} has nothing to measure: held_out=0")
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature=0 writes the same completion again and again: set one above 0")
         return self
 
     def measures_at(self, step: int) -> bool:
@@ -118,13 +142,24 @@ class PreferenceConfig(BaseModel):
 
 
 class ReferenceConfig(BaseModel):
-    """The reference policy of the KL: a version of the policy, fixed or renewed, its moving average, or none."""
+    """The reference policy of the KL: a version of the policy, fixed or renewed, its moving average, or none.
+
+    Where nothing of it is given, there is one where `kl_beta` is above 0.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["none", "version", "average"] = Field("version", description="a version of the policy, or an average")
     every: int = Field(0, ge=0, description="steps after which the version is a new one; 0 for that of the start")
     decay: float = Field(0.99, gt=0, lt=1, description="what the average keeps of itself at each step")
+
+    @model_validator(mode="after")
+    def _has_keys_of_its_kind(self) -> "ReferenceConfig":
+        for key in given(self, "every", "decay"):
+            kind = {"every": "version", "decay": "average"}[key]
+            if self.kind != kind:
+                raise ValueError(f"{key} is of kind={kind!r}, and kind={self.kind!r}: leave it out")
+        return self
 
     @property
     def moves(self) -> bool:
@@ -162,7 +197,10 @@ class RLConfig(Method):
     def _method_gives_defaults(self) -> "RLConfig":
         chosen = METHODS[self.method]
         vars(self).update({k: getattr(chosen, k) for k in Method.model_fields if k not in self.model_fields_set})
+        if not self.kl.beta and not self.reference.model_fields_set:
+            vars(self)["reference"] = ReferenceConfig(kind="none")
         self._check()
+        check_effects(self)
         return self
 
     def _check(self) -> None:
@@ -172,11 +210,15 @@ class RLConfig(Method):
                 f"advantage={self.advantage!r} compares completions of a prompt, and group_size={self.group_size}: "
                 "make it 2 or more"
             )
-        needs_reference = self.kl.beta or self.kl_target or self.advantage == "teacher"
-        if needs_reference and self.reference.kind == "none":
+        if self.kl.beta and self.reference.kind == "none":
             raise ValueError(
                 "reference.kind='none' leaves nothing to measure a KL to: set kl_beta=0, or keep a reference"
             )
+
+    @property
+    def ratio_is_one(self) -> bool:
+        """Whether every importance ratio is 1, because a step makes one update from where ratios start."""
+        return self.proximal == "trainer" and self.one_update
 
     @property
     def regularised(self) -> bool:
@@ -213,10 +255,8 @@ class RLConfig(Method):
     @property
     def objective(self) -> TokenLoss:
         """The policy loss; with proximal=trainer and one update a step, its ratios are to the policy as it is."""
-        now = self.proximal == "trainer" and self.one_update
-        return replace(
-            self.policy_loss, proximal="now" if now else "column", has_reference=self.reference.kind != "none"
-        )
+        start: Literal["now", "column"] = "now" if self.ratio_is_one else "column"
+        return replace(self.policy_loss, proximal=start, has_reference=self.reference.kind != "none")
 
     def adapted(self, measured_kl: float) -> "RLConfig":
         """The configuration of the next step; with kl_target, kl_beta follows the measured KL (Ziegler et al. 2019)."""

@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.model.objectives.importance_ratio import Clip, Correction, Level
 from lockstep.model.objectives.kl import KL, Estimator
@@ -29,6 +29,14 @@ class CorrectionConfig(BaseModel):
     low: float = Field(0.0, ge=0, description="a mask drops ratios below")
     high: float | None = Field(2.0, gt=0, description="truncation lowers ratios to it, a mask drops those above")
 
+    @model_validator(mode="after")
+    def _has_bounds_of_its_kind(self) -> "CorrectionConfig":
+        if self.kind == "truncate" and self.low:
+            raise ValueError(f"low={self.low} is of kind='mask', and kind='truncate': leave it out")
+        if self.high is not None and self.low >= self.high:
+            raise ValueError(f"low={self.low} is not below high={self.high}, so that every token is dropped")
+        return self
+
     @property
     def value(self) -> Correction:
         """The correction as the objective takes it."""
@@ -50,11 +58,17 @@ class Method(BaseModel):
     clip_low: float = Field(0.2, gt=0, le=1)
     clip_high: float = Field(0.2, gt=0)
     clip_dual: float | None = Field(None, gt=1, description="bounds the gain of bad tokens from below")
-    kl_beta: float = Field(0.0, ge=0, description="weight of the KL to the policy that RL started from")
+    kl_beta: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="weight of the KL to the policy that RL started from"
+    )
     kl_estimator: Estimator = "k3"
     kl_place: Literal["loss", "reward"] = "loss"
-    kl_target: float | None = Field(None, gt=0, description="KL, in nats a token, that kl_beta is adapted to")
-    entropy: float = Field(0.0, description="weight of the policy's entropy, as a bonus in the loss")
+    kl_target: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="KL, in nats a token, that kl_beta is adapted to"
+    )
+    entropy: float = Field(
+        0.0, allow_inf_nan=False, description="weight of the policy's entropy, as a bonus in the loss"
+    )
     proximal: Literal["rollout", "trainer"] = Field("rollout", description="whose log-probabilities ratios are to")
     correction: CorrectionConfig | None = None
     overlong: Literal["keep", "drop"] = Field("keep", description="whether completions that were cut off teach")
@@ -98,7 +112,7 @@ DR_GRPO = Method(advantage="dr_grpo", aggregation="constant")
 RLOO = Method(advantage="rloo", aggregation="constant", gain="reinforce", kl_place="reward", kl_estimator="k1")
 REINFORCE_PP = Method(advantage="reinforce_pp", kl_place="reward", kl_estimator="k1")
 REINFORCE_PP_BASELINE = Method(advantage="reinforce_pp_baseline", kl_estimator="k2")
-GSPO = Method(aggregation="sequences", ratio="sequence", clip_low=3e-4, clip_high=4e-4)
+GSPO = Method(aggregation="sequences", ratio="sequence", clip_low=3e-4, clip_high=4e-4, proximal="trainer")
 CISPO = Method(gain="cispo", clip_low=1.0, clip_high=4.0)
 DAPO = Method(denominator="kept", clip_high=0.28, overlong_share=0.2)
 PPO = Method(advantage="gae", kl_place="reward", kl_estimator="k1")

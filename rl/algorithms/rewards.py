@@ -32,11 +32,18 @@ _NAMES: dict[Script, tuple[str, ...]] = {
 class _Term(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    weight: float = Field(0.0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> "_Term":
+        if "weight" not in self.model_fields_set and (found := sorted(self.model_fields_set)):
+            raise ValueError(f"{found[0]} is given and weight is not, which is 0 then: give a weight")
+        return self
+
 
 class FormatTerm(_Term):
     """1 for a completion that matches a regular expression as a whole, 0 for others."""
 
-    weight: float = Field(0.0, allow_inf_nan=False)
     pattern: str = Field(
         r"(?s)<think>.*</think>\s*<answer>.*</answer>\s*", description="a regular expression for the whole completion"
     )
@@ -54,7 +61,6 @@ class FormatTerm(_Term):
 class OverlongTerm(_Term):
     """DAPO's soft overlong punishment: 0 up to maximum − cache tokens, then down to −1; see `advantage.overlong`."""
 
-    weight: float = Field(0.0, allow_inf_nan=False)
     maximum: int = Field(20480, ge=1, description="tokens at which the punishment is −1")
     cache: int = Field(4096, ge=1, description="tokens over which it grows")
 
@@ -68,15 +74,19 @@ class OverlongTerm(_Term):
 class LengthTerm(_Term):
     """1 for a completion whose length in tokens is within bounds, 0 for others."""
 
-    weight: float = Field(0.0, allow_inf_nan=False)
     low: int = Field(0, ge=0, description="tokens at least")
     high: int = Field(1 << 30, ge=0, description="tokens at most")
+
+    @model_validator(mode="after")
+    def _has_lengths_within(self) -> "LengthTerm":
+        if self.low > self.high:
+            raise ValueError(f"low={self.low} is above high={self.high}, so that no completion is within bounds")
+        return self
 
 
 class LanguageTerm(_Term):
     """The share of a completion's letters that belong to a script; 1 where it has no letters."""
 
-    weight: float = Field(0.0, allow_inf_nan=False)
     script: Script = "latin"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lockstep.data.batch import Floats, Sample
 from lockstep.data.packing import RowRules, rows_for_ranks
 from lockstep.model.objectives.objective import Objective, loss_inputs
-from lockstep.rl.algorithms.aggregation import updates_of
+from lockstep.rl.algorithms.aggregation import GroupSamples, updates_of
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.rewards import RewardConfig, reward_of
 from lockstep.rl.algorithms.samples import samples_of, teaches, with_advantages
@@ -61,10 +61,14 @@ def groups_of(seed: int, *, masked: bool = True) -> list[list[Estimated]]:
 
 def samples_from(groups: Sequence[Sequence[Estimated]], config: RLConfig) -> list[Sample]:
     """The samples of the first update of a batch of these groups."""
+    return next(updates_of(parts_of(groups, config), config, 0))
+
+
+def parts_of(groups: Sequence[Sequence[Estimated]], config: RLConfig) -> list[GroupSamples]:
+    """What a step learns from each of these groups."""
     rewarded = [[_punished(s, config) for s in group] for group in groups]
     teaching = [teaches(group, config) for group in rewarded]
-    found = samples_of([with_advantages(group, config) for group in rewarded], teaching, config)
-    return next(updates_of(found, config, 0))
+    return samples_of([with_advantages(group, config) for group in rewarded], teaching, config)
 
 
 def _punished(estimated: Estimated, config: RLConfig) -> Estimated:
@@ -72,11 +76,11 @@ def _punished(estimated: Estimated, config: RLConfig) -> Estimated:
     return replace(estimated, reward=replace(estimated.reward, punishment=punishment))
 
 
-def policy_of(groups: Sequence[Sequence[Estimated]], seed: int) -> Tensor:
+def policy_of(groups: Sequence[Sequence[Estimated]], seed: int, spread: float = 0.4) -> Tensor:
     """Log-probabilities of all tokens by their numbers, near to those of the rollouts."""
     draw = np.random.default_rng(seed)
     reported = np.concatenate([s.rollout.logp for group in groups for s in group]).astype(np.float32)
-    return torch.from_numpy(reported + floats(draw, len(reported), 0.4)).requires_grad_()
+    return torch.from_numpy(reported + floats(draw, len(reported), spread)).requires_grad_()
 
 
 def total(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from torch import Tensor
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig
 from lockstep.rl.algorithms.methods import METHODS
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Estimated
-from tests.rl.drawn import LIMIT, groups_of, policy_of, samples_from, total
+from lockstep.rl.types import Estimated, Estimates
+from tests.rl.drawn import LIMIT, floats, groups_of, policy_of, samples_from, total
 
 Groups = list[list[Estimated]]
 Tokens = list[tuple[Tensor, float, float, float, float]]
@@ -230,8 +231,8 @@ CASES: dict[str, tuple[RLConfig, Callable[[Groups, Tensor], Tensor]]] = {
     "rloo": (config("rloo", kl_beta=0.1), naive_rloo),
     "reinforce_pp": (config("reinforce_pp", kl_beta=0.1), naive_reinforce_pp),
     "reinforce_pp_baseline": (config("reinforce_pp_baseline", kl_beta=0.04), naive_reinforce_pp_baseline),
-    "gspo": (config("gspo", clip_low=0.1, clip_high=0.1), naive_gspo),
-    "gspo token": (config("gspo", ratio="sequence_token", clip_low=0.1, clip_high=0.1), naive_gspo),
+    "gspo": (config("gspo", clip_low=0.1, clip_high=0.1, epochs=2), naive_gspo),
+    "gspo token": (config("gspo", ratio="sequence_token", clip_low=0.1, clip_high=0.1, epochs=2), naive_gspo),
     "cispo": (config("cispo", clip_high=0.3), naive_cispo),
     "dapo": (config("dapo", overlong_share=1 / 3), naive_dapo),
     "ppo": (config("ppo", kl_beta=0.1, discount=0.99, gae_trace=0.9), naive_ppo),
@@ -298,7 +299,7 @@ def test_corrections_weigh_by_trainer_over_rollout(kind: str, level: str) -> Non
     """Truncated and masked importance sampling; with no bound this is decoupled PPO (Hilton et al. 2021, eq. 3)."""
     low, high = (0.9, 1.1) if level == "token" else (0.5, 1.1)
     rule = {"kind": kind, "level": level, "high": high} | ({"low": low} if kind == "mask" else {})
-    chosen = config("grpo", correction=rule)
+    chosen = config("grpo", proximal="trainer", epochs=2, correction=rule)
     groups = groups_of(5)
     logp = policy_of(groups, 5)
     kept = [(tokens(s, logp), a) for s, a in compared(groups, scaled)]
@@ -329,6 +330,30 @@ def test_with_one_update_the_trainer_itself_is_where_ratios_start() -> None:
     found, wanted = (torch.autograd.grad(value, logp)[0] for value in (loss, expected))
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert report["clipped"] == 0
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_gspo_clips_no_noise_of_the_rollouts(epochs: int) -> None:
+    """Bounds of 3e-4 and 4e-4 are of the trainer's own ratios; log-probabilities of rollouts are 0.01 from these."""
+    draw, groups = np.random.default_rng(0), []
+    for group in groups_of(4, masked=False):
+        noisy = []
+        for s in group:
+            own = np.asarray(s.rollout.logp, np.float32)
+            reported = tuple((own + floats(draw, len(own), 0.01)).tolist())
+            known = replace(s.estimates, proximal_logp=own)
+            noisy.append(replace(s, rollout=replace(s.rollout, logp=reported), estimates=known))
+        groups.append(noisy)
+    own = np.concatenate([s.estimates.proximal_logp for group in groups for s in group])
+    shares = []
+    for chosen in (config("gspo", epochs=epochs), config("gspo", proximal="rollout", epochs=epochs)):
+        plain = [[s if chosen.scores else replace(s, estimates=Estimates()) for s in group] for group in groups]
+        _, report = total(samples_from(plain, chosen), torch.from_numpy(own).requires_grad_(), chosen.objective)
+        shares.append(report["clipped"])
+    assert shares[0] == 0
+    assert shares[1] > 0.5
+    assert config("gspo").scores == frozenset(), "with one update a step no model is asked for it"
+    assert config("gspo", epochs=2).scores == {"proximal"}
 
 
 def test_dual_clip_bounds_the_loss_of_bad_tokens() -> None:
@@ -369,6 +394,25 @@ def test_keys_of_a_recipe_override_its_method() -> None:
 def test_what_cannot_learn_is_refused(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config("grpo", **keys)
+
+
+@pytest.mark.parametrize("aggregation", ["tokens", "sequences", "constant"])
+def test_metrics_are_of_tokens_in_any_aggregation(aggregation: str) -> None:
+    """So that beta follows the same KL."""
+    groups = groups_of(5)
+    logp = policy_of(groups, 5)
+    every = every_token(groups, logp)
+    chosen = config("grpo", aggregation=aggregation, kl_beta=0.1, kl_target=0.02)
+    for budget, ranks in ((1000, 1), (20, 3)):
+        _, report = total(samples_from(groups, chosen), logp, chosen.objective, budget=budget, ranks=ranks)
+        expected = {
+            "kl": mean([k3(p, r).item() for p, _, _, r, _ in every]),
+            "clipped": mean([float(not 0.8 <= math.exp(p.item() - t) <= 1.2) for p, _, t, _, _ in every]),
+            "mismatch_mean": mean([abs(p.item() - b) for p, b, *_ in every]),
+            "mismatch_kl": mean([math.exp(p.item() - b) - 1 - (p.item() - b) for p, b, *_ in every]),
+        }
+        for name, value in expected.items():
+            assert report[name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_beta_follows_its_target() -> None:
