@@ -101,6 +101,10 @@ class Engine:
         self.before_changes()
         self._zero.state.reset()
 
+    def reconfigured(self, *, clip_norm: float) -> list[dict[str, Any]]:
+        """Sets the clipping of gradients; returns the optimizer's parameter groups, for other hyperparameters."""
+        return self._zero.parameter_groups(clip_norm)
+
     def snapshot(self) -> Snapshot:
         """Copy this rank's part of weights and optimizer to host memory; all ranks do so between steps."""
         return Snapshot(*self._zero.changing())

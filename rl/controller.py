@@ -123,6 +123,7 @@ class Controller:
         Args:
             done: steps that have been taken before.
         """
+        self._policy.enter_phase(config.optimizer)
         if not done:
             self._policy.begin_phase()
         for step in range(done + 1, config.steps + 1):
@@ -152,6 +153,7 @@ class Controller:
         """
         learns = self._judge() if config.judged else self._policy
         train, held_out = apart(comparisons, config.held_out, self._seed)
+        learns.enter_phase(config.optimizer)
         if not done:
             learns.begin_phase()
         for step in range(done + 1, config.steps + 1):
@@ -191,6 +193,7 @@ class Controller:
             found = by_verdict(self._answers(prompts, sampling, config.completions, seed), config.pairs)
         if config.judged or not found:
             return found
+        self._policy.enter_phase(config.optimizer)
         texts = completions_of(found)
         logp = columns(gather(self._policy.score(of_completions(texts))), [len(tokens) for _, tokens in texts])
         return with_reference(found, logp)
@@ -202,6 +205,7 @@ class Controller:
             done: steps that have been taken before.
             position: see `StepRecord`, after them.
         """
+        self._learner.enter(config)
         if not done:
             self._learner.begin(config)
         stream = self._stream(config, position)

@@ -62,6 +62,10 @@ class Learner:
         self._policy, self._models, self._gather, self._seed = policy, models, gather, seed
         self._reward = reward
 
+    def enter(self, config: RLConfig) -> None:
+        """Sets what a phase trains with, whether it begins or is resumed."""
+        self._policy.enter_phase(config.optimizer, config.sampling.temperature or 1.0)
+
     def begin(self, config: RLConfig) -> None:
         """Begins a phase: resets the optimizers' moments; the reference is the policy as it is now."""
         has_own = config.reference.kind != "none" and not self._models.reference

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig
+from lockstep.rl.algorithms.config import RLConfig
 
 
 class RoleConfig(BaseModel):
@@ -67,6 +68,30 @@ class RolesConfig(BaseModel):
     critic: CriticConfig = CriticConfig()
     reward: ScorerConfig = ScorerConfig()
     teacher: ScorerConfig = ScorerConfig()
+
+    def check_uses(self, rl: RLConfig, *, trains_reward: bool) -> None:
+        """Raises where RL has no use for a role that is configured, or lacks one that it needs.
+
+        Raises:
+            ValueError: names the role.
+        """
+        teaches = rl.advantage == "teacher"
+        uses = {
+            "critic": (rl.advantage == "gae", "rl.advantage is 'gae', as of method='ppo'"),
+            "teacher": (teaches, "rl.advantage is 'teacher', as of method='distill'"),
+            "reference": (rl.reference.kind != "none", "rl.kl_beta is above 0"),
+            "reward": (trains_reward or bool(self.reward.source), "it has a source, or [preference] trains one"),
+        }
+        for name, (used, when) in uses.items():
+            given = getattr(self, name)
+            if not used and given != type(given)():
+                raise ValueError(f"roles.{name} has no effect: it is used where {when}")
+        if teaches and not self.teacher.source:
+            raise ValueError("rl.advantage='teacher' needs a model that judges tokens: set roles.teacher.source")
+        if teaches and self.reference.place == "apart":
+            raise ValueError(
+                "roles.reference is apart, where rl.advantage='teacher' has its teacher: place it together"
+            )
 
     @property
     def by_name(self) -> dict[str, RoleConfig]:

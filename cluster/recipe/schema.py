@@ -86,6 +86,34 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _punishes_lengths_that_occur(self) -> "Recipe":
+        punished, rl = self.reward.overlong, self.rl
+        if not rl or not punished.weight or self.environment.kind != "none":
+            return self
+        if (free := punished.maximum - punished.cache) >= rl.sampling.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong begins behind {free} tokens, maximum less cache, and rl.sampling.max_new_tokens="
+                f"{rl.sampling.max_new_tokens}: lower reward.overlong.maximum"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_optimizer(self) -> "Recipe":
+        tuned = None if self.preference and self.preference.judged else self.preference
+        phases = {"supervised": self.supervised, "preference": tuned, "rl": self.rl}
+        kinds = {name: phase.optimizer.kind for name, phase in phases.items() if phase}
+        if len(set(kinds.values())) > 1:
+            said = " and ".join(f"{name}.optimizer.kind={kind!r}" for name, kind in kinds.items())
+            raise ValueError(f"{said}: a run has one kind of optimizer for its policy; make them equal")
+        return self
+
+    @model_validator(mode="after")
+    def _has_no_idle_role(self) -> "Recipe":
+        if self.rl:
+            self.roles.check_uses(self.rl, trains_reward=bool(self.preference and self.preference.judged))
+        return self
+
+    @model_validator(mode="after")
     def _has_entries_to_score(self) -> "Recipe":
         if self.environment.kind == "gym" and self.task.grader != "gym":
             raise ValueError(

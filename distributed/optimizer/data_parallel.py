@@ -36,7 +36,7 @@ class DataParallel:
             clip_norm: bound of the global norm; 0 for none.
             sums_in_fp32: add gradients of bf16 parameters up in fp32, and not in their own dtype as autograd does.
         """
-        self._owners, self._groups, self._clip_norm, self._norms = owners, groups, clip_norm, norms
+        self._owners, self._groups, self._norms, self.clip_norm = owners, groups, norms, clip_norm
         self._sums: dict[nn.Parameter, Tensor] = {}
         for parameter in owners.values() if sums_in_fp32 else ():
             before_leaving(parameter.register_post_accumulate_grad_hook(self._add).remove)
@@ -88,8 +88,8 @@ class DataParallel:
         for tensor, parameter in self._owners.items():
             if parameter in self._sums:
                 tensor.grad = self._sums[parameter].to(tensor.dtype)
-                if self._clip_norm and norm > self._clip_norm:
-                    tensor.grad *= self._clip_norm / (norm + 1e-6)
+                if self.clip_norm and norm > self.clip_norm:
+                    tensor.grad *= self.clip_norm / (norm + 1e-6)
         optimizer.step()
         for tensor, parameter in self._owners.items():
             tensor.grad = None

@@ -271,6 +271,16 @@ class ZeroOptimizer:
             optimizer = optimizer.optimizer
         return optimizer
 
+    def parameter_groups(self, clip_norm: float) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, whose hyperparameters may be changed between steps; sets the clipping."""
+        self._clip_norm = clip_norm
+        if self._whole is not None:
+            self._whole.clip_norm = clip_norm
+        else:
+            self._engine.optimizer.clip_grad = clip_norm
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
+
     def step(self, learning_rate: float) -> float:
         """Reduce and clip gradients, update, zero the gradients. Returns the global norm before clipping."""
         for group in self._engine.optimizer.param_groups:

@@ -1,6 +1,7 @@
 """Builds the optimizer of a transformer's trained parameters: AdamW, or Muon for matrices with AdamW for the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def optimizer_of(transformer: Transformer, groups: Groups, config: OptimizerConf
 def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
     """torch's fused AdamW, without weight decay for vectors (norms and biases)."""
     decayed = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay}
-    plain = {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}
+    plain = {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0, "decays": False}
     return torch.optim.AdamW(
         experts_apart((decayed, plain)),
         lr=config.learning_rate,
@@ -43,3 +44,13 @@ def adamw(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> torch.
         eps=config.epsilon,
         fused=True,
     )
+
+
+def configure(parameter_groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> None:
+    """Sets the hyperparameters of an optimizer of the same kind, for a new phase; its moments stay."""
+    for group in parameter_groups:
+        group["weight_decay"] = config.weight_decay if group.get("decays", True) else 0.0
+        if "momentum" in group:
+            group["momentum"] = config.momentum
+        else:
+            group["betas"], group["eps"] = (config.beta1, config.beta2), config.epsilon

@@ -15,7 +15,7 @@ from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine
 from lockstep.distributed.groups import Groups
-from lockstep.distributed.pipeline import Loss, Stage
+from lockstep.distributed.pipeline import Forward, Loss, Stage
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.loading import transformer_of
 from lockstep.model.objectives.objective import Objective
@@ -24,7 +24,7 @@ from lockstep.model.state_dict import parts, pieces, pieces_by_parameter
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.model.training.device_batch import DeviceBatch, DeviceRows, longest_document
 from lockstep.model.training.forward import score, scorer
-from lockstep.model.training.optimizer import optimizer_of
+from lockstep.model.training.optimizer import configure, optimizer_of
 from lockstep.model.training.trainable import freeze
 from lockstep.model.weights.names import LORA_B, is_adapter, part_sizes
 
@@ -52,8 +52,7 @@ class Trainer:
         freeze(self.transformer.model, pieces_by_parameter(self.transformer), config.trainable)
         if config.compile and local_device(groups.rank).type != "cpu":
             self.transformer.compile_blocks()
-        self._temperature, self._forward = temperature, scorer(groups, temperature)
-        self._forward_with_entropy = scorer(groups, temperature, entropy=True)
+        self._temperature = temperature
         self.engine = Engine(
             stage,
             groups,
@@ -63,6 +62,19 @@ class Trainer:
             tied=self.transformer.tied_over_stages,
             gradient_dtype=getattr(torch, optimizer.gradient_dtype),
         )
+
+    def enter_phase(self, optimizer: OptimizerConfig, temperature: float) -> None:
+        """Sets what a phase of a run trains with; weights and the optimizer's moments stay.
+
+        Args:
+            optimizer: of the kind that the trainer was made with.
+            temperature: divides the logits, as in sampling.
+        """
+        self._temperature = temperature
+        configure(self.engine.reconfigured(clip_norm=optimizer.clip_norm), optimizer)
+
+    def _scorer(self, *, entropy: bool = False) -> Forward:
+        return scorer(self.groups, self._temperature, entropy=entropy)
 
     def step(
         self,
@@ -81,11 +93,11 @@ class Trainer:
         """
         batches, tokens = DeviceRows(self.stage, self.groups, rows), longest_document(rows)
         if reference is not None:
-            scores = self.engine.evaluate(reference, batches, self._forward, tokens=tokens)
+            scores = self.engine.evaluate(reference, batches, self._scorer(), tokens=tokens)
             batches = replace(batches, reference_logp=[score[0] for score in scores])
         loss = _loss(objective, z_coefficient)
         wants_entropy = isinstance(objective, TokenLoss) and objective.entropy != 0
-        forward = self._forward_with_entropy if wants_entropy else self._forward
+        forward = self._scorer(entropy=wants_entropy)
         return self.engine.step(batches, forward, loss, tokens=tokens, learning_rate=learning_rate)
 
     def statistics(self, result: StepResult) -> dict[str, float]:
@@ -135,7 +147,7 @@ class Trainer:
     def measure(self, rows: Sequence[TokenBatch], objective: Objective) -> dict[str, float]:
         """The metrics that an objective reports over a global batch, without an update; `rows` are this data rank's."""
         batches = DeviceRows(self.stage, self.groups, rows)
-        return self.engine.measure(batches, self._forward, _loss(objective), tokens=longest_document(rows))
+        return self.engine.measure(batches, self._scorer(), _loss(objective), tokens=longest_document(rows))
 
     def score(self, rows: Sequence[TokenBatch], stage: Stage | None = None) -> list[Tensor]:
         """See `forward.score`; of another model than the trained one where `stage` is given."""

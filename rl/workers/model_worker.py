@@ -82,6 +82,11 @@ class ModelWorker(RankWorker):
         self.reference: ReferenceModel | None = None
         self.log.info("ready with %s", self.layout)
 
+    def enter_phase(self, optimizer: OptimizerConfig, temperature: float) -> None:
+        """Sets the optimizer's hyperparameters and the temperature of a phase, also of one that is resumed."""
+        self.temperature = temperature
+        self.trainer.enter_phase(optimizer, temperature)
+
     def begin_phase(self, reference: ReferenceConfig | None = None) -> None:
         """Resets the optimizer's moments; with a reference, copies the weights as they are now into it."""
         self.trainer.engine.forget()

@@ -59,6 +59,10 @@ class ModelGroup:
         given = checkpoint, dtype, optimizer, temperature, numerics, head
         return [w.call(ModelWorker.start, address, port, *given) for w in self.workers]
 
+    def enter_phase(self, optimizer: OptimizerConfig, temperature: float = 1.0) -> None:
+        """Sets what a phase trains with, whether it begins or is resumed; see `ModelWorker.enter_phase`."""
+        self.call(ModelWorker.enter_phase, optimizer, temperature)
+
     def begin_phase(self, reference: "ReferenceConfig | None" = None) -> None:
         """Resets the optimizer, and copies the weights into a reference; see `ModelWorker.begin_phase`."""
         self.call(ModelWorker.begin_phase, reference)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lockstep.cluster.launch.plan import ModelRole, RunPlan
+from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import parse
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig
@@ -23,7 +24,6 @@ def test_every_model_has_its_layout_optimizer_and_head() -> None:
             "critic": {"layout": {"tensor": 2, "pipeline": 2}, "optimizer": {"learning_rate": 2e-4}},
             "reference": {"place": "apart"},
             "reward": {"source": "judge"},
-            "teacher": {"source": "teacher", "layout": {"tensor": 2}},
         },
         rollout={"workers": 3, "tensor": 2},
         verifier={"workers": 2},
@@ -33,15 +33,55 @@ def test_every_model_has_its_layout_optimizer_and_head() -> None:
         ModelRole("critic", Layout(tensor=2, pipeline=2), OptimizerConfig(learning_rate=2e-4), head="value"),
         ModelRole("reference", Layout(data=2), temperature=0.7),
         ModelRole("reward", Layout(data=2), source="judge"),
-        ModelRole("teacher", Layout(tensor=2), temperature=0.7, source="teacher"),
     ]
     assert plan.trained_models == ("critic",)
     assert plan.processes == {
-        "policy": 2, "rollout": 6, "verifier": 2, "critic": 4, "reference": 2, "reward": 2, "teacher": 2
+        "policy": 2, "rollout": 6, "verifier": 2, "critic": 4, "reference": 2, "reward": 2
     }  # fmt: skip
-    assert (plan.rollout_concurrency, plan.training_concurrency) == (6, 12)
+    assert (plan.rollout_concurrency, plan.training_concurrency) == (6, 10)
     with pytest.raises(FrozenInstanceError):
         plan.policy = plan.models["critic"]  # type: ignore[misc]
+
+
+def test_a_teacher_is_in_processes_of_its_own() -> None:
+    teacher = {"source": "teacher", "layout": {"tensor": 2}}
+    plan = plan_of(rl={"method": "distill", "sampling": {"temperature": 0.7}}, roles={"teacher": teacher})
+    assert plan.models == {"teacher": ModelRole("teacher", Layout(tensor=2), temperature=0.7, source="teacher")}
+
+
+@pytest.mark.parametrize("method", ["dapo", "dr_grpo", "gspo", "grpo", "cispo"])
+def test_without_kl_nobody_holds_a_reference(method: str) -> None:
+    plan = plan_of(rl={"method": method})
+    assert plan.models == {}
+    assert plan.recipe.rl
+    assert plan.recipe.rl.reference.kind == "none"
+    apart = {"reference": {"place": "apart"}}
+    assert list(plan_of(rl={"method": method, "kl_beta": 0.1}, roles=apart).models) == ["reference"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"rl": {}, "roles": {"critic": {"optimizer": {"learning_rate": 0.1}}}}, "roles.critic has no effect"),
+        ({"rl": {"kl_beta": 0.1}, "roles": {"teacher": {"source": "m"}}}, "roles.teacher has no effect"),
+        ({"rl": {}, "roles": {"reference": {"place": "apart"}}}, "roles.reference has no effect"),
+        ({"rl": {}, "roles": {"reward": {"layout": {"data": 2}}}}, "roles.reward has no effect"),
+        ({"rl": {"method": "distill"}}, "set roles.teacher.source"),
+        (
+            {
+                "rl": {"method": "distill", "kl_beta": 0.1},
+                "roles": {"teacher": {"source": "m"}, "reference": {"place": "apart"}},
+            },
+            "place it together",
+        ),
+        ({"supervised": {"optimizer": {"kind": "muon"}}, "rl": {}}, "one kind of optimizer for its policy"),
+        ({"preference": {"optimizer": {"kind": "muon"}}, "rl": {}}, "one kind of optimizer for its policy"),
+        ({"rl": {}, "reward": {"overlong": {"weight": 1.0}}}, "begins behind 16384 tokens"),
+    ],
+)
+def test_roles_and_sections_that_have_no_effect_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        plan_of(**values)
 
 
 def test_a_reward_model_that_is_trained_has_the_optimizer_and_the_policy_that_of_its_own_phases() -> None:

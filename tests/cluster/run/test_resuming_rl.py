@@ -137,13 +137,16 @@ def test_a_policy_without_its_critic_is_not_gone_on_with(
 
 
 @pytest.mark.parametrize(
-    ("setting", "sentence"),
+    ("settings", "sentence"),
     [
-        ("rl.group_size=6", "was saved with rl.group_size=4, and the recipe says 6"),
-        ("rl.optimizer.kind=muon", "was saved with optimizer.kind=adamw, and the recipe says muon"),
+        (["rl.group_size=6"], "was saved with rl.group_size=4, and the recipe says 6"),
+        (
+            ["rl.optimizer.kind=muon", "supervised.optimizer.kind=muon"],
+            "was saved with optimizer.kind=adamw, and the recipe says muon",
+        ),
     ],
 )
-def test_another_run_is_not_gone_on_with(setting: str, sentence: str, straight: Callable[[str], Path]) -> None:
-    recipe = load_recipe(straight("sampling").parent / "tiny.toml", [*SETTINGS, setting])
+def test_another_run_is_not_gone_on_with(settings: list[str], sentence: str, straight: Callable[[str], Path]) -> None:
+    recipe = load_recipe(straight("sampling").parent / "tiny.toml", [*SETTINGS, *settings])
     with pytest.raises(RecipeError, match=sentence):
         last_checkpoint(RunPlan.of(recipe), starting_point(recipe.model, recipe.seed).config)
