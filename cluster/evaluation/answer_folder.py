@@ -1,7 +1,8 @@
 """Stores an evaluation's completions and verdicts as JSON lines in a folder, from which a killed evaluation resumes.
 
 Lines are appended as completions end, and put in order when all have. Settings that the completions depend on lie
-beside them, so that an evaluation never goes on from another's.
+beside them, so that an evaluation never goes on from another's. They are written with the first completions: an
+evaluation that fails before leaves nothing that would refuse the corrected one.
 """
 
 import json
@@ -33,10 +34,13 @@ class AnswerFolder:
             BadRow: for a broken line, with its file and number.
         """
         self.path = path
-        self._begin(json.loads(json.dumps(settings)))
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._check_ours()
         cut_half_line(path / COMPLETIONS)
         rows = read_rows(str(path / COMPLETIONS)) if (path / COMPLETIONS).exists() else ()
         self._answers = {_place(row.values): row.values for row in rows}
+        if self._answers:
+            self._check_settings()
 
     def __len__(self) -> int:
         """Completions that are there."""
@@ -49,6 +53,10 @@ class AnswerFolder:
     def add(self, answers: Iterable[Answer]) -> None:
         """Append completions; those that are there already are left out."""
         new = {_place(a): a for a in answers if _place(a) not in self._answers}
+        if not new:
+            return
+        if not self._answers:
+            replace_file(self.path / SETTINGS, (json.dumps(self._settings, indent=2) + "\n").encode())
         with (self.path / COMPLETIONS).open("a", encoding="utf-8") as file:
             file.write(_lines(new.values()))
         self._answers |= new
@@ -68,14 +76,17 @@ class AnswerFolder:
         replace_file(self.path / COUNTS, _lines(counts).encode())
         replace_file(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
-    def _begin(self, settings: dict[str, Any]) -> None:
-        file = self.path / SETTINGS
-        if not file.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise OtherSettings(f"{self.path} is there and holds no evaluation: give another folder")
-            replace_file(file, (json.dumps(settings, indent=2) + "\n").encode())
+    def _check_ours(self) -> None:
+        """Refuse a folder, or a file, that holds something other than an evaluation."""
+        if (self.path / SETTINGS).exists() or not self.path.exists():
             return
-        there, here = _flat(json.loads(file.read_text(encoding="utf-8"))), _flat(settings)
+        if not self.path.is_dir() or any(self.path.iterdir()):
+            raise OtherSettings(f"{self.path} is there and holds no evaluation: give another folder")
+
+    def _check_settings(self) -> None:
+        """Refuse completions that were made with other settings."""
+        there = _flat(json.loads((self.path / SETTINGS).read_text(encoding="utf-8")))
+        here = _flat(self._settings)
         for key in here | there:
             if there.get(key) != here.get(key):
                 raise OtherSettings(
