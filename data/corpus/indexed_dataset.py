@@ -53,7 +53,7 @@ class Note:
     end: int
     """The token that ends each document."""
     made_by: str
-    """Digest of everything but the inputs' contents that decides the dataset's bytes."""
+    """Digest of all that decides the dataset's bytes, such as the inputs' contents."""
     documents: int = 0
     tokens: int = 0
     sources: tuple[SourceNote, ...] = ()

@@ -2,7 +2,8 @@
 
 Each chunk becomes a small indexed dataset of its own in `<name>.parts`, named by its number, with a digest of all that
 decides its content. A killed run goes on from the finished parts; when all are there they are joined, in order, into
-the same bytes that one process writes without interruption.
+the same bytes that one process writes without interruption. A finished dataset is known by a digest of its inputs'
+contents, since sizes and times of files may stay as they were when a text is edited.
 """
 
 import fcntl
@@ -26,6 +27,7 @@ import xxhash
 
 from lockstep.data.child_process import follow_parent
 from lockstep.data.corpus.documents import BadText, Chunk, Reading, cut, find_files, read_documents
+from lockstep.data.corpus.file_identity import Stamp, content_digests, stamp
 from lockstep.data.corpus.indexed_dataset import (
     BadIndexedDataset,
     IndexedDataset,
@@ -49,7 +51,7 @@ _TOGETHER = 256
 
 
 class BadCorpus(ValueError):
-    """An output that cannot be made: its name is taken, no document is left, or a worker died."""
+    """An output that cannot be made: its name is taken, its input changes, no document is left, or a worker died."""
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,17 @@ def tokenize(
 
     Raises:
         BadText: for input that cannot be read, or, unless they are to be skipped, for the first bad row.
-        BadCorpus: when something else has this name, when no document is left, or when a worker process dies.
+        BadCorpus: when something else has this name, when an input changes meanwhile, when no document is left, or
+            when a worker process dies.
     """
     output = prefix(output)
     files, _ = find_files(inputs)
-    made_by = _digest([str(p) for p in files], [p.stat().st_size for p in files], how, chunk_bytes)
     folder = output.with_name(f"{output.name}.parts")
-    if _made(output, made_by, folder):
+    if _made(output, files, how, chunk_bytes, folder):
         shutil.rmtree(folder, ignore_errors=True)
         return _note(output)
-    parts = _parts(files, folder, how, chunk_bytes)
+    stamps = [stamp(path) for path in files]
+    parts = _parts(files, stamps, folder, how, chunk_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         for stale in (*folder.glob("*.partial"), *output.parent.glob(f"{escape(output.name)}.*.partial")):
@@ -136,6 +139,8 @@ def tokenize(
         progress(len(parts) - len(todo), len(parts))
         for number, _ in enumerate(_run(todo, how, workers), start=len(parts) - len(todo) + 1):
             progress(number, len(parts))
+        made_by = _made_by(files, how, chunk_bytes)
+        _check_unchanged(files, stamps)
         _join(parts, files, output, how, made_by)
         shutil.rmtree(folder)
     return _note(output)
@@ -177,12 +182,24 @@ def _digest(*what: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(what, default=repr).encode())
 
 
-def _made(output: Path, made_by: str, folder: Path) -> bool:
+def _made_by(files: Sequence[Path], how: Tokenization, chunk_bytes: int) -> str:
+    """Digest of all that decides the store's bytes: names and contents of the inputs, and the settings."""
+    return _digest([str(path) for path in files], content_digests(files), how, chunk_bytes)
+
+
+def _check_unchanged(files: Sequence[Path], stamps: Sequence[Stamp]) -> None:
+    """Refuse to join parts of inputs that were changed while they were read."""
+    for path, before in zip(files, stamps, strict=True):
+        if stamp(path) != before:
+            raise BadCorpus(f"{path} was changed while it was tokenized: run the same command again")
+
+
+def _made(output: Path, files: Sequence[Path], how: Tokenization, chunk_bytes: int, folder: Path) -> bool:
     """Whether the store is there; refuses to overwrite what is not its own."""
     there = [p for suffix in (".idx", ".bin", ".json") if (p := beside(output, suffix)).exists()]
     if beside(output, ".idx") in there:
         note = IndexedDataset(output).note
-        if note is None or note.made_by != made_by:
+        if note is None or note.made_by != _made_by(files, how, chunk_bytes):
             raise BadCorpus(
                 f"{there[0]} exists and was made from other input or with other settings: remove the store or "
                 "choose another name"
@@ -199,12 +216,13 @@ def _note(output: Path) -> Note:
     return note
 
 
-def _parts(files: Sequence[Path], folder: Path, how: Tokenization, chunk_bytes: int) -> list[Part]:
+def _parts(
+    files: Sequence[Path], stamps: Sequence[Stamp], folder: Path, how: Tokenization, chunk_bytes: int
+) -> list[Part]:
     settings, parts = _digest(how), list[Part]()
-    for path in files:
-        status = path.stat()
+    for path, before in zip(files, stamps, strict=True):
         for chunk in cut(path, how.reading, chunk_bytes):
-            made_by = _digest(settings, str(path), status.st_size, status.st_mtime_ns, chunk.start, chunk.stop)
+            made_by = _digest(settings, str(path), before, chunk.start, chunk.stop)
             parts.append(Part(chunk, folder / f"{len(parts):06d}", made_by))
     return parts
 

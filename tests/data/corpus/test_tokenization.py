@@ -1,6 +1,8 @@
 """Tokenizing in parallel, killed or not, gives the bytes that one process gives; bad rows stop it or are counted."""
 
+import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -189,6 +191,76 @@ def test_what_is_made_is_left_alone_and_what_is_not_ours_is_not_overwritten(tmp_
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(BadCorpus, match=r"mine\.json exists and belongs to no store: remove it or choose another name"):
         tokenize([source], tmp_path / "mine", how)
+
+
+def edit(path: Path, content: bytes) -> None:
+    """Replace a file's content by one of equal size; its time of modification stays."""
+    status = path.stat()
+    assert len(content) == status.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "folder/a.txt"])
+def test_an_edited_text_of_equal_size_and_time_gives_no_stale_tokens(
+    name: str, tmp_path: Path, tokenizer: Tokenizer, how: Tokenization
+) -> None:
+    source = tmp_path / name
+    source.parent.mkdir(exist_ok=True)
+    one, other = (b'{"text": "%s"}\n' % word for word in (b"once", b"time"))
+    if name.endswith(".gz"):
+        one, other = gzip.compress(one, 0, mtime=0), gzip.compress(other, 0, mtime=0)
+    source.write_bytes(one)
+    tokenize([source.parent], tmp_path / "out" / "all", how)
+    assert tokenize([source.parent], tmp_path / "out" / "all", how).documents == 1
+    edit(source, other)
+    with pytest.raises(BadCorpus, match=r"all\.idx exists and was made from other input"):
+        tokenize([source.parent], tmp_path / "out" / "all", how)
+    tokenize([source.parent], tmp_path / "out" / "new", how)
+    (text,) = decoded(IndexedDataset(tmp_path / "out" / "new"), tokenizer)
+    assert "time" in text
+    assert "once" not in text
+
+
+def test_a_file_that_is_touched_or_copied_is_the_same_input(tmp_path: Path, how: Tokenization) -> None:
+    source = tmp_path / "a.jsonl"
+    write_rows(source, 9)
+    first = tokenize([source], tmp_path / "out", how)
+    source.touch()
+    assert tokenize([source], tmp_path / "out", how) == first
+    content = source.read_bytes()
+    source.unlink()
+    source.write_bytes(content)
+    assert tokenize([source], tmp_path / "out", how) == first
+
+
+def test_parts_of_an_edited_text_are_made_again(tmp_path: Path, tokenizer: Tokenizer, how: Tokenization) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b'{"text": "once"}\n' * 4)
+
+    def interrupt(done: int, _: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        tokenize([source], tmp_path / "out", how, chunk_bytes=17, progress=interrupt)
+    edit(source, b'{"text": "time"}\n' * 4)
+    tokenize([source], tmp_path / "out", how, chunk_bytes=17)
+    assert decoded(IndexedDataset(tmp_path / "out"), tokenizer) == ["time"] * 4
+
+
+def test_a_text_that_is_edited_while_it_is_read_is_no_input(tmp_path: Path, how: Tokenization) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b'{"text": "once"}\n' * 4)
+
+    def change(done: int, _: int) -> None:
+        if done == 2:
+            edit(source, b'{"text": "time"}\n' * 4)
+
+    with pytest.raises(BadCorpus, match=r"a\.jsonl was changed while it was tokenized: run the same command again"):
+        tokenize([source], tmp_path / "out", how, chunk_bytes=17, progress=change)
+    assert not (tmp_path / "out.idx").exists()
+    assert tokenize([source], tmp_path / "out", how, chunk_bytes=17).documents == 4
 
 
 def test_two_runs_do_not_make_the_same_store(tmp_path: Path, how: Tokenization) -> None:
