@@ -8,7 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lockstep.distributed.checkpoint.tensors import Box, Piece, Source, WeightsOnly, concurrently, read_tensor, to_numpy
+from lockstep.distributed.checkpoint.tensors import (
+    Box,
+    Piece,
+    Source,
+    WeightsOnly,
+    concurrently,
+    digest,
+    read_tensor,
+    to_numpy,
+)
 from lockstep.distributed.groups import Groups
 from lockstep.model.layers.lora import Adapter, Adapters
 from lockstep.model.transformer import Transformer
@@ -96,6 +105,16 @@ def load(transformer: Transformer, source: Source) -> None:
         read_tensor(source, piece.name, piece.box, piece.view(parameter))
 
     concurrently(lambda pair: read(*pair), held)
+
+
+def slice_digests(transformer: Transformer) -> dict[str, str]:
+    """Digests of the weights of this rank by logical slice: those that two ranks hold have one name."""
+    return {
+        f"{piece.name}[{', '.join(f'{start}:{stop}' for start, stop in piece.box)}]": digest(
+            to_numpy(piece.view(parameter))
+        )
+        for parameter, piece in pieces(transformer)
+    }
 
 
 class LocalWeights(WeightsOnly):

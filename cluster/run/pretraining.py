@@ -71,6 +71,7 @@ def run_pretraining(
             checkpoint, recipe.model.dtype, plan.policy.optimizer, plan.policy.temperature, recipe.model.numerics
         )
     )
+    policy.check_agreement()
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")
         policy.call(ModelWorker.restore, checkpoint)

@@ -3,8 +3,8 @@
 A sequence that ends makes room at once for one that waits.
 """
 
-from bisect import bisect_left
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType

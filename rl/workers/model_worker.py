@@ -27,7 +27,7 @@ from lockstep.model.config import Head, ModelConfig, Numerics, describe
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.objectives.objective import Objective
-from lockstep.model.state_dict import LocalWeights
+from lockstep.model.state_dict import LocalWeights, slice_digests
 from lockstep.model.training.config import OptimizerConfig, PretrainConfig, TrainerConfig, row_rules
 from lockstep.model.training.flops import peak_flops
 from lockstep.model.training.forward import score
@@ -36,8 +36,12 @@ from lockstep.model.training.trainer import Trainer
 from lockstep.rl.algorithms.config import ReferenceConfig
 from lockstep.rl.algorithms.estimates import scores_of
 from lockstep.rl.weight_sync.shards import Part, Shard, messages_of, signed
+from lockstep.rl.workers.agreement import Loaded, digest_of, loaded
 from lockstep.rl.workers.rank import RankWorker
 from lockstep.rl.workers.reference_model import ReferenceModel, Saved
+
+Holding = Literal["model", "reference"]
+"""The models that a rank may hold."""
 
 
 class ModelWorker(RankWorker):
@@ -50,6 +54,7 @@ class ModelWorker(RankWorker):
         self.trace: Trace | None = None
         self._session = ExitStack()
         self._messages: list[list[Part]] = []
+        self._loaded: dict[str, Loaded] = {}
 
     def start(
         self,
@@ -69,6 +74,7 @@ class ModelWorker(RankWorker):
             temperature: that logits are divided by.
             head: replaces the head that the checkpoint has.
         """
+        self._settings = digest_of(self.layout, self.config, dtype, optimizer, temperature, numerics, head)
         groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
@@ -77,6 +83,7 @@ class ModelWorker(RankWorker):
         self.stage = build(self.model, groups, DTYPES[dtype], weights, numerics, head=head)
         self.model = transformer_of(self.stage).model
         self.groups, self.temperature = groups, temperature
+        self._note_loaded("model", source, self.stage)
         if optimizer:
             self.trainer = Trainer(self.stage, groups, optimizer, temperature=temperature, config=self.config)
         self.reference: ReferenceModel | None = None
@@ -107,6 +114,16 @@ class ModelWorker(RankWorker):
         source = manager.Checkpoint(weights)
         saved = Saved(source) if reference.moves else None
         self.reference = ReferenceModel(self._copy(saved or source), reference, saved)
+        self._note_loaded("reference", source, self.reference.stage)
+
+    def _note_loaded(self, what: Holding, source: manager.Checkpoint, stage: Stage) -> None:
+        """Keep digests of weights as they were loaded, before ZeRO splits them."""
+        manifest, slices = digest_of(source.manifest), slice_digests(transformer_of(stage))
+        self._loaded[what] = loaded(self._settings, manifest, slices)
+
+    def loaded(self, what: Holding = "model") -> Loaded:
+        """What this rank loaded as its model, or as the reference beside it."""
+        return self._loaded[what]
 
     def _copy(self, source: Source) -> Stage:
         """A model in the policy's layout with the weights of a source."""
@@ -132,7 +149,7 @@ class ModelWorker(RankWorker):
         """Frees cached memory of the last step for other processes on the same device."""
         give_back(next(self.stage.module.parameters()).device)
 
-    def score(self, rows: list[TokenBatch], of: Literal["model", "reference"]) -> tuple[Ints, Floats]:
+    def score(self, rows: list[TokenBatch], of: Holding) -> tuple[Ints, Floats]:
         """Scores the tokens of this data rank's rows with this model or its reference; see `scores_of`."""
         stage = self.stage
         if of == "reference":

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.groups import join, meeting_at
 from lockstep.distributed.layout import Layout
@@ -14,6 +15,7 @@ from lockstep.rl.rollout.protocol import Engine
 from lockstep.rl.types import Completion
 from lockstep.rl.weight_sync.broadcast import Broadcast
 from lockstep.rl.weight_sync.shards import Shard
+from lockstep.rl.workers.agreement import Loaded, digest_of, loaded
 from lockstep.rl.workers.rank import RankWorker
 
 
@@ -35,8 +37,15 @@ class RolloutWorker(RankWorker):
         """Loads this tensor rank's part of the model as weight version 0."""
         groups = join(Layout(tensor=limits.tensor), rank=rank, meeting=meeting_at(address, port))
         self.engine: Engine = load_rollout_engine(checkpoint, limits, dtype=dtype, groups=groups, numerics=numerics)[0]
+        given = digest_of(dtype, limits, numerics)
+        weights = {f"the weights of tensor rank {rank}": self.engine.weights_digest()}
+        self._loaded = loaded(given, digest_of(Checkpoint(checkpoint).manifest), weights)
         self.processor, self._speaks = OutputProcessor(self.engine), rank == 0
         self.log.info("ready for %d sequences", limits.sequences)
+
+    def loaded(self) -> Loaded:
+        """What this rank loaded as weight version 0."""
+        return self._loaded
 
     def begin_update(self, version: int) -> None:
         """Begins to take the weights of a version; see `Engine.begin_update`."""

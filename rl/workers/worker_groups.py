@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from lockstep.data.batch import Floats, Ints, Sample, TokenBatch
 from lockstep.data.packing import rows_for_ranks
+from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.step_result import StepResult
@@ -18,6 +19,7 @@ from lockstep.rl.types import Rollout
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.weight_sync.transfer import WeightTransfer
+from lockstep.rl.workers.agreement import Loaded, check_agreement, digest_of, loaded, package_digest
 from lockstep.rl.workers.stubs import EnvironmentWorker, ModelWorker, RankWorker, RolloutWorker, VerifierWorker
 
 if TYPE_CHECKING:  # torch, which a verifier has no use for
@@ -41,6 +43,7 @@ class ModelGroup:
     def __init__(
         self, layout: Layout, *, threads: int, trainer: TrainerConfig, places: Places = (), role: str = "policy"
     ) -> None:
+        package_digest()  # of the sources as they are when the ranks import them
         self.layout, self._config = layout, trainer
         processes = Processes(role, range(layout.processes), threads, places)
         self.workers = start(ModelWorker, processes, role, layout, trainer)
@@ -57,11 +60,28 @@ class ModelGroup:
         """Calls, to be gathered, that load a checkpoint on all ranks; without an optimizer the model only scores."""
         address, port = hosted(self.workers[0])
         given = checkpoint, dtype, optimizer, temperature, numerics, head
+        self._settings = digest_of(self.layout, self._config, *given[1:])
+        self._checkpoint = checkpoint
         return [w.call(ModelWorker.start, address, port, *given) for w in self.workers]
 
     def enter_phase(self, optimizer: OptimizerConfig, temperature: float = 1.0) -> None:
         """Sets what a phase trains with, whether it begins or is resumed; see `ModelWorker.enter_phase`."""
         self.call(ModelWorker.enter_phase, optimizer, temperature)
+
+    def check_agreement(self) -> None:
+        """Compares what the ranks loaded, and whether it is what this process sees; to be called before they are used.
+
+        Raises:
+            RanksDiffer: names ranks and hosts that differ, and what differs.
+        """
+        self._compare("model", self._checkpoint)
+
+    def check_reference(self, weights: Path | Storage) -> None:
+        """Compares what the ranks loaded as the reference beside their model; raises as `check_agreement` does."""
+        self._compare("reference", weights)
+
+    def _compare(self, what: Literal["model", "reference"], checkpoint: Path | Storage) -> None:
+        _compare(self.workers, self.call(ModelWorker.loaded, what), self._settings, checkpoint)
 
     def begin_phase(self, reference: "ReferenceConfig | None" = None) -> None:
         """Resets the optimizer, and copies the weights into a reference; see `ModelWorker.begin_phase`."""
@@ -111,6 +131,13 @@ class RolloutGroup:
         """Calls, to be gathered, that load a checkpoint as weight version 0."""
         self._given = checkpoint, dtype, self._limits, numerics
         return [call for team in self.teams for call in self._loading(team)]
+
+    def check_agreement(self) -> None:
+        """Compares what the workers loaded; see `ModelGroup.check_agreement`."""
+        checkpoint, *settings = self._given
+        members = [member for team in self.teams for member in team]
+        found = gather([member.call(RolloutWorker.loaded) for member in members])
+        _compare(members, found, digest_of(*settings), checkpoint)
 
     def resume(self, policy: ModelGroup, version: int) -> None:
         """Gives every team the weights that the policy has, as this version."""
@@ -169,6 +196,10 @@ class VerifierGroup:
         """Calls, to be gathered, that start the graders of programs, or those of answers; others start when needed."""
         return [w.call(VerifierWorker.start, programs) for w in self.workers]
 
+    def check_agreement(self) -> None:
+        """Compares the package that the workers run; see `ModelGroup.check_agreement`."""
+        _compare(self.workers, gather([w.call(VerifierWorker.loaded) for w in self.workers]))
+
     def judge(self, number: int, rollouts: Sequence[Rollout]) -> Call[list[Verdict]]:
         """A call of this worker that grades completions; returns verdicts in order."""
         return self.workers[number].call(VerifierWorker.grade, [(r.judged, r.prompt.answer_key) for r in rollouts])
@@ -220,6 +251,10 @@ class EnvironmentGroup:
         """A call, to be gathered, that ends when episodes can begin."""
         return self.worker.call(EnvironmentWorker.pid)
 
+    def check_agreement(self) -> None:
+        """Compares the package that the process runs; see `ModelGroup.check_agreement`."""
+        _compare([self.worker], gather([self.worker.call(EnvironmentWorker.loaded)]))
+
     def answer(self, rollout: Rollout, most: int) -> "Call[EnvironmentResponse]":
         """A call that steps a rollout's environment with its last turn; see `EnvironmentWorker.answer`."""
         return self.worker.call(EnvironmentWorker.answer, rollout, most)
@@ -241,6 +276,18 @@ class EnvironmentGroup:
     def _start(self) -> ActorHandle[EnvironmentWorker]:
         processes = Processes("environment", [0], 1, together=self.TOGETHER, event_loop=True)
         return start(EnvironmentWorker, processes, *self._given)[0]
+
+
+def _compare(
+    workers: Sequence[ActorHandle[Any]],
+    found: Sequence[Loaded],
+    settings: str = "",
+    checkpoint: Path | Storage | None = None,
+) -> None:
+    """Compares what workers loaded with each other, and with what this process gave them and sees."""
+    here = loaded(settings, digest_of(Checkpoint(checkpoint).manifest) if checkpoint else "")
+    parties = [("the driver", here), *zip((w.name for w in workers), found, strict=True)]
+    check_agreement(parties, str(checkpoint))
 
 
 def hosted(host: ActorHandle[RankWorker]) -> tuple[str, int]:
