@@ -51,6 +51,7 @@ class RunActors:
             kept, model = reference_of(self.plan, self.first), self.plan.recipe.model
             heat = self.plan.models["reference"].temperature
             gather(self.models.reference.start(kept, model.dtype, None, heat, model.numerics))
+            self.models.reference.check_agreement()
 
     def save(self, said: Mapping[str, Any], at: Position) -> None:
         """Begin a checkpoint of the policy, and of the models beside it that have learned, when those before are there.
@@ -83,6 +84,7 @@ class RunActors:
         if kept and kept.kind != "none" and not self.models.reference:
             weights = last.place if kept.moves else reference_of(self.plan, self.first)
             self.policy.call(ModelWorker.resume_phase, kept, weights)
+            self.policy.check_reference(weights)
 
     def close(self) -> None:
         """Wait for checkpoints, and end the processes that actors have."""
@@ -116,6 +118,8 @@ def start_actors(
         if name != "reference":  # which loads the weights that RL begins with
             calls += _loading(plan.models[name], model, recipe, saved.get(name) or _first_weights(name, run, first))
     gather(calls + rollouts.start(begun, dtype, numerics) + verifiers.start(programs=split.has_programs))
+    for group in (policy, rollouts, verifiers, *(model for name, model in others.items() if name != "reference")):
+        group.check_agreement()
     models = Models(**others, critic_optimizer=recipe.roles.critic.optimizer)
     actors = RunActors(plan, first, policy, rollouts, verifiers, models, _environments(recipe, first))
     policy.call(ModelWorker.open_checkpoints, plan.checkpoints, plan.checkpoint_config)
@@ -134,6 +138,7 @@ def _environments(recipe: Recipe, first: Storage) -> EnvironmentGroup | None:
         recipe.environment, files, chat=task.chat, chat_template_kwargs=task.chat_template_kwargs
     )
     gather([environments.ready()])
+    environments.check_agreement()
     return environments
 
 
