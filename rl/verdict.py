@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 
 class Outcome(enum.StrEnum):
-    """`ungradable` means that the reference or the infrastructure failed; it says nothing about the completion."""
+    """`ungradable` means that the reference or the infrastructure failed; it says nothing about the completion.
+
+    A completion that its grader does not survive is `incorrect`: it could escape from judgement otherwise.
+    """
 
     correct = "correct"
     incorrect = "incorrect"

@@ -1,9 +1,14 @@
 """Grades answers in child processes with a deadline; killing a process is all that stops a grader that hangs in C code.
 
-A child works on one item at a time, so that a deadline covers one item's work and no queueing. An item whose grader
-overruns or dies is ungradable, its child is replaced, and no other item is touched. Children are started by the pool's
-own threads only: Linux sends the parent-death signal when the thread that started a child ends (prctl(2)), and the
-caller's thread may end at any time.
+A child works on one item at a time, so that a deadline covers one item's work and no queueing. The deadline is of the
+child's own processor time, which the kernel counts and enforces (ITIMER_PROF): a busy machine shortens nobody's.
+
+A completion that its grader does not survive is incorrect, or a policy would learn to write what cannot be graded. It
+is ungradable only where something else is at fault: where the reference alone overruns or kills a grader, or where the
+child stood still. What died is tried once more, because somebody else may have killed it.
+
+Children are started by the pool's own threads only: Linux sends the parent-death signal when the thread that started a
+child ends (prctl(2)), and the caller's thread may end at any time.
 """
 
 import ctypes
@@ -16,8 +21,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.math.grader import EXAMPLES, grade
@@ -29,6 +35,8 @@ _START_LIMIT = 60.0
 _STARTS_TRIED = 3
 _EXIT_GRACE = 1.0
 _MEMORY = 4 << 30
+_PATIENCE = 10.0
+"""Seconds by the clock for each second of the deadline, after which a child counts as standing still."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,13 +44,22 @@ class AnswerPoolError(RuntimeError):
     """The pool cannot grade at all: its children do not start, or it is closed."""
 
 
+@dataclass(frozen=True)
+class _Lost:
+    """A child that ended before its verdict: it used up its processor time, died by itself, or stood still."""
+
+    how: Literal["overran", "died", "stood still"]
+    reason: str
+
+
 class AnswerPool(ProcessPool["_Child"]):
-    """`workers` child processes that grade (response, answer) pairs, each pair within `deadline` seconds of wall time.
+    """`workers` child processes that grade (response, answer), each within `deadline` seconds of its processor time.
 
     The grader is pickled by name, so it must live in an importable module: a lambda raises at once, a function of
-    `__main__` at the first `grade`. Each child grades the examples before it takes an item, so that what a grader loads
-    at its first formula is not charged to one. A child has 4 GiB of address space: a grader that wants more gets a
-    MemoryError. Threads may share a pool. Close it, or use it as a context manager.
+    `__main__` at the first `grade`. It reads the answer before the response, and an empty response without harm: that
+    is how the pool finds out whether the answer alone is at fault. Each child grades the examples before it takes an
+    item, so that what a grader loads at its first formula is not charged to one. A child has 4 GiB of address space: a
+    grader that wants more gets a MemoryError. Threads may share a pool. Close it, or use it as a context manager.
     """
 
     failure = AnswerPoolError
@@ -53,7 +70,7 @@ class AnswerPool(ProcessPool["_Child"]):
         if workers < 1 or not deadline > 0:
             raise ValueError(f"a pool needs workers >= 1 and deadline > 0 s, not {workers} workers and {deadline} s")
         self._deadline = deadline
-        self._grader = pickle.dumps((grader, tuple(examples)))
+        self._grader = pickle.dumps((grader, tuple(examples), deadline))
         super().__init__(workers, "verifier-pool")
         for started in [self._threads.submit(_Child, self._grader) for _ in range(workers)]:
             self._idle.put(started.result())
@@ -66,6 +83,18 @@ class AnswerPool(ProcessPool["_Child"]):
         return self._each(self._grade_one, pairs, "it was grading")
 
     def _grade_one(self, pair: tuple[str, str]) -> Verdict:
+        found = self._attempt(pair)
+        if isinstance(found, _Lost) and found.how == "died":
+            found = self._attempt(pair)
+        return found if isinstance(found, Verdict) else self._blame(found, pair[1])
+
+    def _blame(self, lost: _Lost, answer: str) -> Verdict:
+        """Incorrect where the same grader gets through the reference answer alone; else ungradable."""
+        alone = self._attempt(("", answer)) if lost.how != "stood still" else lost
+        fault = isinstance(alone, Verdict) and alone.outcome is not Outcome.ungradable
+        return Verdict(Outcome.incorrect if fault else Outcome.ungradable, lost.reason)
+
+    def _attempt(self, pair: tuple[str, str]) -> "Verdict | _Lost":
         child = self._ready_child()
         try:
             return child.grade(pair, self._deadline)
@@ -119,17 +148,20 @@ class _Child:
             self.kill()
         return problem
 
-    def grade(self, pair: tuple[str, str], deadline: float) -> Verdict:
-        """The child's verdict; ungradable, and the child killed, if it takes over `deadline` seconds or dies."""
+    def grade(self, pair: tuple[str, str], deadline: float) -> Verdict | _Lost:
+        """The child's verdict; if it dies, overruns its deadline or stands still, how, and it is dead."""
         try:
             self._connection.send(pair)
-            if self._connection.poll(deadline):
+            if self._connection.poll(_PATIENCE * deadline):
                 verdict: Verdict = self._connection.recv()
                 return verdict
         except (EOFError, OSError):
-            return Verdict(Outcome.ungradable, f"grader died with exit code {self.kill(_EXIT_GRACE)}")
+            code = self.kill(_EXIT_GRACE)
+            if code == -signal.SIGPROF:
+                return _Lost("overran", f"deadline of {deadline} s passed")
+            return _Lost("died", f"grader died with exit code {code}")
         self.kill()
-        return Verdict(Outcome.ungradable, f"deadline of {deadline} s passed")
+        return _Lost("stood still", f"nothing heard in {_PATIENCE * deadline} s, with a deadline of {deadline} s left")
 
     def kill(self, grace: float = 0.0) -> int:
         """Ends the child and all that it started; its exit code, minus the signal's number if a signal ended it.
@@ -160,33 +192,48 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     logging.disable(logging.WARNING)
     with Connection(descriptor) as connection, suppress(EOFError, ConnectionError):
-        grader = _load(connection)
+        grader, deadline = _load(connection)
         while grader:
             response, answer = connection.recv()
+            signal.setitimer(signal.ITIMER_PROF, deadline)  # whose signal ends the process, in C code as well
             try:
-                connection.send(_guarded(grader, response, answer))
+                verdict = _guarded(grader, response, answer)
             except SystemExit as end:
                 _leave(end.code)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send(verdict)
 
 
-def _load(connection: "Connection[Any, Any]") -> Grader | None:
-    """The grader, warmed by its examples and announced as ready; or None, and the pool is told why it has none."""
+def _load(connection: "Connection[Any, Any]") -> tuple[Grader | None, float]:
+    """The grader, warmed by its examples and announced as ready, and the deadline.
+
+    None where the grader cannot be loaded; the pool has been told why.
+    """
     try:
-        grader, examples = pickle.loads(connection.recv_bytes())
+        grader, examples, deadline = pickle.loads(connection.recv_bytes())
     except (ImportError, AttributeError) as error:
         connection.send(f"it cannot import the grader ({error}): define it in a module that can be imported")
-        return None
+        return None, 0.0
     for example in examples:
         _guarded(grader, *example)
     connection.send(None)
-    return cast(Grader, grader)
+    return cast(Grader, grader), deadline
 
 
 def _guarded(grader: Grader, response: str, answer: str) -> Verdict:
+    """The grader's verdict; where it raises, the response is incorrect if the answer alone raises nothing."""
     try:
-        verdict = grader(response, answer)
+        return _checked(grader(response, answer))
     except Exception as error:
-        return Verdict(Outcome.ungradable, f"grader raised {type(error).__name__}: {error}"[:500])
+        reason = f"grader raised {type(error).__name__}: {error}"[:500]
+    try:
+        fault = _checked(grader("", answer)).outcome is not Outcome.ungradable
+    except Exception:  # as the grader raised before
+        fault = False
+    return Verdict(Outcome.incorrect if fault else Outcome.ungradable, reason)
+
+
+def _checked(verdict: object) -> Verdict:
     if isinstance(verdict, Verdict):
         return verdict
     return Verdict(Outcome.ungradable, f"grader returned {type(verdict).__name__}, not a Verdict")

@@ -52,5 +52,5 @@ class VerifierConfig(BaseModel):
 
     workers: int = Field(1, ge=1)
     processes: int = Field(1, ge=1, description="grading processes of each worker")
-    deadline: float = Field(5.0, gt=0, description="seconds that one answer may take")
+    deadline: float = Field(5.0, gt=0, description="seconds of processor time for one answer")
     sandbox: SandboxConfig = SandboxConfig()

@@ -25,7 +25,10 @@ from lockstep.rl.verdict import Outcome, Verdict
 
 def obey(response: str, answer: str) -> Verdict:
     """Does what the response says, and grades it correct if that ends."""
+    if answer == "unreadable":
+        any(False for _ in iter(int, 1))
     match response:
+        case "once" if not os.path.exists(answer): open(answer, "w").close(); os.kill(os.getpid(), signal.SIGKILL)
         case "sleep": time.sleep(1000)
         case "spin": any(False for _ in iter(int, 1))
         case "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)
@@ -87,32 +90,52 @@ def test_mathematics_in_order() -> None:
 
 
 ENDS = [
-    ("exit", "grader died with exit code 3"),
-    ("sys.exit", "grader died with exit code 4"),
-    ("late exit", "grader died with exit code 5"),
-    ("segfault", "grader died with exit code -11"),
-    ("killed", "grader died with exit code -9"),
-    ("sleep", "deadline of 0.6 s passed"),
-    ("spin", "deadline of 0.6 s passed"),
-    ("deaf", "deadline of 0.6 s passed"),
-    ("offspring", "deadline of 0.6 s passed"),
-    ("recurse", "grader raised RecursionError"),
-    ("raise", "grader raised ValueError: no such luck"),
-    ("int", "grader returned int, not a Verdict"),
+    ("exit", "incorrect", "grader died with exit code 3"),
+    ("sys.exit", "incorrect", "grader died with exit code 4"),
+    ("late exit", "incorrect", "grader died with exit code 5"),
+    ("segfault", "incorrect", "grader died with exit code -11"),
+    ("killed", "incorrect", "grader died with exit code -9"),
+    ("spin", "incorrect", "deadline of 0.3 s passed"),
+    ("recurse", "incorrect", "grader raised RecursionError"),
+    ("raise", "incorrect", "grader raised ValueError: no such luck"),
+    ("sleep", "ungradable", "nothing heard in 3.0 s"),
+    ("deaf", "ungradable", "nothing heard in 3.0 s"),
+    ("offspring", "ungradable", "nothing heard in 3.0 s"),
+    ("int", "ungradable", "grader returned int, not a Verdict"),
 ]
 
 
-def test_pathological_items_are_ungradable_and_their_neighbours_are_not(hostile: Callable[[str], Grader]) -> None:
+def test_what_a_completion_does_to_its_grader_is_incorrect_and_touches_no_neighbour(
+    hostile: Callable[[str], Grader],
+) -> None:
     nap = f"1000.{os.getpid()}"
-    with AnswerPool(2, 0.6, hostile("obey")) as pool:
-        verdicts = pool.grade([pair for name, _ in ENDS for pair in (GOOD, (name, nap), GOOD)])
-    for place, (name, reason) in enumerate(ENDS):
+    with AnswerPool(2, 0.3, hostile("obey")) as pool:
+        verdicts = pool.grade([pair for name, _, _ in ENDS for pair in (GOOD, (name, nap), GOOD)])
+    for place, (name, outcome, reason) in enumerate(ENDS):
         before, item, after = verdicts[3 * place : 3 * place + 3]
         assert before == after == Verdict(Outcome.correct, extracted="good"), name
-        assert item.outcome is Outcome.ungradable
-        assert item.reward is None
+        assert item.outcome == outcome, name
         assert item.reason.startswith(reason)
     assert children() == running(nap) == []
+
+
+def test_a_reference_that_no_grader_gets_through_is_ungradable(hostile: Callable[[str], Grader]) -> None:
+    with AnswerPool(1, 0.3, hostile("obey")) as pool:
+        verdicts = pool.grade([("good", "unreadable"), ("spin", "unreadable"), GOOD])
+    assert [verdict.reward for verdict in verdicts] == [None, None, 1.0]
+
+
+def test_a_child_that_somebody_kills_in_mid_work_costs_nothing(
+    hostile: Callable[[str], Grader], tmp_path: Path
+) -> None:
+    with AnswerPool(1, 5.0, hostile("obey")) as pool:
+        assert pool.grade([("once", str(tmp_path / "killed"))])[0].reward == 1.0
+    assert (tmp_path / "killed").exists()
+
+
+def test_only_processor_time_counts(hostile: Callable[[str], Grader]) -> None:
+    with AnswerPool(1, 0.1, hostile("obey")) as pool:
+        assert {verdict.reward for verdict in pool.grade([("brief", "")] * 3)} == {1.0}
 
 
 def test_waiting_in_the_queue_does_not_count(hostile: Callable[[str], Grader]) -> None:
@@ -161,7 +184,7 @@ def test_close_leaves_no_process_and_may_be_repeated(hostile: Callable[[str], Gr
 
 
 def test_close_while_grading_ends_the_batch_within_a_deadline(hostile: Callable[[str], Grader]) -> None:
-    pool = AnswerPool(1, 1.0, hostile("obey"))
+    pool = AnswerPool(1, 0.1, hostile("obey"))
     with ThreadPoolExecutor(1) as other:
         batch = other.submit(pool.grade, [("sleep", "")] * 50)
         time.sleep(0.5)
@@ -223,5 +246,5 @@ def test_no_signal_handler_and_no_main_thread_is_needed(hostile: Callable[[str],
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert rewards == [None, 1.0, 1.0]
+    assert rewards == [0.0, 1.0, 1.0]
     assert [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGCHLD, signal.SIGINT)] == before
