@@ -1,11 +1,11 @@
 r"""Extracts the final answer of a response: what it states as its answer, never a number that merely occurs in it.
 
-What comes before `</think>` is no answer, and where there is an `<answer>…</answer>`, the last one holds it. Marked
-answers come first: `\boxed{...}`, `#### x`, "the answer is x" (or "Answer: x", or a heading "Final answer" above it).
-Of several the last one wins, whichever its mark; beside others, `####` and "the answer is" count only where a number or
-a formula follows at once, because they also begin headings and sentences. Without a mark, the answer is a response that
-is one expression and nothing else; else the right side of the last `=` where it ends its sentence and no later text has
-numbers; else the only number in plain prose. Otherwise there is none.
+Thoughts are no answer, a response that ends within one has none, and where there is an `<answer>…</answer>`, the last
+one holds it. Marked answers come first: `\boxed{...}`, `#### x`, "the answer is x" (or "Answer: x", or a heading
+"Final answer" above it). Of several the last one wins, whichever its mark; beside others, `####` and "the answer is"
+count only where a number or a formula follows at once, because they also begin headings and sentences. Without a mark,
+the answer is a response that is one expression and nothing else; else the right side of the last `=` where it ends its
+sentence and no later text has numbers; else the only number in plain prose. Otherwise there is none.
 """
 
 import re
@@ -16,9 +16,9 @@ from lockstep.data.tasks.boxed import boxes, last_box
 from lockstep.rl.verifiers.math.normalize import clean
 from lockstep.rl.verifiers.math.numbers import NUMBER, is_prose, number_of
 from lockstep.rl.verifiers.math.parsing import EQUALS, is_words, option_of
+from lockstep.rl.verifiers.thoughts import after_thoughts
 
 _BOLD = re.compile(r"(?<![\w*)}\]])(\*{1,3}|__)(?=[^\s*])([^*\n]+?)\1(?![\w*])")
-_BARE_BOX = re.compile(r"\\boxed\s+([-+]?[\w.,/]*\w)")
 _CONNECTED = re.compile(
     r"(?:[\s$]|\\[()\[\]]|\\quad|[a-zA-Z](?:_\{?\w\}?)?\s*=)*"
     r"(?:[,;]|\\text\s*\{\s*(?:and|or)\s*\}|\band\b|\bor\b)"
@@ -71,7 +71,7 @@ def candidates(response: str) -> dict[str, str]:
 
 
 def tagged_or_boxed(response: str) -> str:
-    """For answers of any form: the content of the last `<answer>`, else of the last box, else all after `</think>`."""
+    """For answers of any form: what the last `<answer>` holds, else the last box, else all after the thoughts."""
     text, tagged = _final_part(response)
     box = None if tagged else _boxed(text)
     return box.text if box else text.strip()
@@ -80,12 +80,12 @@ def tagged_or_boxed(response: str) -> str:
 def boxed_list(response: str) -> str | None:
     """The last boxes that only commas, "and" and "or" separate, joined as one list; None if there is only one."""
     text, _ = _final_part(response)
-    every = sorted(boxes(text))
+    every = sorted(boxes(text), key=lambda box: box.begin)
     found: list[str] = []
     for place in range(len(every) - 1, -1, -1):
-        begin, start, end = every[place]
-        found.insert(0, text[start:end].strip())
-        between = text[every[place - 1][2] + 1 : begin] if place and every[place - 1][2] < begin else ""
+        box = every[place]
+        found.insert(0, text[box.start : box.stop].strip())
+        between = text[every[place - 1].end : box.begin] if place else ""
         if len(between) > 60 or not _CONNECTED.fullmatch(between):
             break
     return ", ".join(found) if len(found) > 1 else None
@@ -93,7 +93,7 @@ def boxed_list(response: str) -> str | None:
 
 def _final_part(response: str) -> tuple[str, bool]:
     """What follows the thoughts, narrowed to the last `<answer>` if there is one, and whether there was."""
-    text = response.rpartition("</think>")[2]
+    text = after_thoughts(response) or ""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     tagged = start >= 0
@@ -111,10 +111,8 @@ def _marked(text: str) -> Stated | None:
 
 def _boxed(text: str) -> Stated | None:
     """The content of the last box that closes and holds something; of nested boxes, the inner one."""
-    if box := last_box(text):
-        return Stated(text[slice(*box)].strip(), box[1])
-    bare = list(_BARE_BOX.finditer(text))
-    return Stated(bare[-1][1], bare[-1].end()) if bare else None
+    box = last_box(text)
+    return Stated(text[box.start : box.stop].strip(), box.stop) if box else None
 
 
 def _after_hashes(text: str) -> Stated | None:

@@ -50,11 +50,11 @@ _REPEATING = re.compile(
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"√\s*\(([^()]*)\)|√\s*([0-9.]+|[a-zA-Z])"), r"\\sqrt{\1\2}"),
     (re.compile(rf"{_TEXT}\s*\{{([^{{}}]*)\}}\s*\^\s*(?:\{{\s*([23])\s*\}}|([23]))"), r" \1^\2\3 "),
-    (re.compile(rf"{_TEXT}\s*\{{([^{{}}]*)\}}"), r" \1 "),
+    (re.compile(rf"{_TEXT}\s*\{{([^{{}}]*)\}}|\\math(?:rm|it)\s+([a-zA-Z])(?![a-zA-Z])"), r" \1\2 "),
     (
         re.compile(
             r"(?<!\\)\\[,!]|\\?[$€£¥₹]|(?<!\\)\\[()\[\]]|[`\"]"
-            r"|\\(?:left|right|displaystyle|bf|rm)(?![a-zA-Z])|\\(?:text)?color\s*\{[a-zA-Z]*\}"
+            r"|\\(?:left|right|middle|[bB]igg?[lmr]?|displaystyle|bf|rm)(?![a-zA-Z])|\\(?:text)?color\s*\{[a-zA-Z]*\}"
         ),
         "",
     ),
@@ -65,6 +65,8 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\\(?:varnothing|O)(?![a-z])|\\\{\s*\\\}"), r"\\emptyset "),
     (re.compile(r"\\([lg])eq(?:slant)?(?![a-z])"), r"\\\1e "),
     (re.compile(r"\\neq(?![a-z])"), r"\\ne "),
+    (re.compile(r"<="), r"\\le "),
+    (re.compile(r">="), r"\\ge "),
     (re.compile(r"\\langle(?![a-z])"), "("),
     (re.compile(r"\\rangle(?![a-z])"), ")"),
     (re.compile(r"\\begin\{[bBvp]?matrix\}"), r"\\begin{pmatrix}"),
@@ -75,6 +77,17 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"^\s*\\?(?:approx|sim)(?![a-z])\s*|^\s*=\s*(?!=)"), ""),
 )
+
+
+_SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\\[lc]?dots[bcimo]?(?![a-zA-Z])|\.{3}|…"), r"\\ldots "),
+    (re.compile(r"\\(?:long)?rightarrow(?![a-zA-Z])|→"), r"\\to "),
+    (re.compile(r"\\q?quad(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<=[0-9])\s+(?=[a-zA-Z])"), ""),
+    (re.compile(r"\s+"), " "),
+)
+_BAR = re.compile(r"\\(?:mid|vert|colon)(?![a-zA-Z])|:")
+_IDLE_SPACE = re.compile(r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])")
 
 
 def clean(text: str) -> str:
@@ -88,13 +101,15 @@ def clean(text: str) -> str:
 def as_words(text: str) -> str:
     """Clean text in the form in which words are compared: no enclosing brackets, spaces at signs, plural or case.
 
-    The case of LaTeX commands and of formulas is kept.
+    The case of LaTeX commands and of formulas is kept. Dots, arrows and the bars of set-builders have one form each.
     """
+    for pattern, replacement in _SYNONYMS:
+        text = pattern.sub(replacement, text)
     text = re.sub(r"^\(\s*(\w+)\s*\)$|^(\w)\)$", r"\1\2", text)
     text = re.sub(r"_\{([0-9a-zA-Z]+)\}", r"_\1", text)
     text = re.sub(r"\s*([:,;])\s*", r"\1", text)
     if "\\" in text:
-        return text.replace(" ", "")
+        return _IDLE_SPACE.sub("", _BAR.sub("|", text) if r"\{" in text else text)
     return " ".join(_singular(word) for word in text.casefold().replace("p.m", "pm").replace("a.m", "am").split())
 
 

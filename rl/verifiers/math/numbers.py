@@ -25,12 +25,19 @@ NUMBER = re.compile(
     (?!\s*(?:\.\.|…|!|-\s*$)) (?! (?!(?:[kcm]m|[km]g|m[lL]|lbs?|mph|hrs?|mins?)\b) \w )""",
     re.VERBOSE,
 )
-_LETTER = r"(?<![a-z'])(?![aimgslhvwjnkcf]\b)[a-z](?![a-z])"
+_SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "mn": 10**6, "B": 10**9, "bn": 10**9, "T": 10**12}
+_SUFFIXED = re.compile(
+    rf"(?P<sign>[-+]?)\s?(?P<size>{_DIGITS})\s?(?P<suffix>{'|'.join(_SUFFIXES)})(?![\w^])(?P<rest>.*)", re.DOTALL
+)
+_LETTER = r"""(?<![a-z'])(?!
+    (?:(?<=[\s(])|(?<=[a-z]/)|(?<=a\.)) (?-i:[mgslh]|[NVWJKCFAL])(?![a-z])
+    | (?-i:[aAI])(?=\s|\.m) | i(?=\s[a-z]{2}) ) [a-z](?![a-z])"""
+"""Single letters, but for units, articles and "I" in prose."""
 FUNCTIONS = "sin|cos|tan|cot|csc|sec|arcsin|arccos|arctan|log|ln|exp|pi|infty|gcd|lcm|mod|max|min"
 _COUNTS = "zero one two three four five six seven eight nine ten eleven twelve"
 _CHANGING = (
     "or|not|neither|nor|choose|half|halves|third|thirds|quarter|quarters|sqrt|least|most|than|between|except|minus|plus"
-    "|negative|times|squared|cubed|root|divided|factorial|within|twice|double|infinity|infinite|undefined|unknown"
+    "|alpha|beta|gamma|theta|lambda|sigma|omega|negative|times|squared|cubed|root|divided|factorial|within|twice|double|infinity|infinite|undefined|unknown"
 )
 _NOT_PROSE = re.compile(
     rf"""[0-9=+*^\\_<>{{}}|√∛×÷·∞≈≠≤≥±½¼¾Α-ω]
@@ -69,6 +76,15 @@ def number_of(text: str) -> Number | None:
     except (ValueError, ZeroDivisionError):
         return None
     return Number(value, match["percent"] is not None, canonical(text[match.end() :]), places)
+
+
+def scaled_number(text: str, *, small: bool) -> Number | None:
+    """The number of clean text such as 1.5M or 250k, with prose behind it; without `small` k is no suffix."""
+    match = _SUFFIXED.fullmatch(text)
+    if not match or not is_prose(match["rest"]) or (match["suffix"] == "k" and not small):
+        return None
+    size = Fraction(match["size"].replace(",", "")) * _SUFFIXES[match["suffix"]]
+    return Number(-size if match["sign"] == "-" else size, unit=canonical(match["rest"]))
 
 
 def is_prose(text: str) -> bool:

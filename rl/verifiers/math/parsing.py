@@ -6,13 +6,18 @@ is the comma of a list, one \pm in a formula stands for two, and of an equation 
 
 import re
 from dataclasses import dataclass
+from typing import Self
 
+from lockstep.rl.verifiers.math.cases import Pieces, as_list, pieces_of
 from lockstep.rl.verifiers.math.normalize import clean
-from lockstep.rl.verifiers.math.numbers import FUNCTIONS, Number, is_prose, number_of
+from lockstep.rl.verifiers.math.numbers import FUNCTIONS, Number, is_prose, number_of, scaled_number
 from lockstep.rl.verifiers.math.units import canonical, split_unit
 
 EQUALS = re.compile(r"(?<![<>!=:\\])=(?!=)")
-ARITHMETIC = re.compile(r"[0-9)}]\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*[0-9({\\]")
+_ARITHMETIC = re.compile(r"[0-9)}]\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*[0-9({\\]")
+_INSIDE = re.compile(r"\^\s*(?:\{[^{}]*\}|\([^()]*\))|\[[^\[\]]*\]")
+"""Exponents and the degrees of roots, in which a fraction is no calculation."""
+_COMPLEX = re.compile(r"[-+]?\s*[0-9.]+\s*[-+]\s*[-+]?\s*[0-9.]*\s*\*?\s*i")
 _APPROXIMATES = re.compile(r"\\(?:approx|simeq|sim)(?![a-z])")
 _LONGEST = 10_000
 _NAME = re.compile(r"\s*[a-zA-Z](?:_\{?\w+\}?)?\s*|\s*[a-zA-Z]{2,}\s*")
@@ -21,6 +26,9 @@ _LATEX_NAME = re.compile(rf"\\(?:begin|end)\{{[a-z]*\}}|\\[a-zA-Z]+|\b(?:sqrt|{F
 _JUXTAPOSED = re.compile(r"(?<![_^0-9])[0-9]+\s+[0-9]|[0-9]\s*:\s*[0-9]")
 _LIST_WORD = re.compile(r"\s*(?:,\s*)?(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])\s*|\s*,\s*,\s*")
 _OPTION = re.compile(r"\(([A-J])\)(?::|\s|$)|([A-J])(?:[.):]\s+)(?=\S)")
+_NO_UNITS = "iejxyzkKMBT"
+"""Letters that are constants, variables or thousands and more, even where LaTeX sets them upright."""
+_LETTER_UNITS = "mgslh"
 _TEXT_UNIT = re.compile(
     r"(?<=\S)\s*\\(?:text|mathrm|textrm|mbox|rm)\s*\{([^{}]*)\}\s*(\^\s*\{?\s*[23]\s*\}?)?[\s$.\\)\]]*$"
 )
@@ -35,11 +43,24 @@ class Reading:
     formula: str | None
     unit: str = ""
     """The unit in its canonical form; empty where none was written."""
+    pieces: Pieces = ()
+    """Values and conditions, where it is a function by cases."""
 
     @property
     def understood(self) -> bool:
         """Whether it can be compared without algebra; a formula may yet turn out to be unreadable."""
-        return self.number is not None or (len(self.text) <= _LONGEST and is_words(self.text))
+        return self.number is not None or (not self.pieces and len(self.text) <= _LONGEST and is_words(self.text))
+
+    def scaled(self, *, small: bool = True) -> Self | None:
+        """The number that 1.5M or 2k may be; without `small` not 2k, which is a formula where a reference has it."""
+        number = None if self.number else scaled_number(self.text, small=small)
+        return type(self)(self.text, number, None, number.unit) if number else None
+
+    def as_product(self) -> Self | None:
+        """The formula that a number with a unit of one letter may be: 2 m as two times m."""
+        if self.number is None or len(self.unit) != 1 or self.unit not in _LETTER_UNITS:
+            return None
+        return type(self)(self.text, None, f"{self.number.value} {self.unit}")
 
 
 def read(raw: str) -> Reading:
@@ -47,7 +68,9 @@ def read(raw: str) -> Reading:
     if len(raw) > _LONGEST:
         return Reading(raw, None, None)
     body, unit = _without_text_unit(raw)
-    text = clean(body)
+    text = as_list(clean(body))
+    if pieces := pieces_of(text):
+        return Reading(text, None, None, pieces=pieces)
     number = number_of(text)
     if number is None:
         text, own = split_unit(text)
@@ -56,13 +79,20 @@ def read(raw: str) -> Reading:
     unit = unit or (number.unit if number else "")
     formula = _listed(text)
     is_formula = number is None and formula != "" and not is_words(formula)
-    return Reading(text if is_formula or number else clean(raw), number, formula if is_formula else None, unit)
+    return Reading(text if is_formula or number else as_list(clean(raw)), number, formula if is_formula else None, unit)
 
 
 def is_words(text: str) -> bool:
     """Whether clean text is words, or numbers side by side, which sympy would multiply."""
     bare = _LATEX_NAME.sub("|", text)
     return number_of(text) is None and (_WORD.search(bare) is not None or _JUXTAPOSED.search(bare) is not None)
+
+
+def is_calculation(given: Reading, reference: Reading) -> bool:
+    """Whether a sum or product was left undone that should be a number; a complex number is none."""
+    if reference.number is None or given.number is not None or _COMPLEX.fullmatch(given.text):
+        return False
+    return _ARITHMETIC.search(_INSIDE.sub("", given.text)) is not None
 
 
 def is_list(text: str) -> bool:
@@ -90,7 +120,7 @@ def option_of(text: str) -> tuple[str, str] | None:
 def answer_side(text: str) -> str:
     """The side of an equation that is the answer: the last, unless it is a list; of x ≈ y the exact one."""
     sides = EQUALS.split(text)
-    side = sides[-1] if sides[-1].strip() and not is_list(_listed(clean(text))) else text
+    side = sides[-1] if sides[-1].strip() and not is_list(_listed(as_list(clean(text)))) else text
     exact, *rounded = _APPROXIMATES.split(side)
     if not rounded or not exact.strip():
         return side
@@ -114,6 +144,11 @@ def _both_signs(part: str) -> list[str]:
 def _without_text_unit(raw: str) -> tuple[str, str]:
     r"""An answer and the unit that LaTeX marks as text at its end, as in 2\sqrt{3}\text{ m}."""
     match = _TEXT_UNIT.search(raw)
-    if not match or not clean(raw[: match.start()]) or not is_prose(match[1]) or not match[1].strip(" .,"):
+    if not match or not clean(raw[: match.start()]) or not _is_unit(match[1].strip(" .,~")):
         return raw, ""
     return raw[: match.start()], canonical(match[1] + (match[2] or ""))
+
+
+def _is_unit(text: str) -> bool:
+    """Whether words that LaTeX marks as text after a formula are its unit; single letters are, unless they count."""
+    return text not in _NO_UNITS if len(text) == 1 else text != "" and is_prose(f" {text}")

@@ -105,15 +105,32 @@ def test_other_answer_is_incorrect(response: str, answer: str) -> None:
     assert grade(response, answer).outcome is Outcome.incorrect
 
 
-def test_answers_in_every_usual_form() -> None:
-    rows = (Path(__file__).parent / "math_answers.txt").read_text(encoding="utf-8").splitlines()[1:]
+def rows_of(name: str) -> str:
+    """The rows of a file beside this one, without its heading."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8").partition("\n")[2]
+
+
+def misjudged(rows: str) -> list[tuple[str, Verdict]]:
+    """The rows with another verdict than their sign says."""
     wrong = []
-    for row in rows:
+    for row in rows.splitlines():
         sign, response, answer = row.split(" | ")
         verdict = grade(re.sub(r"\\n(?![a-z])", "\n", response), answer)
         if verdict.outcome is not (Outcome.correct if sign == "+" else Outcome.incorrect):
             wrong.append((row, verdict))
-    assert wrong == []
+    return wrong
+
+
+def test_answers_in_every_usual_form() -> None:
+    assert misjudged(rows_of("math_answers.txt")) == []
+
+
+KINDS = dict(part.split("\n", 1) for part in rows_of("math_kinds.txt").removeprefix("# ").split("\n# "))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_of_a_kind_that_graders_misjudge(kind: str) -> None:
+    assert misjudged(KINDS[kind]) == []
 
 
 @pytest.mark.parametrize("response", NO_FINAL_ANSWER)
@@ -175,8 +192,17 @@ def test_formulas_are_graded_off_the_main_thread() -> None:
 
 
 def test_numbers_too_large_to_compute_are_refused_at_once() -> None:
-    for tower in ("9^{9^{9^9}}", "10^{10^{10}}", "(10^9)!", "10^{-10^{10}}"):
-        assert "digits" in grade(rf"\boxed{{{tower}}}", "42").reason
+    for tower in ("9^{9^{9^9}}", "10^{10^{10}}", "(10^9)!", "10^{-10^{10}}", r"\frac{1}{9^{9^{9}}}", "1.5^{10^8}"):
+        verdict = grade(rf"\boxed{{{tower}}}", "42")
+        assert verdict.outcome is Outcome.incorrect
+        assert "digits" in verdict.reason
+        assert grade("42", tower).outcome is Outcome.ungradable
+        assert grade(rf"\boxed{{{tower}}}", tower).outcome is Outcome.correct
+
+
+def test_what_reading_an_answer_raises_is_incorrect() -> None:
+    nested = "x+(" * 300 + "1" + ")" * 300
+    assert grade(rf"\boxed{{{nested}}}", "x").outcome is Outcome.incorrect
 
 
 MARKERS = [r"So \boxed{{{}}} it is, not 7.", "work: 1 + 1\n#### {}\nDone, 100%.", "1, 2, 3. The answer is {}.", "{}"]
