@@ -13,6 +13,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from lockstep.cluster.recipe.errors import RecipeError, annotation, validation_sentence
+from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.distributed.layout import Layout
 
@@ -22,7 +23,7 @@ class BadOverride(RecipeError):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply `key=value` overrides.
+    """Read a recipe and apply `key=value` overrides; its paths become absolute.
 
     Raises:
         RecipeError: one sentence on what is wrong.
@@ -37,7 +38,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} cannot be read ({error.strerror}): give a recipe that can") from error
     except ValueError as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
-    return parse(values, overrides)
+    return with_absolute_paths(parse(values, overrides))
 
 
 def parse(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:

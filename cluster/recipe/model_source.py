@@ -1,6 +1,7 @@
 """The [model] section of a recipe: which checkpoint or random weights a run starts from, its dtype and numerics."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,11 +15,13 @@ class SourceConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str = Field(
+    source: Annotated[str, Path | str] = Field(
         QUICKSTART_MODEL, description="a checkpoint or its URL, a Hugging Face folder or Hub name, or a .gguf file"
     )
     config: ModelConfig | None = Field(None, description="start from random weights of this shape instead")
-    tokenizer: str | None = Field(None, description="for random weights: a folder, checkpoint or .gguf file with one")
+    tokenizer: Annotated[str, Path | str] | None = Field(
+        None, description="for random weights: a folder, checkpoint or .gguf file with one"
+    )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     numerics: Numerics = Field(
         "fast", description="exact: log-probabilities are the same bits in rollouts and training, at a cost"

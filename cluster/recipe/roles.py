@@ -1,6 +1,7 @@
 """The [roles] section of a recipe: devices, layout and checkpoint of each role."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -46,7 +47,9 @@ class CriticConfig(RoleConfig):
 class ScorerConfig(RoleConfig):
     """A model that scores completions: a reward model, or a teacher."""
 
-    source: str = Field("", description="a checkpoint, a folder or a name, as of [model]; empty for none")
+    source: Annotated[str, Path | str] = Field(
+        "", description="a checkpoint, a folder or a name, as of [model]; empty for none"
+    )
     layout: Layout | None = Field(None, description="as [layout], which it is where none is given")
 
 

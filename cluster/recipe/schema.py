@@ -5,6 +5,7 @@ given, what is allowed and the nearest valid key.
 """
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -37,7 +38,9 @@ class Recipe(_Section):
 
     name: str = "run"
     seed: int = Field(0, ge=0)
-    run: str = Field("runs/{name}", description="the folder that the run leaves; {name} stands for the recipe's name")
+    run: Annotated[str, Path] = Field(
+        "runs/{name}", description="the folder that the run leaves; {name} stands for the recipe's name"
+    )
     checkpoints: CheckpointConfig = CheckpointConfig()
     model: SourceConfig = SourceConfig()
     task: TaskConfig = TaskConfig()
@@ -130,5 +133,5 @@ class Recipe(_Section):
     @property
     def saves(self) -> Storage:
         """The storage of the policy's checkpoints."""
-        at = self.checkpoints.at
+        at = self.checkpoints.at.replace("{name}", self.name)
         return storage_of(at) if is_url(at) else Folder((Path(at) if at else self.folder / "checkpoints").absolute())

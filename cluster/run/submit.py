@@ -1,6 +1,7 @@
 """Submits a recipe as a Ray job: the head runs the same recipe with this package.
 
-The package travels with the job. Paths in the recipe do not: they are made absolute, and mean the head's files.
+The package travels with the job. What paths in the recipe name does not: they are sent absolute, and mean the head's
+files, which are the submitter's own where both see one file system.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from rich.console import Console
 
 import lockstep
 from lockstep.cluster.recipe.load import to_toml
+from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.cluster.recipe.schema import Recipe
 
 
@@ -56,23 +58,6 @@ def submit_recipe(recipe: Recipe, address: str, console: Console) -> int:
     status = client.get_job_status(job)
     console.print(f"job {job}: {status.value.lower()}")
     return 0 if status is jobs.JobStatus.SUCCEEDED else 1
-
-
-def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its run folder, and model and problems that are files here, as absolute paths."""
-    source, task = recipe.model.source, recipe.task
-    files = {key: _absolute(name) for key in ("generator", "held_out_from") if (name := getattr(task, key))}
-    return recipe.model_copy(
-        update={
-            "run": str(recipe.folder.resolve()),
-            "model": recipe.model.model_copy(update={"source": _absolute(source)}),
-            "task": task.model_copy(update=files),
-        }
-    )
-
-
-def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _client(address: str) -> jobs.JobSubmissionClient:

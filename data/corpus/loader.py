@@ -8,7 +8,7 @@ ranks, any row size and any pipeline.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ class BlendPart(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(description="an indexed dataset, without .bin or .idx")
+    path: Annotated[str, Path] = Field(description="an indexed dataset, without .bin or .idx")
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="its share of the samples, among all weights")
 
 

@@ -7,7 +7,8 @@ hash of the problem, blind to the order of its numbers, says which side it belon
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -34,8 +35,12 @@ class TaskConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: str = Field("", description="a known data set, which decides the keys of this section that are not given")
-    generator: str = Field("chain_sum", description="a data set of reasoning-gym, or files of problems")
-    held_out_from: str = Field("", description="files of held-out problems; a hash of each problem decides otherwise")
+    generator: Annotated[str, Path | str] = Field(
+        "chain_sum", description="a data set of reasoning-gym, or files of problems"
+    )
+    held_out_from: Annotated[str, Path] = Field(
+        "", description="files of held-out problems; a hash of each problem decides otherwise"
+    )
     fields: dict[str, str] = Field({}, description="where files have question, answer, …, if not under known names")
     settings: dict[str, Any] = Field(default_factory=dict, description="arguments of the generator")
     train: int = Field(2000, ge=1, description="training problems at most")

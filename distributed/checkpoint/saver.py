@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,8 +32,10 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    at: str = Field(
-        "", description="where they go, if not into the run: a folder, or a URL that TensorStore opens, such as s3://…"
+    at: Annotated[str, Path] = Field(
+        "",
+        description="where they go, if not into the run: a folder, or a URL that TensorStore opens, such as "
+        "s3://bucket/{name}; {name} stands for the recipe's name",
     )
     every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves one at the end")
     keep_last: int = Field(0, ge=0, description="how many of the newest stay; 0 for all")

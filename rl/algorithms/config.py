@@ -1,7 +1,8 @@
 """Recipe sections of supervised fine-tuning, preference tuning and reinforcement learning, as pydantic models."""
 
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -91,7 +92,9 @@ class PreferenceConfig(BaseModel):
     groups_per_step: int = Field(32, ge=1, description="prompts, each with the answers that are compared")
     beta: float = Field(0.1, gt=0, description="weight of the KL that dpo and ipo are regularised by")
     smoothing: float = Field(0.0, ge=0, lt=0.5, description="of dpo: the probability that a preference is wrong")
-    source: str = Field("", description="a file of preferences; empty for pairs of the policy's own completions")
+    source: Annotated[str, Path] = Field(
+        "", description="a file of preferences; empty for pairs of the policy's own completions"
+    )
     on_bad: Literal["stop", "skip"] = Field("stop", description="stop at a bad row of source, or skip and count it")
     chat: bool = Field(True, description="put the prompts of source into the tokenizer's chat template")
     prompts: int = Field(256, ge=1, description="without source: training problems that the policy answers")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import load_recipe, parse, to_toml
+from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.cluster.recipe.schema import Recipe
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart.toml"
@@ -138,7 +139,7 @@ def test_a_resolved_recipe_reads_back_as_itself(
     recipe = parse(values | {"rl": {"optimizer": {"learning_rate": rate}, "sampling": {"stop": stop}}})
     path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
     path.write_text(to_toml(recipe), encoding="utf-8")
-    assert load_recipe(path) == recipe
+    assert load_recipe(path) == with_absolute_paths(recipe)
 
 
 def test_every_recipe_of_the_repository_reads_back_as_itself(tmp_path: Path) -> None:
