@@ -7,7 +7,6 @@ where other programs have the machine's processors. Sandboxes are started by the
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -16,6 +15,7 @@ from lockstep.rl.sandbox.harness import Observation
 from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxError, SandboxLimits
 from lockstep.rl.sandbox.sandbox import Sandbox
 from lockstep.rl.verdict import Verdict
+from lockstep.rl.verifiers.code_extraction import code_of
 from lockstep.rl.verifiers.process_pool import ProcessPool
 
 
@@ -76,7 +76,7 @@ class CodePool(ProcessPool[Sandbox]):
 
     def _grade_one(self, item: tuple[str, CodeTests]) -> Verdict:
         completion, tests = item
-        code = code_of(completion)
+        code = code_of(completion, tests)
         program = {"prefix": tests.prefix, "completion": code, "entry_point": tests.entry_point}
         sandbox = self._ready()
         try:
@@ -115,28 +115,3 @@ class CodePool(ProcessPool[Sandbox]):
 
 def _packed(content: Mapping[str, object]) -> bytes:
     return json.dumps(content).encode()
-
-
-_FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([\w+#.-]*)[^\n]*\n", re.MULTILINE)
-_PYTHON = ("python", "py", "python3", "")
-
-
-def code_of(completion: str) -> str:
-    """The program in a completion: its last fenced block of Python, or the whole text.
-
-    A block begins with a line of three or more backticks or tildes and ends with a line of as many; one that never
-    ends, as where the completion was cut off, goes to the end of the text. Of blocks that are named python, py, python3
-    or nothing the last counts; where there is none, the whole text is the code, as base models write it.
-    """
-    found = None
-    position = 0
-    while opening := _FENCE.search(completion, position):
-        fence, language = opening.groups()
-        closing = re.compile(rf"^ {{0,3}}{re.escape(fence)}{re.escape(fence[0])}*[ \t]*$", re.MULTILINE)
-        end = closing.search(completion, opening.end())
-        if language.lower() in _PYTHON:
-            found = completion[opening.end() : end.start() if end else None]
-        if end is None:
-            break
-        position = end.end()
-    return completion if found is None else found

@@ -12,7 +12,7 @@ from lockstep.rl.sandbox.guest import assembled
 from lockstep.rl.sandbox.harness import same_output
 from lockstep.rl.sandbox.isolation import NOTHING
 from lockstep.rl.verdict import Outcome
-from lockstep.rl.verifiers.code_pool import CodePool, code_of
+from lockstep.rl.verifiers.code_pool import CodePool
 
 HUMANEVAL = Path(__file__).parents[4] / "shared" / "datasets" / "humaneval" / "HumanEval.jsonl.gz"
 
@@ -152,21 +152,6 @@ def test_a_completion_continues_its_prefix_or_replaces_it() -> None:
     assert assembled(prefix, "    return x\n", "f") == prefix + "    return x\n"
     assert assembled(prefix, "def f(x): return x", "f") == prefix + "\ndef f(x): return x"
     assert assembled("def f(x):\n", "def f(x): return x", "f") == "def f(x): return x"
-
-
-@pytest.mark.parametrize(
-    ("completion", "code"),
-    [
-        ("x = 1", "x = 1"),
-        ("A\n```python\nx = 1\n```\nB", "x = 1\n"),
-        ("```\nx = 1\n```\n```py\nx = 2\n```\n```text\nout\n```", "x = 2\n"),
-        ("```python\nx = 1\ny = 2", "x = 1\ny = 2"),
-        ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''\n"),
-        ("```bash\nls\n```", "```bash\nls\n```"),
-    ],
-)
-def test_the_code_is_the_last_block_of_python(completion: str, code: str) -> None:
-    assert code_of(completion) == code
 
 
 @pytest.mark.parametrize(
