@@ -92,6 +92,12 @@ class Tokenizer:
         return None if name is None else self._fast.token_to_id(name)
 
     @cached_property
+    def special(self) -> dict[int, str]:
+        """Ids and names of the special tokens."""
+        added = self._fast.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items() if token.special}
+
+    @cached_property
     def digest(self) -> str:
         """A digest of the vocabulary, 32 hex digits: equal for tokenizers that give every id the same token."""
         names = sorted((number, name) for name, number in self._fast.get_vocab(with_added_tokens=True).items())

@@ -118,8 +118,10 @@ def start_actors(
         if name != "reference":  # which loads the weights that RL begins with
             calls += _loading(plan.models[name], model, recipe, saved.get(name) or _first_weights(name, run, first))
     gather(calls + rollouts.start(begun, dtype, numerics) + verifiers.start(programs=split.has_programs))
-    for group in (policy, rollouts, verifiers, *(model for name, model in others.items() if name != "reference")):
-        group.check_agreement()
+    for model in (policy, *(model for name, model in others.items() if name != "reference")):
+        model.check_agreement()
+    rollouts.check_agreement()
+    verifiers.check_agreement()
     models = Models(**others, critic_optimizer=recipe.roles.critic.optimizer)
     actors = RunActors(plan, first, policy, rollouts, verifiers, models, _environments(recipe, first))
     policy.call(ModelWorker.open_checkpoints, plan.checkpoints, plan.checkpoint_config)

@@ -104,10 +104,27 @@ class Recipe(_Section):
     def _has_one_optimizer(self) -> "Recipe":
         tuned = None if self.preference and self.preference.judged else self.preference
         phases = {"supervised": self.supervised, "preference": tuned, "rl": self.rl}
-        kinds = {name: phase.optimizer.kind for name, phase in phases.items() if phase}
-        if len(set(kinds.values())) > 1:
-            said = " and ".join(f"{name}.optimizer.kind={kind!r}" for name, kind in kinds.items())
-            raise ValueError(f"{said}: a run has one kind of optimizer for its policy; make them equal")
+        for key in ("kind", "gradient_dtype"):
+            given = {name: getattr(phase.optimizer, key) for name, phase in phases.items() if phase}
+            if len(set(given.values())) > 1:
+                said = " and ".join(f"{name}.optimizer.{key}={value!r}" for name, value in given.items())
+                raise ValueError(f"{said}: a run has one optimizer for its policy; make them equal")
+        return self
+
+    @model_validator(mode="after")
+    def _has_gradients_of_its_dtype(self) -> "Recipe":
+        phases = {
+            "pretrain": self.pretrain,
+            "supervised": self.supervised,
+            "preference": self.preference,
+            "rl": self.rl,
+        }
+        for name, phase in (phases | {"roles.critic": self.roles.critic}).items():
+            if self.model.dtype == "float32" and phase and phase.optimizer.gradient_dtype == "bfloat16":
+                raise ValueError(
+                    f"{name}.optimizer.gradient_dtype='bfloat16' has no effect on a model in float32: leave it out, "
+                    "or set model.dtype='bfloat16'"
+                )
         return self
 
     @model_validator(mode="after")

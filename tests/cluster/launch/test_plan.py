@@ -74,8 +74,9 @@ def test_without_kl_nobody_holds_a_reference(method: str) -> None:
             },
             "place it together",
         ),
-        ({"supervised": {"optimizer": {"kind": "muon"}}, "rl": {}}, "one kind of optimizer for its policy"),
-        ({"preference": {"optimizer": {"kind": "muon"}}, "rl": {}}, "one kind of optimizer for its policy"),
+        ({"supervised": {"optimizer": {"kind": "muon"}}, "rl": {}}, "one optimizer for its policy"),
+        ({"preference": {"optimizer": {"kind": "muon"}}, "rl": {}}, "one optimizer for its policy"),
+        ({"rl": {"optimizer": {"gradient_dtype": "bfloat16"}}}, "no effect on a model in float32"),
         ({"rl": {}, "reward": {"overlong": {"weight": 1.0}}}, "begins behind 16384 tokens"),
     ],
 )

@@ -27,7 +27,9 @@ PATHS_OR_NAMES = {
     "roles.reward.source",
     "roles.teacher.source",
 }
-CALLED_PATHS = re.compile(r"(.*_)?(path|paths|source|sources|folder|folders|file|files|dir|at|from|tokenizer|generator)")
+CALLED_PATHS = re.compile(
+    r"(.*_)?(path|paths|source|sources|folder|folders|file|files|dir|at|from|tokenizer|generator)"
+)
 SAID_TO_BE_PATHS = re.compile(r"\b(folder|file|files|path|checkpoint or|URL)\b")
 NO_PATHS = {"task.fields", "model.config.family"}
 """Whose descriptions speak of files that they do not name."""
