@@ -34,7 +34,7 @@ class UnknownModel(ValueError):
 def refuse(feature: str, present: Any) -> None:
     """Raise UnknownModel if a checkpoint uses an unsupported feature."""
     if present:
-        raise UnknownModel(f"this checkpoint uses {feature}, which is not supported")
+        raise UnknownModel(f"this checkpoint uses {' '.join(feature.split())}, which is not supported")
 
 
 def need(words: dict[str, Any], *names: str) -> None:

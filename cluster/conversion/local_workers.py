@@ -14,7 +14,7 @@ from lockstep.cluster.conversion.memory import Watch
 from lockstep.cluster.conversion.plan import BadConversion, Conversion, target_of, tasks_of
 from lockstep.data.child_process import follow_parent
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.model.formats.registry import Location, OpenModel, open_location
+from lockstep.model.formats.registry import BadSource, Location, OpenModel, open_location
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,15 @@ class PartWriter:
         self._tasks = tasks_of(self._target.parts, conversion.part_bytes)
 
     def work(self, task: int) -> Worked:
-        """Write all parts of one task."""
-        digests = [self._target.write(part) for part in self._tasks[task]]
+        """Write all parts of one task.
+
+        Raises:
+            BadSource: when the source lacks a tensor.
+        """
+        try:
+            digests = [self._target.write(part) for part in self._tasks[task]]
+        except KeyError as error:
+            raise BadSource(str(error.args[0])) from error
         return Worked(task, digests, this_process(), self._watch.peak())
 
 

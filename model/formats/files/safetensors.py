@@ -73,7 +73,7 @@ def _extent(path: Path, name: str, words: dict[str, Any], data: int) -> Extent:
         raise BadFile(f"{name} in {path} has dtype {words['dtype']!r}: supported are {', '.join(_DTYPES)}")
     shape, (start, stop) = tuple(words["shape"]), words["data_offsets"]
     if not all(type(n) is int and 0 <= n < _NO_SIZE for n in (*shape, start, stop)):
-        raise BadFile(f"{name} in {path} has the shape {shape} and lies from {start} to {stop}, which cannot be")
+        raise BadFile(f"{name} in {path} has the shape {shape} and lies from {start!r} to {stop!r}, which cannot be")
     extent = Extent(path, data + start, shape, _DTYPES[words["dtype"]])
     if extent.size != stop - start:
         raise BadFile(f"{name} in {path} has {stop - start} bytes, and its shape {extent.shape} needs {extent.size}")

@@ -489,7 +489,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "missing tensor": (lambda f: rewrite(f / "config.json", num_hidden_layers=3), r"lacks the tensor model\.layers\.2"),
     "architecture": (lambda f: rewrite(f / "config.json", model_type="phimoe"), "model_type='phimoe' is not supported"),
     "heads": (lambda f: rewrite(f / "config.json", num_key_value_heads=3), "heads=4 is no multiple of kv_heads=3"),
-    "words": (lambda f: rewrite(f / "config.json", num_hidden_layers="two"), "config.json describes no model: layers"),
+    "words": (
+        lambda f: rewrite(f / "config.json", num_hidden_layers="two"),
+        "config.json describes no model: num_hidden_layers is 'two'",
+    ),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is no JSON"),
 }
 
@@ -554,7 +557,10 @@ def test_a_bad_option_is_one_sentence(tmp_path: Path) -> None:
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     ours = written(tmp_path / "ours", SMALL, Recast(RandomWeights(SMALL, seed=3), SMALL, None))
     (ours.place / "arrays" / "model.norm.weight").remove()
-    assert "has no tensor model.norm.weight" in refused("convert", str(ours.place), str(tmp_path / "out"), "--to", "hf")
+    for options in ([], ["--dtype", "bfloat16"]):
+        said = refused("convert", str(ours.place), str(tmp_path / "out"), "--to", "hf", *options)
+        assert "has no tensor model.norm.weight" in said
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
 
 
 def test_a_full_disk_is_one_sentence(large_folder: Path, tmp_path: Path) -> None:

@@ -76,7 +76,10 @@ def test_without_kl_nobody_holds_a_reference(method: str) -> None:
         ),
         ({"supervised": {"optimizer": {"kind": "muon"}}, "rl": {}}, "one optimizer for its policy"),
         ({"preference": {"optimizer": {"kind": "muon"}}, "rl": {}}, "one optimizer for its policy"),
-        ({"rl": {"optimizer": {"gradient_dtype": "bfloat16"}}}, "no effect on a model in float32"),
+        (
+            {"model": {"dtype": "float32"}, "rl": {"optimizer": {"gradient_dtype": "bfloat16"}}},
+            "no effect on a model in float32",
+        ),
         ({"rl": {}, "reward": {"overlong": {"weight": 1.0}}}, "begins behind 16384 tokens"),
     ],
 )

@@ -145,13 +145,10 @@ def test_the_files_of_a_torch_dist_folder(elsewhere: Any, tmp_path: Path) -> Non
         convert(source)
 
 
-def test_the_folder_that_a_tracker_names(elsewhere: Any, tmp_path: Path) -> None:
-    if not isinstance(elsewhere, str):
-        pytest.skip("a tracker is text")
-    for write, tracker in (
-        (write_megatron, "latest_checkpointed_iteration.txt"),
-        (write_deepspeed, "latest_universal"),
-    ):
+@pytest.mark.parametrize("elsewhere", [name for name in ELSEWHERE if isinstance(name, str)])
+def test_the_folder_that_a_tracker_names(elsewhere: str, tmp_path: Path) -> None:
+    trackers = {"latest_checkpointed_iteration.txt": write_megatron, "latest_universal": write_deepspeed}
+    for tracker, write in trackers.items():
         source = write(tmp_path / tracker)
         (source / tracker).write_text(named(elsewhere, "step"))
         with pytest.raises(BadName, match=f"{tracker} names .*: a name must be relative"):

@@ -198,10 +198,10 @@ DAMAGES: dict[str, tuple[str, str, Damage]] = {
 }
 
 
-def outcome(source: Path, destination: Path) -> str:
+def outcome(source: Path, destination: Path, dtype: str | None) -> str:
     """What a command says: the error, or that all is well."""
     try:
-        conversion = Conversion(str(source), destination, "hf")
+        conversion = Conversion(str(source), destination, "hf", dtype)
         opened = open_outline(conversion.source)
         assert [*plan_lines(conversion, opened)]
         convert_checkpoint(conversion, opened=opened)
@@ -219,7 +219,8 @@ def check(kind: str, data: st.DataObject, sources: dict[str, Path]) -> None:
         before = {*Path(room).rglob("*")}
         location = source / name if form == "gguf" else source
         watch, began = Watch(), time.process_time()
-        assert len(outcome(location, source.parent / "out").splitlines()) == 1
+        dtype = data.draw(st.sampled_from([None, "bfloat16"]))
+        assert len(outcome(location, source.parent / "out", dtype).splitlines()) == 1
         assert time.process_time() - began < LONGEST_S
         assert watch.peak() < MOST_BYTES
         new = {path.relative_to(source.parent).parts[0] for path in {*Path(room).rglob("*")} - before}

@@ -139,7 +139,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "truncate",
     ),
     "a text": (
-        lambda value: isinstance(value, str),
+        lambda value: isinstance(value, str) and value.isprintable(),
         "model_type hidden_act hidden_activation activation_function rope_type type",
     ),
     "a list of texts": (
