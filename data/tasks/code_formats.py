@@ -22,20 +22,31 @@ _LONGEST_CASES = 1 << 28
 
 
 def humaneval(index: int, row: Row) -> Problem:
-    """HumanEval: `prompt` is the beginning of a program; `test` defines `check` (Chen et al., arXiv:2107.03374)."""
+    """HumanEval and HumanEval+: `prompt` begins a program; `test` defines `check` (Chen et al., arXiv:2107.03374)."""
     prompt, solution = row.text("prompt"), row.text("canonical_solution")
+    if not _filled(row, "test"):
+        raise row.bad("test", _NO_TESTS)
     tests = CodeTests(row.text("test"), row.text("entry_point"), prefix=prompt)
     return Problem(index, prompt, solution, tests, solution)
 
 
 def mbpp(index: int, row: Row) -> Problem:
-    """MBPP: `text` (or `prompt`, sanitized) and a `test_list` of assertions (Austin et al. 2021, arXiv:2108.07732)."""
+    """MBPP: `text` (or `prompt`, sanitized) and a `test_list` of assertions (Austin et al. 2021, arXiv:2108.07732).
+
+    MBPP+ has an extended suite in `test` (Liu et al. 2023, arXiv:2305.01210), which decides; the prompt shows the list.
+    """
     question = row.text("text") if row.has("text") else row.text("prompt")
     code, asserts = row.text("code").replace("\r\n", "\n").strip(), row.texts("test_list")
     setup = [row.text("test_setup_code")] if row.has("test_setup_code") else []
     setup += row.texts("test_imports") if row.has("test_imports") else []
-    tests = CodeTests("\n".join([*setup, *asserts]), _tested(code, asserts))
+    suite = [row.text("test")] if row.has("test") else asserts
+    if not any(part.strip() for part in suite):
+        raise row.bad("test_list", _NO_TESTS)
+    tests = CodeTests("\n".join([*setup, *suite]), _tested(code, asserts or suite))
     return Problem(index, question, code, tests, code, "\n".join(asserts))
+
+
+_NO_TESTS = "has no test, and a problem without tests cannot be judged: leave the row out"
 
 
 def _tested(code: str, asserts: Sequence[str]) -> str:
@@ -50,11 +61,19 @@ def _tested(code: str, asserts: Sequence[str]) -> str:
 
 
 def apps(index: int, row: Row) -> Problem:
-    """APPS: `input_output` has `inputs`, `outputs` and perhaps `fn_name` (Hendrycks et al. 2021, arXiv:2105.09938)."""
+    """APPS: `input_output` has `inputs`, `outputs` and perhaps `fn_name` (Hendrycks et al. 2021, arXiv:2105.09938).
+
+    Its fields are JSON in text, and an empty text where a problem has none: no starter, no solution, or no test.
+    """
     starter = row.text("starter_code") if row.has("starter_code") else ""
-    solutions = row.checked("solutions", row.json("solutions"), list) if row.has("solutions") else []
+    solutions = row.checked("solutions", row.json("solutions"), list) if _filled(row, "solutions") else []
     solution = solutions[0] if solutions and isinstance(solutions[0], str) else ""
     return Problem(index, row.text("question"), solution, input_output(row, "input_output", starter), solution, starter)
+
+
+def _filled(row: Row, name: str) -> bool:
+    """Whether a field says more than blanks."""
+    return row.has(name) and not (isinstance(row.values[name], str) and not row.values[name].strip())
 
 
 def input_output(row: Row, name: str, starter: str = "") -> CodeTests:
@@ -63,9 +82,14 @@ def input_output(row: Row, name: str, starter: str = "") -> CodeTests:
     Raises:
         BadRow: names the field.
     """
-    found = row.part(name)
+    value = row.json(name) if _filled(row, name) else None
+    if not value:
+        raise row.bad(name, _NO_TESTS)
+    found = Row(f"{row.place}, {name}", row.checked(name, value, dict))
     inputs, outputs = found.items("inputs"), found.items("outputs")
-    if len(inputs) != len(outputs) or not inputs:
+    if not inputs and not outputs:
+        raise row.bad(name, _NO_TESTS)
+    if len(inputs) != len(outputs):
         raise row.bad(
             name, f"has {len(inputs)} inputs and {len(outputs)} outputs, and needs as many of one as the other"
         )
@@ -113,7 +137,7 @@ _CASES = ("public_test_cases", "private_test_cases")
 
 
 def _cases(row: Row, name: str) -> list[dict[str, Any]]:
-    if not row.has(name):
+    if not _filled(row, name):
         return []
     value = row.values[name]
     if isinstance(value, str) and not value.lstrip().startswith("["):

@@ -81,6 +81,29 @@ def test_mbpp_finds_the_function_that_the_tests_call() -> None:
     assert problem(row | {"code": "def f(:"}).tests == CodeTests(found.tests.program)
 
 
+MBPP_PLUS = {
+    "prompt": "Write a function to double a number.",
+    "code": "def double(x):\n    return 2 * x",
+    "source_file": "own",
+    "test_imports": [],
+    "test_list": ["assert double(2) == 4"],
+    "test": "for i, o in [(2, 4), (3, 6), (-5, -10)]:\n    assert double(i) == o\n",
+}
+
+
+def test_the_extended_suite_of_mbpp_plus_decides_and_the_list_is_shown() -> None:
+    found = problem(MBPP_PLUS)
+    assert found.tests == CodeTests(MBPP_PLUS["test"], "double")
+    assert found.examples == "assert double(2) == 4"
+    assert run(found.tests, found.program)
+    assert not run(found.tests, "def double(x): return 4")
+    imports = problem(MBPP_PLUS | {"test_imports": ["import math"], "test": "assert math.isclose(double(1.0), 2.0)"})
+    assert imports.tests == CodeTests("import math\nassert math.isclose(double(1.0), 2.0)", "double")
+    assert problem(MBPP_PLUS | {"test_list": []}).tests == found.tests
+    for absent in ("", None):
+        assert problem(MBPP_PLUS | {"test": absent}).tests == CodeTests("assert double(2) == 4", "double")
+
+
 def run(tests: CodeTests, completion: str) -> bool:
     """Whether trusted code passes its program, in this process."""
     space: dict[str, Any] = {}
@@ -107,6 +130,26 @@ def test_apps_gives_cases_or_calls() -> None:
     assert not run(plain.tests, "def add(a, b): return a")
     assert run(method.tests, "class Solution:\n    def add(self, a, b): return a + b")
     assert not run(method.tests, "class Solution:\n    def add(self, a, b): return b")
+
+
+@pytest.mark.parametrize("empty", ["", "[]", None, [], "  ", '[""]', "null"])
+def test_apps_may_have_no_solution_and_no_starter(empty: Any) -> None:
+    row = {"question": "Add.", "input_output": '{"inputs": ["1"], "outputs": ["2"]}', "solutions": empty}
+    if empty != "null":
+        assert (
+            problem(row | {"starter_code": ""})
+            == problem(row | {"starter_code": None})
+            == Problem(0, "Add.", "", CodeTests(cases=(Case("1", "2"),)))
+        )
+    else:
+        with pytest.raises(BadRow, match="'solutions' must hold a list"):
+            problem(row)
+
+
+@pytest.mark.parametrize("empty", ["", None, "{}", {}, "[]", " \n", "null", '{"inputs": [], "outputs": []}'])
+def test_apps_without_tests_is_refused_in_a_sentence(empty: Any) -> None:
+    with pytest.raises(BadRow, match=r"f\.jsonl:7: the field 'input_output' has no test, and a problem without tests"):
+        problem({"question": "Add.", "input_output": empty, "solutions": "", "starter_code": ""})
 
 
 def packed(value: Any) -> str:
@@ -181,6 +224,13 @@ def test_fields_of_other_names_are_named() -> None:
         ({"question": "q", "input_output": "{"}, "the field 'input_output' must be JSON"),
         ({"question": "q", "input_output": '{"inputs": ["1"], "outputs": []}'}, "has 1 inputs and 0 outputs"),
         ({"question_content": "q", "public_test_cases": "[]"}, "'public_test_cases' has no case"),
+        (
+            {"question_content": "q", "public_test_cases": "", "private_test_cases": " "},
+            "'public_test_cases' has no case",
+        ),
+        ({"text": "q", "code": "c", "test_list": []}, "'test_list' has no test"),
+        ({"prompt": "p", "test": "", "entry_point": "f", "canonical_solution": "s"}, "'test' has no test"),
+        ({"question": "q", "input_output": "[1]"}, "the field 'input_output' must hold an object"),
         ({"question_content": "q", "public_test_cases": "[]", "private_test_cases": "%"}, "neither JSON nor a packed"),
         ({"text": "q", "code": "c", "test_list": [1]}, "the field 'test_list' must be a list of texts"),
     ],
