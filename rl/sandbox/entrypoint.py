@@ -15,9 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from lockstep.rl.sandbox import libc
+from lockstep.rl.sandbox.harness import pytest_subset
 from lockstep.rl.sandbox.isolation import Isolation, SandboxLimits
-from lockstep.rl.sandbox.jail import build_root, map_users, unshare_all
+from lockstep.rl.sandbox.libraries import LibraryFinder
+from lockstep.rl.sandbox.linux import libc
+from lockstep.rl.sandbox.linux.child import open_processes
+from lockstep.rl.sandbox.linux.jail import Jail, build_root, map_users, unshare_all
 from lockstep.rl.sandbox.zygote import Zygote
 
 # fmt: off
@@ -34,20 +37,31 @@ _WARM = (
 _DESCRIPTORS = 256
 
 
-def serve(connection: int, uses: Isolation, limits: SandboxLimits) -> None:
-    """Isolates this process, reports how, then runs the zygote's loop until the pool closes the connection."""
+def serve(connection: int, uses: Isolation, limits: SandboxLimits, libraries: list[str]) -> None:
+    """Isolates this process, reports how, then runs the zygote's loop until the pool closes the connection.
+
+    Args:
+        libraries: files and folders beside Python's own; see `libraries.located`.
+    """
     control = socket.socket(fileno=connection)
     _settle()
-    refused = ""
+    sys.meta_path.append(LibraryFinder(libraries))
+    refused, processes = "", open_processes()
+
+    def loop(refused: str = "", namespaces: bool = uses.namespaces) -> None:
+        jail = Jail(replace(uses, namespaces=namespaces), limits, libraries)
+        Zygote(control, jail, limits, processes).serve(refused)
+
     if uses.namespaces:
-        refused = _enter_namespaces(lambda: Zygote(control, uses, limits).serve(), limits.folder_bytes)
-    Zygote(control, replace(uses, namespaces=False), limits).serve(refused)
+        refused = _enter_namespaces(loop, limits.folder_bytes, libraries)
+    loop(refused, namespaces=False)
 
 
 def _settle() -> None:
     """Warm modules, few descriptors, and the first place among those that are killed when memory is short."""
     for name in _WARM:
         importlib.import_module(name)
+    sys.modules["pytest"] = pytest_subset.module({})
     sys.argv = ["program.py"]
     resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, _DESCRIPTORS))
     with suppress(OSError):
@@ -59,12 +73,12 @@ def _settle() -> None:
     gc.disable()
 
 
-def _enter_namespaces(loop: Callable[[], None], folder_bytes: int) -> str:
+def _enter_namespaces(loop: Callable[[], None], folder_bytes: int, libraries: list[str]) -> str:
     """Never returns where the kernel grants namespaces: a grandchild runs `loop` in them. Else what was refused."""
     (ready, say_ready), (go, say_go), (trouble, say_trouble) = os.pipe(), os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        _live(lambda: _unshared(loop, folder_bytes, (say_ready, go, say_trouble)), say_trouble)
+        _live(lambda: _unshared(loop, folder_bytes, libraries, (say_ready, go, say_trouble)), say_trouble)
     for descriptor in (say_ready, go, say_trouble):
         os.close(descriptor)
     with suppress(OSError):
@@ -81,21 +95,23 @@ def _enter_namespaces(loop: Callable[[], None], folder_bytes: int) -> str:
     return problem
 
 
-def _unshared(loop: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
+def _unshared(loop: Callable[[], None], folder_bytes: int, libraries: list[str], pipes: tuple[int, int, int]) -> int:
     """The process between: in the new namespaces but for that of processes, whose first process is its child."""
     say_ready, go, say_trouble = pipes
     libc.die_with_parent(signal.SIGKILL)
     unshare_all(say_ready, go)
     child = os.fork()
     if child == 0:
-        _live(lambda: _first_inside(loop, folder_bytes, pipes), say_trouble)
+        _live(lambda: _first_inside(loop, folder_bytes, libraries, pipes), say_trouble)
     os.close(say_trouble)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF
 
 
-def _first_inside(loop: Callable[[], None], folder_bytes: int, pipes: tuple[int, int, int]) -> int:
+def _first_inside(
+    loop: Callable[[], None], folder_bytes: int, libraries: list[str], pipes: tuple[int, int, int]
+) -> int:
     libc.die_with_parent(signal.SIGKILL)
-    build_root(folder_bytes)
+    build_root(folder_bytes, libraries)
     for descriptor in pipes:
         os.close(descriptor)
     try:
@@ -120,4 +136,5 @@ def _live(life: Callable[[], int], say_trouble: int) -> NoReturn:
 def main() -> None:
     """Entry point of the zygote's process: the arguments are its connection and its settings."""
     connection, settings = int(sys.argv[1]), json.loads(sys.argv[2])
-    serve(connection, Isolation(**settings["uses"]), SandboxLimits(**settings["limits"]))
+    uses, limits = Isolation(**settings["uses"]), SandboxLimits(**settings["limits"])
+    serve(connection, uses, limits, settings["libraries"])

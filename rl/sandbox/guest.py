@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from lockstep.rl.sandbox import preamble
 from lockstep.rl.sandbox.wire import Channel, decode, encode
 
 _OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -73,7 +74,7 @@ def run_whole(source: str) -> int:
 
 def _exit_code(source: str) -> int:
     try:
-        exec(compile(source, "program.py", "exec"), _module("__main__"))
+        _execute(source, _module("__main__"))
     except SystemExit as end:
         return exit_code(end)
     except BaseException:
@@ -104,7 +105,7 @@ def run_functions(source: str, channel: Channel) -> None:
     """Loads a program, reports that, and answers requests to its objects until the tests have ended."""
     try:
         module = _module("program")
-        exec(compile(source, "program.py", "exec"), module)
+        _execute(source, module)
     except Exception as error:
         channel.send(_raised(error))
         return
@@ -112,6 +113,15 @@ def run_functions(source: str, channel: Channel) -> None:
     channel.send(["value", None, None])
     while True:
         channel.send(service.answer(channel.receive()))
+
+
+def _execute(source: str, module: dict[str, Any]) -> None:
+    """Runs a program as judges of competitive sites do: with their imports, deep recursion and long integers."""
+    code = compile(source, "program.py", "exec")
+    preamble.offer()
+    sys.setrecursionlimit(preamble.RECURSION_LIMIT)
+    sys.set_int_max_str_digits(0)
+    exec(code, module)
 
 
 def _module(name: str) -> dict[str, Any]:
@@ -133,7 +143,7 @@ class _Service:
         """["value", result, changed arguments or None], or ["raised", builtin type, arguments, text]."""
         operation, target, *rest = request
         try:
-            arguments = [decode(part, self._objects.__getitem__) for part in rest]
+            arguments = [decode(part, self._objects.__getitem__, trusted=True) for part in rest]
             result = _OPERATIONS[operation](self._objects[target], *arguments)
             changed = self._encoded(arguments) if operation == "call" and result is None else None
             return ["value", self._encoded(result), changed]

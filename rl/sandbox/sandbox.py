@@ -7,14 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import lockstep
-from lockstep.rl.sandbox.harness import Observation
+from lockstep.rl.sandbox import libraries
+from lockstep.rl.sandbox.harness.standard_streams import Observation
 from lockstep.rl.sandbox.isolation import Isolation, SandboxError, SandboxLimits
-from lockstep.rl.sandbox.zygote import DEADLINE, STARVED, longest_run
+from lockstep.rl.sandbox.time_limit import DEADLINE, ENDLESS, OVERLONG, STARVED, longest_run
 from lockstep.rl.verdict import Outcome, Verdict
 
 _START_LIMIT = 60.0
@@ -27,23 +29,23 @@ _LONGEST_VERDICT = 1 << 16
 class Sandbox:
     """Handle of a zygote's process. Used by one thread at a time; started by a thread that lives as long as it."""
 
-    def __init__(self, limits: SandboxLimits, uses: Isolation) -> None:
-        """Starts the process with as much of `uses` as the kernel grants; `await_ready` waits for it."""
+    def __init__(self, limits: SandboxLimits, uses: Isolation, offered: Sequence[str] = ()) -> None:
+        """Starts the process with as much of `uses` as the kernel grants; `await_ready` waits for it.
+
+        Args:
+            offered: files and folders of libraries; see `libraries.located`.
+
+        Raises:
+            SandboxError: where no process can be started.
+        """
         if sys.platform != "linux":
             raise SandboxError(f"programs are isolated by mechanisms that only Linux has, and this is {sys.platform}")
-        self._limits = limits
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        settings = json.dumps({"uses": asdict(uses), "limits": asdict(limits)})
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-S", "-s", "-X", "utf8", "-c", _program(), str(theirs.fileno()), settings],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            env=_environment(),
-            cwd="/",
-            start_new_session=True,
-        )
-        theirs.close()
+        self._limits, self._offered = limits, offered
+        settings = json.dumps({"uses": asdict(uses), "limits": asdict(limits), "libraries": list(offered)})
+        try:
+            self._control, self._process = _started(settings)
+        except OSError as error:
+            raise SandboxError(f"a sandbox does not start: {error}") from error
 
     @property
     def alive(self) -> bool:
@@ -61,7 +63,10 @@ class Sandbox:
 
     def judge(self, program: bytes, tests: bytes, runs: int) -> Verdict:
         """The verdict of tests on a program in at most `runs` runs; ungradable if the sandbox itself fails."""
-        said, reply = self._told(program, tests, runs)
+        try:
+            said, reply = self._told(program, tests, runs)
+        except OSError as error:
+            return Verdict(Outcome.ungradable, f"the sandbox failed ({error})")
         if said is None:
             return Verdict(Outcome.ungradable, f"the sandbox failed (exit code {self.kill(_EXIT_GRACE)})")
         if reply:
@@ -69,6 +74,10 @@ class Sandbox:
             return Verdict(Outcome(outcome), reason)
         if said == DEADLINE:
             return Verdict(Outcome.incorrect, f"deadline of {self._limits.seconds} s passed")
+        if said == ENDLESS:
+            return Verdict(Outcome.incorrect, f"{self._overlong()} with the huge answers of the program")
+        if said == OVERLONG:
+            return Verdict(Outcome.ungradable, f"{self._overlong()} by themselves: shorten them, or raise the limit")
         if said == STARVED:
             return Verdict(Outcome.ungradable, f"{self._starved()}: judge fewer at a time, or raise the limit")
         return Verdict(Outcome.ungradable, "the harness ended without a verdict")
@@ -84,17 +93,21 @@ class Sandbox:
             return Observation("", f"ran longer than {self._limits.seconds} s")
         raise SandboxError(self._starved() if said == STARVED else "the harness ended without a word")
 
+    def _overlong(self) -> str:
+        return f"the tests did not end in {longest_run(self._limits.seconds)} s"
+
     def _starved(self) -> str:
         seconds = self._limits.seconds
         return f"in {longest_run(seconds)} s the machine had less than {seconds} s for the program"
 
     def _told(self, program: bytes, tests: bytes, runs: int) -> tuple[str | None, bytes]:
         """What the zygote and the harness say of a program."""
+        wanted = libraries.mentioned(f"{program.decode()} {tests.decode()}", self._offered)
         ours, theirs = os.pipe()
         files = [_file(program), _file(tests), theirs]
         try:
             with suppress(OSError):
-                socket.send_fds(self._control, [b"item"], files)
+                socket.send_fds(self._control, [" ".join(["item", *wanted]).encode()], files)
         finally:
             for descriptor in files:
                 os.close(descriptor)
@@ -117,12 +130,29 @@ class Sandbox:
 
         `grace` seconds let a process that is ending do so with a code of its own.
         """
+        if self._process.returncode is not None and not self.alive:
+            return self._process.returncode  # its number may be another's by now
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(grace)
         self._control.close()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         return self._process.wait()
+
+
+def _started(settings: str) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-S", "-s", "-X", "utf8", "-c", _program(), str(theirs.fileno()), settings],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env=_environment(),
+            cwd="/",
+            start_new_session=True,
+        )
+    return control, process
 
 
 def _file(content: bytes) -> int:
@@ -132,9 +162,9 @@ def _file(content: bytes) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """An environment with the library path alone; strings hash alike, so that verdicts repeat."""
-    libraries = os.environ.get("LD_LIBRARY_PATH")
-    return {"PYTHONHASHSEED": "0"} | ({"LD_LIBRARY_PATH": libraries} if libraries else {})
+    """The library path alone; strings hash alike, so that verdicts repeat, and libraries start no threads."""
+    path = os.environ.get("LD_LIBRARY_PATH")
+    return {"PYTHONHASHSEED": "0"} | libraries.ONE_THREAD | ({"LD_LIBRARY_PATH": path} if path else {})
 
 
 def _program() -> str:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from lockstep.data.tasks.code_tests import CodeTests
-from lockstep.rl.sandbox.harness import Observation
+from lockstep.rl.sandbox.harness.standard_streams import Observation
 from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxError, SandboxLimits
+from lockstep.rl.sandbox.libraries import DEFAULT, located
 from lockstep.rl.sandbox.sandbox import Sandbox
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.code_extraction import code_of
@@ -23,7 +24,8 @@ class CodePool(ProcessPool[Sandbox]):
     """`workers` sandboxes that judge (completion, tests), each of them within `limits`.
 
     requires: isolation mechanisms without which the pool refuses to start. uses: those that it tries to activate, for
-    machines on which one of them misbehaves. Threads may share a pool. Close it, or use it as a context manager.
+    machines on which one of them misbehaves. libraries: installed distributions that programs and tests may import.
+    Threads may share a pool. Close it, or use it as a context manager.
     """
 
     failure = SandboxError
@@ -34,11 +36,13 @@ class CodePool(ProcessPool[Sandbox]):
         limits: SandboxLimits | None = None,
         requires: Isolation = USUAL,
         uses: Isolation | None = None,
+        libraries: Sequence[str] = DEFAULT,
     ) -> None:
         if workers < 1:
             raise ValueError(f"a pool needs workers >= 1, not {workers}")
-        self._limits, self._uses = limits or SandboxLimits(), uses or Isolation()
+        self._limits, self._uses, self._libraries = limits or SandboxLimits(), uses or Isolation(), located(libraries)
         super().__init__(workers, "code-pool")
+        self._started: set[Sandbox] = set()
         try:
             started = [self._threads.submit(self._new) for _ in range(workers)]
             self.isolation, refused = [one.result() for one in started].pop()
@@ -62,9 +66,14 @@ class CodePool(ProcessPool[Sandbox]):
         return self._each(self._run_one, [(code, stdin)], "a program ran")[0]
 
     def _new(self) -> tuple[Isolation, str]:
-        sandbox = Sandbox(self._limits, self._uses)
+        sandbox = self._start()
         self._idle.put(sandbox)
         return sandbox.await_ready()
+
+    def _start(self) -> Sandbox:
+        sandbox = Sandbox(self._limits, self._uses, self._libraries)
+        self._started.add(sandbox)
+        return sandbox
 
     def _check(self, requires: Isolation, refused: str) -> None:
         if missing := self.isolation.lacks(requires):
@@ -94,22 +103,38 @@ class CodePool(ProcessPool[Sandbox]):
             self._idle.put(sandbox)
 
     def _ready(self) -> Sandbox:
-        """An idle sandbox; one that died is replaced, so that no item pays for an earlier death."""
-        sandbox = self._idle.get()
-        if sandbox.alive:
-            return sandbox
+        """An idle sandbox; one that died is replaced, so that no item pays for an earlier death.
+
+        One that cannot be replaced is left for who comes next, and another is waited for. Raises SandboxError where
+        none is left.
+        """
+        dead = []
         try:
-            return self._anew()
-        except BaseException:
-            self._idle.put(sandbox)  # who comes next tries again
-            raise
+            while not (sandbox := self._idle.get()).alive:
+                dead.append(sandbox)
+                try:
+                    anew = self._anew()
+                except SandboxError:
+                    if not any(one.alive for one in list(self._started)):
+                        raise
+                else:
+                    self._started.discard(dead.pop())
+                    return anew
+            return sandbox
+        finally:
+            for sandbox in dead:
+                self._idle.put(sandbox)
 
     def _anew(self) -> Sandbox:
-        sandbox = Sandbox(self._limits, self._uses)
-        standing, refused = sandbox.await_ready()
-        if lost := standing.lacks(self.isolation):
+        sandbox = self._start()
+        try:
+            standing, refused = sandbox.await_ready()
+            if lost := standing.lacks(self.isolation):
+                raise SandboxError(f"a sandbox that was started again has no {' and '.join(lost)} ({refused})")
+        except BaseException:
+            self._started.discard(sandbox)
             sandbox.kill()
-            raise SandboxError(f"a sandbox that was started again has no {' and '.join(lost)} ({refused})")
+            raise
         return sandbox
 
 

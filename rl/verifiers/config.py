@@ -5,6 +5,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxLimits
+from lockstep.rl.sandbox.libraries import DEFAULT
 
 Mechanism = Literal["namespaces", "seccomp", "landlock"]
 
@@ -18,11 +19,14 @@ class SandboxConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     requires: tuple[Mechanism, ...] = Field(_USUAL, description="a machine that lacks one of these judges no programs")
-    seconds: float = Field(_LIMITS.seconds, ge=0.01, description="on a processor, for the whole of a run")
+    seconds: float = Field(_LIMITS.seconds, ge=0.01, description="of work on a processor, for the whole of a run")
     memory_mib: int = Field(_LIMITS.memory_bytes >> 20, ge=256, description="address space, Python's 100 MiB included")
     folder_mib: int = Field(_LIMITS.folder_bytes >> 20, ge=1, description="of all files that it writes")
     output_mib: int = Field(_LIMITS.output_bytes >> 20, ge=1, description="of what it prints")
     threads: int = Field(_LIMITS.threads, ge=1)
+    libraries: tuple[str, ...] = Field(
+        DEFAULT, description="installed distributions that programs and tests may import beside Python's own modules"
+    )
 
     @property
     def limits(self) -> SandboxLimits:

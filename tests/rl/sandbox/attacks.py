@@ -5,6 +5,7 @@ Each source is a whole completion; one that does not define `double` gets the on
 None may be judged correct, hang, leave a process behind, or change anything outside. docs/verifiers-code.md lists them.
 """
 
+import re
 from dataclasses import dataclass
 
 from lockstep.data.tasks.code_tests import Case, CodeTests
@@ -55,6 +56,9 @@ class Doubles(unittest.TestCase):
 SUM = CodeTests(cases=(Case("1 2\n", "3\n"), Case("20 22\n", "42\n")))
 
 
+_DEFINES = re.compile(r"^(def|class) double\b|^double =", re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class Attack:
     """A program and the tests that it attacks."""
@@ -65,13 +69,15 @@ class Attack:
 
     def completion(self, **places: object) -> str:
         """The source as it is sent, with what it aims at."""
-        source = self.source if "def double" in self.source or not self.tests.entry_point else self.source + WRONG
+        source = self.source
+        if self.tests.entry_point == "double" and not _DEFINES.search(source):
+            source += WRONG
         for name, value in places.items():
             source = source.replace(f"@{name.upper()}@", str(value))
         return source
 
 
-_EQUAL_TO_ALL = "__eq__ = __contains__ = __le__ = __ge__ = lambda self, other: True\n    __hash__ = lambda self: 0\n"
+EQUAL_TO_ALL = "__eq__ = __contains__ = __le__ = __ge__ = lambda self, other: True\n    __hash__ = lambda self: 0\n"
 _CALL = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
 RESOURCES = {
@@ -238,7 +244,8 @@ for number in range(256):
     ctypes.c_long.from_address(id(number) + 24).value = 2""",
     "patches this verifier": """
 import sys
-from lockstep.rl.sandbox import guest, harness, wire, zygote
+from lockstep.rl.sandbox import guest, wire, zygote
+from lockstep.rl.sandbox.harness import examination as harness
 for module in (harness, zygote, guest, wire):
     module.examine = module._judged = module.encode = lambda *arguments: ["list"]
 harness.Verdict.outcome = "correct\"""",
@@ -247,13 +254,13 @@ harness.Verdict.outcome = "correct\"""",
 }
 
 VALUES = {
-    "equal to everything": f"class Yes:\n    {_EQUAL_TO_ALL}\ndef double(values):\n    return Yes()",
-    "a list equal to everything": f"class Yes(list):\n    {_EQUAL_TO_ALL}\ndef double(values):\n    return Yes()",
-    "an int equal to everything": f"class Yes(int):\n    {_EQUAL_TO_ALL}\ndef double(values):\n    return Yes()",
-    "a str equal to everything": f"class Yes(str):\n    {_EQUAL_TO_ALL}\ndef double(values):\n    return Yes()",
+    "equal to everything": f"class Yes:\n    {EQUAL_TO_ALL}\ndef double(values):\n    return Yes()",
+    "a list equal to everything": f"class Yes(list):\n    {EQUAL_TO_ALL}\ndef double(values):\n    return Yes()",
+    "an int equal to everything": f"class Yes(int):\n    {EQUAL_TO_ALL}\ndef double(values):\n    return Yes()",
+    "a str equal to everything": f"class Yes(str):\n    {EQUAL_TO_ALL}\ndef double(values):\n    return Yes()",
     "items equal to everything": f"""
 class Yes:
-    {_EQUAL_TO_ALL}
+    {EQUAL_TO_ALL}
 def double(values):
     return [Yes() for _ in values] or [Yes()]""",
     "a class that lies": """
@@ -265,7 +272,7 @@ class Lie:
     def __eq__(self, other): return True
 def double(values):
     return Lie()""",
-    "a class for the function": f"class Yes:\n    {_EQUAL_TO_ALL}\nclass double(Yes):\n    def __init__(self, v): pass",
+    "a class for the function": f"class Yes:\n    {EQUAL_TO_ALL}\nclass double(Yes):\n    def __init__(self, v): pass",
     "a mock": "from unittest.mock import MagicMock\ndouble = MagicMock()\ndouble.return_value.__eq__ = lambda *_: True",
     "not a number": "def double(values):\n    return [float('nan')]",
     "a result that holds itself": "def double(values):\n    x = []\n    x.append(x)\n    return x",
@@ -417,7 +424,7 @@ for descriptor in range(3, 1024):
 }
 
 
-def _named(sources: dict[str, str], tests: CodeTests = DOUBLE) -> list[Attack]:
+def named(sources: dict[str, str], tests: CodeTests = DOUBLE) -> list[Attack]:
     return [Attack(name, source, tests) for name, source in sources.items()]
 
 
@@ -425,9 +432,9 @@ ATTACKS = [
     *(
         attack
         for group in (RESOURCES, ENDINGS, SIGNALS, FORGERIES, VALUES, SECRETS, NETWORK, KERNEL)
-        for attack in _named(group)
+        for attack in named(group)
     ),
-    *_named(WHOLE_PROGRAMS, SUM),
+    *named(WHOLE_PROGRAMS, SUM),
     Attack("empties what it is compared with", "def double(values):\n    values.clear()\n    return []", SORTED),
     Attack("ends where exceptions are swallowed", "import os\ndef double(values):\n    os._exit(0)", RAISES),
     Attack("is no value where exceptions are swallowed", FORGERIES["garbage for an answer"], RAISES),

@@ -17,12 +17,30 @@ import pytest
 from lockstep.rl.sandbox.isolation import NOTHING, Isolation, SandboxLimits
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code_pool import CodePool
-from tests.rl.sandbox.attacks import ATTACKS, DOUBLE, ENDINGS, FORGERIES, NETWORK, SIGNALS, SUM, Attack
+from tests.rl.sandbox.answer_attacks import (
+    ANSWER_ATTACKS,
+    COUNT,
+    EACH,
+    IMPORTED,
+    LOOP,
+    MATH,
+    METHOD,
+    NUMPY,
+    PYTEST,
+    STEERING,
+)
+from tests.rl.sandbox.attacks import ATTACKS as PROGRAM_ATTACKS
+from tests.rl.sandbox.attacks import DOUBLE, ENDINGS, FORGERIES, NETWORK, SIGNALS, SUM, Attack
 
+ATTACKS = [*PROGRAM_ATTACKS, *ANSWER_ATTACKS]
 LIMITS = SandboxLimits(seconds=0.7, folder_bytes=1 << 22, output_bytes=1 << 20, memory_bytes=1 << 29)
 WORKERS = 2
+RIGHT = "def double(values):\n    return [2 * one for one in values]"
 HONEST = [
-    ("def double(values):\n    return [2 * one for one in values]", DOUBLE),
+    *((RIGHT, tests) for tests in (DOUBLE, LOOP, EACH, IMPORTED, PYTEST, NUMPY)),
+    ("def double(value):\n    return 2 * value", MATH),
+    ("def double(values):\n    return 2", COUNT),
+    ("class Solution:\n    def double(self, values): return [2]", METHOD),
     ("print(sum(map(int, input().split())))", SUM),
 ]
 SECCOMP = Isolation(namespaces=False, landlock=False)
@@ -153,5 +171,5 @@ def test_any_two_walls_hold_alone(uses: Isolation, secret: Path, port: socket.so
 
 @pytest.mark.exhaustive
 def test_seccomp_alone_keeps_all_but_the_users_files(secret: Path, port: socket.socket) -> None:
-    quick = [attack for attack in ATTACKS if attack.name in {**SIGNALS, **FORGERIES, **NETWORK, **ENDINGS}]
+    quick = [attack for attack in ATTACKS if attack.name in {**SIGNALS, **FORGERIES, **NETWORK, **ENDINGS, **STEERING}]
     assert judge(quick, SECCOMP, secret, port) == []

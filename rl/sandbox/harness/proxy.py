@@ -1,18 +1,19 @@
 """Proxies of an untrusted program's objects, on which tests operate over a channel to its process."""
 
 import builtins
+import re
 import socket
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from lockstep.rl.sandbox.harness.runs import Runs
+from lockstep.rl.sandbox.harness.standard_streams import SHOWN
 from lockstep.rl.sandbox.wire import Channel, ClosedError, MalformedError, decode, encode
 
-Start = Callable[[list[int]], Callable[[], str]]
-"""Starts a run of the program with these descriptors (input, output, errors, and a channel for functions); the result
-waits for its end and says how it ended, empty for exit code 0. Descriptor 0 of the harness is /dev/null."""
-SHOWN = 200
-"""Characters of a value in a verdict's reason."""
+_HUGE = re.compile(rb'(?<![.\d])\d{7}|\de\+|"int"')
+"""In an answer: a number up to which tests may count for ever."""
 
 
 class ProgramFailed(BaseException):
@@ -26,11 +27,13 @@ class Unusable(BaseException):
 class Session:
     """One run of the program and the channel to it; remembers what went wrong."""
 
-    def __init__(self, start: Start, longest: int) -> None:
+    def __init__(self, runs: Runs) -> None:
         ours, theirs = socket.socketpair()
-        self._ended = start([0, 0, 0, theirs.fileno()])
+        self._clock = runs.clock
+        self._clock.begin()
+        self._ended = runs.start([0, 0, 0, theirs.fileno()])
         theirs.close()
-        self._channel = Channel(ours, longest)
+        self._channel = Channel(ours, runs.longest, self._look)
         self._remotes: dict[int, Remote] = {}
         self.failure = ""
         self.unusable = ""
@@ -44,6 +47,8 @@ class Session:
             return f"the program answers with what is no value: {error}"
         except ClosedError:
             return f"the program {self._ended() or 'ended'} while it was loaded"
+        finally:
+            self._clock.end()
         kind, *parts = reply if isinstance(reply, list) and reply else [None]
         return "" if kind == "value" else f"the program raises when it is loaded: {str(parts[-1:])[2:-2][:SHOWN]}"
 
@@ -53,13 +58,19 @@ class Session:
             raise ProgramFailed
         self.calls += operation == "call"
         parts = [self._encoded(argument) for argument in arguments]
+        self._clock.begin()
         try:
             self._channel.send([operation, target, *parts])
-            return self._result(self._channel.receive(), arguments if operation == "call" else ())
+            result, raised = self._result(operation, self._channel.receive(), arguments)
         except ClosedError:
             self.fail(f"the program {self._ended() or 'ended'} while the tests called it")
-        except (MalformedError, RecursionError) as error:
+        except (MalformedError, RecursionError, MemoryError) as error:
             self.fail(f"the program answers with what is no value: {error}")
+        finally:
+            self._clock.end()
+        if raised:
+            raise raised
+        return result
 
     def fail(self, reason: str) -> NoReturn:
         """Makes the verdict incorrect, whatever the tests do from here on."""
@@ -68,22 +79,30 @@ class Session:
 
     def _encoded(self, argument: object) -> Any:
         try:
-            return encode(
-                argument, lambda item: object.__getattribute__(item, "_target") if type(item) is Remote else None
-            )
+            return encode(argument, _number, trusted=True)
         except (TypeError, RecursionError) as error:
             self.unusable = f"the tests pass what cannot cross: {error}"
             raise Unusable from None
 
-    def _result(self, reply: Any, arguments: tuple[object, ...]) -> Any:
+    def _result(
+        self, operation: str, reply: Any, arguments: tuple[object, ...]
+    ) -> tuple[Any, None] | tuple[None, Exception]:
+        """What the program answers: a value, or what it raises."""
         match reply:
             case ["value", result, changed]:
-                if changed is not None and result is None:
-                    _update(list(arguments), decode(changed, self._remote))
-                return decode(result, self._remote)
+                if operation == "call" and changed is not None and result is None:
+                    _update(list(arguments), self._decoded(changed))
+                return self._decoded(result), None
             case ["raised", str(name), list(parts), str(text)]:
-                raise _exception(name, [decode(part, self._remote) for part in parts], text)
+                return None, _exception(name, [self._decoded(part) for part in parts], text, ends=operation == "next")
         raise MalformedError("a message has no known form")
+
+    def _decoded(self, item: Any) -> Any:
+        return decode(item, self._remote)
+
+    def _look(self, message: bytes) -> None:
+        if _HUGE.search(message):
+            self._clock.saw_huge()
 
     def _remote(self, number: int) -> "Remote":
         return self._remotes.setdefault(number, Remote(self, number))
@@ -142,6 +161,9 @@ class Remote:
         return result
 
 
+_CONTAINERS = (list, dict, set, tuple, bytearray, deque)
+
+
 def _update(old: Any, new: Any) -> None:
     """Gives mutable arguments the content that they have with the program, in place, level by level."""
     if type(old) is not type(new):
@@ -161,23 +183,37 @@ def _update(old: Any, new: Any) -> None:
         case tuple() if len(old) == len(new):
             for one, other in zip(old, new, strict=True):
                 _update(one, other)
-        case _ if hasattr(old, "extend"):
+        case deque():
             old.clear()
             old.extend(new)
+        case _ if hasattr(old, "dtype") and old.shape == new.shape:  # NumPy's
+            old[...] = new
 
 
 def _updated(old: Any, new: Any) -> Any:
-    if type(old) is type(new) and isinstance(old, (list, dict, set, tuple, bytearray)):
+    if type(old) is type(new) and (isinstance(old, _CONTAINERS) or hasattr(old, "dtype")):
         _update(old, new)
         return old
     return new
 
 
-def _exception(name: str, arguments: list[Any], text: str) -> Exception:
-    """A new exception of a builtin type; RuntimeError where there is none of that name."""
+def _number(item: object) -> int | None:
+    """By which the program knows an object of its own."""
+    return object.__getattribute__(item, "_target") if type(item) is Remote else None
+
+
+def _exception(name: str, arguments: list[Any], text: str, ends: bool) -> Exception:
+    """A new exception of a builtin type; RuntimeError where there is none of that name.
+
+    Args:
+        ends: whether it may say that an iterator is at its end. From anything else this would end a loop of the tests
+            that makes calls, as one over `map(candidate, inputs)`, before it has looked at an answer.
+    """
     kind = getattr(builtins, name, None)
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         return RuntimeError(text)
+    if issubclass(kind, (StopIteration, StopAsyncIteration)) and not (ends and kind is StopIteration):
+        return RuntimeError(f"the program raised {name}")
     with suppress(TypeError, ValueError):
         return kind(*arguments)
     return RuntimeError(text)

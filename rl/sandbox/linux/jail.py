@@ -6,13 +6,14 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from lockstep.rl.sandbox import libc
 from lockstep.rl.sandbox.isolation import Isolation, SandboxLimits
-from lockstep.rl.sandbox.seccomp import filter_program
+from lockstep.rl.sandbox.linux import libc
+from lockstep.rl.sandbox.linux.seccomp import filter_program
 
 _FOLDERS = "/work"
 FOLDER = f"{_FOLDERS}/program"
@@ -62,8 +63,12 @@ def _write_maps(pid: int, users: str, groups: str) -> None:
     Path(f"/proc/{pid}/gid_map").write_text(groups)
 
 
-def build_root(folder_bytes: int) -> None:
-    """Makes a new root file system: Python's libraries, read-only, three devices and an empty folder to write."""
+def build_root(folder_bytes: int, libraries: Sequence[str]) -> None:
+    """Makes a new root: Python's and other libraries, read-only, three devices and an empty folder to write.
+
+    Args:
+        libraries: files and folders to be found where they lie outside.
+    """
     libc.mount("none", "/", flags=libc.RECURSIVE | libc.PRIVATE)
     sources = _library_folders()
     hidden = [path for source in sources for path in source.glob("python*/*-packages")]
@@ -72,7 +77,10 @@ def build_root(folder_bytes: int) -> None:
     for source in sources:
         _bind(str(source), libc.READ_ONLY | libc.NO_SUID | libc.NO_DEVICES)
     for path in hidden:
-        libc.mount("sandbox", _ROOT + str(path), "tmpfs", libc.NO_SUID, "size=4k,nr_inodes=1,mode=755")
+        libc.mount("sandbox", _ROOT + str(path), "tmpfs", libc.NO_SUID, "size=64k,nr_inodes=1k,mode=755")
+    for library in libraries:
+        _bind(library, libc.READ_ONLY | libc.NO_SUID | libc.NO_DEVICES)
+    for path in hidden:
         libc.protect_mount(_ROOT + str(path), libc.READ_ONLY)
     for device in _DEVICES:
         _bind(device, libc.NO_SUID)
@@ -115,7 +123,7 @@ def renew_folder(folder_bytes: int, first: bool = False) -> None:
     libc.mount("program", FOLDER, "tmpfs", libc.NO_SUID | libc.NO_DEVICES, options)
 
 
-def landlock_rules(private_root: bool) -> int | None:
+def landlock_rules(private_root: bool, libraries: Sequence[str]) -> int | None:
     """A descriptor of a Landlock ruleset for programs; None where the kernel has no Landlock."""
     version = libc.landlock_version()
     if version == 0:
@@ -123,7 +131,7 @@ def landlock_rules(private_root: bool) -> int | None:
     count = max(number for since, number in _FILE_ACCESSES.items() if since <= version)
     files = (1 << count) - 1
     ruleset = libc.landlock_ruleset(files, 0b11 if version >= 4 else 0, 0b11 if version >= 6 else 0)
-    for path in ["/"] if private_root else map(str, _library_folders()):
+    for path in ["/"] if private_root else [*map(str, _library_folders()), *filter(os.path.isdir, libraries)]:
         libc.landlock_allow(ruleset, path, _READ)
     libc.landlock_allow(ruleset, os.devnull, _READ_AND_WRITE)
     if private_root:
@@ -134,19 +142,29 @@ def landlock_rules(private_root: bool) -> int | None:
 class Jail:
     """Restrictions that each forked process applies to itself before it runs any untrusted code."""
 
-    def __init__(self, wanted: Isolation, limits: SandboxLimits) -> None:
-        """`wanted.namespaces` says whether this process is in namespaces already."""
+    def __init__(self, wanted: Isolation, limits: SandboxLimits, libraries: Sequence[str]) -> None:
+        """
+        Args:
+            wanted: whose `namespaces` says whether this process is in namespaces already.
+            libraries: files and folders that may be read.
+        """
         self._limits = limits
-        self._rules = landlock_rules(wanted.namespaces) if wanted.landlock else None
+        self._rules = landlock_rules(wanted.namespaces, libraries) if wanted.landlock else None
         self._filters = {files: filter_program(files) if wanted.seccomp else None for files in (True, False)}
         self.active = replace(wanted, seccomp=self._filters[True] is not None, landlock=self._rules is not None)
 
-    def enter(self, descriptors: list[int], writes: bool) -> None:
-        """Restricts this process for good: `descriptors` become 0, 1, 2 …, others close; `writes` allows the folder."""
+    def enter(self, descriptors: list[int], seconds: float, writes: bool) -> None:
+        """Restricts this process for good.
+
+        Args:
+            descriptors: become 0, 1, 2 …, all others are closed.
+            seconds: on a processor, after which the kernel ends it where the zygote has not.
+            writes: allows the folder.
+        """
         writes = writes and self.active.namespaces
         os.chdir(FOLDER if writes else "/")
         _keep_only(descriptors + ([] if self._rules is None else [self._rules]))
-        self._limit(writes)
+        self._limit(seconds, writes)
         if self.active.namespaces:
             _become_nobody()
         libc.drop_capabilities()
@@ -158,10 +176,10 @@ class Jail:
         if rules := self._filters[writes]:
             libc.install_filter(rules)
 
-    def _limit(self, writes: bool) -> None:
+    def _limit(self, seconds: float, writes: bool) -> None:
         limits = self._limits
         values = {
-            resource.RLIMIT_CPU: math.ceil(limits.seconds) + 1,
+            resource.RLIMIT_CPU: math.ceil(seconds) + 1,
             resource.RLIMIT_AS: limits.memory_bytes,
             resource.RLIMIT_FSIZE: limits.folder_bytes if writes else 0,
             resource.RLIMIT_NOFILE: _OPEN_FILES,

@@ -1,0 +1,1 @@
+"""Linux mechanisms that isolate a process: namespaces, Landlock, seccomp, rlimits."""
