@@ -18,6 +18,7 @@ from lockstep.model.formats.registry import ModelContents, OpenModel, open_model
 from lockstep.model.training.config import PretrainConfig
 from lockstep.model.weights.lora import with_adapters
 from lockstep.rl.sandbox.isolation import SandboxError
+from lockstep.rl.sandbox.libraries import LibraryError
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import SandboxConfig
 
@@ -99,11 +100,13 @@ def check_sandbox(config: SandboxConfig) -> str:
     """Start a sandbox and return which isolation it has on this machine, in one line.
 
     Raises:
-        ValueError: where that is less than the recipe requires.
+        ValueError: where that is less than the recipe requires, or a library for programs is not installed.
     """
     try:
-        with CodePool(1, config.limits, config.required) as sandboxes:
+        with CodePool(1, config.limits, config.required, libraries=config.libraries) as sandboxes:
             return str(sandboxes.isolation)
+    except LibraryError as error:
+        raise RecipeError(f"verifier.sandbox.libraries={list(config.libraries)}: {error}") from error
     except SandboxError as error:
         raise RecipeError(f"verifier.sandbox.requires={list(config.requires)}: {error}") from error
 

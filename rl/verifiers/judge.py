@@ -83,7 +83,8 @@ class Judge:
     @cached_property
     def _programs(self) -> CodePool:
         sandbox = self._config.sandbox
-        pool = self._started.enter_context(CodePool(self._config.processes, sandbox.limits, sandbox.required))
+        pool = CodePool(self._config.processes, sandbox.limits, sandbox.required, libraries=sandbox.libraries)
+        self._started.enter_context(pool)
         self._note(str(pool.isolation))
         return pool
 
