@@ -14,14 +14,16 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from lockstep.cluster.serving.async_engine import AsyncEngine, Busy, Ended, EngineFailed
+from lockstep.cluster.serving.async_engine import AsyncEngine, Busy, Ended, EngineFailed, Given
 from lockstep.cluster.serving.engine_requests import EngineRequests, RequestMaker
 from lockstep.cluster.serving.errors import Refused
+from lockstep.cluster.serving.local_requests import check_local
 from lockstep.cluster.serving.metrics import Metrics
 from lockstep.cluster.serving.protocol import Body, ChatBody, CompletionBody
 from lockstep.cluster.serving.responses import ChatReply, Choice, CompletionReply, Piece, Reply, Usage, merged
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.detokenizer import Decode, TextStream
+from lockstep.rl.rollout.output_processor import CompletionFailed
 from lockstep.rl.rollout.protocol import PromptTooLong, TokenOutput
 
 log = logging.getLogger(__name__)
@@ -77,9 +79,11 @@ class Server:
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self.api_key is not None and request.path != "/health":
-            given = request.headers.get("Authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {self.api_key}".encode()):
+        if self.api_key is None:
+            check_local(request)
+        elif request.path != "/health":
+            given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+            if not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
                 raise Refused(401, "the header Authorization has to be 'Bearer' and the key", code="invalid_api_key")
         return await handler(request)
 
@@ -110,17 +114,17 @@ class Answers:
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """Handle `POST /v1/completions`."""
         body = await self._body(request, CompletionBody)
-        reply = CompletionReply(self.server.name, self._named, body.logprobs is not None)
+        reply = CompletionReply(self.server.name, self.named, body.logprobs is not None, bool(body.logprobs))
         return await self._answer(request, body, reply, await asyncio.to_thread(self._maker.completion, body))
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """Handle `POST /v1/chat/completions`."""
         body = await self._body(request, ChatBody)
-        reply = ChatReply(self.server.name, self._named, bool(body.logprobs))
+        reply = ChatReply(self.server.name, self.named, bool(body.logprobs))
         return await self._answer(request, body, reply, await asyncio.to_thread(self._maker.chat, body))
 
     @property
-    def _named(self) -> Decode:
+    def named(self) -> Decode:
         """Decodes tokens for log-probabilities, where special tokens are shown by their names."""
         return partial(self.server.tokenizer.decode, skip_special=False)
 
@@ -132,18 +136,22 @@ class Answers:
     async def _body(self, request: web.Request, kind: type[AnyBody]) -> AnyBody:
         if request.content_type != "application/json":
             raise Refused(415, "the body has to be JSON: set the header Content-Type to application/json")
-        body = kind.read(await request.read())
+        try:
+            raw = await request.read()
+        except web.RequestPayloadError as error:
+            raise Refused(400, "the body is not what Content-Encoding and Transfer-Encoding say: mend them") from error
+        body = kind.read(raw)
         self.server.check_model(body.model)
         return body
 
     async def _answer(self, request: web.Request, body: Body, reply: Reply, job: EngineRequests) -> web.StreamResponse:
         began = time.monotonic()
         requests = job.requests(reply.id)
-        async with self.server.service.completions(requests) as tokens:
-            first = await anext(tokens)
+        async with self.server.service.completions(requests) as outputs:
+            first = await anext(outputs)
             self.metrics.first_token_seconds.observe(time.monotonic() - began)
-            answer = Answer(job, [r.key for r in requests], self.server.tokenizer)
-            pieces = answer.pieces(first, tokens)
+            answer = Answer(job, [r.key for r in requests], self.server.tokenizer, self.named)
+            pieces = answer.pieces(first, outputs)
             if body.stream:
                 return await _streamed(request, reply, answer, pieces, with_usage=body.usage_in_stream)
             found: list[list[Piece]] = [[] for _ in requests]
@@ -153,12 +161,12 @@ class Answers:
 
 
 class Answer:
-    """Turns the tokens of one HTTP request into pieces of its choices, as they come."""
+    """Turns the outputs of one HTTP request into pieces of its choices, as they come."""
 
-    def __init__(self, job: EngineRequests, keys: Sequence[str | int], tokenizer: Tokenizer) -> None:
+    def __init__(self, job: EngineRequests, keys: Sequence[str | int], tokenizer: Tokenizer, named: Decode) -> None:
         befores = [echo for echo in job.echoes for _ in range(job.samples)] or [""] * len(keys)
         self._choices = {
-            key: Choice(i, TextStream(tokenizer.decode, job.sampling.stop), before)
+            key: Choice(i, TextStream(tokenizer.decode, job.sampling.stop), named, before)
             for i, (key, before) in enumerate(zip(keys, befores, strict=True))
         }
         self._prompt_tokens = sum(map(len, job.prompts))
@@ -169,15 +177,15 @@ class Answer:
         """Tokens of the prompts and of what has been generated so far."""
         return Usage(self._prompt_tokens, self._tokens)
 
-    async def pieces(self, first: TokenOutput, others: AsyncIterator[TokenOutput]) -> AsyncIterator[Piece]:
+    async def pieces(self, first: Given, others: AsyncIterator[Given]) -> AsyncIterator[Piece]:
         """Pieces of all choices, each as soon as its text is certain."""
-        token: TokenOutput | None = first
-        while token is not None:
-            self._tokens += 1
-            piece = self._choices[token.key].add(token)
+        output: Given | None = first
+        while output is not None:
+            self._tokens += isinstance(output, TokenOutput)
+            piece = self._choices[output.key].add(output)
             if piece is not None:
                 yield piece
-            token = await anext(others, None)
+            output = await anext(others, None)
 
 
 async def _streamed(
@@ -215,6 +223,8 @@ def _refusal(error: Exception) -> Refused:
             return Refused(503, str(error), code="ended")
         case EngineFailed():
             return Refused(500, str(error), code="engine_failed")
+        case CompletionFailed():
+            return Refused(500, f"the completion failed: {error}", code="completion_failed")
         case PromptTooLong():
             return Refused(400, str(error), code="context_length_exceeded")
         case ValueError():

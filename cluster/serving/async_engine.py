@@ -14,11 +14,14 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Self
 
-from lockstep.rl.rollout.protocol import Engine, Request, Statistics, TokenOutput
+from lockstep.rl.rollout.output_processor import CompletionFailed
+from lockstep.rl.rollout.protocol import Engine, FailedOutput, Output, PromptOutput, Request, Statistics, TokenOutput
 
 log = logging.getLogger(__name__)
 
 Command = Callable[[], None]
+Given = TokenOutput | PromptOutput
+"""What requests that have not failed give."""
 
 
 class Busy(Exception):
@@ -40,16 +43,16 @@ class Outlet:
         self.open = keys
         """Keys of the requests that have not ended."""
         self._unread = len(keys)
-        self._items: asyncio.Queue[TokenOutput | Exception] = asyncio.Queue()
+        self._items: asyncio.Queue[Given | Exception] = asyncio.Queue()
 
-    def put(self, item: TokenOutput | Exception) -> None:
-        """Add a token, or an exception that ends all requests."""
-        if isinstance(item, TokenOutput) and item.finish_reason:
+    def put(self, item: Output | Exception) -> None:
+        """Add an output, or an exception that ends all requests; the failure of one is such an exception."""
+        if not isinstance(item, Exception) and item.finish_reason:
             self.open.discard(item.key)
-        self._items.put_nowait(item)
+        self._items.put_nowait(CompletionFailed(item.reason) if isinstance(item, FailedOutput) else item)
 
-    async def tokens(self) -> AsyncIterator[TokenOutput]:
-        """Tokens in the order in which they are drawn, up to the last token of the last request."""
+    async def outputs(self) -> AsyncIterator[Given]:
+        """Outputs in the order in which they are computed, up to the last one of the last request."""
         while self._unread:
             item = await self._items.get()
             if isinstance(item, Exception):
@@ -112,12 +115,12 @@ class AsyncEngine:
         return sum(len(outlet.open) for outlet in self._outlets)
 
     @asynccontextmanager
-    async def completions(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[TokenOutput]]:
-        """Submit requests and iterate over their tokens; requests that are open when the context is left are cancelled.
+    async def completions(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[Given]]:
+        """Submit requests and iterate over their outputs; what is open when the context is left is cancelled.
 
         Raises:
             Busy: when `places` has no room for all of them.
-            Ended, EngineFailed: also while tokens are read, as is what `Engine.add` raises.
+            Ended, EngineFailed: also while outputs are read, as are CompletionFailed and what `Engine.add` raises.
         """
         if self.failure:
             raise EngineFailed(self.failure)
@@ -129,7 +132,7 @@ class AsyncEngine:
         self._outlets.add(outlet)
         self._inbox.put(partial(self._add, requests, outlet))
         try:
-            yield outlet.tokens()
+            yield outlet.outputs()
         finally:
             self._outlets.remove(outlet)
             self._inbox.put(partial(self._cancel, tuple(outlet.open)))
@@ -172,7 +175,7 @@ class AsyncEngine:
             for request in requests:
                 self._engine.add(request)
                 self._by_key[request.key] = outlet
-        except ValueError as error:
+        except Exception as error:
             self._cancel([request.key for request in requests])
             self._loop.call_soon_threadsafe(outlet.put, error)
 
@@ -181,14 +184,14 @@ class AsyncEngine:
             self._engine.cancel(key)
             self._by_key.pop(key, None)
 
-    def _hand_out(self, tokens: Sequence[TokenOutput]) -> None:
-        pairs = [(self._by_key[token.key], token) for token in tokens]
-        for token in tokens:
-            if token.finish_reason:
-                del self._by_key[token.key]
+    def _hand_out(self, outputs: Sequence[Output]) -> None:
+        pairs = [(self._by_key[output.key], output) for output in outputs]
+        for output in outputs:
+            if output.finish_reason:
+                del self._by_key[output.key]
         self._loop.call_soon_threadsafe(_put_all, pairs)
 
 
-def _put_all(pairs: Sequence[tuple[Outlet, TokenOutput]]) -> None:
-    for outlet, token in pairs:
-        outlet.put(token)
+def _put_all(pairs: Sequence[tuple[Outlet, Output]]) -> None:
+    for outlet, output in pairs:
+        outlet.put(output)

@@ -11,7 +11,7 @@ class NeedsKey(ValueError):
 def is_local(host: str) -> bool:
     """Whether a host is a loopback address, which only this machine can reach."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

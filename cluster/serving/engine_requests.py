@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from lockstep.cluster.serving.errors import Refused
@@ -26,11 +26,19 @@ class EngineRequests:
     seed: int
     echoes: Sequence[str] = ()
     """Text of each prompt that its completions begin with, where the body asks for `echo`."""
+    draws: bool = True
+    """Whether tokens are drawn: a limit of 0 asks for none."""
+    prompt_logprobs: int | None = None
+    """Of the likeliest tokens at each place of a prompt that is to be scored."""
 
     def requests(self, id: str) -> list[Request]:
         """Requests for the engine; those of one prompt are adjacent, so that the prompt is computed once."""
         prompts = [tuple(prompt) for prompt in self.prompts for _ in range(self.samples)]
-        return [Request(f"{id}/{i}", prompt, self.sampling, self.seed, i) for i, prompt in enumerate(prompts)]
+        scores, draws = self.prompt_logprobs, self.draws
+        return [
+            Request(f"{id}/{i}", prompt, self.sampling, self.seed, i, prompt_logprobs=scores, draws=draws)
+            for i, prompt in enumerate(prompts)
+        ]
 
 
 @dataclass(frozen=True)
@@ -49,13 +57,17 @@ class RequestMaker:
         Raises:
             Refused: names the field that is wrong.
         """
+        self._check_number(body, len(body.prompts))
         encode, decode = self.tokenizer.encode_prompt, partial(self.tokenizer.decode, skip_special=False)
+        limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         prompts = [encode(p) if isinstance(p, str) else p for p in body.prompts]
         for prompt in prompts:
-            self._check(prompt, "prompt")
-        limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        texts = [p if isinstance(p, str) else decode(p) for p in body.prompts] if body.echo else ()
-        return self._job(body, prompts, limit, body.logprobs or 0, texts)
+            self._check(prompt, "prompt", limit)
+        job = self._job(body, prompts, limit, body.logprobs or 0)
+        if not body.echo:
+            return job
+        texts = [p if isinstance(p, str) else decode(p) for p in body.prompts]
+        return replace(job, echoes=texts, prompt_logprobs=body.logprobs)
 
     def chat(self, body: ChatBody) -> EngineRequests:
         """Convert a body of `/v1/chat/completions`.
@@ -63,20 +75,25 @@ class RequestMaker:
         Raises:
             Refused: names the field that is wrong.
         """
-        tokenizer = self.tokenizer
+        self._check_number(body, 1)
         try:
-            prompt = tokenizer.encode_chat([message.plain for message in body.messages])
+            prompt = self.tokenizer.encode_chat([message.plain for message in body.messages])
         except (BadTemplate, RefusedChat) as error:
             raise Refused(400, str(error), param="messages") from error
-        self._check(prompt, "messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        self._check(prompt, "messages", 1 if asked is None else asked)
         limit = self.longest - len(prompt) if asked is None else asked
         return self._job(body, [prompt], limit, body.top_logprobs or 0)
 
-    def _check(self, prompt: Sequence[int], param: str) -> None:
+    def _check_number(self, body: Body, prompts: int) -> None:
+        wanted = prompts * body.samples
+        if wanted > self.places:
+            raise Refused(400, f"{wanted} completions are too many: {self.places} may run and wait", param="n")
+
+    def _check(self, prompt: Sequence[int], param: str, limit: int) -> None:
         if not prompt:
             raise Refused(400, f"{param} has no tokens: give at least one", param=param)
-        if len(prompt) >= self.longest:
+        if len(prompt) + min(limit, 1) > self.longest:
             raise Refused(
                 400,
                 f"{param} has {len(prompt)} tokens, and it and its completion may have {self.longest}: shorten it",
@@ -84,11 +101,6 @@ class RequestMaker:
                 code="context_length_exceeded",
             )
 
-    def _job(
-        self, body: Body, prompts: Sequence[Sequence[int]], limit: int, logprobs: int, echoes: Sequence[str] = ()
-    ) -> EngineRequests:
-        wanted = len(prompts) * body.samples
-        if wanted > self.places:
-            raise Refused(400, f"{wanted} completions are too many: {self.places} may run and wait", param="n")
+    def _job(self, body: Body, prompts: Sequence[Sequence[int]], limit: int, logprobs: int) -> EngineRequests:
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        return EngineRequests(prompts, body.sampling(limit, logprobs), body.samples, seed, echoes)
+        return EngineRequests(prompts, body.sampling(max(1, limit), logprobs), body.samples, seed, draws=limit > 0)

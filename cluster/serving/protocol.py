@@ -7,10 +7,10 @@ are fields that nobody knows: an answer that silently leaves out what was asked 
 import difflib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from lockstep.cluster.serving.errors import Refused, invalid, unsupported
-from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.config import LONGEST, SamplingParams
 
 IGNORED = {
     "metadata",
@@ -44,6 +44,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 STOPS, STOP_LENGTH = 16, 512
 """The most stop strings of a request, and the most characters of each."""
 
+STOP_TOKENS = 128
+"""The most of a request."""
+
+SHOWN_NAME = 80
+"""Characters that an error repeats of a name that nobody knows."""
+
 ALIKE = (
     "temperature",
     "top_p",
@@ -54,7 +60,10 @@ ALIKE = (
     "presence_penalty",
     "logit_bias",
 )
-"""Fields that `SamplingParams` has under the same name."""
+"""Fields that `SamplingParams`, which says what they may be, has under the same name."""
+
+OTHERWISE = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_tokens": "stop_token_ids"}
+"""Fields of `SamplingParams` that bodies have under other names."""
 
 
 def _listed(given: Any) -> Any:
@@ -79,13 +88,14 @@ class Body(BaseModel):
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
+    max_tokens: int | None = Field(None, ge=0, le=LONGEST)
     min_tokens: int | None = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]] | None,
         Field(max_length=STOPS),
         BeforeValidator(_listed),
     ] = None
+    stop_token_ids: list[int] | None = Field(None, max_length=STOP_TOKENS)
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -128,22 +138,22 @@ class Body(BaseModel):
             Refused: names the first field that is wrong.
         """
         values = {name: getattr(self, name) for name in ALIKE}
-        values |= {"min_new_tokens": self.min_tokens, "stop": tuple(self.stop or ())}
+        values |= {"min_new_tokens": self.min_tokens, "stop": self.stop, "stop_tokens": self.stop_token_ids}
         values |= {"max_new_tokens": max_new_tokens, "logprobs": logprobs}
         try:
             return SamplingParams(**{name: value for name, value in values.items() if value is not None})
         except ValidationError as error:
-            raise invalid(error, {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}) from error
+            raise invalid(error, OTHERWISE) from error
 
     def _check_extra(self, name: str, value: Any) -> None:
         if name in IGNORED or value is None or value in NEUTRAL.get(name, ()):
             return
         if name in NEUTRAL:
             raise unsupported(name)
-        known = [*type(self).model_fields, *IGNORED, *NEUTRAL]
+        known, name = [*type(self).model_fields, *IGNORED, *NEUTRAL], name[:SHOWN_NAME]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         raise Refused(
-            400, f"there is no field {name[:80]!r}; the nearest is {nearest}", param=name[:80], code="unknown_parameter"
+            400, f"there is no field {name!r}; the nearest is {nearest}", param=name, code="unknown_parameter"
         )
 
 
@@ -172,13 +182,6 @@ class CompletionBody(Body):
         found: list[str] | list[list[int]] = self.prompt
         return found
 
-    @classmethod
-    def read(cls, raw: bytes) -> Self:
-        body = super().read(raw)
-        if body.echo and body.logprobs is not None:
-            raise Refused(400, "log-probabilities of a prompt are not computed: leave out echo", param="echo")
-        return body
-
 
 def _parts(given: Any) -> Any:
     """The parts of a message's content; a plain text is one part."""
@@ -200,7 +203,7 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_parts)]
+    content: Annotated[list[Part], FailFast(), BeforeValidator(_parts)]
 
     @property
     def plain(self) -> dict[str, str]:
@@ -212,8 +215,8 @@ class Message(BaseModel):
 class ChatBody(Body):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=0, le=LONGEST)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 

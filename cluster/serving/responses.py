@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep.rl.rollout.detokenizer import Decode, TextStream
-from lockstep.rl.rollout.protocol import TokenOutput
+from lockstep.rl.rollout.protocol import PromptOutput, Score, TokenOutput
 
 Json = dict[str, Any]
 
@@ -17,8 +17,22 @@ Json = dict[str, Any]
 class Place:
     """A token of a choice with its text offset, in characters from the beginning of the choice's text."""
 
-    token: TokenOutput
+    token: TokenOutput | Score
     offset: int
+
+
+def prompt_offsets(tokens: Sequence[int], text: str, named: Decode) -> list[int]:
+    """Text offset of each token of a prompt; what is not in its text, as a BOS that was added, takes no room.
+
+    Args:
+        named: decodes special tokens to their names.
+    """
+    stream, found = TextStream(named), []
+    for token in tokens:
+        found.append(stream.length)
+        stream.add(token)
+    added = max(0, len(named(list(tokens))) - len(text))
+    return [min(max(0, offset - added), len(text)) for offset in found]
 
 
 @dataclass(frozen=True)
@@ -46,23 +60,32 @@ def merged(pieces: Sequence[Piece]) -> Piece:
 class Choice:
     """One choice of a response, which grows with its tokens."""
 
-    def __init__(self, index: int, text: TextStream, before: str = "") -> None:
+    def __init__(self, index: int, text: TextStream, named: Decode, before: str = "") -> None:
         """
         Args:
+            named: decodes special tokens to their names.
             before: text that the choice begins with, for `echo`.
         """
-        self._index, self._text, self._before = index, text, before
+        self._index, self._text, self._named, self._before = index, text, named, before
         self._shift = len(before)
         self._places: list[Place] = []
         self._is_first = True
 
-    def add(self, token: TokenOutput) -> Piece | None:
-        """Add a token; returns the piece that is certain now, or None."""
-        self._places.append(Place(token, self._shift + self._text.length))
-        text = self._before + self._text.add(token.token, token.finish_reason)
-        if not text and not token.finish_reason:
+    def add(self, output: TokenOutput | PromptOutput) -> Piece | None:
+        """Add a token, or what a prompt reports; returns the piece that is certain now, or None."""
+        new = ""
+        if isinstance(output, PromptOutput):
+            offsets = prompt_offsets([score.token for score in output.scores], self._before, self._named)
+            self._places += map(Place, output.scores, offsets)
+        else:
+            self._places.append(Place(output, self._shift + self._text.length))
+            new = self._text.add(output.token, output.finish_reason)
+        return self._piece(self._before + new, output.finish_reason)
+
+    def _piece(self, text: str, finish_reason: str | None) -> Piece | None:
+        if not text and not finish_reason:
             return None
-        piece = Piece(self._index, text, tuple(self._places), self._is_first, token.finish_reason)
+        piece = Piece(self._index, text, tuple(self._places), self._is_first, finish_reason)
         self._before, self._places, self._is_first = "", [], False
         return piece
 
@@ -95,6 +118,8 @@ class Reply(ABC):
     model: str
     decode: Decode
     logprobs: bool
+    top: bool = False
+    """Whether completions list the likeliest tokens."""
     created: int = field(default_factory=_now)
     unique: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -152,12 +177,14 @@ class CompletionReply(Reply):
         return {
             "tokens": [self.decode([t.token]) for t in tokens],
             "token_logprobs": [t.logp for t in tokens],
-            "top_logprobs": [self._top(t) for t in tokens] if any(t.top for t in tokens) else None,
+            "top_logprobs": [self._top(t) for t in tokens] if self.top else None,
             "text_offset": [place.offset for place in piece.places],
         }
 
-    def _top(self, token: TokenOutput) -> dict[str, float]:
-        """Log-probabilities of the likeliest tokens and the drawn one, by text; of equal texts the likeliest."""
+    def _top(self, token: TokenOutput | Score) -> dict[str, float] | None:
+        """Log-probabilities of the likeliest tokens and this one, by text; of equal texts the likeliest."""
+        if token.logp is None:
+            return None
         found: dict[str, float] = {}
         for number, logp in (*token.top, (token.token, token.logp)):
             found.setdefault(self.decode([number]), logp)
@@ -187,10 +214,10 @@ class ChatReply(Reply):
             "finish_reason": piece.finish_reason,
         }
 
-    def _logprob(self, token: TokenOutput) -> Json:
+    def _logprob(self, token: TokenOutput | Score) -> Json:
         return self._named(token.token, token.logp) | {"top_logprobs": [self._named(*pair) for pair in token.top]}
 
-    def _named(self, number: int, logp: float) -> Json:
+    def _named(self, number: int, logp: float | None) -> Json:
         """A token's text and log-probability, and its bytes where these are whole characters."""
         text = self.decode([number])
         return {"token": text, "logprob": logp, "bytes": None if "\ufffd" in text else list(text.encode())}

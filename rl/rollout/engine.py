@@ -195,6 +195,9 @@ class RolloutEngine:
         if strange is not None:
             raise ValueError(f"there is no token {strange}: the vocabulary has 0 … {model.vocabulary - 1}")
 
+        if request.sampling.min_new_tokens and len({*self._sampler.ends(request.sampling)}) == model.vocabulary:
+            raise ValueError(f"all {model.vocabulary} tokens end a completion, which then has no first one: name fewer")
+
     def add(self, request: Request) -> None:
         """Queue a request, which runs as soon as there is room.
 

@@ -1,7 +1,7 @@
 """Scores prompts in the passes that compute them: the log-probability of each token, given those before it.
 
-They are computed as those of drawn tokens are, so that in exact numerics they are the trainer's bits. Logits exist for a
-few tokens at a time, however long a prompt is.
+They are computed as those of drawn tokens are, so that in exact numerics they are the trainer's bits. Logits exist for
+a few tokens at a time, however long a prompt is.
 """
 
 from collections.abc import Iterator, Sequence

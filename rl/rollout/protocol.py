@@ -49,7 +49,7 @@ class Request:
     begun: int = 0
     """The last so many of the tokens are the completion's beginning; positions count from there."""
     prompt_logprobs: int | None = None
-    """Report the log-probabilities of the prompt, with this many of the likeliest tokens at each place; None: do not."""
+    """Report the prompt's log-probabilities, with this many of the likeliest tokens at each place; None: do not."""
     draws: bool = True
     """Whether tokens are drawn; a request that draws none ends when its prompt has been computed."""
 

@@ -30,7 +30,7 @@ class SequenceState:
     """Hashes of the text's full blocks (see `block_pool.chained`), as far as they have been needed."""
     stops: StopStrings | None = None
     scores: list[Score] | None = None
-    """Of the prompt's tokens, as far as they have been computed; None where none are asked for, or all were reported."""
+    """Of the prompt's tokens that have been computed; None where none are asked for, or all have been reported."""
 
     @property
     def known(self) -> int:

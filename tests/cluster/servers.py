@@ -1,10 +1,14 @@
 """A server of a tiny model on a free port, in a thread of the tests' process."""
 
 import asyncio
+import json
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 from openai import OpenAI
@@ -65,3 +69,29 @@ def serving(
         thread.join(30)
         assert not thread.is_alive(), "the server does not end"
         loop.close()
+
+
+def post(server: Running, path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers, whatever they are."""
+    headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    request = urllib.request.Request(f"{server.url}{path}", data=body, headers=headers, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.load(reply), dict(reply.headers)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error), dict(error.headers)
+
+
+def get(server: Running, path: str) -> tuple[int, str]:
+    """Status and text."""
+    try:
+        with urllib.request.urlopen(f"{server.url}{path}", timeout=60) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def idle(server: Running) -> bool:
+    """Whether nothing runs or waits, and no block is held."""
+    now = server.engine.statistics
+    return now.running == now.waiting == now.blocks_used == 0

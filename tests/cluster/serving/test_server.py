@@ -6,9 +6,6 @@ import math
 import signal
 import socket
 import struct
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +20,11 @@ from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.protocol import Request, TokenOutput
 from tests.cluster.cli_process import Command, refused, until
-from tests.cluster.servers import MODEL, Running, serving
+from tests.cluster.servers import MODEL, Running, get, idle, post, serving
 
 PROMPT = "State the final answer"
 ENDLESS = {"2": -100.0}
 """A bias with which the tiny model never ends by itself."""
-
-
-@pytest.fixture(scope="module")
-def server(transformer: Transformer, tokenizer: Tokenizer) -> Iterator[Running]:
-    with serving(RolloutEngine(transformer, decode=tokenizer.decode), tokenizer) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Running) -> OpenAI:
-    return server.client()
 
 
 def drawn(
@@ -56,30 +42,6 @@ def drawn(
     while engine.has_work:
         found += engine.step()
     return found
-
-
-def post(server: Running, path: str, body: bytes, **headers: str) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Status, body and headers, whatever they are."""
-    headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
-    request = urllib.request.Request(f"{server.url}{path}", data=body, headers=headers, method="POST")
-    try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return reply.status, json.load(reply), dict(reply.headers)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error), dict(error.headers)
-
-
-def get(server: Running, path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"{server.url}{path}", timeout=60) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def idle(server: Running) -> bool:
-    now = server.engine.statistics
-    return now.running == now.waiting == now.blocks_used == 0
 
 
 def test_a_completion_is_what_the_engine_draws(client: OpenAI, transformer: Transformer, tokenizer: Tokenizer) -> None:
@@ -259,11 +221,22 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"prompt": [10**9]}, 400, None, "there is no token 1000000000"),
     ({"prompt": "a b" * 300}, 400, "prompt", "may have 256"),
     ({"prompt": "a", "max_tokens": 256}, 400, None, "256"),
-    ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": -1}, 400, "max_tokens", "greater than or equal to 0"),
+    ({"max_tokens": 10**4299}, 400, "max_tokens", "less than or equal to"),
     ({"max_tokens": 1.5}, 400, "max_tokens", "integer"),
     ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
     ({"temperature": "hot"}, 400, "temperature", "number"),
     ({"temperature": math.inf}, 400, "temperature", "finite"),
+    ({"temperature": math.nan}, 400, "temperature", "finite"),
+    ({"temperature": 1e-300}, 400, "temperature", "use 0, which takes the likeliest token, or 0.001 and more"),
+    ({"temperature": 1e-40}, 400, "temperature", "use 0"),
+    ({"temperature": 1e30}, 400, "temperature", "less than or equal to"),
+    ({"temperature": True}, 400, "temperature", "number"),
+    ({"repetition_penalty": 1e-40}, 400, "repetition_penalty", "greater than or equal to"),
+    ({"repetition_penalty": 5e-324}, 400, "repetition_penalty", "greater than or equal to"),
+    ({"repetition_penalty": 1e39}, 400, "repetition_penalty", "less than or equal to"),
+    ({"min_p": math.nan}, 400, "min_p", "less than or equal to 1"),
+    ({"min_tokens": 10**30}, 400, "min_tokens", "less than or equal to"),
     ({"top_p": 0}, 400, "top_p", "greater than 0"),
     ({"top_k": -2}, 400, "top_k", "greater than or equal to 0"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
@@ -275,7 +248,11 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"stop": ""}, 400, "stop.0", "at least 1 character"),
     ({"stop": 5}, 400, "stop", "array"),
     ({"logprobs": 21}, 400, "logprobs", "less than or equal to 20"),
-    ({"logprobs": 1, "echo": True}, 400, "echo", "leave out echo"),
+    ({"stop_token_ids": [2, 301]}, 400, None, "there is no token 301"),
+    ({"stop_token_ids": [-1]}, 400, None, "there is no token -1"),
+    ({"stop_token_ids": 2}, 400, "stop_token_ids", "array"),
+    ({"stop_token_ids": [True]}, 400, "stop_token_ids.0", "integer"),
+    ({"stop_token_ids": list(range(129))}, 400, "stop_token_ids", "at most 128"),
     ({"logit_bias": {"x": 1}}, 400, "logit_bias.x.[key]", "integer"),
     ({"logit_bias": {"999999": 1}}, 400, None, "there is no token 999999"),
     ({"presence_penalty": 3}, 400, "presence_penalty", "less than or equal to 2"),
@@ -360,7 +337,7 @@ def hang_up(server: Running, body: dict[str, Any], wait_for: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as line:
         head = (
             "POST /v1/completions HTTP/1.1",
-            "Host: x",
+            f"Host: 127.0.0.1:{server.port}",
             "Content-Type: application/json",
             f"Content-Length: {len(raw)}",
         )
@@ -422,6 +399,30 @@ def test_an_engine_that_fails_fails_its_requests_and_says_so(transformer: Transf
             assert (status, json.loads(body)["status"]) == (503, "failed")
         finally:
             handle.remove()
+
+
+def test_a_completion_that_fails_costs_no_other(transformer: Transformer, tokenizer: Tokenizer) -> None:
+    def decode(tokens: list[int]) -> str:
+        if 9 in tokens:
+            raise UnicodeError("nine is no letter")
+        return tokenizer.decode(tokens)
+
+    fails: dict[str, Any] = dict(model=MODEL, prompt="12", max_tokens=9, stop="never", logit_bias={"9": 100})
+    asked: dict[str, Any] = dict(model=MODEL, prompt=PROMPT, max_tokens=200, seed=1, logit_bias=ENDLESS | {"9": -100})
+    with serving(RolloutEngine(transformer, decode=decode), tokenizer) as server:
+        client = server.client()
+        expected = client.completions.create(**asked).choices[0].text
+        chunks = iter(client.completions.create(**asked, stream=True))
+        found = next(chunks).choices[0].text
+        for options in ({}, {"n": 3}, {"prompt": ["a", "b"]}, {"echo": True, "logprobs": 1}):
+            with pytest.raises(openai.InternalServerError, match="the completion failed: nine is no letter") as error:
+                client.completions.create(**fails | options)
+            assert error.value.code == "completion_failed"
+            with pytest.raises(openai.APIError, match="nine is no letter"):
+                list(client.completions.create(**fails | options, stream=True))
+        assert found + "".join(chunk.choices[0].text for chunk in chunks) == expected
+        assert get(server, "/health")[0] == 200
+        until(lambda: idle(server), 30)
 
 
 def test_what_is_not_done_when_the_server_ends_is_told_so(transformer: Transformer, tokenizer: Tokenizer) -> None:

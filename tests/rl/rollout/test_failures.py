@@ -122,7 +122,7 @@ def test_what_failed_leaves_nothing_that_spreads(groups: Groups, numerics: str, 
 
 def test_a_completion_that_fails_in_training_is_an_error(spoilt: Transformer) -> None:
     engine = engine_of(spoilt)
-    with pytest.raises(CompletionFailed, match="completion 1 cannot be written: .* not numbers"):
+    with pytest.raises(CompletionFailed, match=r"completion 1 cannot be written: .* not numbers"):
         list(generate(engine, [Prompt(0, "", (3,), ""), Prompt(1, "", (SPOILT,), "")], SAMPLING, samples=1, seed=0))
     assert not engine.has_work
     assert engine.statistics.blocks_used == 0
