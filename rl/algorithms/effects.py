@@ -62,11 +62,6 @@ _REQUIREMENTS = (
     _Requirement(
         ("kl_estimator", "kl_place"), lambda c: bool(c.kl_beta) or "kl_beta" in c.model_fields_set, "kl_beta is 0"
     ),
-    _Requirement(
-        ("kl_place",),
-        lambda c: not (c.kl.in_reward and c.advantage == "teacher"),
-        "a teacher judges tokens, and rewards do not count: set kl_place='loss'",
-    ),
 )
 
 
@@ -120,6 +115,10 @@ def _check_switches(config: "RLConfig") -> None:
         raise ValueError(
             f"kl_target={config.kl_target} multiplies kl_beta, and 0 stays 0: set kl_beta to what it begins with, "
             "such as 0.05"
+        )
+    if config.kl.in_reward and config.advantage == "teacher":
+        raise ValueError(
+            "kl_place='reward' has no effect: a teacher judges tokens, and rewards do not count; set kl_place='loss'"
         )
     if config.flow.dynamic_sampling and config.advantage == "teacher":
         raise ValueError("flow.dynamic_sampling=true has no effect: with advantage='teacher' every group teaches")
