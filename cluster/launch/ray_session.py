@@ -6,11 +6,18 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+import grpc
 import psutil
 import ray
 
 SHUTDOWN_S = 5.0
 """How long processes may take to end by themselves when a run ends."""
+ANSWER_S = 10.0
+"""How long a cluster's head may take to answer; Ray itself would ask for minutes."""
+
+
+class NoCluster(ValueError):
+    """No Ray cluster answers at the address."""
 
 
 class Interruption:
@@ -41,8 +48,14 @@ class Interruption:
 
 @contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
-    """Connect to the Ray cluster at `address`, or start one here and stop it at the end."""
+    """Connect to the Ray cluster at `address`, or start one here and stop it at the end.
+
+    Raises:
+        NoCluster: when none answers at the address.
+    """
     joined = address or os.environ.get("RAY_ADDRESS")
+    if joined:
+        check_answers(joined, ANSWER_S)
     try:
         _connect(joined)
         yield
@@ -50,6 +63,24 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         started = [] if joined else psutil.Process().children(recursive=True)
         ray.shutdown()
         _end(started)
+
+
+def check_answers(address: str, seconds: float) -> None:
+    """Whether a Ray cluster answers at `host:port` or `ray://host:port`; `auto` and `local` are left to Ray.
+
+    Raises:
+        NoCluster: when nothing that speaks gRPC does within so many seconds.
+    """
+    if address in ("auto", "local") or os.environ.get("RAY_USE_TLS") == "1":
+        return
+    with grpc.insecure_channel(address.removeprefix("ray://"), [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=seconds)
+        except grpc.FutureTimeoutError as error:
+            raise NoCluster(
+                f"no Ray cluster answered at address={address} within {seconds:g} s: give host:port of a head that "
+                "runs, whose port is 6379 unless `ray start --head --port` said otherwise, or leave it out to start one"
+            ) from error
 
 
 def _connect(address: str | None) -> None:

@@ -9,6 +9,9 @@ import os
 import shlex
 import sys
 import tempfile
+import urllib.error
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import ray.job_submission as jobs
@@ -16,6 +19,7 @@ from ray.exceptions import AuthenticationError
 from rich.console import Console
 
 import lockstep
+from lockstep.cluster.launch.ray_session import ANSWER_S
 from lockstep.cluster.recipe.load import to_toml
 from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.cluster.recipe.schema import Recipe
@@ -64,13 +68,15 @@ def _client(address: str) -> jobs.JobSubmissionClient:
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         os.environ.pop(variable, None)  # Ray would prefer it to the address that was asked for
     try:
+        with suppress(urllib.error.HTTPError):  # an answer, too: the client below says what it means
+            urllib.request.urlopen(f"{address}/api/version", timeout=ANSWER_S).close()
         return jobs.JobSubmissionClient(address)
     except AuthenticationError as error:
         raise NoHead(
             f"the Ray head at {address} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH to the head's own"
         ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise NoHead(
             f"no Ray head answers at {address} ({error}): start one with `ray start --head`, or correct the address"
         ) from error
