@@ -16,16 +16,40 @@ class RecipeError(ValueError):
 
 
 def validation_sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first validation error as one sentence: the key, what was given, what is allowed."""
-    first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
-    key = ".".join(place)
+    """One validation error as one sentence: the key, what was given, what is allowed. A misspelt key comes first."""
+    errors = error.errors(include_url=False)
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
+    place = _place(first["loc"], model, is_key=first["type"] == "extra_forbidden")
+    key, names = _dotted(place), [part for part in place if isinstance(part, str)]
     if first["type"] == "extra_forbidden":
-        return f"{key} is not a key of this recipe{_nearest(place, model)}"
+        return f"{key} is not a key of this recipe{_nearest(names, model)}"
+    if first["type"] == "missing":
+        return f"{key} is missing: keys here are {', '.join(_siblings(names, model))}"
     reason = str(first.get("ctx", {}).get("error", "")) or first["msg"][0].lower() + first["msg"][1:]
     if first["type"] in ("model_type", "model_attributes_type"):
-        reason = f"it is a section with the keys {', '.join(_siblings([*place, ''], model))}"
+        reason = f"it is a section with the keys {', '.join(_siblings([*names, ''], model))}"
     return f"{key}={json.dumps(first['input'], default=str)} is not allowed: {reason}" if place else reason
+
+
+def _place(loc: Sequence[str | int], model: type[BaseModel], *, is_key: bool) -> list[str | int]:
+    """The parts of a key, without what pydantic adds to say as which of several types a value was read.
+
+    Args:
+        is_key: whether the last part is a key that nobody knows.
+    """
+    place, section, within = list[str | int](), _section_type(model), False
+    for number, part in enumerate(loc):
+        field = section.model_fields.get(part) if section and isinstance(part, str) else None
+        if field or isinstance(part, int) or (within and part != "[key]") or (is_key and number == len(loc) - 1):
+            place.append(part)
+        if field:
+            section, within = _section_type(field.annotation), _is_mapping(field.annotation)
+    return place
+
+
+def _dotted(place: Iterable[str | int]) -> str:
+    """A key as it is written: `pretrain.data.blend[1].path`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 
 
 def _nearest(place: Sequence[str], model: type[BaseModel]) -> str:
@@ -80,3 +104,9 @@ def annotation(place: Sequence[str]) -> Any:
 def _section_type(annotation: Any) -> type[BaseModel] | None:
     options = [annotation, *getattr(annotation, "__args__", ())]
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether the keys below are the user's own, as in `task.settings`."""
+    options = (annotation, *getattr(annotation, "__args__", ()))
+    return any(getattr(option, "__origin__", None) is dict for option in options)

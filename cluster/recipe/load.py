@@ -36,7 +36,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror}): give a recipe that can") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     return with_absolute_paths(parse(values, overrides))
 
@@ -97,7 +97,7 @@ def _value(text: str, *, wants_text: bool) -> Any:
     """TOML where it parses, else the text itself, so that strings need no quotes."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # of TOML, or of what Python reads of it
         return text
     return text if wants_text and not isinstance(value, str) else value
 
@@ -106,5 +106,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield from _leaves({f"{key}[{number}]": each for number, each in enumerate(value)}, prefix)
         else:
             yield prefix + key, value

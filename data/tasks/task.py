@@ -70,7 +70,7 @@ class TaskConfig(BaseModel):
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
         """The preset's keys, and over them those that are given."""
-        if not isinstance(values, dict) or not values.get("preset"):
+        if not isinstance(values, dict) or not isinstance(values.get("preset"), str) or not values["preset"]:
             return values
         if values["preset"] not in PRESETS:
             raise ValueError(f"task.preset={values['preset']!r} is not known: use one of {', '.join(PRESETS)}")
