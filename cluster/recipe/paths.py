@@ -1,8 +1,8 @@
 """Paths in recipes: which fields hold one, and what a relative one means.
 
-`Annotated[str, Path]` is the type of a path or a URL, `Annotated[str, Path | str]` that of a path, a URL or a name: of a
-model on the Hub or in a package, of a generator. Relative paths mean the folder in which the command is given, whatever
-the folders are in which workers and jobs run.
+`Annotated[str, Path]` is the type of a path or a URL, `Annotated[str, Path | str]` that of a path, a URL or a name, of
+a model on the Hub or in a package or of a generator. Relative paths mean the folder in which the command is given,
+whatever the folders are in which workers and jobs run.
 """
 
 import re
