@@ -6,7 +6,7 @@ off, only waits: `kl_estimator` may stand beside `kl_beta = 0`, and `flow.most` 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -14,16 +14,14 @@ from lockstep.model.training.config import given
 from lockstep.rl.algorithms.methods import METHODS, Method
 from lockstep.rl.rollout.config import SamplingParams
 
-if TYPE_CHECKING:
-    from lockstep.rl.algorithms.config import RLConfig
-
 
 @dataclass(frozen=True)
 class _Requirement:
     """What keys of a method need to have an effect."""
 
     keys: tuple[str, ...]
-    holds: Callable[["RLConfig"], bool]
+    holds: Callable[[Any], bool]
+    """Of an `RLConfig`, which imports this module."""
     words: str
 
 
@@ -65,7 +63,7 @@ _REQUIREMENTS = (
 )
 
 
-def check_effects(config: "RLConfig") -> None:
+def check_effects(config: Any) -> None:
     """Raises where a key of a method, of sampling, flow or reference would not do what it says.
 
     Raises:
@@ -86,7 +84,7 @@ def _shown(config: Method, key: str) -> str:
     return "{…}" if isinstance(value, BaseModel) else repr(value)
 
 
-def _check_off_policy(config: "RLConfig") -> None:
+def _check_off_policy(config: Any) -> None:
     """A gain without a ratio to the behaviour policy is right for samples of the current policy only.
 
     Rejection sampling is likelihood, whoever wrote what it accepts.
@@ -110,7 +108,7 @@ def _check_off_policy(config: "RLConfig") -> None:
         )
 
 
-def _check_switches(config: "RLConfig") -> None:
+def _check_switches(config: Any) -> None:
     if config.kl_target is not None and not config.kl_beta:
         raise ValueError(
             f"kl_target={config.kl_target} multiplies kl_beta, and 0 stays 0: set kl_beta to what it begins with, "

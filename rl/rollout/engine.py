@@ -23,9 +23,9 @@ from lockstep.rl.rollout.block_pool import BlockPool
 from lockstep.rl.rollout.config import EngineConfig, with_stop_tokens
 from lockstep.rl.rollout.detokenizer import StopStrings
 from lockstep.rl.rollout.model_runner import ModelRunner, block_counts
-from lockstep.rl.rollout.parallel_sampler import Drawn, ParallelSampler
-from lockstep.rl.rollout.prompt_scorer import PromptScorer
 from lockstep.rl.rollout.protocol import FailedOutput, Output, PromptTooLong, Request, Score, Statistics, TokenOutput
+from lockstep.rl.rollout.sampling.parallel_sampler import Drawn, ParallelSampler
+from lockstep.rl.rollout.sampling.prompt_scorer import PromptScorer
 from lockstep.rl.rollout.scheduler import Failures, Plan, Scheduler, SequenceState
 from lockstep.rl.weight_sync.receiver import Receiver
 from lockstep.rl.weight_sync.shards import Shard

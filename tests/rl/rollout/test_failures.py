@@ -17,7 +17,7 @@ from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import CompletionFailed, generate
 from lockstep.rl.rollout.protocol import FailedOutput, Output, Request
-from lockstep.rl.rollout.sampler import Row, draw, draw_isolated
+from lockstep.rl.rollout.sampling.sampler import Row, draw, draw_isolated
 from lockstep.rl.types import Prompt
 from tests.model.exact_rollouts import WAYS, by_way
 

@@ -12,7 +12,7 @@ from lockstep.model.ops.exact.reductions import gathered
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.protocol import Request, Score
-from lockstep.rl.rollout.sampler import Row, draw_isolated, likeliest, uniforms
+from lockstep.rl.rollout.sampling.sampler import Row, draw_isolated, likeliest, uniforms
 from lockstep.rl.rollout.scheduler import SequenceState
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lockstep.model.ops.cpu import kernels
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.rollout.sampler import Draw, Row, _inverted, _weights, draw, likeliest, over_support, uniforms
+from lockstep.rl.rollout.sampling.sampler import Draw, Row, _inverted, _weights, draw, likeliest, over_support, uniforms
 
 DRAWS = 6_000
 LOGITS = torch.tensor([1.5, -0.3, 0.2, 2.0, -4.0, 0.9, 1.1, float("-inf"), 0.0, -1.0])

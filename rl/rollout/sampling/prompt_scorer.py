@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lockstep.model.layers.logprobs import CHUNKS
 from lockstep.rl.rollout.model_runner import ModelRunner
-from lockstep.rl.rollout.parallel_sampler import ParallelSampler
 from lockstep.rl.rollout.protocol import PromptOutput, Score
+from lockstep.rl.rollout.sampling.parallel_sampler import ParallelSampler
 from lockstep.rl.rollout.scheduler import Chunk, Failures
 
 

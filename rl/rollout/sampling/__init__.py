@@ -1,0 +1,1 @@
+"""Draws tokens from logits, for one sequence and for a batch in parallel, and scores prompts."""
