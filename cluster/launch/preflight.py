@@ -17,8 +17,8 @@ from lockstep.model.config import ModelConfig, check_layout, check_numerics
 from lockstep.model.formats.registry import ModelContents, OpenModel, open_model
 from lockstep.model.training.config import PretrainConfig
 from lockstep.model.weights.lora import with_adapters
+from lockstep.rl.sandbox.distributions import LibraryError
 from lockstep.rl.sandbox.isolation import SandboxError
-from lockstep.rl.sandbox.libraries import LibraryError
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import SandboxConfig
 

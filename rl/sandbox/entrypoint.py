@@ -41,7 +41,7 @@ def serve(connection: int, uses: Isolation, limits: SandboxLimits, libraries: li
     """Isolates this process, reports how, then runs the zygote's loop until the pool closes the connection.
 
     Args:
-        libraries: files and folders beside Python's own; see `libraries.located`.
+        libraries: files and folders beside Python's own; see `distributions.located`.
     """
     control = socket.socket(fileno=connection)
     _settle()

@@ -33,7 +33,7 @@ class Sandbox:
         """Starts the process with as much of `uses` as the kernel grants; `await_ready` waits for it.
 
         Args:
-            offered: files and folders of libraries; see `libraries.located`.
+            offered: files and folders of libraries; see `distributions.located`.
 
         Raises:
             SandboxError: where no process can be started.

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from lockstep.data.tasks.code_tests import CodeTests
+from lockstep.rl.sandbox.distributions import DEFAULT, located
 from lockstep.rl.sandbox.harness.standard_streams import Observation
 from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxError, SandboxLimits
-from lockstep.rl.sandbox.libraries import DEFAULT, located
 from lockstep.rl.sandbox.sandbox import Sandbox
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.code_extraction import code_of

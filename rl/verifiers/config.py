@@ -4,8 +4,8 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lockstep.rl.sandbox.distributions import DEFAULT
 from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxLimits
-from lockstep.rl.sandbox.libraries import DEFAULT
 
 Mechanism = Literal["namespaces", "seccomp", "landlock"]
 

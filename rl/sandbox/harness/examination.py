@@ -152,7 +152,8 @@ def _run_tests(code: types.CodeType, names: dict[str, Any], tests: CodeTests) ->
     if candidate is not None and callable(check := names.get("check")) and not isinstance(check, Remote):
         check(candidate)
     _run_unittest(names)
-    pytest_subset.run(names, _FILE, spared=_names_read(tests.program), candidate=candidate)
+    if any(name.startswith(("test", "Test")) for name in names):
+        pytest_subset.run(names, _FILE, spared=_names_read(tests.program), candidate=candidate)
 
 
 def _run_unittest(names: dict[str, Any]) -> None:

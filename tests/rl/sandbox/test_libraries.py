@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from lockstep.data.tasks.code_tests import CodeTests
+from lockstep.rl.sandbox.distributions import LibraryError, located
 from lockstep.rl.sandbox.isolation import NOTHING
-from lockstep.rl.sandbox.libraries import LibraryError, LibraryFinder, located, mentioned
+from lockstep.rl.sandbox.libraries import LibraryFinder, mentioned
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code_pool import CodePool
 
