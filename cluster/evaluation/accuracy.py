@@ -1,6 +1,7 @@
 """Accuracy and pass@k over problems, with 95% confidence intervals.
 
-Ungradable completions count as neither right nor wrong: they are left out, and their number stands beside the shares.
+Held-out accuracy of a run and that of `lockstep eval` are one function, `estimate_accuracy`. Ungradable completions
+count as neither right nor wrong: they are left out, and their number stands beside the shares.
 """
 
 import math
@@ -56,10 +57,24 @@ def wilson(correct: float, total: int, z: float = Z) -> tuple[float, float]:
 
 
 def estimate_accuracy(tallies: Sequence[Tally]) -> Estimate:
-    """Accuracy: the share of graded completions that are correct, one a problem, with Wilson's interval."""
+    """Accuracy: the share of graded completions that are correct, one a problem, with Wilson's interval.
+
+    What is ungradable is left out, because nothing that a completion does makes it so.
+    """
     correct, graded = sum(t.correct for t in tallies), sum(t.graded for t in tallies)
     low, high = wilson(correct, graded)
     return Estimate(correct / graded if graded else math.nan, low, high, graded)
+
+
+def accuracy_row(outcomes: Sequence[str]) -> dict[str, float]:
+    """A run's record of greedy completions, one a problem: their accuracy, and how many of what outcome there are."""
+    counts = tally(outcomes)
+    return {
+        "accuracy": estimate_accuracy([counts]).value,
+        "correct": counts.correct,
+        "total": len(outcomes),
+        "ungradable": counts.ungradable,
+    }
 
 
 def pass_at_k(graded: int, correct: int, k: int) -> float:

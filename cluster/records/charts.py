@@ -114,7 +114,8 @@ def _accuracy_chart(records: Sequence[Record]) -> Chart:
     for record in records:
         updates += record.get("phase") in UPDATES
         if record.get("phase") == "eval":
-            low, high = wilson(count_of(record, "correct"), count_of(record, "total"))
+            graded = count_of(record, "total") - count_of(record, "ungradable")
+            low, high = wilson(count_of(record, "correct"), graded)
             stage = str(record.get("stage", ""))
             label = stage if stage in STAGES else ""
             points.append(Point(updates, 100 * value_of(record, "accuracy"), 100 * low, 100 * high, label))

@@ -48,8 +48,8 @@ class Stage:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson interval of the accuracy."""
-        return wilson(self.correct, self.total)
+        """95% Wilson interval of the accuracy, which leaves out what is ungradable."""
+        return wilson(self.correct, self.total - self.ungradable)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _stages(folder: RunFolder, records: Sequence[Record]) -> list[Stage]:
     for name in order:
         correct, total, ungradable = (count_of(found[name], key) for key in ("correct", "total", "ungradable"))
         accuracy = value_of(found[name], "accuracy")
-        accuracy = accuracy if math.isfinite(accuracy) else correct / max(1, total)
+        accuracy = accuracy if math.isfinite(accuracy) else correct / max(1, total - ungradable)
         gain = accuracy - stages[-1].accuracy if stages else None
         stages.append(Stage(name, accuracy, correct, total, ungradable, gain))
     return stages

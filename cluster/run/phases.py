@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lockstep.cluster.evaluation.accuracy import accuracy_row
 from lockstep.cluster.launch.actors import RunActors, start_actors
 from lockstep.cluster.launch.placement import Placement
 from lockstep.cluster.launch.plan import RunPlan
@@ -23,7 +24,6 @@ from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, Supervised
 from lockstep.rl.algorithms.preferences import Comparison
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.types import Judged
-from lockstep.rl.verdict import Outcome
 
 
 def run_phases(
@@ -157,7 +157,8 @@ class _Phases:
         self._run.evaluation(stage, [answer_row(each) for each in judged])
         self._run.log("eval", self.steps, row)
         self._run.update(rows=self._rows)
-        self._progress.say(f"{stage}: {row['correct']} of {row['total']} correct")
+        lost = f", {row['ungradable']} ungradable and left out" if row["ungradable"] else ""
+        self._progress.say(f"{stage}: {row['correct']} of {row['total'] - row['ungradable']} correct{lost}")
 
     def save(self) -> None:
         """A checkpoint of who learns as they are."""
@@ -174,13 +175,4 @@ class _Phases:
 
 
 def _evaluation(stage: str, step: int, judged: Sequence[Judged]) -> dict[str, Any]:
-    outcomes = [s.verdict.outcome for s in judged]
-    correct, ungradable = outcomes.count(Outcome.correct), outcomes.count(Outcome.ungradable)
-    return {
-        "stage": stage,
-        "accuracy": correct / len(judged),
-        "correct": correct,
-        "total": len(judged),
-        "ungradable": ungradable,
-        "step": step,
-    }
+    return {"stage": stage, **accuracy_row([s.verdict.outcome for s in judged]), "step": step}

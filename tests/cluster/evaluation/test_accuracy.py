@@ -8,7 +8,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lockstep.cluster.evaluation.accuracy import Tally, estimate_accuracy, mean_pass_at_k, pass_at_k, tally, wilson
+from lockstep.cluster.evaluation.accuracy import (
+    Tally,
+    accuracy_row,
+    estimate_accuracy,
+    mean_pass_at_k,
+    pass_at_k,
+    tally,
+    wilson,
+)
 
 
 @given(st.data(), st.integers(1, 9))
@@ -57,6 +65,13 @@ def test_the_ungradable_are_left_out_and_never_wrong() -> None:
     sampled = [Tally(2, 0, 2), Tally(1, 0, 3), Tally(1, 3)]
     assert mean_pass_at_k(sampled, 2).problems == 2
     assert mean_pass_at_k(sampled, 2).value == pytest.approx((1 + 0.5) / 2)
+    assert accuracy_row(["correct", "incorrect", "ungradable", "correct"]) == {
+        "accuracy": estimate_accuracy(tallies).value,
+        "correct": 2,
+        "total": 4,
+        "ungradable": 1,
+    }
+    assert math.isnan(accuracy_row(["ungradable"])["accuracy"])
     nothing = mean_pass_at_k(sampled, 5)
     assert (nothing.problems, nothing.low, nothing.high) == (0, 0.0, 1.0)
     assert math.isnan(nothing.value)
