@@ -129,7 +129,7 @@ def test_the_folder_takes_the_name_and_leaves_other_braces() -> None:
     name=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"])),
     seed=st.integers(0, 2**62),
     rate=st.floats(1e-9, 1e3),
-    stop=st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]))),
+    stop=st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1)),
     chat=st.booleans(),
 )
 def test_a_resolved_recipe_reads_back_as_itself(

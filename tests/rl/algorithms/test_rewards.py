@@ -85,7 +85,7 @@ def test_the_language_is_that_of_the_letters() -> None:
     ("values", "words"),
     [
         ({"format": {"pattern": "("}}, "no regular expression"),
-        ({"overlong": {"maximum": 10, "cache": 11}}, "cache=11 is above maximum=10"),
+        ({"overlong": {"weight": 1.0, "maximum": 10, "cache": 11}}, "cache=11 is above maximum=10"),
         ({"correctness": float("nan")}, "finite"),
         ({"langauge": {}}, "Extra inputs"),
     ],
