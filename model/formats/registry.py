@@ -94,7 +94,7 @@ def _read_lockstep(path: Location) -> ModelContents:
         config = ModelConfig(**checkpoint.manifest["model"])
     weights = logical_tensors(config).keys()
     if unknown := checkpoint.tensors.keys() - weights - {state_name(kind, n) for kind in STATES for n in weights}:
-        raise BadSource(f"{manifest} lists {min(unknown)}, which the model that it describes does not have")
+        raise BadSource(f"the manifest lists {min(unknown)}, which the model does not have: see model in {manifest}")
     return ModelContents(checkpoint, config, checkpoint.files)
 
 
