@@ -85,7 +85,6 @@ BAD = {
     "a token in the middle": (spoils([*range(10), SPOILT, *range(8)]), "activations are not numbers"),
     "a late token": (spoils([*[6] * 85, SPOILT, 3]), "activations are not numbers"),
     "a drawn token": (spoils([1, 2], logit_bias={SPOILT: 1e9}), "are not numbers"),
-    "no token left": (spoils([1, 2], stop_tokens=tuple(range(48)), min_new_tokens=2), "leave no token to draw"),
     "a text": (spoils([1, 2, 3], stop=("never",), logit_bias={9: 1e9}), "nine is no letter"),
 }
 
@@ -118,6 +117,15 @@ def test_what_failed_leaves_nothing_that_spreads(groups: Groups, numerics: str, 
         engine = engine_of(model)
         assert all(isinstance(each[-1], FailedOutput) for each in outputs(engine, bad).values())
         assert outputs(engine, GOOD) == outputs(engine_of(model), GOOD)
+
+
+def test_options_that_leave_no_token_are_refused_or_fail_alone(spoilt: Transformer) -> None:
+    with pytest.raises(ValueError, match="all 48 tokens end a completion"):
+        engine_of(spoilt).add(spoils([1, 2], stop_tokens=tuple(range(48)), min_new_tokens=2))
+    logits, rows = rows_of(torch.zeros(700))
+    found, errors = draw_isolated(logits, [*rows[:-1], replace(rows[-1], forbidden=tuple(range(700)))])
+    assert {i: str(error) for i, error in errors.items()} == {len(rows) - 1: "the options leave no token to draw"}
+    assert torch.equal(found.tokens[:-1], draw(logits, rows).tokens[:-1])
 
 
 def test_a_completion_that_fails_in_training_is_an_error(spoilt: Transformer) -> None:
