@@ -546,11 +546,21 @@ static lanes weights(const NUMBER *logits, int64_t left, float scale, float most
 static float largest(const NUMBER *logits, int64_t size)
 {
     lanes high = all(-INFINITY);
+    ints none = {};
     int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) { lanes x = load(logits + i); high = pick(x > high, x, high); }
+    for (; i + LANES <= size; i += LANES) {
+        lanes x = load(logits + i);
+        high = pick(x > high, x, high);
+        none |= x != x;
+    }
     float most = high[0];
     for (int l = 1; l < LANES; l++) most = high[l] > most ? high[l] : most;
-    for (; i < size; i++) most = wide(logits[i]) > most ? wide(logits[i]) : most;
+    for (int l = 0; l < LANES; l++) if (none[l]) return NAN;
+    for (; i < size; i++) {
+        float x = wide(logits[i]);
+        if (x != x) return NAN;
+        most = x > most ? x : most;
+    }
     return most;
 }
 
@@ -571,6 +581,10 @@ void draw(struct draw *job)
     while ((row = next(&job->taken)) < job->rows) {
         const NUMBER *logits = job->logits + job->places[row] * job->stride;
         float most = largest(logits, size), scale = job->scales[row];
+        if (!isfinite(most)) {
+            job->tokens[row] = -1;
+            continue;
+        }
         double sums[stretches], total = 0;
         int64_t i, found = -1;
         for (int64_t s = 0; s < stretches; s++) sums[s] = total += stretch(logits, size, s, scale, most);

@@ -57,6 +57,9 @@ class Row:
         return bool(penalties or asked.logit_bias or self.forbidden)
 
 
+_NO_NUMBERS = "the model's logits are not numbers"
+
+
 @dataclass(frozen=True)
 class Draw:
     """The drawn tokens [B] and their log-probabilities [B] in nats."""
@@ -117,7 +120,6 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
         FloatingPointError: when logits are not numbers, or options forbid all tokens of a row.
     """
     device = logits_BV.device
-    _check(logits_BV, "the model's logits are not numbers")
     tokens = torch.empty(len(rows), dtype=torch.long, device=device)
     sampling_logp = torch.full((len(rows),), float("nan"), device=device)
     supports: list[tuple[int, ...]] = [()] * len(rows)
@@ -128,7 +130,9 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
     if rest:
         chosen = [rows[i] for i in rest]
         scaled = _over_temperature(_altered(_picked(logits_BV, rest), chosen), chosen)
-        _check(scaled, "the options leave no token to draw")
+        if not _are_numbers(scaled):
+            given = _are_numbers(_picked(logits_BV, rest))
+            raise FloatingPointError("the options leave no token to draw" if given else _NO_NUMBERS)
         scaled = _truncated(scaled, chosen)
         tokens[rest], share = _inverted(_weights(scaled), _uniform(chosen, device))
         greedy = torch.tensor([not row.sampling.temperature for row in chosen], device=device)
@@ -140,10 +144,9 @@ def draw(logits_BV: Tensor, rows: Sequence[Row]) -> Draw:
     return Draw(tokens, sampling_logp, tuple(supports))
 
 
-def _check(logits_BV: Tensor, complaint: str) -> None:
-    """Refuse rows whose largest logit is NaN or infinite."""
-    if not logits_BV.amax(-1).isfinite().all():
-        raise FloatingPointError(complaint)
+def _are_numbers(logits_BV: Tensor) -> bool:
+    """Whether no row's largest logit is NaN or infinite."""
+    return bool(logits_BV.amax(-1).isfinite().all())
 
 
 def likeliest(logits_V: Tensor, log_sum: Tensor, row: Row) -> tuple[tuple[int, float], ...]:
@@ -156,7 +159,10 @@ def _plain(logits_BV: Tensor, places: list[int], rows: Sequence[Row]) -> Tensor:
     """Draws from the policy itself."""
     if kernels.usable(logits_BV.dtype, logits_BV.device):
         return kernels.draw(logits_BV, places, [r.policy_temperature for r in rows], [r.uniform for r in rows])
-    weights = _weights(_over_temperature(_picked(logits_BV, places), rows))
+    picked = _picked(logits_BV, places)
+    if not _are_numbers(picked):
+        raise FloatingPointError(_NO_NUMBERS)
+    weights = _weights(_over_temperature(picked, rows))
     return _inverted(weights, _uniform(rows, logits_BV.device))[0]
 
 
