@@ -1,7 +1,7 @@
 """Paths in recipes: which fields hold one, and what a relative one means.
 
-`Annotated[str, Path]` is the type of a path or a URL, `Annotated[str, Path | str]` that of a path, a URL or a name, of
-a model on the Hub or in a package or of a generator. Relative paths mean the folder in which the command is given,
+`Annotated[str, Path]` is the type of a path or a URL, `Annotated[str, Path | str]` that of a path, a URL or a name (of
+a model on the Hub or in a package, of a generator). Relative paths mean the folder in which the command is given,
 whatever the folders are in which workers and jobs run.
 """
 
@@ -24,8 +24,8 @@ _Section = TypeVar("_Section", bound=BaseModel)
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The recipe with its relative paths made absolute; names and URLs stay as they are."""
-    return _in_section(recipe)
+    """The recipe with its relative paths made absolute, `run` with its name in it; names and URLs stay as they are."""
+    return _in_section(recipe.model_copy(update={"run": str(recipe.folder)}))
 
 
 def is_path(field: FieldInfo) -> bool:

@@ -88,7 +88,7 @@ def test_paths_of_pretraining_are_the_submitters(here: Path) -> None:
     assert sent.model.tokenizer == str(here.parent / "models" / "plain")
     assert [part.path for part in sent.pretrain.data.blend] == [str(here / "tokens" / "corpus"), str(here / "plain")]
     assert sent.pretrain.data.blend[1].weight == 2
-    assert sent.run == str(here / "runs" / "{name}")
+    assert sent.run == str(here / "runs" / "mine")
     assert sent.checkpoints.at == str(here / "saves" / "{name}")
     assert str(sent.saves) == str(here / "saves" / "mine")
 
