@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lockstep.cluster.launch.data_digests import data_digests
 from lockstep.cluster.recipe.roles import ScorerConfig
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
@@ -34,15 +35,6 @@ class ModelRole:
 
 
 @dataclass(frozen=True)
-class ResumeCondition:
-    """A value of the recipe that must be as the manifest of the checkpoint has it, so that a run can resume."""
-
-    manifest_key: str
-    recipe_key: str
-    value: Any
-
-
-@dataclass(frozen=True)
 class RunPlan:
     """Models, processes and checkpoints of a run, as its recipe implies them."""
 
@@ -53,7 +45,7 @@ class RunPlan:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "RunPlan":
-        """The plan of a recipe; opens no files."""
+        """The plan of a recipe; opens no files, which `data` does."""
         temperature = _temperature(recipe)
         policy = ModelRole("policy", recipe.layout, _policy_optimizer(recipe), temperature)
         return cls(recipe, policy, {role.name: role for role in _models(recipe, temperature)})
@@ -112,10 +104,24 @@ class RunPlan:
         return sum(phase.steps for phase in (self.recipe.supervised, self.recipe.preference) if phase)
 
     @cached_property
-    def resume_conditions(self) -> tuple[ResumeCondition, ...]:
-        """What must not have changed where a run resumes; manifests say it by `manifest_key`."""
-        seed = ResumeCondition("seed", "seed", self.recipe.seed)
-        return (seed, *(ResumeCondition(*condition) for condition in _conditions(self.recipe, self.policy)))
+    def data(self) -> Mapping[str, str]:
+        """Digests of the files that the run learns from, by key of the recipe, as they are when this is first asked."""
+        return data_digests(self.recipe)
+
+    def manifest(self, run: str | None) -> dict[str, Any]:
+        """What the manifests of a run's checkpoints say of it, so that it can be recognised and gone on with.
+
+        Args:
+            run: the run's id.
+        """
+        recipe = self.recipe
+        return {
+            "run": run,
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "recipe": recipe.model_dump(mode="json"),
+            "data": dict(self.data),
+        }
 
     @property
     def _overlaps(self) -> bool:
@@ -163,26 +169,3 @@ def _policy_optimizer(recipe: Recipe) -> OptimizerConfig:
 def _temperature(recipe: Recipe) -> float:
     """That rollouts are sampled with; 1 where they are greedy, and without RL."""
     return (recipe.rl.sampling.temperature if recipe.rl else 1.0) or 1.0
-
-
-def _conditions(recipe: Recipe, policy: ModelRole) -> list[tuple[str, str, Any]]:
-    """Key in the manifest, key in the recipe, and value."""
-    assert policy.optimizer is not None
-    kind = policy.optimizer.kind
-    if recipe.pretrain:
-        samples = recipe.pretrain.samples_per_step
-        return [
-            ("optimizer", "pretrain.optimizer.kind", kind),
-            ("samples_per_step", "pretrain.samples_per_step", samples),
-        ]
-    supervised, preference, rl = recipe.supervised, recipe.preference, recipe.rl
-    found: list[tuple[str, str, Any]] = [
-        ("optimizer", "optimizer.kind", kind),
-        ("problems_per_step", "supervised.problems_per_step", supervised and supervised.problems_per_step),
-        ("prompts_per_step", "rl.prompts_per_step", rl and rl.prompts_per_step),
-        ("group_size", "rl.group_size", rl and rl.group_size),
-    ]
-    if preference:
-        found.append(("preference", "preference.method", preference.method))
-        found.append(("groups_per_step", "preference.groups_per_step", preference.groups_per_step))
-    return found

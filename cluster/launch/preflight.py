@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from lockstep.cluster.launch.plan import ModelRole, ResumeCondition, RunPlan
-from lockstep.cluster.launch.resume import newest
+from lockstep.cluster.launch.plan import ModelRole, RunPlan
+from lockstep.cluster.launch.resume import check_changes, newest
+from lockstep.cluster.launch.run_lock import is_inside
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.model_source import starting_point
 from lockstep.cluster.recipe.schema import Recipe
@@ -111,6 +111,23 @@ def check_sandbox(config: SandboxConfig) -> str:
         raise RecipeError(f"verifier.sandbox.requires={list(config.requires)}: {error}") from error
 
 
+def check_place(plan: RunPlan) -> None:
+    """Whether a new run may save where its recipe says; a place inside of its folder moves aside with what is there.
+
+    Raises:
+        RecipeError: when another run's checkpoints lie there, which retention would take for this one's.
+    """
+    place = plan.checkpoints
+    if is_inside(place, plan.recipe.folder) or not manager.saved(place):
+        return
+    found = manager.Checkpoint(place).manifest
+    raise RecipeError(
+        f"checkpoints.at={place} holds checkpoints of the run {found.get('name', 'of no name')} "
+        f"(id {found.get('run', 'unknown')}): go on with it by --resume, or give this run a place of its own, as "
+        "with {name} in checkpoints.at"
+    )
+
+
 def last_checkpoint(plan: RunPlan, model: ModelConfig) -> manager.Checkpoint | None:
     """The checkpoint that a run resumes from, or None where it has saved nothing.
 
@@ -120,13 +137,9 @@ def last_checkpoint(plan: RunPlan, model: ModelConfig) -> manager.Checkpoint | N
     if not manager.saved(plan.checkpoints):
         return None
     last = manager.Checkpoint(plan.checkpoints) if plan.recipe.pretrain else newest(plan)
-    there: dict[str, Any] = last.manifest | {"model": ModelConfig(**last.manifest["model"])}
-    for condition in (ResumeCondition("model", "model", model), *plan.resume_conditions):
-        if (found := there.get(condition.manifest_key)) != condition.value:
-            raise RecipeError(
-                f"{last.place} was saved with {condition.recipe_key}={found}, and the recipe says {condition.value}: "
-                "make them equal"
-            )
+    if (there := ModelConfig(**last.manifest["model"])) != model:
+        raise RecipeError(f"{last.place} was saved with model={there}, and the recipe says {model}: make them equal")
+    check_changes(plan, last)
     if not last.states:
         raise RecipeError(
             f"{last.place} holds no state of the optimizer, which a run needs to go on: save with checkpoints.every"

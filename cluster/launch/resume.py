@@ -1,13 +1,18 @@
-"""Finds the checkpoint that a run resumes from, and its position: phase, step, weight version.
+"""Finds the checkpoint that a run resumes from, its position, and what of the recipe has changed since.
 
 The policy's checkpoint names the step. A model beside it that learns has a checkpoint of the same step in a folder of
 its own; all are begun when those before are on disk, and one more than asked for is kept, so that some step is whole.
 """
 
+import tomllib
 from dataclasses import dataclass
+from typing import Any
 
 from lockstep.cluster.launch.plan import RunPlan
+from lockstep.cluster.recipe.changes import Change, changes
 from lockstep.cluster.recipe.errors import RecipeError
+from lockstep.cluster.recipe.load import parse
+from lockstep.cluster.recipe.schema import Recipe
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
@@ -80,3 +85,62 @@ def reference_of(plan: RunPlan, first: Storage) -> Storage:
     """
     before = plan.steps_before_rl
     return manager.saved(plan.checkpoints_of("reference"))[before] if before else first
+
+
+def changes_since(plan: RunPlan, last: Checkpoint) -> tuple[Change, ...]:
+    """What the recipe says otherwise than that which a checkpoint was saved with; nothing where that is not known."""
+    before = _recipe_of(plan, last)
+    return changes(before, plan.recipe) if before else ()
+
+
+def check_changes(plan: RunPlan, last: Checkpoint) -> None:
+    """Whether a run may resume with what has changed in its recipe and in the data that it learns from.
+
+    Raises:
+        RecipeError: names the key, the old and the new value.
+    """
+    known = last.manifest.get("data", {})
+    for key, digest in plan.data.items():
+        if known.get(key, digest) != digest:
+            raise RecipeError(
+                f"{key} has another content (digest {digest}) than when {last.place} was saved (digest {known[key]}): "
+                "restore it, or begin another run"
+            )
+    for change in changes_since(plan, last):
+        _check_change(change, last, is_same_data=known.get(change.key) == plan.data.get(change.key, ""))
+
+
+def _check_change(change: Change, last: Checkpoint, *, is_same_data: bool) -> None:
+    over, current, taken = _phases_of(last)
+    if change.key == f"{current}.steps" and change.new is not None and change.new < taken:
+        raise RecipeError(
+            f"{last.place} was saved after {taken} steps of {change.old}, and the recipe says {change.key}="
+            f"{change.new}: give {taken} or more"
+        )
+    if change.key in [f"{phase}.steps" for phase in over] or not (change.is_allowed or is_same_data):
+        raise RecipeError(
+            f"{last.place} was saved with {change.key}={change.old}, and the recipe says {change.new}: make them "
+            f"equal, or begin another run, from these weights with model.source={last.place}"
+        )
+
+
+def _phases_of(last: Checkpoint) -> tuple[tuple[str, ...], str, int]:
+    """Sections of the recipe whose phases are over, that of the present phase, and its steps so far."""
+    if "position" not in last.manifest:
+        return (), "pretrain", int(last.manifest["step"])
+    at = position_of(last)
+    sections = ("supervised", "preference", "rl")
+    current = {"sft": 0, "preference": 1, "reward": 1, "rl": 2}[at.phase]
+    return sections[:current], sections[current], at.phase_step
+
+
+def _recipe_of(plan: RunPlan, last: Checkpoint) -> Recipe | None:
+    """The recipe that a checkpoint was saved with: its manifest has it, or, where it is older, the run's folder."""
+    values: dict[str, Any] | None = last.manifest.get("recipe")
+    written = plan.recipe.folder / "recipe.toml"
+    if values is None and written.is_file():
+        values = tomllib.loads(written.read_text(encoding="utf-8"))
+    try:
+        return None if values is None else parse(values)
+    except RecipeError as error:
+        raise RecipeError(f"{last.place} was saved with a recipe that this version does not read: {error}") from error

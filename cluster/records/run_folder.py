@@ -7,6 +7,7 @@ file complete or not at all, and a killed run loses at most the line that it was
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,16 +57,27 @@ class RunFolder:
         self._writer: SummaryWriter | None = None
 
     @classmethod
-    def create(cls, path: Path | str, recipe_toml: str, name: str, clock: Callable[[], float] = time.monotonic) -> Self:
+    def create(
+        cls,
+        path: Path | str,
+        recipe_toml: str,
+        name: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        id: str | None = None,
+    ) -> Self:
         """Start a run at path. A run that lies there moves to `<path>-1`, `-2`, …; see `moved_aside`.
+
+        Args:
+            id: that of a run which goes on without its folder; a new one otherwise.
 
         Raises:
             RunError: path is a file, or a folder that holds something other than a run.
         """
         path = Path(path)
-        aside = _clear(path)
+        aside = _move_aside(path) if holds_run(path) else None
         path.mkdir(parents=True, exist_ok=True)
-        run = cls(path, _new_summary(name, aside), clock)
+        run = cls(path, _new_summary(name, id or _new_id(), aside), clock)
         run.moved_aside = aside
         run._began = clock()
         replace_file(path / RECIPE, recipe_toml.encode())
@@ -84,14 +96,17 @@ class RunFolder:
         return cls(path, _read_summary(path), clock)
 
     @classmethod
-    def resume(cls, path: Path | str, clock: Callable[[], float] = time.monotonic) -> Self:
+    def resume(cls, path: Path | str, clock: Callable[[], float] = time.monotonic, *, id: str | None = None) -> Self:
         """The run at path, to go on with: it is running again, and its time goes on from where it stopped.
+
+        Args:
+            id: for a folder that says none.
 
         Raises:
             RunError: as `open`.
         """
         run = cls.open(path, clock)
-        run.update(status="running", error=None)
+        run.update(status="running", error=None, id=run.id or id or _new_id())
         return run
 
     def __enter__(self) -> Self:
@@ -163,11 +178,24 @@ class RunFolder:
         self._release()
         self.update(status=status, error=error)
 
+    def change(self, recipe_toml: str, step: int, changed: Mapping[str, tuple[object, object]]) -> None:
+        """Record the recipe that holds from a step on, and of each key that changed the old and the new value."""
+        replace_file(self.path / RECIPE, recipe_toml.encode())
+        lines = [{"step": step, "key": key, "old": old, "new": new} for key, (old, new) in changed.items()]
+        if lines:
+            self.update(changes=[*self._summary.get("changes", []), *lines])
+
     def seconds(self) -> float:
         """Seconds since the run started, time spent stopped left out."""
         if self._began is None:
             self._began = self._clock() - self._spent()
         return self._clock() - self._began
+
+    @property
+    def id(self) -> str | None:
+        """What tells the run from all others; its checkpoints have it, too. None in folders of older versions."""
+        found: str | None = self._summary.get("id")
+        return found
 
     def summary(self) -> Record:
         """A copy of summary.json's fields."""
@@ -237,9 +265,13 @@ class RunFolder:
         self._lines = self._writer = None
 
 
-def _new_summary(name: str, aside: Path | None) -> Record:
+def _new_id() -> str:
+    return uuid.uuid4().hex
+
+
+def _new_summary(name: str, id: str, aside: Path | None) -> Record:
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    summary: Record = {"name": name, "status": "running", "error": None, "started": started, "seconds": 0.0}
+    summary: Record = {"id": id, "name": name, "status": "running", "error": None, "started": started, "seconds": 0.0}
     summary |= {"software": {}, "machine": {}, "split": {}, "rows": [], "speed": {}}
     return summary if aside is None else summary | {"moved_aside": aside.name}
 
@@ -258,14 +290,23 @@ def _read_summary(path: Path) -> Record:
     return {"name": path.name, "status": "running"} | summary
 
 
-def _clear(path: Path) -> Path | None:
-    """Make way for a new run at path; the place that the old one moved to, if there was one."""
+def holds_run(path: Path) -> bool:
+    """Whether a run lies at path, in whatever state; otherwise nothing does, and one can start there.
+
+    Raises:
+        RunError: path is a file, or a folder that holds something other than a run.
+    """
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file, and a run needs a folder: choose another path")
     if not path.exists() or not any(path.iterdir()):
-        return None
+        return False
     if not any((path / name).exists() for name in (SUMMARY, METRICS, RECIPE)):
         raise RunError(f"{path} holds files that are not a run's: choose an empty or a new folder")
+    return True
+
+
+def _move_aside(path: Path) -> Path:
+    """Make way for a new run at path; returns the place that the old one moved to."""
     number = 1
     while (aside := path.with_name(f"{path.name}-{number}")).exists():
         number += 1

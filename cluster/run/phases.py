@@ -39,7 +39,7 @@ def run_phases(
     plan, recipe, start = checked.plan, checked.plan.recipe, checked.start
     at = position_of(last)
     folder = recipe.folder / "model"
-    if last is None:
+    if last is None or not folder.exists():
         progress.say(f"converting {recipe.model.source} into {folder}")
         write_checkpoint(start.source, start.config, start.files, folder)
     first = manager.find(folder.resolve())
@@ -165,13 +165,12 @@ class _Phases:
         if self._saved == self.steps:
             return
         self._saved = self.steps
-        said = {condition.manifest_key: condition.value for condition in self._plan.resume_conditions}
         position = {key: value for key, value in asdict(self._at).items() if key != "steps"}
-        self._actors.save(said | self._said() | {"position": position}, self._at)
+        self._actors.save(self._said() | {"position": position, "rows": self._rows}, self._at)
 
     def _said(self) -> dict[str, Any]:
         """What every manifest says of the run."""
-        return {"name": self._recipe.name, "seed": self._recipe.seed}
+        return self._plan.manifest(self._run.id)
 
 
 def _evaluation(stage: str, step: int, judged: Sequence[Judged]) -> dict[str, Any]:

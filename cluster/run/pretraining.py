@@ -126,7 +126,9 @@ class _Loop:
             {m["step"]: m["loss"] for m in run.metrics() if m["phase"] == phase and m["step"] <= done}
             for phase in ("pretrain", "held_out")
         )
-        self._rewinds = Rewinds(config.spikes, samples, policy, [losses[step] for step in range(1, done + 1)])
+        self._rewinds = Rewinds(
+            config.spikes, samples, policy, [losses.get(step, math.nan) for step in range(1, done + 1)]
+        )
         self._done, self._saved = done, done or None
         self._spoilt = self._skipped = 0
         self._speeds: list[float] = []
@@ -243,8 +245,7 @@ class _Loop:
         self._saved = step
         samples = self._rewinds.samples
         said = {
-            "name": self._recipe.name,
-            **{condition.manifest_key: condition.value for condition in self._plan.resume_conditions},
+            **self._plan.manifest(self._run.id),
             "left_out": [[r.start, r.stop] for r in samples.left_out],
             "rewinds": [[r.snapshot, r.spike] for r in samples.rewinds],
         }

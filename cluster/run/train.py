@@ -8,13 +8,14 @@ from pathlib import Path
 from rich.console import Console
 
 from lockstep.cluster.launch.placement import Placement, plan_placement
-from lockstep.cluster.launch.preflight import check, check_sandbox, last_checkpoint
+from lockstep.cluster.launch.preflight import check, check_sandbox
 from lockstep.cluster.launch.ray_session import Interruption, ray_cluster
-from lockstep.cluster.recipe.load import to_toml
+from lockstep.cluster.launch.run_lock import locked
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.records.progress import Progress
 from lockstep.cluster.records.report import write_report
 from lockstep.cluster.records.run_folder import RunFolder
+from lockstep.cluster.run.beginning import prepare
 from lockstep.cluster.run.phases import run_phases
 from lockstep.cluster.run.pretraining import run_pretraining
 from lockstep.data.tasks.task import Split, make_split
@@ -30,28 +31,30 @@ def train_recipe(
         resume: go on with the run that lies there from its last checkpoint, where it has saved one.
 
     Raises:
-        ValueError: when the recipe does not fit its model; nothing is written then.
+        ValueError: when the recipe does not fit its model, its cluster or what lies in its folder; nothing is written
+            then, and a run that lies there stays.
     """
-    checked = check(recipe)
-    plan = checked.plan
-    last = last_checkpoint(plan, checked.start.config) if resume else None
-    split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
-    if split and split.has_programs:
-        console.print(check_sandbox(recipe.verifier.sandbox), markup=False, highlight=False)
     traces = recipe.folder / "traces" if profile else None
-    with Interruption() as interruption:
-        run = RunFolder.resume(recipe.folder) if last else RunFolder.create(recipe.folder, to_toml(recipe), recipe.name)
-        try:
-            with run, Progress(console) as progress:
-                _describe(run, split)
-                with ray_cluster(address), Placement(plan_placement(recipe.roles, plan.processes)) as placement:
-                    interruption.listen()
+    with Interruption() as interruption, locked(recipe.folder, recipe.saves):
+        checked = check(recipe)
+        plan, beginning = checked.plan, prepare(checked, resume=resume)
+        split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
+        if split and split.has_programs:
+            console.print(check_sandbox(recipe.verifier.sandbox), markup=False, highlight=False)
+        with ray_cluster(address), Placement(plan_placement(recipe.roles, plan.processes)) as placement:
+            interruption.listen()
+            run = beginning.open()
+            try:
+                with run, Progress(console) as progress:
+                    _describe(run, split)
+                    for change in beginning.changes:
+                        progress.say(f"from here on, {change}")
                     if split is None:
-                        run_pretraining(checked, run, progress, traces, last, placement.of("policy"))
+                        run_pretraining(checked, run, progress, traces, beginning.last, placement.of("policy"))
                     else:
-                        run_phases(checked, split, run, progress, traces, placement, last)
-        finally:
-            write_report(recipe.folder)
+                        run_phases(checked, split, run, progress, traces, placement, beginning.last)
+            finally:
+                write_report(recipe.folder)
     return recipe.folder
 
 

@@ -31,9 +31,9 @@ def spike_limit(losses: Sequence[float], config: SpikeConfig) -> float:
     Iglewicz & Hoaglin (1993). They call 3.5 σ an outlier; a run has a hundred thousand steps whose noise has
     longer tails, and the loss of a real spike rises by tens of σ, so the default is 8. While the loss falls, the median
     lies above the curve and σ contains the slope: fewer steps count as spikes, never more. Infinite before the first
-    `window` steps.
+    `window` steps, and until as many are known where a run resumed without the record of its losses.
     """
-    recent = losses[-config.window :]
+    recent = [loss for loss in losses[-config.window :] if not math.isnan(loss)]
     if len(recent) < config.window:
         return math.inf
     middle = statistics.median(recent)

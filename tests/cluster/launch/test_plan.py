@@ -1,5 +1,6 @@
 """A run's plan says who takes part, who is trained and what resuming needs, once for all who ask."""
 
+import json
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -111,25 +112,9 @@ def test_one_more_checkpoint_is_kept_where_several_models_have_some() -> None:
     assert plan_of(**kept, rl={"steps": 1, "method": "ppo"}).checkpoint_config.keep_last == 4
 
 
-@pytest.mark.parametrize(
-    ("values", "conditions"),
-    [
-        (
-            {"pretrain": {"steps": 1, "samples_per_step": 4}},
-            {"pretrain.optimizer.kind": "adamw", "pretrain.samples_per_step": 4},
-        ),
-        (
-            {"rl": {"steps": 1, "group_size": 6, "prompts_per_step": 2}},
-            {
-                "optimizer.kind": "adamw",
-                "supervised.problems_per_step": None,
-                "rl.prompts_per_step": 2,
-                "rl.group_size": 6,
-            },
-        ),
-    ],
-)
-def test_resuming_needs_the_same_batches_seed_and_optimizer(values: Any, conditions: dict[str, Any]) -> None:
-    plan = plan_of(seed=7, **values)
-    assert {c.recipe_key: c.value for c in plan.resume_conditions} == {"seed": 7} | conditions
-    assert plan.processes.keys() == {"policy"} | ({"rollout", "verifier"} if "rl" in values else set())
+def test_manifests_say_which_run_and_recipe_they_are_of() -> None:
+    plan = plan_of(seed=7, name="mine", pretrain={"steps": 1, "samples_per_step": 4})
+    said = plan.manifest("0123")
+    assert (said["run"], said["name"], said["seed"], said["data"]) == ("0123", "mine", 7, {})
+    assert parse(json.loads(json.dumps(said["recipe"]))) == plan.recipe
+    assert plan.processes.keys() == {"policy"}

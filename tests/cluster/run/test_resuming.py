@@ -1,6 +1,7 @@
 """A run that was killed and goes on ends with the weights, and the optimizer, of one that was not, to the bit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,29 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path, t
     assert one == other
     assert summary(run)["status"] == "finished"
     assert storage_of(store_of(tmp_path)).pointed("best") == (straight / "checkpoints" / "best").resolve().name
+
+
+def test_a_run_in_a_store_goes_on_without_its_folder(straight: Path, tmp_path: Path, train: Train) -> None:
+    shutil.copytree(straight / "checkpoints", tmp_path / "store", ignore=shutil.ignore_patterns("latest", "best"))
+    longer = f"run={tmp_path}/run", f"checkpoints.at={store_of(tmp_path)}", *SETTINGS, f"pretrain.steps={STEPS + 2}"
+    code, output = train(tmp_path / "log", RECIPE, *longer)
+    assert (code, output.count("\n")) == (2, 1)
+    assert (
+        f"holds checkpoints of the run parity-tiny (id {summary(straight)['id']}): go on with it by --resume" in output
+    )
+    assert not (tmp_path / "run").exists()
+    code, output = train(tmp_path / "log", RECIPE, *longer, options=("--resume",))
+    assert code == 0, output
+    assert f"from here on, pretrain.steps {STEPS} → {STEPS + 2}" in output
+    run = tmp_path / "run"
+    assert [m["step"] for m in metrics(run, "pretrain")] == [STEPS + 1, STEPS + 2]
+    assert summary(run)["id"] == summary(straight)["id"] == Checkpoint(store_of(tmp_path)).manifest["run"]
+    assert {"step": STEPS, "key": "pretrain.steps", "old": STEPS, "new": STEPS + 2} in summary(run)["changes"]  # type: ignore[operator]
+    assert load_recipe(run / "recipe.toml") == load_recipe(RECIPE, longer)
+    code, output = train(tmp_path / "log", RECIPE, f"run={run}", *SETTINGS, "roles.policy.gpus=1")
+    assert (code, "the roles need 2 GPU" in output) == (2, True), output
+    assert summary(run)["status"] == "finished", "a start that failed moved the run aside"
+    assert not list(tmp_path.glob("*.lock"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""Digests of the files that a run learns from, by their key in the recipe: a run that resumes needs the same content.
+
+Files are read whole up to a size, and beyond it at evenly spaced places: an index of lengths tells most edits of large
+token files, and terabytes are not read at each start.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from lockstep.cluster.recipe.schema import Recipe
+from lockstep.data.corpus.indexed_dataset import beside, prefix
+from lockstep.data.row_reader import SUFFIXES
+
+BLOCK, BLOCKS = 1 << 20, 256
+"""Bytes of a block, and how many are read of a larger file, the first and the last included."""
+
+
+def data_digests(recipe: Recipe) -> dict[str, str]:
+    """By key, a digest of the content of local files, 32 hex digits; names of generators and the Hub's have none."""
+    return {key: _digest(files) for key, files in _data(recipe) if files}
+
+
+def _data(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
+    if recipe.pretrain:
+        parts = recipe.pretrain.data.blend if recipe.pretrain.data else ()
+        for number, part in enumerate(parts):
+            store = prefix(Path(part.path))
+            yield f"pretrain.data.blend[{number}].path", [beside(store, ".idx"), beside(store, ".bin")]
+        return
+    yield "task.generator", _rows(recipe.task.generator)
+    yield "task.held_out_from", _rows(recipe.task.held_out_from)
+    yield "preference.source", _rows(recipe.preference.source if recipe.preference else "")
+
+
+def _rows(name: str) -> list[Path]:
+    """The files that hold rows; none where the name is not of a file or folder here."""
+    path = Path(name)
+    if name and path.is_dir():
+        return [p for p in sorted(path.rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
+    return [path] if path.is_file() else []
+
+
+def _digest(files: Iterable[Path]) -> str:
+    found = xxhash.xxh3_128()
+    for path in files:
+        size = path.stat().st_size
+        found.update(f"{size}\n".encode())
+        with path.open("rb") as file:
+            for start in _starts(size):
+                file.seek(start)
+                found.update(file.read(BLOCK))
+    return found.hexdigest()
+
+
+def _starts(size: int) -> list[int]:
+    """Where blocks begin that are read of a file of this size."""
+    if size <= BLOCKS * BLOCK:
+        return list(range(0, size, BLOCK))
+    return [int(start) for start in np.linspace(0, size - BLOCK, BLOCKS, dtype=np.int64)]
