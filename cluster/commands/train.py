@@ -27,7 +27,7 @@ def run_recipe(
     """
     from lockstep.cluster.recipe.load import load_recipe
     from lockstep.cluster.records.report import summary_table
-    from lockstep.cluster.run.pretraining import Diverged
+    from lockstep.cluster.run.failures import RunFailed
     from lockstep.cluster.run.train import train_recipe
     from lockstep.rl.remote import WorkerFailed
 
@@ -35,7 +35,7 @@ def run_recipe(
         resolved = load_recipe(recipe, overrides or [])
     try:
         folder = train_recipe(resolved, out, address=address, profile=profile, resume=resume)
-    except (WorkerFailed, Diverged) as error:
+    except (WorkerFailed, RunFailed) as error:
         err.print(str(error), markup=False)
         raise typer.Exit(1) from error
     out.print(summary_table(folder))

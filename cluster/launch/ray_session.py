@@ -1,8 +1,7 @@
-"""Connects to a Ray cluster or starts one, and ends a run cleanly on Ctrl-C or SIGTERM."""
+"""Connects to a Ray cluster or starts one, and ends what it started."""
 
 import logging
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -18,32 +17,6 @@ ANSWER_S = 10.0
 
 class NoCluster(ValueError):
     """No Ray cluster answers at the address."""
-
-
-class Interruption:
-    """Raises KeyboardInterrupt at the first Ctrl-C or SIGTERM and ignores later ones, so that clean-up ends."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __enter__(self) -> "Interruption":
-        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        self._interrupted = False
-        self.listen()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def listen(self) -> None:
-        """Install the signal handlers; again after something else replaced them, as `ray.init` does."""
-        for number in self.SIGNALS:
-            signal.signal(number, self._interrupt)
-
-    def _interrupt(self, *_: object) -> None:
-        if not self._interrupted:
-            self._interrupted = True
-            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from rich.table import Table
 from lockstep.cluster.atomic_files import replace_file
 from lockstep.cluster.evaluation.accuracy import wilson
 from lockstep.cluster.records.charts import UPDATES, column, count_of, of_phase, run_charts, value_of
+from lockstep.cluster.records.ending import note_killed
 from lockstep.cluster.records.progress import duration
 from lockstep.cluster.records.run_folder import METRICS, RECIPE, STAGES, RunFolder
 from lockstep.cluster.records.svg import number
@@ -31,7 +32,8 @@ STATUS_WORDS = {
     "finished": "finished",
     "interrupted": "interrupted: the numbers below stop where the run did",
     "failed": "failed: the numbers below stop where the run did",
-    "running": "still running, or killed before it could say so",
+    "killed": "killed: the numbers below stop where the run did",
+    "running": "still running, or on a host that is not this one and killed",
 }
 
 
@@ -81,11 +83,12 @@ class Pair:
 
 
 def write_report(run: Path) -> Path:
-    """Write report.html into the run folder and return its path.
+    """Write report.html into the run folder and return its path; a run that was killed is written down as that.
 
     Raises:
         RunError: run is not a run's folder, or its metrics are damaged before the last line.
     """
+    note_killed(run)
     folder = RunFolder.open(run)
     source = files("lockstep.cluster.records").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -136,6 +139,7 @@ def _page(folder: RunFolder) -> dict[str, object]:
         "status": summary["status"],
         "status_words": STATUS_WORDS.get(str(summary["status"]), summary["status"]),
         "error": summary.get("error"),
+        "ended": summary.get("ended"),
         "started": _moment(summary.get("started")),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "stages": stages,

@@ -9,15 +9,17 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import Self, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lockstep.cluster.atomic_files import cut_half_line, replace_file
+from lockstep.cluster.records.scalars import ScalarWriter
 from lockstep.cluster.records.tables import (
     COMPARISON_COLUMNS,
     EVALUATION_COLUMNS,
@@ -28,10 +30,6 @@ from lockstep.cluster.records.tables import (
     read_rows,
     write_table,
 )
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 RECIPE, SUMMARY, METRICS = "recipe.toml", "summary.json", "metrics.jsonl"
 COMPARISONS = "comparisons.parquet"
@@ -54,7 +52,7 @@ class RunFolder:
         self._clock = clock
         self._began: float | None = None
         self._lines: TextIO | None = None
-        self._writer: SummaryWriter | None = None
+        self._writer: ScalarWriter | None = None
 
     @classmethod
     def create(
@@ -250,18 +248,14 @@ class RunFolder:
 
     def _scalars(self, phase: str, step: int, values: Mapping[str, float | str]) -> None:
         if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # seconds to import, and readers never need it
-
-            self._writer = SummaryWriter(str(self.path / "tensorboard"))
-        for key, value in values.items():
-            if not isinstance(value, str):
-                self._writer.add_scalar(f"{phase}/{key}", value, step)
+            self._writer = ScalarWriter(self.path / "tensorboard")
+        self._writer.add({f"{phase}/{k}": v for k, v in values.items() if not isinstance(v, str)}, step)
 
     def _release(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
-        if self._writer is not None:
-            self._writer.close()
+        for file in (self._lines, self._writer):
+            if file is not None:
+                with suppress(OSError):  # of a line that could not be written, which was said then
+                    file.close()
         self._lines = self._writer = None
 
 

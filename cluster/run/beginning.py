@@ -3,6 +3,7 @@
 Until then nothing is written. So a start that fails leaves the run of that name where it lies.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lockstep.cluster.launch.plan import RunPlan
@@ -44,14 +45,17 @@ class Beginning:
         return run
 
 
-def prepare(checked: CheckedRun, *, resume: bool) -> Beginning:
+def prepare(checked: CheckedRun, say: Callable[[str], None], *, resume: bool) -> Beginning:
     """Find where a run begins, and check that its folder and checkpoints are its own; writes nothing.
+
+    Args:
+        say: told of damaged checkpoints that are passed over.
 
     Raises:
         ValueError: when they are another run's, or the recipe is not one that can resume from there.
     """
     plan = checked.plan
-    last = last_checkpoint(plan, checked.start.config) if resume else None
+    last = last_checkpoint(plan, checked.start.config, say) if resume else None
     if last is None:
         holds_run(plan.recipe.folder)
         check_place(plan)

@@ -14,6 +14,7 @@ from lockstep.cluster.launch.resume import Position, position_of
 from lockstep.cluster.records.progress import Progress
 from lockstep.cluster.records.run_folder import RunFolder
 from lockstep.cluster.records.tables import answer_row, rollout_row
+from lockstep.cluster.run.interruption import Interruption
 from lockstep.cluster.run.profiling import traced
 from lockstep.data.tasks.task import Split
 from lockstep.data.tokenizer import Tokenizer
@@ -34,8 +35,9 @@ def run_phases(
     traces: Path | None,
     placement: Placement,
     last: Checkpoint | None,
+    interruption: Interruption,
 ) -> None:
-    """Run all phases, or those that are left after the checkpoint `last`."""
+    """Run all phases, or those that are left after the checkpoint `last`; one that is interrupted saves first."""
     plan, recipe, start = checked.plan, checked.plan.recipe, checked.start
     at = position_of(last)
     folder = recipe.folder / "model"
@@ -59,18 +61,16 @@ def run_phases(
     )
     if last:
         progress.say(f"going on after step {at.steps}, which {last.place} holds")
-        manager.drop_after(plan.checkpoints, at.steps)
+        for checkpoints in (plan.checkpoints, *map(plan.checkpoints_of, plan.trained_models)):
+            manager.drop_after(checkpoints, at.steps)
         actors.resume(last, at)
         controller.resume(at.version)
-    phases = _Phases(plan, controller, actors, run, progress, traces, at)
-    phases.measure("before")
-    if recipe.supervised and recipe.supervised.steps and at.phase == "sft":
-        phases.supervise(recipe.supervised)
-    if recipe.preference and recipe.preference.steps and at.phase != "rl":
-        phases.prefer(recipe.preference)
-    if recipe.rl and recipe.rl.steps:
-        phases.reinforce(recipe.rl)
-    phases.save()
+    phases = _Phases(plan, controller, actors, run, progress, traces, at, interruption)
+    try:
+        phases.run()
+    except KeyboardInterrupt:
+        phases.end(interruption)
+        raise
     actors.close()
 
 
@@ -86,10 +86,11 @@ class _Phases:
         progress: Progress,
         traces: Path | None,
         at: Position,
+        interruption: Interruption,
     ) -> None:
         self._plan, self._recipe, self._controller, self._actors = plan, plan.recipe, controller, actors
         self._run, self._progress, self._traces = run, progress, traces
-        self._at = at
+        self._at, self._interruption = at, interruption
         self._rows = [row for row in run.summary().get("rows") or [] if row["step"] <= at.steps]
         self._saved: int | None = at.steps or None
 
@@ -97,6 +98,18 @@ class _Phases:
     def steps(self) -> int:
         """Taken so far, of all phases."""
         return self._at.steps
+
+    def run(self) -> None:
+        """All phases that are left."""
+        recipe, at = self._recipe, self._at
+        self.measure("before")
+        if recipe.supervised and recipe.supervised.steps and at.phase == "sft":
+            self.supervise(recipe.supervised)
+        if recipe.preference and recipe.preference.steps and at.phase != "rl":
+            self.prefer(recipe.preference)
+        if recipe.rl and recipe.rl.steps:
+            self.reinforce(recipe.rl)
+        self.save(state=bool(recipe.checkpoints.every))  # a run that saves its end only does not go on
 
     def supervise(self, config: SupervisedConfig) -> None:
         """The phase of demonstrations."""
@@ -131,8 +144,16 @@ class _Phases:
         """One phase, a record a step."""
         self._progress.begin(name, total)
         with traced(self._actors.policy, self._traces and self._traces / name, self._progress):
-            for record in records:
+            while self._took_step(name, records):
+                pass
+
+    def _took_step(self, name: str, records: Iterator[StepRecord]) -> bool:
+        """Take the next step of a phase, if there is one; what ends the run waits for it."""
+        with self._interruption.deferred():
+            record = next(records, None)
+            if record:
                 self._record(name, record)
+        return record is not None
 
     def _record(self, name: str, record: StepRecord) -> None:
         version = self._controller.version
@@ -144,7 +165,7 @@ class _Phases:
         self._progress.step(name, record.step, record.metrics)
         every = self._recipe.checkpoints.every
         if every and self.steps % every == 0:
-            self.save()
+            self.save(state=True)
 
     def measure(self, stage: str) -> None:
         """Greedy accuracy on the held-out problems, if it is not known."""
@@ -160,13 +181,24 @@ class _Phases:
         lost = f", {row['ungradable']} ungradable and left out" if row["ungradable"] else ""
         self._progress.say(f"{stage}: {row['correct']} of {row['total'] - row['ungradable']} correct{lost}")
 
-    def save(self) -> None:
-        """A checkpoint of who learns as they are."""
+    def end(self, interruption: Interruption) -> None:
+        """Save what the run has learned, if it has the time, and write down how it ended."""
+
+        def save() -> None:
+            self.save(state=True)
+            self._actors.saved()
+
+        ended = interruption.end(self.steps, save)
+        self._run.update(ended=ended)
+        self._progress.say(ended)
+
+    def save(self, *, state: bool) -> None:
+        """A checkpoint of who learns as they are; see `RunActors.save`."""
         if self._saved == self.steps:
             return
         self._saved = self.steps
         position = {key: value for key, value in asdict(self._at).items() if key != "steps"}
-        self._actors.save(self._said() | {"position": position, "rows": self._rows}, self._at)
+        self._actors.save(self._said() | {"position": position, "rows": self._rows}, self._at, state=state)
 
     def _said(self) -> dict[str, Any]:
         """What every manifest says of the run."""

@@ -12,6 +12,8 @@ from lockstep.cluster.launch.preflight import CheckedRun
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.records.progress import Progress
 from lockstep.cluster.records.run_folder import RunFolder
+from lockstep.cluster.run.failures import RunFailed
+from lockstep.cluster.run.interruption import Interruption
 from lockstep.cluster.run.profiling import traced
 from lockstep.cluster.run.rewinds import Rewinds
 from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
@@ -28,7 +30,7 @@ from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup, threads_for
 
 
-class Diverged(RuntimeError):
+class Diverged(RunFailed):
     """A run that no longer learns; the sentence says since when, what is saved, and where the batch is."""
 
 
@@ -38,9 +40,10 @@ def run_pretraining(
     progress: Progress,
     traces: Path | None,
     last: Checkpoint | None,
+    interruption: Interruption,
     places: Places = (),
 ) -> None:
-    """Train, measure, save.
+    """Train, measure, save; a run that is interrupted saves first.
 
     Args:
         traces: a folder for traces of the first steps, where they are wanted.
@@ -74,6 +77,7 @@ def run_pretraining(
     policy.check_agreement()
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")
+        manager.drop_after(plan.checkpoints, done)
         policy.call(ModelWorker.restore, checkpoint)
     policy.call(ModelWorker.open_text, config, data, recipe.seed, done, samples)
     policy.call(ModelWorker.open_checkpoints, plan.checkpoints, plan.checkpoint_config)
@@ -84,8 +88,12 @@ def run_pretraining(
     )
     run.update(speed={"flops_per_token": flops, "peak_flops": peak})
     loop = _Loop(plan, config, policy, run, progress, flops / peak, done, samples)
-    with traced(policy, traces, progress):
-        loop.run(data.length * config.samples_per_step)
+    try:
+        with traced(policy, traces, progress):
+            loop.run(data.length * config.samples_per_step, interruption)
+    except KeyboardInterrupt:
+        loop.end(interruption)
+        raise
 
 
 def _first_checkpoint(recipe: Recipe, start: ModelContents, progress: Progress) -> Path:
@@ -133,15 +141,15 @@ class _Loop:
         self._spoilt = self._skipped = 0
         self._speeds: list[float] = []
 
-    def run(self, tokens: int) -> None:
-        """All steps of so many tokens each."""
+    def run(self, tokens: int, interruption: Interruption) -> None:
+        """All steps of so many tokens each; what ends the run waits for the end of a step."""
         config = self._config
         self._progress.begin("pretrain", config.steps)
-        step = self._done
-        if not step:
+        if not self._done:
             self.measure(0)
-        while step < config.steps:
-            step = self._advance(step + 1, tokens)
+        while self._done < config.steps:
+            with interruption.deferred():
+                self._done = self._advance(self._done + 1, tokens)
         self.measure(config.steps)
         self.save(config.steps)
         self._policy.call(ModelWorker.saved)
@@ -229,6 +237,17 @@ class _Loop:
         read = range(samples.samples(first).start, samples.samples(last).stop)
         self._policy.call(ModelWorker.save_batch, file.resolve(), read)
         return file
+
+    def end(self, interruption: Interruption) -> None:
+        """Save what the run has learned, if it has the time, and write down how it ended."""
+
+        def save() -> None:
+            self.save(self._done)
+            self._policy.call(ModelWorker.saved)
+
+        ended = interruption.end(self._done, save)
+        self._run.update(ended=ended)
+        self._progress.say(ended)
 
     def measure(self, step: int) -> None:
         """The held-out loss, where documents are held out."""

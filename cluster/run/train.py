@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,13 +10,18 @@ from rich.console import Console
 
 from lockstep.cluster.launch.placement import Placement, plan_placement
 from lockstep.cluster.launch.preflight import check, check_sandbox
-from lockstep.cluster.launch.ray_session import Interruption, ray_cluster
+from lockstep.cluster.launch.ray_session import ray_cluster
 from lockstep.cluster.launch.run_lock import locked
 from lockstep.cluster.recipe.schema import Recipe
+from lockstep.cluster.records.disk_reserve import DiskReserve
+from lockstep.cluster.records.ending import note_killed, this_process
+from lockstep.cluster.records.metrics_repair import repair_metrics
 from lockstep.cluster.records.progress import Progress
 from lockstep.cluster.records.report import write_report
-from lockstep.cluster.records.run_folder import RunFolder
+from lockstep.cluster.records.run_folder import METRICS, RunFolder
 from lockstep.cluster.run.beginning import prepare
+from lockstep.cluster.run.failures import told_in_sentences
+from lockstep.cluster.run.interruption import Interruption
 from lockstep.cluster.run.phases import run_phases
 from lockstep.cluster.run.pretraining import run_pretraining
 from lockstep.data.tasks.task import Split, make_split
@@ -34,31 +40,50 @@ def train_recipe(
         ValueError: when the recipe does not fit its model, its cluster or what lies in its folder; nothing is written
             then, and a run that lies there stays.
     """
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
     traces = recipe.folder / "traces" if profile else None
-    with Interruption() as interruption, locked(recipe.folder, recipe.saves):
+    with Interruption(recipe.checkpoints.grace, say) as interruption, locked(recipe.folder, recipe.saves):
         checked = check(recipe)
-        plan, beginning = checked.plan, prepare(checked, resume=resume)
+        plan, beginning = checked.plan, prepare(checked, say, resume=resume)
         split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
         if split and split.has_programs:
-            console.print(check_sandbox(recipe.verifier.sandbox), markup=False, highlight=False)
+            say(check_sandbox(recipe.verifier.sandbox))
         with ray_cluster(address), Placement(plan_placement(recipe.roles, plan.processes)) as placement:
             interruption.listen()
+            if ended := note_killed(recipe.folder):
+                say(f"the run that lies in {recipe.folder} was {ended}")
+            if beginning.last:
+                for sentence in repair_metrics(recipe.folder / METRICS, beginning.last).sentences:
+                    say(sentence)
             run = beginning.open()
             try:
-                with run, Progress(console) as progress:
+                with run, Progress(console) as progress, DiskReserve(run.path), told_in_sentences(run.path):
                     _describe(run, split)
                     for change in beginning.changes:
                         progress.say(f"from here on, {change}")
+                    last = beginning.last
                     if split is None:
-                        run_pretraining(checked, run, progress, traces, beginning.last, placement.of("policy"))
+                        run_pretraining(checked, run, progress, traces, last, interruption, placement.of("policy"))
                     else:
-                        run_phases(checked, split, run, progress, traces, placement, beginning.last)
+                        run_phases(checked, split, run, progress, traces, placement, last, interruption)
             finally:
-                write_report(recipe.folder)
+                _report(recipe.folder, say)
     return recipe.folder
 
 
+def _report(folder: Path, say: Callable[[str], None]) -> None:
+    """Write the report, without hiding what ended the run where that is impossible."""
+    try:
+        write_report(folder)
+    except OSError as error:
+        say(f"{folder}/report.html was not written: {error}")
+
+
 def _describe(run: RunFolder, split: Split | None) -> None:
+    run.update(ended=None, process=this_process())
     packages = ("torch", "megatron-core", "deepspeed", "ray", "tensorstore")
     run.update(
         software={"python": platform.python_version()} | {p: version(p) for p in packages},

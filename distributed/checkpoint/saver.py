@@ -4,7 +4,9 @@ Each then writes a list of its chunks; when all lists are there, rank 0 writes t
 Ranks communicate through these files only, so that training may go on meanwhile.
 """
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -40,11 +42,27 @@ class CheckpointConfig(BaseModel):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves one at the end")
     keep_last: int = Field(0, ge=0, description="how many of the newest stay; 0 for all")
     keep_every: int = Field(0, ge=0, description="checkpoints of multiples of so many steps stay as well; 0 for none")
+    grace: float = Field(
+        120.0,
+        ge=0,
+        description="seconds for the last step and checkpoint of a run that is told to end by SIGTERM or Ctrl-C",
+    )
     asynchronous: bool = Field(True, description="train on while a checkpoint is written from a copy in host memory")
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(OSError):
     """A checkpoint could not be written; the message says which and why."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of errors for want of space: of the disk, of a quota, or of what a file may have."""
+
+
+def _reason(error: Exception) -> str:
+    """Why something could not be written; TensorStore's errors name each file within the checkpoint on their way."""
+    words = str(error)
+    full = [os.strerror(number) for number in FULL if os.strerror(number) in words]
+    return full[0] if full else words
 
 
 class Saver:
@@ -172,8 +190,8 @@ class Saver:
                 self._thin_out()
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             with suppress(OSError, ValueError):
-                (draft / "parts").write(FAILED, f"rank {self._rank}: {error}")
-            raise SaveFailed(f"{self._checkpoints / name} was not saved: {error}") from error
+                (draft / "parts").write(FAILED, f"rank {self._rank}: {_reason(error)}")
+            raise SaveFailed(f"{self._checkpoints / name} was not saved: {_reason(error)}") from error
 
     def _parts(self, parts: Storage) -> list[dict[str, Entry]]:
         """What all ranks wrote, as soon as they say it."""

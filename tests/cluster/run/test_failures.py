@@ -8,11 +8,16 @@ import psutil
 import pytest
 import ray
 
+from lockstep.distributed.checkpoint.integrity import damage
+from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.remote import WorkerFailed, gather
 from lockstep.rl.workers.worker_groups import ModelGroup
-from tests.cluster.cli_process import Command, overrides, summary, write_recipe
+from tests.cluster.cli_process import Command, Train, metrics, overrides, summary, write_recipe
+from tests.cluster.heads import Head
+
+PRETRAINING = Path(__file__).parents[3] / "recipes" / "parity-tiny.toml"
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def test_a_killed_worker_ends_the_run_and_is_named(learning: Command, tmp_path: 
     assert "failed" in (tmp_path / "tiny" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ctrl-c", marks=pytest.mark.exhaustive), "sigterm, then ctrl-c"])
+@pytest.mark.parametrize("kind", [pytest.param("ctrl-c", marks=pytest.mark.exhaustive), "sigterm", "twice"])
 def test_an_interrupted_run_leaves_a_record_and_no_process(learning: Command, tmp_path: Path, kind: str) -> None:
     processes = learning.descendants()
     titles = [" ".join(p.cmdline()) for p in processes]
@@ -58,18 +63,59 @@ def test_an_interrupted_run_leaves_a_record_and_no_process(learning: Command, tm
         learning.interrupt()
     else:
         learning.process.send_signal(signal.SIGTERM)
-        with pytest.raises(psutil.TimeoutExpired):
-            learning.process.wait(0.5)
+    if kind == "twice":
         learning.interrupt()
-    assert learning.wait(30) == 130
+    assert learning.wait(60) == 130
     assert gone(processes, 15), psutil.wait_procs(processes, timeout=0)[1]
     assert "Traceback" not in learning.output
     assert "*** SIG" not in learning.output
     assert summary(tmp_path / "tiny")["status"] == "interrupted"
+    if kind != "twice":
+        check_saved(tmp_path / "tiny", "SIGINT" if kind == "ctrl-c" else "SIGTERM")
     assert "interrupted" in (tmp_path / "tiny" / "report.html").read_text()
     report = Command(tmp_path / "report.log", "report", str(tmp_path / "tiny"))
     assert report.wait() == 0, report.output
     assert "RL steps" in report.output
+
+
+def check_saved(run: Path, signal_name: str) -> None:
+    """The last step that is in the metrics is in a checkpoint, with all that a run needs to go on."""
+    saved = Checkpoint(run)
+    step = saved.manifest["step"]
+    assert saved.states
+    assert saved.manifest["position"]["phase"] == "rl"
+    assert saved.manifest["position"]["phase_step"] == metrics(run, "rl")[-1]["step"] == step - 16
+    assert summary(run)["ended"] == f"interrupted by {signal_name} after step {step}, which is saved"
+    assert damage(saved.place) is None
+
+
+def test_a_pretraining_run_that_is_told_to_end_saves_first_and_goes_on(
+    tmp_path: Path, train: Train, head: Head
+) -> None:
+    settings = (
+        f"run={tmp_path}/run",
+        "layout.data=2",
+        "pretrain.steps=5000",
+        f"checkpoints.at=file://{tmp_path}/store/",
+    )
+    command = Command(tmp_path / "log", "train", str(PRETRAINING), *overrides(*settings), RAY_ADDRESS=head.cluster)
+    try:
+        command.wait_for("pretrain    3/5000")
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait(60) == 130
+    finally:
+        command.kill()
+    assert "SIGTERM: the run ends its step and saves, within 120 s; a second signal ends it at once" in command.output
+    saved = Checkpoint(f"file://{tmp_path}/store/")
+    step = saved.manifest["step"]
+    assert damage(saved.place) is None
+    assert [m["step"] for m in metrics(tmp_path / "run", "pretrain")] == list(range(1, step + 1))
+    assert summary(tmp_path / "run")["ended"] == f"interrupted by SIGTERM after step {step}, which is saved"
+    code, output = train(tmp_path / "log", PRETRAINING, *settings, f"pretrain.steps={step + 2}", options=("--resume",))
+    assert code == 0, output
+    assert f"going on after step {step}" in output
+    assert summary(tmp_path / "run")["ended"] is None
+    assert [m["step"] for m in metrics(tmp_path / "run", "pretrain")] == list(range(1, step + 3))
 
 
 def test_an_error_inside_a_worker_is_shown_in_its_own_words(tmp_path: Path) -> None:
