@@ -42,7 +42,9 @@ class RunActors:
 
     def keep_reference(self, step: int) -> None:
         """Write the policy's weights down before RL, for who has them as its reference then or after a restart."""
-        if step and (self.plan.recipe.checkpoints.every or self.models.reference):
+        saves, rl = self.plan.recipe.checkpoints, self.plan.recipe.rl
+        held = rl is not None and rl.reference.kind != "none" and not rl.reference.moves
+        if step and (self.models.reference or (held and (saves.every or saves.grace))):
             self.policy.call(ModelWorker.save_reference, step, self.plan.checkpoints_of("reference"))
 
     def load_reference(self) -> None:
@@ -53,13 +55,13 @@ class RunActors:
             gather(self.models.reference.start(kept, model.dtype, None, heat, model.numerics))
             self.models.reference.check_agreement()
 
-    def save(self, said: Mapping[str, Any], at: Position) -> None:
+    def save(self, said: Mapping[str, Any], at: Position, *, state: bool) -> None:
         """Begin a checkpoint of the policy, and of the models beside it that have learned, when those before are there.
 
         Args:
             said: what manifests say of the run.
+            state: save what a run needs to go on: optimizers, a moving reference, and the models beside the policy.
         """
-        state = bool(self.plan.recipe.checkpoints.every)  # a run that saves its end only does not go on
         step = at.steps
         new = [name for name, place in trained_checkpoints(self.plan, at).items() if place.name == step_name(step)]
         saving = [self.learners[name] for name in new] if state else []
@@ -86,10 +88,14 @@ class RunActors:
             self.policy.call(ModelWorker.resume_phase, kept, weights)
             self.policy.check_reference(weights)
 
-    def close(self) -> None:
-        """Wait for checkpoints, and end the processes that actors have."""
+    def saved(self) -> None:
+        """Wait for checkpoints."""
         for model in (*self.learners.values(), self.policy):
             model.call(ModelWorker.saved)
+
+    def close(self) -> None:
+        """Wait for checkpoints, and end the processes that actors have."""
+        self.saved()
         self.verifiers.close()
         if self.environments:
             self.environments.close()
@@ -117,8 +123,9 @@ def start_actors(
     for name, model in others.items():
         if name != "reference":  # which loads the weights that RL begins with
             calls += _loading(plan.models[name], model, recipe, saved.get(name) or _first_weights(name, run, first))
-    gather(calls + rollouts.start(begun, dtype, numerics) + verifiers.start(programs=split.has_programs))
-    for model in (policy, *(model for name, model in others.items() if name != "reference")):
+    # A rollout worker that replaces one which died loads the same again, and `begun` may have been thinned out by then.
+    gather(calls + rollouts.start(first, dtype, numerics) + verifiers.start(programs=split.has_programs))
+    for model in (policy, *(other for name, other in others.items() if name != "reference")):
         model.check_agreement()
     rollouts.check_agreement()
     verifiers.check_agreement()

@@ -1,6 +1,6 @@
 """Checks a run before anything is written: models are opened, and layouts, roles, data and checkpoints must fit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lockstep.cluster.launch.plan import ModelRole, RunPlan
@@ -128,15 +128,18 @@ def check_place(plan: RunPlan) -> None:
     )
 
 
-def last_checkpoint(plan: RunPlan, model: ModelConfig) -> manager.Checkpoint | None:
-    """The checkpoint that a run resumes from, or None where it has saved nothing.
+def last_checkpoint(
+    plan: RunPlan, model: ModelConfig, say: Callable[[str], object] = lambda sentence: None
+) -> manager.Checkpoint | None:
+    """The checkpoint that a run resumes from, or None where it has saved nothing; `say` takes what a user should know.
 
     Raises:
         RecipeError: when the recipe is not one that can resume from there.
     """
-    if not manager.saved(plan.checkpoints):
+    last = newest(plan, say)
+    if last is None:
+        say(f"{plan.checkpoints} holds no checkpoint: the run begins with step 1")
         return None
-    last = manager.Checkpoint(plan.checkpoints) if plan.recipe.pretrain else newest(plan)
     if (there := ModelConfig(**last.manifest["model"])) != model:
         raise RecipeError(f"{last.place} was saved with model={there}, and the recipe says {model}: make them equal")
     check_changes(plan, last)

@@ -5,6 +5,7 @@ its own; all are begun when those before are on disk, and one more than asked fo
 """
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import parse
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.distributed.checkpoint import manager
+from lockstep.distributed.checkpoint.integrity import damage, newest_whole
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.rl.algorithms.config import RLConfig
@@ -50,21 +52,40 @@ def position_of(last: Checkpoint | None) -> Position:
     return Position(**last.manifest["position"], steps=int(last.manifest["step"]))
 
 
-def newest(plan: RunPlan) -> Checkpoint:
-    """The policy's last checkpoint beside which every model that had been trained by then has one.
+def newest(plan: RunPlan, say: Callable[[str], object]) -> Checkpoint | None:
+    """The policy's newest whole checkpoint, beside which every model that had been trained by then has a whole one.
+
+    Args:
+        say: takes a sentence on newer ones that are damaged.
 
     Raises:
-        RecipeError: when there is none.
+        RecipeError: when there were some, and none is whole.
     """
-    steps = manager.saved(plan.checkpoints)
-    for step in sorted(steps, reverse=True):
-        found = Checkpoint(steps[step])
-        if all(place.has(manager.MANIFEST) for place in trained_checkpoints(plan, position_of(found)).values()):
-            return found
-    raise RecipeError(
-        f"{plan.checkpoints} has checkpoints of the policy, and beside none of them one of the "
-        f"{' or '.join(name for name in ('critic', 'reward') if name in plan.models)}: begin the run again"
-    )
+    found = newest_whole(plan.checkpoints, lambda place: _damage_beside(plan, place))
+    if found.place is None:
+        if found.damaged or found.left:
+            gone = f"{found.left}, which was the newest, is gone"
+            raise RecipeError(
+                f"{plan.checkpoints} holds no whole checkpoint ({found if found.damaged else gone}): restore one, or "
+                "begin the run again without --resume"
+            )
+        return None
+    last = Checkpoint(found.place)
+    if found.damaged:
+        step = int(last.manifest["step"])
+        again = max(found.damaged) - step
+        say(f"{found}; step {step} is whole, and {again} {'step is' if again == 1 else 'steps are'} taken again")
+    return last
+
+
+def _damage_beside(plan: RunPlan, place: Storage) -> str | None:
+    """What is wrong with the checkpoints of other models that belong to one of the policy."""
+    if plan.recipe.pretrain:
+        return None
+    for name, other in trained_checkpoints(plan, position_of(Checkpoint(place))).items():
+        if reason := damage(other):
+            return f"of the {name} beside it, {reason}"
+    return None
 
 
 def trained_checkpoints(plan: RunPlan, at: Position) -> dict[str, Storage]:
