@@ -12,7 +12,7 @@ from lockstep.cluster.launch.preflight import last_checkpoint
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import load_recipe
 from lockstep.cluster.recipe.model_source import starting_point
-from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.manager import Checkpoint, step_name
 from lockstep.distributed.checkpoint.storage import storage_of
 from lockstep.distributed.checkpoint.tensors import whole
 from lockstep.model.weights.names import is_adapter
@@ -77,7 +77,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path, t
     assert code == 0, output
     assert "going on after step" in output
     check_equal(straight, store_of(tmp_path))
-    # Steps after the checkpoint stand twice in the metrics: the later one counts.
+    steps = [m["step"] for m in metrics(run, "pretrain")]
+    assert steps == list(range(1, STEPS + 1))
     one, other = ({m["step"]: (m["loss"], m["grad_norm"]) for m in metrics(r, "pretrain")} for r in (straight, run))
     assert one == other
     assert summary(run)["status"] == "finished"
@@ -125,6 +126,61 @@ def test_another_run_is_not_gone_on_with(setting: str, sentence: str, straight: 
 def test_a_run_that_saved_nothing_begins(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPE, [f"run={tmp_path}"])
     assert last_checkpoint(RunPlan.of(recipe), starting_point(recipe.model, recipe.seed).config) is None
+
+
+HARM: dict[str, tuple[tuple[int, ...], str]] = {
+    "the newest is emptied": (
+        (12,),
+        "step 12 is damaged: its manifest.json is damaged; step 9 is whole, and 3 steps are",
+    ),
+    "the two newest are emptied": (
+        (12, 9),
+        "step 9 is damaged: its manifest.json is damaged; step 6 is whole, and 6 st",
+    ),
+    "all but the oldest are emptied": ((12, 9, 6), "step 3 is whole, and 9 steps are taken again"),
+}
+
+
+@pytest.mark.parametrize("kind", HARM)
+def test_damaged_checkpoints_are_passed_over_and_named(kind: str, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    emptied, sentence = HARM[kind]
+    for step in emptied:
+        for path in (tmp_path / "run" / "checkpoints" / step_name(step)).rglob("*"):
+            if path.is_file():
+                path.write_bytes(b"")
+    said, found = gone_on_with(tmp_path / "run")
+    assert found is not None
+    assert found.manifest["step"] == min(emptied) - 3
+    assert sentence in said[0]
+
+
+def test_deleted_ones_are_none_and_nothing_begins_anew_by_itself(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    saves = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(saves / step_name(12))
+    said, found = gone_on_with(tmp_path / "run")
+    assert found is not None
+    assert (said, found.manifest["step"]) == ([], 9)
+    for step in (3, 6, 9):
+        (saves / step_name(step) / "manifest.json").unlink()
+    with pytest.raises(RecipeError, match=r"holds no whole checkpoint .*step 9 is damaged: it has no manifest"):
+        gone_on_with(tmp_path / "run")
+    for step in (3, 6, 9):
+        shutil.rmtree(saves / step_name(step))
+    with pytest.raises(RecipeError, match="step-000012, which was the newest, is gone"):
+        gone_on_with(tmp_path / "run")
+    (saves / "latest").unlink()
+    said, found = gone_on_with(tmp_path / "run")
+    assert found is None
+    assert said == [f"{saves} holds no checkpoint: the run begins with step 1"]
+
+
+def gone_on_with(run: Path) -> tuple[list[str], Checkpoint | None]:
+    """What a resuming run says, and the checkpoint that it goes on from."""
+    said: list[str] = []
+    recipe = load_recipe(RECIPE, [f"run={run}", *SETTINGS])
+    return said, last_checkpoint(RunPlan.of(recipe), starting_point(recipe.model, recipe.seed).config, said.append)
 
 
 def test_a_checkpoint_is_read_with_tensorstore_alone(straight: Path) -> None:
