@@ -7,7 +7,7 @@ from dataclasses import dataclass
 _GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 _UNBRACED = (
     rf"[-+]?(?:[0-9](?:[0-9.,/]*[0-9])?|[a-zA-Z](?![a-zA-Z])|\\[a-zA-Z]+(?:\[[^\[\]]*\])?(?:\s*{_GROUP})*|\\?%"
-    rf"|\([^()$\n]*\)|[\^_](?:{_GROUP}|[0-9a-zA-Z]))+"
+    rf"|[(\[][^()\[\]$\n]*[)\]]|\\\{{[^{{}}$\n]*\\\}}|[\^_](?:{_GROUP}|[0-9a-zA-Z]))+"
 )
 _TOKEN = re.compile(
     r"\\(?:boxed|fbox)(?:\s*(?P<brace>\{)|(?![a-zA-Z])\s*\$?\s*" + rf"(?P<bare>{_UNBRACED}))" + r"|\\.|[{}]", re.DOTALL

@@ -3,15 +3,18 @@ r"""Reads LaTeX's cases: as a list where they are a system of equations, as piec
 import re
 
 _CASES = re.compile(
-    r"(?:[a-zA-Z]\w?(?:\([^()=]*\))?\s*=\s*)?"
+    r"(?:[^=\\&]{1,30}=\s*)?"
     r"(?:\\begin\{[dr]?cases\}(?P<cases>.*?)\\end\{[dr]?cases\}"
-    r"|\\\{\s*\\begin\{(?P<kind>array|aligned)\}(?:\{[lcr| ]*\})?(?P<rows>.*?)\\end\{(?P=kind)\})[\s.]*",
+    r"|(?:\\\{\s*\\begin\{array\}\{[lcr| ]*\}|(?:\\\{\s*)?\\begin\{(?:aligned|align\*?|gathered)\})"
+    r"(?P<rows>.*?)\\end\{(?:array|aligned|align\*?|gathered)\})[\s.]*",
     re.DOTALL,
 )
 _ROW = re.compile(r"\\\\(?:\[[^\]]*\])?|\\cr(?![a-z])")
 _WORDS = re.compile(r"\s*(?:if|for|when|where|provided that|provided)(?![a-zA-Z])\s*", re.IGNORECASE)
+_IS = re.compile(r"\s+is(?:\s+an?)?(?![a-zA-Z])\s*")
 _ELSE = re.compile(r"\s*(?:otherwise|else|elsewhere|in all other cases|all other \w+)\s*", re.IGNORECASE)
 
+OTHERWISE = "otherwise"
 Pieces = tuple[tuple[str, str], ...]
 """Value and condition of each piece of a function."""
 
@@ -40,7 +43,7 @@ def _cells(row: str) -> tuple[str, str]:
     if ampersand and re.match(r"\s*=", condition):  # an aligned equation
         return row.replace("&", "").strip(" .,;"), ""
     if not ampersand:
-        value, *rest = _WORDS.split(row, maxsplit=1)
+        value, *rest = re.split(r"(?<![a-zA-Z])(?:if|for|when)(?![a-zA-Z])", row, maxsplit=1)
         condition = rest[0] if rest else ""
-    condition = _WORDS.sub("", condition.replace("&", " "), count=1).strip(" .,;")
-    return value.strip(" .,;"), "otherwise" if _ELSE.fullmatch(condition) else condition
+    condition = _IS.sub(" ", _WORDS.sub("", condition.replace("&", " "), count=1)).strip(" .,;")
+    return value.strip(" .,;"), OTHERWISE if _ELSE.fullmatch(condition) else condition

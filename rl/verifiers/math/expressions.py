@@ -13,10 +13,12 @@ from math_verify import LatexExtractionConfig, parse
 from sympy import (
     Expr,
     I,
+    Interval,
     MatrixBase,
     Pow,
     Rational,
     Symbol,
+    Tuple,
     factorial,
     log,
     nan,
@@ -33,8 +35,11 @@ _LONGEST = 1000
 _MOST_DIGITS = 10_000
 _DEFAULT = LatexExtractionConfig()
 _LATEX = [replace(_DEFAULT, normalization_config=replace(_DEFAULT.normalization_config, units=False, boxed="none"))]
-_INDEXED = re.compile(r"\\(?:sum|prod|int|lim|binom)(?![a-zA-Z])|[=<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
+_INDEXED = re.compile(r"\\(?:sum|prod|int|lim|binom|le|ge|ne)(?![a-zA-Z])|[<>]|(?<![a-zA-Z\\])i\s*=|=\s*i\s*(?:[,;]|$)")
 """Where i may be an index or an unknown, and not the imaginary unit."""
+
+_NEGATIVE_ROOT = re.compile(r"\\sqrt\s*\[\s*([0-9]*[13579])\s*\]\s*\{\s*-((?:[^{}+-]|\{[^{}]*\})*)\}")
+"""An odd root of what begins with a minus, for which sympy refuses to make an interval."""
 
 
 @lru_cache(1024)  # a group's answers share their reference, and often each other
@@ -47,12 +52,18 @@ def expression_of(formula: str | None) -> Any | None:
     if formula is None or len(formula) > _LONGEST:  # math_verify's patterns take quadratic time
         return None
     latex = re.sub(rf"(?<![\\a-zA-Z])({FUNCTIONS})(?![a-zA-Z])", r"\\\1", formula)
-    parsed = parse(f"${latex}$", _LATEX, fallback_mode="no_fallback", parsing_timeout=None)
-    found = next((expression for expression in parsed if not expression.has(zoo, nan)), None)
+    found = _parsed(latex)
+    if found is None and _NEGATIVE_ROOT.search(latex):
+        found = _parsed(_NEGATIVE_ROOT.sub(r"(-\\sqrt[\1]{\2})", latex))
     if found is None:
         return None
     _check_size(found)
     return _real(found, Symbol("i", real=True) if _INDEXED.search(latex) else I)
+
+
+def _parsed(latex: str) -> Any | None:
+    parsed = parse(f"${latex}$", _LATEX, fallback_mode="no_fallback", parsing_timeout=None)
+    return next((expression for expression in parsed if not expression.has(zoo, nan)), None)
 
 
 def value_of(expression: Any) -> Any | None:
@@ -73,8 +84,15 @@ def _real(node: Any, unit: Any) -> Any:
     old = getattr(node, "_unsorted_args", node.args)  # math_verify's sets remember how they were written
     new = [_real(part, unit) for part in old]
     if any(one is not other for one, other in zip(new, old, strict=True)):
-        node = node.func(*new, evaluate=False) if isinstance(node, Relational) else node.func(*new)
+        node = _rebuilt(node, new)
     return _real_root(node) if isinstance(node, Pow) else node
+
+
+def _rebuilt(node: Any, args: list[Any]) -> Any:
+    """The node with other arguments; what looks like an open interval of complex numbers is a pair of them."""
+    if isinstance(node, Interval) and not all(end.is_extended_real for end in args[:2]):
+        return Tuple(*args[:2])
+    return node.func(*args, evaluate=False) if isinstance(node, Relational) else node.func(*args)
 
 
 def _real_root(power: Any) -> Any:

@@ -15,13 +15,14 @@ from typing import Any
 from sympy import Rational, Set
 
 from lockstep.rl.verdict import Outcome, Verdict
+from lockstep.rl.verifiers.math.cases import OTHERWISE, Pieces
 from lockstep.rl.verifiers.math.equality import rounded, same
 from lockstep.rl.verifiers.math.expressions import expression_of, value_of
 from lockstep.rl.verifiers.math.extraction import boxed_list, final_answer
 from lockstep.rl.verifiers.math.normalize import as_words
 from lockstep.rl.verifiers.math.numbers import same_number
 from lockstep.rl.verifiers.math.parsing import EQUALS, Reading, answer_side, is_calculation, option_of, read
-from lockstep.rl.verifiers.math.real_sets import real_set
+from lockstep.rl.verifiers.math.real_sets import RealSet, other_numbers, real_set
 from lockstep.rl.verifiers.math.units import agree
 
 EXAMPLES = ((r"\boxed{x^2-1}", "(x-1)(x+1)"), (r"\boxed{\sin^2 x+\cos^2 x}", "1"), (r"\boxed{(1, 2]}", "[1, 2]"))
@@ -45,14 +46,16 @@ def grade_stated(stated: str, answer: str) -> Verdict:
 def _grade(text: str, answer: str, find: Callable[[str], str | None]) -> Verdict:
     reference = read(answer)
     try:
-        ways = [(stated, way) for stated in _stated(text, reference, find) for way in _ways(stated, reference)]
-        if found := next((stated for stated, way in ways if _alike(way, reference)), None):
+        answers = _stated(text, reference, find)
+        ways = [(stated, way) for stated in answers for way in _ways(stated, reference)]
+        spelled = [(stated, read(stated)) for stated in answers]
+        if found := next((stated for stated, way in spelled + ways if _alike(way, reference)), None):
             return Verdict(Outcome.correct, extracted=found)
         if problem := _problem(reference):
             return Verdict(Outcome.ungradable, problem)
         if found := next((stated for stated, way in ways if _same(way, reference)), None):
             return Verdict(Outcome.correct, extracted=found)
-        return _incorrect(ways[0], reference) if ways else Verdict(Outcome.incorrect, "no final answer")
+        return _incorrect(*ways[0], reference) if ways else Verdict(Outcome.incorrect, "no final answer")
     except Exception as error:  # in as many ways as there are expressions; the reference has been read by itself
         reason = f"the final answer cannot be graded: {type(error).__name__}: {error}"
         return Verdict(Outcome.incorrect, reason[:500])
@@ -95,13 +98,12 @@ def _unreadable(reference: Reading) -> str:
     return "" if is_readable else f"the reference answer {reference.text[:80]!r} cannot be read"
 
 
-def _incorrect(stated: tuple[str, Reading], reference: Reading) -> Verdict:
-    text, given = stated
+def _incorrect(stated: str, given: Reading, reference: Reading) -> Verdict:
     if not given.understood and not given.pieces and expression_of(given.formula) is None:
-        return Verdict(Outcome.incorrect, "the final answer cannot be read", text)
+        return Verdict(Outcome.incorrect, "the final answer cannot be read", stated)
     if is_calculation(given, reference):
-        return Verdict(Outcome.incorrect, "the final answer is a calculation that was not carried out", text)
-    return Verdict(Outcome.incorrect, extracted=text)
+        return Verdict(Outcome.incorrect, "the final answer is a calculation that was not carried out", stated)
+    return Verdict(Outcome.incorrect, extracted=stated)
 
 
 def _alike(given: Reading, reference: Reading) -> bool:
@@ -141,23 +143,38 @@ def _equal(given: Reading, reference: Reading) -> bool:
 
 def _same_pieces(given: Reading, reference: Reading) -> bool:
     """Whether two functions have the same values under the same conditions, in any order."""
-    left = list(given.pieces)
-    for piece in reference.pieces:
-        readings = [read(text) for text in piece]
-        found = next((other for other in left if all(map(_same, map(read, other), readings))), None)
-        if found is None:
+    left = _domains(given.pieces)
+    for value, domain in _domains(reference.pieces):
+        pieces = [piece for piece in left if _same_domain(piece[1], domain) and _same(read(piece[0]), read(value))]
+        if not pieces:
             return False
-        left.remove(found)
+        left.remove(pieces[0])
     return not left
+
+
+def _domains(pieces: Pieces) -> list[tuple[str, RealSet | str]]:
+    """Values and the numbers for which they hold, where the conditions say that, else the conditions."""
+    rest = other_numbers(condition for _, condition in pieces if condition != OTHERWISE)
+    return [
+        (value, (rest if condition == OTHERWISE else real_set(condition)) or condition) for value, condition in pieces
+    ]
+
+
+def _same_domain(one: RealSet | str, other: RealSet | str) -> bool:
+    if isinstance(one, RealSet) and isinstance(other, RealSet):
+        return one.is_same_as(other)
+    return isinstance(one, str) and isinstance(other, str) and _same(read(one), read(other))
 
 
 def _same_formula(given: Reading, reference: Reading) -> bool:
     gold, target = _symbolic(reference), _symbolic(given)
     wanted, found = real_set(reference.text), real_set(given.text)
     if wanted and found:
-        return wanted.variable == found.variable and same(wanted.numbers, found.numbers)
-    gold = wanted.numbers if wanted and isinstance(target, Set) else gold
-    target = found.numbers if found and isinstance(gold, Set) else target
+        return wanted.is_same_as(found)
+    if wanted and isinstance(target, Set):
+        return wanted.is_same_as(RealSet("", target))
+    if found and isinstance(gold, Set):
+        return found.is_same_as(RealSet("", gold))
     if gold is None or target is None:
         return False
     return same(gold, target) or _rounds(gold, target, reference, given)

@@ -73,7 +73,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\\end\{[bBvp]?matrix\}"), r"\\end{pmatrix}"),
     (re.compile(r"(?i:(?<![a-z\\])infinity(?![a-z]))"), r"\\infty "),
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"(?<!\\)\\[;:]|(?<!\\)\\(?=\s)|~|\s+"), " "),
+    (re.compile(r"\\q?quad(?![a-zA-Z])|(?<!\\)\\[;:]|(?<!\\)\\(?=\s)|~|\s+"), " "),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"^\s*\\?(?:approx|sim)(?![a-z])\s*|^\s*=\s*(?!=)"), ""),
 )
@@ -82,7 +82,6 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
 _SYNONYMS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\\[lc]?dots[bcimo]?(?![a-zA-Z])|\.{3}|…"), r"\\ldots "),
     (re.compile(r"\\(?:long)?rightarrow(?![a-zA-Z])|→"), r"\\to "),
-    (re.compile(r"\\q?quad(?![a-zA-Z])"), " "),
     (re.compile(r"(?<=[0-9])\s+(?=[a-zA-Z])"), ""),
     (re.compile(r"\s+"), " "),
 )
@@ -90,12 +89,22 @@ _BAR = re.compile(r"\\(?:mid|vert|colon)(?![a-zA-Z])|:")
 _IDLE_SPACE = re.compile(r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])")
 
 
+_TURNED = re.compile(r"([\[\]])([^\[\](),]*,[^\[\](),]*)([\[\]])")
+
+
 def clean(text: str) -> str:
-    """The text in normal form: no currency, math delimiters, spacing commands, quotes or final punctuation."""
+    """The text in normal form: no currency, math delimiters, spacing commands, quotes or final punctuation.
+
+    An interval ]a, b[ has the brackets (a, b).
+    """
     text = _REPEATING.sub(_as_fraction, text.translate(_SYMBOLS))
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    return text.rstrip(" .,;:").lstrip()
+    text = text.rstrip(" .,;:").lstrip()
+    if turned := _TURNED.fullmatch(text):
+        left, ends, right = turned.groups()
+        return f"{left.replace(']', '(')}{ends}{right.replace('[', ')')}"
+    return text
 
 
 def as_words(text: str) -> str:
@@ -107,7 +116,7 @@ def as_words(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = re.sub(r"^\(\s*(\w+)\s*\)$|^(\w)\)$", r"\1\2", text)
     text = re.sub(r"_\{([0-9a-zA-Z]+)\}", r"_\1", text)
-    text = re.sub(r"\s*([:,;])\s*", r"\1", text)
+    text = re.sub(r"\s*([:,;=<>+*/^|])\s*", r"\1", text)
     if "\\" in text:
         return _IDLE_SPACE.sub("", _BAR.sub("|", text) if r"\{" in text else text)
     return " ".join(_singular(word) for word in text.casefold().replace("p.m", "pm").replace("a.m", "am").split())

@@ -6,6 +6,7 @@ is the comma of a list, one \pm in a formula stands for two, and of an equation 
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 from lockstep.rl.verifiers.math.cases import Pieces, as_list, pieces_of
@@ -63,6 +64,7 @@ class Reading:
         return type(self)(self.text, None, f"{self.number.value} {self.unit}")
 
 
+@lru_cache(1024)
 def read(raw: str) -> Reading:
     """Parses an answer in any notation; one of more than 10,000 characters counts as words."""
     if len(raw) > _LONGEST:

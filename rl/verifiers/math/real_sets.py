@@ -5,13 +5,14 @@ x < -1, x > 1 is both. A set-builder is its condition.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
 
 from sympy import Complement, FiniteSet, Float, Intersection, Interval, Rational, Reals, Set, Union, oo
 
+from lockstep.rl.verifiers.math.equality import same
 from lockstep.rl.verifiers.math.expressions import expression_of
 from lockstep.rl.verifiers.math.parsing import parts
 
@@ -20,6 +21,7 @@ _BUILDER = re.compile(
     rf"(?:{_NAME}\s*\\in\s*)?\\\{{\s*({_NAME})\s*(?:\\in\s*\\mathbb\s*\{{?R\}}?\s*)?(?:\\mid|\\vert|:|\|)(.+?)\\\}}",
     re.DOTALL,
 )
+_ALL = re.compile(r"(?:all|any)(?: the)? reals?(?: numbers?)?", re.IGNORECASE)
 _OR = re.compile(r"(?<![a-zA-Z\\])or(?![a-zA-Z])|\\(?:lor|vee)(?![a-zA-Z])")
 _CUP = re.compile(r"\\cup(?![a-zA-Z])")
 _AND = re.compile(r"(?<![a-zA-Z\\])and(?![a-zA-Z])|\\(?:land|wedge)(?![a-zA-Z])")
@@ -35,17 +37,34 @@ class RealSet:
     """The numbers that a variable may be."""
 
     variable: str
+    """Empty for a set that names none."""
     numbers: Set
+
+    def is_same_as(self, other: "RealSet") -> bool:
+        """Whether two sets are equal and of the same variable, if both name one."""
+        if self.variable != other.variable and self.variable and other.variable:
+            return False
+        are_finite = {isinstance(one.numbers, FiniteSet) for one in (self, other)}
+        return len(are_finite) == 1 and same(self.numbers, other.numbers)
 
 
 @lru_cache(1024)
 def real_set(text: str) -> RealSet | None:
     """The set that clean text describes by inequalities in one variable; None where it describes none."""
-    if not _SET.search(text):
-        return None
+    if _ALL.fullmatch(text):
+        return RealSet("", Reals)
+    return _described(text) if _SET.search(text) else None
+
+
+def other_numbers(conditions: Iterable[str]) -> RealSet | None:
+    """The numbers for which none of several conditions holds; None where one of them is no set of numbers."""
+    union = _one([_described(condition) for condition in conditions], Union)
+    return union and RealSet(union.variable, Complement(Reals, union.numbers))
+
+
+def _described(text: str) -> RealSet | None:
     built = _BUILDER.fullmatch(text.strip())
-    found = [_conjunction(part) for part in _alternatives(built[2] if built else text)]
-    return _one(found, Union) if len({one.variable if one else "" for one in found}) == 1 else None
+    return _one([_conjunction(part) for part in _alternatives(built[2] if built else text)], Union)
 
 
 def _alternatives(text: str) -> list[str]:
@@ -57,10 +76,18 @@ def _alternatives(text: str) -> list[str]:
 
 def _conjunction(text: str) -> RealSet | None:
     """What parts that are joined by "and" or commas have in common; with commas all of them, if they have nothing."""
-    pieces = [part for one in _AND.split(text) for part in parts(one)]
-    found = [_statement(part) for part in pieces]
+    found = [_statement(part) for one in _AND.split(text) for part in _spelled_out(parts(one))]
     common = _one(found, Intersection)
     return _one(found, Union) if common and common.numbers.is_empty and not _AND.search(text) else common
+
+
+def _spelled_out(statements: list[str]) -> Iterator[str]:
+    r"""The statements, and each of x \ne \pm 1 and x \ne 1, 2 by itself."""
+    head = ""
+    for statement in statements:
+        head = statement.partition(r"\ne")[0] + r"\ne" if r"\ne" in statement else head
+        full = statement if _RELATION.search(statement) or not head else f"{head} {statement}"
+        yield from [full.replace(r"\pm", sign) for sign in "+-"] if head and r"\pm" in full else [full]
 
 
 def _one(sets: Iterable[RealSet | None], join: Any) -> RealSet | None:
