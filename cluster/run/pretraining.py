@@ -20,6 +20,7 @@ from lockstep.data.corpus.sample_schedule import Rewind, SampleSchedule
 from lockstep.data.corpus.synthetic import random_text
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.model.formats.registry import ModelContents
@@ -67,14 +68,7 @@ def run_pretraining(
     done, samples = _position(config, last)
     checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
     progress.say(f"starting {plan.processes['policy']} workers with {plan.policy.layout}")
-    threads = threads_for(plan.training_concurrency)
-    policy = ModelGroup(plan.policy.layout, threads=threads, trainer=recipe.trainer, places=places)
-    gather(
-        policy.start(
-            checkpoint, recipe.model.dtype, plan.policy.optimizer, plan.policy.temperature, recipe.model.numerics
-        )
-    )
-    policy.check_agreement()
+    policy = _trainer(plan, checkpoint, places)
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")
         manager.drop_after(plan.checkpoints, done)
@@ -94,6 +88,16 @@ def run_pretraining(
     except KeyboardInterrupt:
         loop.end(interruption)
         raise
+
+
+def _trainer(plan: RunPlan, checkpoint: Path | Storage, places: Places) -> ModelGroup:
+    """The trainer's processes, which have loaded a checkpoint, and the same one."""
+    role, recipe = plan.policy, plan.recipe
+    threads = threads_for(plan.training_concurrency)
+    group = ModelGroup(role.layout, threads=threads, trainer=recipe.trainer, places=places)
+    gather(group.start(checkpoint, recipe.model.dtype, role.optimizer, role.temperature, recipe.model.numerics))
+    group.check_agreement()
+    return group
 
 
 def _first_checkpoint(recipe: Recipe, start: ModelContents, progress: Progress) -> Path:
