@@ -50,7 +50,7 @@ def convert(
     wanted = plan.Conversion(source, place, to, dtype, size_of(shard_size), size_of(max_memory), workers, weights_only)
     opened = inspection.open_outline(source)
     for line in inspection.plan_lines(wanted, opened):
-        (out if dry_run else err).print(line, markup=False, highlight=False)
+        (out if dry_run else err).print(line, highlight=False)
     if dry_run:
         return
     with progress("converting") as advance:
@@ -84,7 +84,7 @@ def verify(
     with progress("verifying") as advance:
         found = verify_checkpoint(checkpoint, against, advance)
     for line in (*found.notes, *found.faults):
-        err.print(line, markup=False)
+        err.print(line)
     if found.faults:
         raise typer.Exit(1)
     what = "hold the same numbers" if against else "is whole"
@@ -107,4 +107,4 @@ def inspect(
         print(json.dumps(found, indent=2))
     else:
         for line in lines(found):
-            out.print(line, markup=False, highlight=False)
+            out.print(line, highlight=False)

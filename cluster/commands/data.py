@@ -112,7 +112,7 @@ def _found(inputs: list[str]) -> list[Path]:
     paths = [_path(each) for each in inputs]
     _, others = find_files(paths)
     if others:
-        err.print(f"left out {len(others)} files with other endings, {others[0]} first", markup=False)
+        err.print(f"left out {len(others)} files with other endings, {others[0]} first")
     return paths
 
 
@@ -147,6 +147,6 @@ def _on_bad(value: str) -> "OnBad":
 
 def _say_skipped(skipped: int, examples: Sequence[str]) -> None:
     for sentence in examples:
-        err.print(f"skipped {sentence}", markup=False)
+        err.print(f"skipped {sentence}")
     if skipped > len(examples):
         err.print(f"and {skipped - len(examples)} more")

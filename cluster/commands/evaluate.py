@@ -68,14 +68,14 @@ def evaluate_model(
     folder = output or _folder(checkpoint, *filter(None, (task, file)))
     try:
         with progress("answering") as advance:
-            findings = evaluate_checkpoint(work, folder, advance, lambda line: err.print(line, markup=False))
+            findings = evaluate_checkpoint(work, folder, advance, lambda line: err.print(line))
     except OtherSettings as error:
         raise ValueError(f"{error} with --output") from error
     except SandboxError as error:
         raise ValueError(str(error)) from error
     for line in findings.lines:
         out.print(line, highlight=False)
-    out.print(f"completions and verdicts: {folder}", markup=False, highlight=False)
+    out.print(f"completions and verdicts: {folder}", highlight=False)
 
 
 def _recipe(task: str, file: str | None, limit: int | None, overrides: Sequence[str]) -> "Recipe":

@@ -84,4 +84,4 @@ def _opened(name: str) -> Iterator[BinaryIO]:
 
 
 def _say(line: str) -> None:
-    err.print(line, markup=False)
+    err.print(line)

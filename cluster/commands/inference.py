@@ -113,7 +113,7 @@ def serve(
         settings = Settings(name or Path(checkpoint).resolve().name, api_key or None, sequences + waiting, grace)
         config = EngineConfig(sequences=sequences, length=length, cache_gib=cache_gib)
         with open_engine(checkpoint, dtype, config) as (engine, tokenizer):
-            serve(engine, tokenizer, listener, settings, lambda line: err.print(line, markup=False, highlight=False))
+            serve(engine, tokenizer, listener, settings, lambda line: err.print(line, highlight=False))
 
 
 def _biases(pairs: Iterable[str]) -> dict[int, float]:
@@ -158,7 +158,7 @@ def _chat(answerer: "Answerer", system: str | None) -> None:
     from lockstep.cluster.generation import talk
 
     _edit_lines()
-    talk(answerer, _turn, _show, lambda sentence: err.print(sentence, markup=False), system=system)
+    talk(answerer, _turn, _show, lambda sentence: err.print(sentence), system=system)
 
 
 def _stream(answerer: "Answerer", question: "Question") -> None:

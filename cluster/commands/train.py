@@ -36,7 +36,7 @@ def run_recipe(
     try:
         folder = train_recipe(resolved, out, address=address, profile=profile, resume=resume)
     except (WorkerFailed, RunFailed) as error:
-        err.print(str(error), markup=False)
+        err.print(str(error))
         raise typer.Exit(1) from error
     out.print(summary_table(folder))
     out.print(f"report: {folder / 'report.html'}")

@@ -90,4 +90,4 @@ def _python() -> str:
 
 async def _follow(client: jobs.JobSubmissionClient, job: str, console: Console) -> None:
     async for text in client.tail_job_logs(job):
-        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+        console.print(text, end="", highlight=False, soft_wrap=True)
