@@ -5,6 +5,7 @@ files, which are the submitter's own where both see one file system.
 """
 
 import asyncio
+import math
 import os
 import shlex
 import sys
@@ -23,6 +24,9 @@ from lockstep.cluster.launch.ray_session import ANSWER_S
 from lockstep.cluster.recipe.load import to_toml
 from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.cluster.recipe.schema import Recipe
+
+CLEAN_UP_S = 30
+"""Seconds that the end of a run may take after its last checkpoint."""
 
 
 class NoHead(ValueError):
@@ -45,6 +49,8 @@ def submit_recipe(recipe: Recipe, address: str, console: Console) -> int:
             "working_dir": folder,
             "py_modules": [str(Path(lockstep.__file__).parent)],
             "excludes": ["__pycache__"],
+            # Ray kills a job that is stopped after 3 s, and the run saves first
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(recipe.checkpoints.grace + CLEAN_UP_S))},
         }
         try:
             job = client.submit_job(entrypoint=f"{_python()} -m lockstep train recipe.toml", runtime_env=environment)

@@ -8,7 +8,8 @@ import pytest
 
 from lockstep.cluster.recipe.load import parse
 from lockstep.cluster.run.submit import with_absolute_paths
-from tests.cluster.cli_process import Command, overrides, summary, write_recipe
+from lockstep.distributed.checkpoint.manager import Checkpoint
+from tests.cluster.cli_process import Command, overrides, summary, until, write_recipe
 from tests.cluster.heads import Head, free_port, started
 
 ROOT = Path(__file__).parents[3]
@@ -64,6 +65,24 @@ def test_a_job_that_fails_fails_the_command(head: Head, tmp_path: Path, tiny_fol
     assert "Traceback" not in output
     assert "failed" in output
     assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.exhaustive
+def test_a_job_that_is_stopped_saves_first(head: Head, tmp_path: Path, tiny_folder: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_folder)
+    endless = overrides("rl.steps=100000", "layout.data=1")
+    command = Command(tmp_path / "log", "submit", str(recipe), *endless, "--address", head.address)
+    try:
+        command.wait_for("\nrl   ")
+        command.interrupt()
+        assert command.wait(60) == 130
+        until(lambda: summary(tmp_path / "tiny")["status"] == "interrupted", 60)
+    finally:
+        command.kill()
+    saved = Checkpoint(tmp_path / "tiny")
+    step = saved.manifest["step"]
+    assert saved.states
+    assert summary(tmp_path / "tiny")["ended"] == f"interrupted by SIGTERM after step {step}, which is saved"
 
 
 def test_no_head_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
