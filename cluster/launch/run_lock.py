@@ -5,60 +5,22 @@ elsewhere lies inside. A lock whose process is gone is taken over on its own hos
 """
 
 import json
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import tensorstore
 
+from lockstep.cluster.process_identity import ProcessIdentity
 from lockstep.distributed.checkpoint.storage import Folder, Storage
 
 LOCK = "run.lock"
 """Name of a lock inside of a place."""
-CLOCK_S = 1.0
-"""By how much two readings of one process's start may differ."""
 
 
 class RunLocked(ValueError):
     """Another run writes there; the message says which, and how to proceed."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock."""
-
-    host: str
-    processes: int
-    """Number of the namespace of process ids, which containers on one host do not share."""
-    pid: int
-    started: float
-    """In seconds since 1970: a process id may come again, and a start does not."""
-
-    @classmethod
-    def this_process(cls) -> "Holder":
-        """The process that asks."""
-        pid = os.getpid()
-        return cls(socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino, pid, psutil.Process(pid).create_time())
-
-    def is_gone(self) -> bool:
-        """Whether the process has surely ended."""
-        here = Holder.this_process()
-        if (self.host, self.processes) != (here.host, here.processes):
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started) > CLOCK_S
-        except psutil.NoSuchProcess:
-            return True
-
-    def __str__(self) -> str:
-        since = datetime.fromtimestamp(self.started).isoformat(sep=" ", timespec="seconds")
-        return f"process {self.pid} on {self.host}, which began at {since}"
 
 
 @contextmanager
@@ -88,7 +50,7 @@ def _held(what: Path | Storage, place: Storage, name: str) -> Iterator[None]:
     found = store.read(name).result()
     holder = _holder(bytes(found.value)) if found.state == "value" else None
     free = found.state == "missing" or (holder is not None and holder.is_gone())
-    own = json.dumps(asdict(Holder.this_process()))
+    own = json.dumps(asdict(ProcessIdentity.this_process()))
     stamp = store.write(name, own, if_equal=found.stamp.generation).result() if free else None
     if stamp is None or not stamp.generation:
         raise RunLocked(
@@ -102,9 +64,9 @@ def _held(what: Path | Storage, place: Storage, name: str) -> Iterator[None]:
             store.write(name, None, if_equal=stamp.generation).result()
 
 
-def _holder(content: bytes) -> Holder | None:
+def _holder(content: bytes) -> ProcessIdentity | None:
     """Who a lock says holds it; None where it cannot be read."""
     try:
-        return Holder(**json.loads(content))
+        return ProcessIdentity(**json.loads(content))
     except (ValueError, TypeError):
         return None

@@ -1,22 +1,16 @@
 """Says of a run that was killed that it was: its summary says running, and its process is gone."""
 
-import os
-import socket
+from dataclasses import asdict
 from pathlib import Path
 
-import psutil
-
+from lockstep.cluster.process_identity import ProcessIdentity
 from lockstep.cluster.records.run_folder import SUMMARY, RunFolder
 from lockstep.cluster.records.tables import Record
 
-CLOCK_S = 1.0
-"""By how much two readings of one process's start may differ."""
-
 
 def this_process() -> Record:
-    """What a summary says of the process that runs: with its start, since a process id may come again."""
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": psutil.Process(pid).create_time()}
+    """What a summary says of the process that runs."""
+    return asdict(ProcessIdentity.this_process())
 
 
 def note_killed(path: Path) -> str | None:
@@ -37,11 +31,8 @@ def note_killed(path: Path) -> str | None:
 
 
 def _is_gone(process: object) -> bool:
-    """Whether a process has surely ended."""
-    if not isinstance(process, dict) or process.get("host") != socket.gethostname():
-        return False
+    """Whether a process that a summary names has surely ended."""
     try:
-        found = psutil.Process(process["pid"])
-        return found.status() == psutil.STATUS_ZOMBIE or abs(found.create_time() - process["started"]) > CLOCK_S
-    except psutil.NoSuchProcess:
-        return True
+        return isinstance(process, dict) and ProcessIdentity(**process).is_gone()
+    except TypeError:
+        return False

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cluster.launch.run_lock import Holder, RunLocked, locked
+from lockstep.cluster.launch.run_lock import RunLocked, locked
+from lockstep.cluster.process_identity import ProcessIdentity
 from lockstep.distributed.checkpoint.storage import Folder, Storage, storage_of
 
 
@@ -24,16 +25,16 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 @pytest.fixture
-def gone() -> Iterator[Holder]:
+def gone() -> Iterator[ProcessIdentity]:
     """A process that has ended."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
-        holder = replace(Holder.this_process(), pid=child.pid)
+        holder = replace(ProcessIdentity.this_process(), pid=child.pid)
         child.kill()
         child.wait()
         yield holder
 
 
-def write_lock(folder: Path, holder: Holder) -> Path:
+def write_lock(folder: Path, holder: ProcessIdentity) -> Path:
     file = folder.with_name(f"{folder.name}.lock")
     file.write_text(json.dumps(asdict(holder)))
     return file
@@ -81,7 +82,9 @@ def test_a_lock_stays_where_its_folder_is_moved_aside(place: Storage, tmp_path: 
             raise AssertionError("two runs hold one lock")
 
 
-def test_the_lock_of_a_process_that_is_gone_is_taken_over(gone: Holder, place: Storage, tmp_path: Path) -> None:
+def test_the_lock_of_a_process_that_is_gone_is_taken_over(
+    gone: ProcessIdentity, place: Storage, tmp_path: Path
+) -> None:
     file = write_lock(tmp_path / "run", gone)
     with locked(tmp_path / "run", place):
         assert json.loads(file.read_text())["pid"] != gone.pid
@@ -89,14 +92,14 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(gone: Holder, place: S
 
 
 def test_a_process_that_took_the_number_of_another_is_another(tmp_path: Path) -> None:
-    here = Holder.this_process()
+    here = ProcessIdentity.this_process()
     write_lock(tmp_path / "run", replace(here, started=here.started - 100))
     with locked(tmp_path / "run", Folder(tmp_path / "run" / "checkpoints")):
         pass
 
 
 @pytest.mark.parametrize("change", [{"host": "elsewhere"}, {"processes": 1}])
-def test_nobody_knows_from_another_host(change: dict[str, object], gone: Holder, tmp_path: Path) -> None:
+def test_nobody_knows_from_another_host(change: dict[str, object], gone: ProcessIdentity, tmp_path: Path) -> None:
     file = write_lock(tmp_path / "run", replace(gone, **change))  # type: ignore[arg-type]
     with pytest.raises(RunLocked) as caught, locked(tmp_path / "run", Folder(tmp_path / "run" / "checkpoints")):
         raise AssertionError("a lock of another host was taken over")
