@@ -1,6 +1,6 @@
 """Names that programs of competitive sites use without importing them, as `List` and `heapq`.
 
-LeetCode, and LiveCodeBench in its own grader (`testing_util.py`), put these imports before a program. Here they lie
+LeetCode, and LiveCodeBench in its own grader, put these imports before a program. Here they lie
 beneath a program's own names, as builtins do, and never hide a builtin or count as something that it defines.
 """
 
