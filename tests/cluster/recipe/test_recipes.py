@@ -88,7 +88,8 @@ def test_a_run_is_refused_where_programs_could_not_be_kept_in(tmp_path: Path) ->
     alone = ["unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("the kernel grants no user namespaces")
-    row = {"task_id": "a", "prompt": "def f():\n", "test": "", "entry_point": "f", "canonical_solution": "    pass"}
+    tests = "def check(candidate):\n    candidate()\n"
+    row = {"task_id": "a", "prompt": "def f():\n", "test": tests, "entry_point": "f", "canonical_solution": "    pass"}
     problems, run = tmp_path / "problems.jsonl", tmp_path / "run"
     problems.write_text("".join(json.dumps(row | {"prompt": f"def f{i}():\n"}) + "\n" for i in range(40)))
     settings = (f"task.generator={problems}", f"run={run}")

@@ -39,7 +39,7 @@ def checked(recipe: Recipe) -> CheckedRun:
 
 def begin(recipe: Recipe, *, resume: bool = False) -> RunFolder:
     """A run's folder as a run opens it."""
-    return prepare(checked(recipe), resume=resume).open()
+    return prepare(checked(recipe), print, resume=resume).open()
 
 
 def save(recipe: Recipe, run: RunFolder, step: int, /, **said: Any) -> None:
@@ -128,7 +128,7 @@ def test_a_folder_that_holds_no_run_is_refused_before_anything_starts(tmp_path: 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").touch()
     with pytest.raises(RunError, match="holds files that are not a run's"):
-        prepare(checked(pretraining(tmp_path)), resume=False)
+        prepare(checked(pretraining(tmp_path)), print, resume=False)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_problems_that_were_edited_are_refused(tmp_path: Path, tiny_folder: Path
     file = tmp_path / "problems.jsonl"
     file.write_text(file.read_text().replace("What is 1 + 0?", "What is 1 + 1?"))
     with pytest.raises(RecipeError, match=r"task\.generator has another content"):
-        prepare(checked(load_recipe(tmp_path / "tiny.toml", RL)), resume=True)
+        prepare(checked(load_recipe(tmp_path / "tiny.toml", RL)), print, resume=True)
 
 
 def test_manifests_of_older_versions_are_compared_by_the_folders_recipe(tmp_path: Path) -> None:

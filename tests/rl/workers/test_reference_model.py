@@ -65,7 +65,7 @@ def test_a_version_stays_until_it_is_replaced(groups: Groups) -> None:
 
 def followed(groups: Groups, folder: Path, kind: str) -> list[np.ndarray]:
     """Saves a reference after some steps; what it held then, and what one holds that goes on from there."""
-    config = ReferenceConfig.model_validate({"kind": kind, "every": 3, "decay": 0.9})
+    config = ReferenceConfig.model_validate({"kind": kind} | ({"every": 3} if kind == "version" else {"decay": 0.9}))
     policy, kept = (build(MODEL, groups, torch.bfloat16, RandomWeights(MODEL, seed=1)) for _ in range(2))
     reference = ReferenceModel(kept, config)
     for step in range(1, 5):
