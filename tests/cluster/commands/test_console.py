@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
@@ -109,9 +108,7 @@ def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
     name = "[red]run[/red] [/] :smile: [link=x]"
     table = Table(name, title=name, caption=name)
     table.add_row(name)
-    file = StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(out, "file", file)
+    with out.capture() as printed:
         out.print(name)
         out.print(table)
-    assert file.getvalue().count(name) == 5
+    assert printed.get().count(name) == 5

@@ -526,7 +526,7 @@ class Caller:
 
 
 @pytest.mark.parametrize(
-    ("given", "named"), [(Decimal(1), r"decimal\.Decimal"), (Caller(), r"posix\.system"), (print, "print")]
+    ("given", "named"), [(Decimal(1), r"decimal\.Decimal"), (Caller(), r"posix\.system"), (exec, "exec")]
 )
 def test_a_class_that_could_run_code_is_named_and_not_made(given: Any, named: str, broken: Path) -> None:
     change(broken, note=given)
