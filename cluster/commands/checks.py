@@ -33,7 +33,7 @@ def parity(
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that are started
     with overriding():
         resolved = load_recipe(recipe, overrides or [])
-    found = compare(resolved, [*layouts, *(more or [])], steps, lambda line: err.print(line))
+    found = compare(resolved, [*layouts, *(more or [])], steps, err.print)
     out.print(table(found))
     if not found.holds:
         raise typer.Exit(1)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +26,6 @@ from lockstep.cluster.records.progress import duration
 out = Console(soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
-ROOMS = (Path(lockstep.__file__).parent, *Path(lockstep.__file__).parent.iterdir())
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error, too.")]
 
 
@@ -65,18 +63,16 @@ def fault_of(error: ValueError) -> str | None:
     """Where an error comes from, if it is no sentence for users: those are raised by name in the package's own code."""
     if any(kind.__module__.startswith("lockstep.") for kind in type(error).__mro__) or error.__traceback__ is None:
         return None
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    path, rooms = Path(frame.f_code.co_filename).resolve(), [room.resolve() for room in ROOMS]
-    if any(room in path.parents for room in rooms) and _raises(error.__traceback__):
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code, package = last.tb_frame.f_code, Path(lockstep.__file__).parent
+    path, rooms = Path(code.co_filename).resolve(), [room.resolve() for room in (package, *package.iterdir())]
+    # What a function without a frame raised, such as `int`, was not begun by a `raise`.
+    raised = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    if raised and any(room in path.parents for room in rooms):
         return None
-    return f"unexpected {type(error).__name__} in {path.name}, line {line}: --debug prints the traceback"
-
-
-def _raises(trace: TracebackType) -> bool:
-    """Whether a `raise` began a traceback, and not a function that has no frame, such as `int`."""
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return f"unexpected {type(error).__name__} in {path.name}, line {last.tb_lineno}: --debug prints the traceback"
 
 
 def flags_of(command: Callable[..., Any]) -> dict[str, str]:

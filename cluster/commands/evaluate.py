@@ -68,7 +68,7 @@ def evaluate_model(
     folder = output or _folder(checkpoint, *filter(None, (task, file)))
     try:
         with progress("answering") as advance:
-            findings = evaluate_checkpoint(work, folder, advance, lambda line: err.print(line))
+            findings = evaluate_checkpoint(work, folder, advance, err.print)
     except OtherSettings as error:
         raise ValueError(f"{error} with --output") from error
     except SandboxError as error:

@@ -158,7 +158,7 @@ def _chat(answerer: "Answerer", system: str | None) -> None:
     from lockstep.cluster.generation import talk
 
     _edit_lines()
-    talk(answerer, _turn, _show, lambda sentence: err.print(sentence), system=system)
+    talk(answerer, _turn, _show, err.print, system=system)
 
 
 def _stream(answerer: "Answerer", question: "Question") -> None:

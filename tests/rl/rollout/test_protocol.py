@@ -6,6 +6,7 @@ An implementation is a function that makes an engine over a model; a new one is 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,14 +69,14 @@ def run(
     return by_place
 
 
-def completed(engine: Engine, *requests: Request) -> dict[str | int, list[TokenOutput]]:
-    """The tokens of requests that are added together."""
-    found: dict[str | int, list[TokenOutput]] = {request.key: [] for request in requests}
+def completed(engine: Engine, *requests: Request) -> dict[str | int, list[Any]]:
+    """The outputs of requests that are added together."""
+    found: dict[str | int, list[Any]] = {request.key: [] for request in requests}
     for request in requests:
         engine.add(request)
     while engine.has_work:
-        for token in engine.step():
-            found[token.key].append(token)
+        for output in engine.step():
+            found[output.key].append(output)
     return found
 
 

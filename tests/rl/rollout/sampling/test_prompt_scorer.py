@@ -14,22 +14,12 @@ from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
-from lockstep.rl.rollout.protocol import Output, PromptOutput, PromptTooLong, Request, Score, TokenOutput
+from lockstep.rl.rollout.protocol import PromptOutput, PromptTooLong, Request, Score, TokenOutput
 from lockstep.rl.types import Prompt, Rollout
 from tests.model.exact_rollouts import transformer as exact_transformer
-from tests.rl.rollout.test_protocol import whole_logits
+from tests.rl.rollout.test_protocol import completed, whole_logits
 
 LENGTHS = (1, 90, 17, 64, 33, 2, 16)
-
-
-def outputs(engine: RolloutEngine, requests: list[Request]) -> dict[str | int, list[Output]]:
-    found: dict[str | int, list[Output]] = {request.key: [] for request in requests}
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        for output in engine.step():
-            found[output.key].append(output)
-    return found
 
 
 def requests_of(sampling: SamplingParams, vocabulary: int, top: int = 0, *, draws: bool = True) -> list[Request]:
@@ -54,8 +44,8 @@ def differing_bits(groups: Groups, name: str, dtype: str, blocks: int) -> tuple[
     config = EngineConfig(length=300, sequences=12, budget=50)
     engine = RolloutEngine(model, config, decode=str, blocks=[blocks] * len(kinds(model.model)))
     requests = requests_of(SamplingParams(temperature=0.9, max_new_tokens=20), 301)
-    outputs(engine, requests[1::2])
-    found = outputs(engine, requests)
+    completed(engine, *requests[1::2])
+    found = completed(engine, *requests)
     scored = [(r, found[r.key][0]) for r in requests if r.prompt_logprobs is not None and len(r.tokens) > 1]
     rollouts = [as_rollout(request, first.scores) for request, first in scored]
     reported = np.concatenate([np.asarray(r.logp, np.float32) for r in rollouts])
@@ -85,7 +75,7 @@ def test_scores_are_the_policys(temperature: float, transformer: Transformer) ->
     engine = RolloutEngine(transformer, EngineConfig(budget=40), decode=str)
     sampling = SamplingParams(temperature=temperature, top_k=3, repetition_penalty=1.5, max_new_tokens=3)
     requests = [r for r in requests_of(sampling, 301, top=4) if r.prompt_logprobs is not None]
-    for request, found in zip(requests, outputs(engine, requests).values(), strict=True):
+    for request, found in zip(requests, completed(engine, *requests).values(), strict=True):
         first, *tokens = found
         assert isinstance(first, PromptOutput)
         assert [s.token for s in first.scores] == list(request.tokens)
@@ -100,13 +90,13 @@ def test_scores_are_the_policys(temperature: float, transformer: Transformer) ->
 def test_a_request_that_draws_nothing_ends_with_its_prompt(transformer: Transformer) -> None:
     engine = RolloutEngine(transformer, EngineConfig(budget=40), decode=str)
     requests = requests_of(SamplingParams(), 301, draws=False)
-    for request, found in zip(requests, outputs(engine, requests).values(), strict=True):
+    for request, found in zip(requests, completed(engine, *requests).values(), strict=True):
         (only,) = found
         assert only.finish_reason == "length"
         assert len(only.scores) == (0 if request.prompt_logprobs is None else len(request.tokens))
     assert engine.statistics.blocks_used == engine.statistics.generated_tokens == 0
     whole = replace(requests[0], tokens=(5,) * engine.longest)
-    assert len(outputs(engine, [whole])[whole.key][0].scores) == engine.longest
+    assert len(completed(engine, whole)[whole.key][0].scores) == engine.longest
     with pytest.raises(PromptTooLong):
         engine.add(replace(whole, draws=True))
 
@@ -117,7 +107,7 @@ def test_logits_exist_for_a_few_tokens_at_a_time(transformer: Transformer, monke
     monkeypatch.setattr(engine.runner, "logits", lambda hidden: rows.append(len(hidden)) or compute(hidden))
     monkeypatch.setitem(__import__("lockstep.model.layers.logprobs", fromlist=["CHUNKS"]).CHUNKS, "fast", 32)
     request = Request(0, tuple(range(3, 203)), SamplingParams(), 0, 0, prompt_logprobs=0, draws=False)
-    scores = outputs(engine, [request])[0][0].scores
+    scores = completed(engine, request)[0][0].scores
     assert rows == [32] * 6 + [7]
     logp = whole_logits(transformer, request.tokens).log_softmax(-1)
     targets = torch.tensor(request.tokens[1:])
