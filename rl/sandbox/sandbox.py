@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -84,7 +84,10 @@ class Sandbox:
 
     def run(self, program: bytes, stdin: str) -> Observation:
         """Runs a program; returns what it prints. Raises SandboxError if the sandbox itself fails."""
-        said, reply = self._told(program, json.dumps(stdin).encode(), 1)
+        try:
+            said, reply = self._told(program, json.dumps(stdin).encode(), 1)
+        except OSError as error:
+            raise SandboxError(f"the sandbox failed ({error})") from error
         if said is None:
             raise SandboxError(f"the sandbox failed (exit code {self.kill(_EXIT_GRACE)})")
         if reply:
@@ -104,14 +107,11 @@ class Sandbox:
         """What the zygote and the harness say of a program."""
         wanted = libraries.mentioned(f"{program.decode()} {tests.decode()}", self._offered)
         ours, theirs = os.pipe()
-        files = [_file(program), _file(tests), theirs]
-        try:
-            with suppress(OSError):
-                socket.send_fds(self._control, [" ".join(["item", *wanted]).encode()], files)
-        finally:
-            for descriptor in files:
-                os.close(descriptor)
         with open(ours, "rb") as reply:
+            with open(theirs, "wb") as answer, _file(program) as code, _file(tests) as checks:
+                files = [code, checks, answer.fileno()]
+                with suppress(BrokenPipeError, ConnectionResetError):  # it has ended, which the next line finds
+                    socket.send_fds(self._control, [" ".join(["item", *wanted]).encode()], files)
             said = self._hear((runs + 1) * longest_run(self._limits.seconds) + _PATIENCE)
             return said, b"" if said is None else reply.read(_LONGEST_VERDICT)
 
@@ -155,10 +155,12 @@ def _started(settings: str) -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     return control, process
 
 
-def _file(content: bytes) -> int:
-    descriptor = os.memfd_create("item")
-    os.write(descriptor, content)
-    return descriptor
+@contextmanager
+def _file(content: bytes) -> Iterator[int]:
+    """The descriptor of a file in memory."""
+    with open(os.memfd_create("item"), "wb", buffering=0) as file:
+        file.write(content)
+        yield file.fileno()
 
 
 def _environment() -> dict[str, str]:

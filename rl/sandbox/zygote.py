@@ -63,9 +63,11 @@ class Zygote:
         self._control.send(json.dumps({"isolation": asdict(self._jail.active), "refused": refused}).encode())
         with suppress(_AbandonedError):
             while True:
-                wanted, descriptors, _, _ = socket.recv_fds(self._control, _LONGEST_LIST, 3)
-                if len(descriptors) != 3:
+                wanted, descriptors, flags, _ = socket.recv_fds(self._control, _LONGEST_LIST, 3)
+                if not wanted:
                     return
+                if len(descriptors) != 3:
+                    raise OSError(f"an item came with {len(descriptors)} of its 3 files (flags {flags:#x})")
                 self._warm(wanted.decode().split()[1:])
                 self._control.send(self._judge(*descriptors).encode())
 
@@ -178,6 +180,8 @@ class _Item:
             if not happened and (over := time_left.over(self._spent(), time.monotonic())):
                 return over
             if control.fileno() in happened:
+                if control.recv(1, socket.MSG_PEEK):
+                    raise RuntimeError("the pool sent an item before the verdict of the one in work")
                 raise _AbandonedError
             if self._run and self._run.ending in happened:
                 self._say(self._run.await_end())

@@ -21,6 +21,7 @@ def train(head: Head) -> Train:
     """`lockstep train` on the shared cluster."""
 
     def run(log: Path, recipe: Path, *settings: str, options: tuple[str, ...] = ()) -> tuple[int, str]:
+        head.check()
         command = Command(log, "train", str(recipe), *overrides(*settings), *options, RAY_ADDRESS=head.cluster)
         try:
             return command.wait(), command.output

@@ -40,6 +40,14 @@ class Head:
         except (OSError, urllib.error.URLError):
             return False
 
+    def check(self) -> None:
+        """Raises an AssertionError with the head's own words where it has ended, or its dashboard takes no jobs."""
+        if self.process.poll() is None and self.answers():
+            return
+        logs = [self.folder / "head.log", *self.folder.glob("session_latest/logs/gcs_server.*")]
+        said = "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists())
+        raise AssertionError(f"the shared head ended with {self.process.poll()} or does not answer:\n{said}")
+
 
 @contextmanager
 def joined(head: Head, cpus: int) -> Iterator[None]:

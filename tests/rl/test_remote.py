@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.distributed.layout import Layout
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig
+from lockstep.rl.remote import WorkerFailed, gather
 from lockstep.rl.workers import stubs
+from lockstep.rl.workers.worker_groups import ModelGroup
+from tests.rl.conftest import Actors
 
 STUBS = [each for each in vars(stubs).values() if isinstance(each, stubs.Stub)]
 SETTINGS = """
@@ -61,3 +66,13 @@ def test_mypy_checks_calls_against_the_methods_of_the_worker(tmp_path: Path) -> 
     said = subprocess.run([*command, str(program)], capture_output=True, text=True, timeout=240).stdout
     refused = [line for line in range(1, 30) if f"calls.py:{line}: error" in said]
     assert refused == [n for n, line in enumerate(CALLS.splitlines(), 1) if line.endswith("# wrong")], said
+
+
+def test_an_error_inside_a_worker_is_shown_in_its_own_words(actors: Actors, tmp_path: Path) -> None:
+    policy = ModelGroup(Layout(), threads=1, trainer=TrainerConfig(row_tokens=64), role="late")
+    try:
+        with pytest.raises(WorkerFailed, match=r"(?s)late 0: .*BadCheckpoint.*nothing holds no checkpoint") as caught:
+            gather(policy.start(tmp_path / "nothing", "float32", OptimizerConfig(), 1.0))
+        assert "\x1b" not in str(caught.value)
+    finally:
+        policy.workers[0].end()

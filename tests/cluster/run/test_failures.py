@@ -6,14 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from lockstep.distributed.checkpoint.integrity import damage
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.layout import Layout
-from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-from lockstep.rl.remote import WorkerFailed, gather
-from lockstep.rl.workers.worker_groups import ModelGroup
 from tests.cluster.cli_process import Command, Train, metrics, overrides, summary, write_recipe
 from tests.cluster.heads import Head
 
@@ -116,14 +111,3 @@ def test_a_pretraining_run_that_is_told_to_end_saves_first_and_goes_on(
     assert f"going on after step {step}" in output
     assert summary(tmp_path / "run")["ended"] is None
     assert [m["step"] for m in metrics(tmp_path / "run", "pretrain")] == list(range(1, step + 3))
-
-
-def test_an_error_inside_a_worker_is_shown_in_its_own_words(tmp_path: Path) -> None:
-    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=1)
-    try:
-        policy = ModelGroup(Layout(), threads=1, trainer=TrainerConfig(row_tokens=64))
-        with pytest.raises(WorkerFailed, match=r"(?s)policy 0: .*BadCheckpoint.*nothing holds no checkpoint") as caught:
-            gather(policy.start(tmp_path / "nothing", "float32", OptimizerConfig(), 1.0))
-        assert "\x1b" not in str(caught.value)
-    finally:
-        ray.shutdown()

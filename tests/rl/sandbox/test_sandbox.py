@@ -1,8 +1,10 @@
 """A sandbox says how it isolates, refuses to start with less than is required, and its failure costs one item."""
 
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.sandbox.isolation import NOTHING, Isolation, SandboxError, SandboxLimits
+from lockstep.rl.sandbox.sandbox import Sandbox
 from lockstep.rl.sandbox.wire import MalformedError, decode, encode
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.code_pool import CodePool
@@ -86,6 +89,41 @@ def test_a_zygote_outlives_what_programs_can_do_without_isolation(program: str, 
             Outcome.correct,
         ]
         assert verdicts[0].reason == reason
+
+
+def test_an_item_that_cannot_be_sent_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(name: str) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with CodePool(1, SandboxLimits(seconds=3), requires=NOTHING) as pool:
+        assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.correct
+        before = set(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patches:
+            patches.setattr(os, "memfd_create", full)
+            assert pool.grade([(RIGHT, TESTS)])[0].reason == "the sandbox failed ([Errno 24] Too many open files)"
+            with pytest.raises(SandboxError, match="Too many open files"):
+                pool.run(RIGHT)
+        assert set(os.listdir("/proc/self/fd")) == before
+        zygotes = psutil.Process().children()
+        assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.correct
+        assert psutil.Process().children() == zygotes
+
+
+@pytest.mark.parametrize(
+    ("files", "copies", "said"),
+    [(2, 1, "an item came with 2 of its 3 files"), (3, 2, "before the verdict of the one in work")],
+)
+def test_a_zygote_says_what_a_pool_did_wrong(
+    files: int, copies: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sandbox = Sandbox(SandboxLimits(seconds=3), NOTHING)
+    sandbox.await_ready()
+    with open(os.devnull, "r+b") as nothing:
+        for _ in range(copies):
+            socket.send_fds(sandbox._control, [b"item"], [nothing.fileno()] * files)
+        sandbox._control.shutdown(socket.SHUT_WR)
+    assert sandbox.kill(20) == 1
+    assert said in capfd.readouterr().err
 
 
 def test_a_zygote_that_cannot_be_replaced_is_replaced_later(monkeypatch: pytest.MonkeyPatch) -> None:
