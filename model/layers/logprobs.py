@@ -185,8 +185,9 @@ def _d_logits(
         above = d_logits.clamp_min(_IMPOSSIBLE).add_(entropy[:, None]).mul_((of_entropy / temperature)[:, None])
         d_logits.exp_().mul_(above.add_(spread).neg_())
     inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
-    rows = torch.nonzero(inside)[:, 0]
-    d_logits[rows, local_targets[rows]] += scale[rows, 0]
+    # 0 is added for a target of another rank: to choose rows by `inside` would make the host wait for a device.
+    places = local_targets.clamp(0, chunk.shape[1] - 1)[:, None]
+    d_logits.scatter_add_(1, places, torch.where(inside[:, None], scale, 0.0))
     if cap is not None:  # tanh' = 1 − tanh²; a row of padding is −∞ and has no slope
         d_logits *= 1 - (chunk.float() / cap).clamp(-1, 1).square()
     return d_logits
