@@ -39,15 +39,26 @@ class PartNorms:
         return dist.get_world_size(self._groups.expert_replicas if is_expert(parameter) else self._groups.replicas)
 
     def squares(self, values: Iterable[LocalValues]) -> Tensor:
-        """Σx² over every distinct element in the world, [parts] in fp64. All ranks call this together."""
-        sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        """Σx² over every distinct element in the world, [parts] in fp64 in host memory. All ranks call this together.
+
+        One copy to the host serves all who read the norms, and gradients in host memory can be scaled by them.
+        """
+        held = {self._device: self._nothing(self._device)}
         for parameter, tensor, holders in values:
             split = getattr(parameter, "tensor_model_parallel", False)
             if (split or self._groups.tensor_rank == 0) and not getattr(parameter, "ds_pipe_replicated", False):
                 square = torch.linalg.vector_norm(tensor.float()).double().square() / holders
-                sums[self._part_of[parameter]] += square.to(sums.device)
+                if square.device not in held:
+                    held[square.device] = self._nothing(square.device)
+                held[square.device][self._part_of[parameter]] += square
+        sums = held.pop(self._device)
+        for others in held.values():  # of what is offloaded
+            sums += others.to(self._device)
         dist.all_reduce(sums)
-        return sums
+        return sums.cpu()
+
+    def _nothing(self, device: torch.device) -> Tensor:
+        return torch.zeros(len(self._names), dtype=torch.float64, device=device)
 
     def by_part(self, squares: Tensor) -> dict[str, float]:
         """The norm of each part, from what `squares` returned."""
