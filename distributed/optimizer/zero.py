@@ -212,6 +212,7 @@ class ZeroOptimizer:
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
+            "timers": {"throughput": {"enabled": False}},  # they would wait for the device twice in each step
         }
 
     def _partition(
