@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.distributed.collectives import all_to_all
+from lockstep.distributed.device import sent
 
 Visible = Callable[[Tensor, Tensor], Tensor]
 """(indices of queries [Q], indices of keys [K]) in the row → whether each query sees each key, [Q, K]."""
@@ -36,8 +37,8 @@ class UlyssesExchange:
     def __init__(self, group: dist.ProcessGroup, length: int, device: torch.device) -> None:
         self._group, self._degree = group, group.size()
         places = torch.cat([zigzag_indices(length, self._degree, rank) for rank in range(self._degree)])
-        self._places = places.to(device)
-        self._order = places.argsort().to(device)
+        self._places = sent(places, device)
+        self._order = sent(places.argsort(), device)
 
     def to_heads(self, x_THE: Tensor) -> Tensor:
         """Exchange tokens for heads: [T / degree, H, E] → [T, H / degree, E], in the order of the row."""
@@ -155,7 +156,7 @@ class _Turns:
 
     def __init__(self, group: dist.ProcessGroup, length: int, device: torch.device) -> None:
         self._group, self._degree, self._rank = group, group.size(), dist.get_rank(group)
-        self._places = [zigzag_indices(length, self._degree, rank).to(device) for rank in range(self._degree)]
+        self._places = [sent(zigzag_indices(length, self._degree, rank), device) for rank in range(self._degree)]
         self.own = self._places[self._rank]
 
     def blocks(self, block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

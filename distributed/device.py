@@ -41,6 +41,17 @@ def take_device(rank: int) -> None:
         torch.cuda.set_device(device)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to a device; an accelerator goes on computing, and the host need not wait for it.
+
+    A plain copy from pageable memory returns when all that the device had to do before it is done. The allocator of
+    page-locked memory keeps what is being copied.
+    """
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of this process's tensors on an accelerator, or of the whole process on the CPU.
 

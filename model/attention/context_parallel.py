@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.distributed.context_parallel import UlyssesExchange, ring_attention
+from lockstep.distributed.device import sent
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import splits_heads
 from lockstep.model.attention.packed import DocumentAttention
@@ -56,7 +57,7 @@ class RingAttention:
     def __init__(self, documents: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._length = group, sum(map(sum, documents))
         places = _places(documents)
-        self._document_T, self._branch_T, self._position_T = (torch.tensor(p, device=device) for p in places)
+        self._document_T, self._branch_T, self._position_T = (sent(torch.tensor(p), device) for p in places)
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """See `Attend`."""

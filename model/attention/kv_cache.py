@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lockstep.distributed.device import sent
 from lockstep.model.attention.eager import attend_in_full
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.attention.paged_kernel import BLOCK, PagedKernel, Rows, block_shapes, first_seen, serves
@@ -202,7 +203,7 @@ class _Gathered:
         self._cache, window = cache, cache.windows[kind]
         device = cache.values[0].device
         places = _places([s.tables[kind] for s in spans], spans)
-        self._blocks, self._offsets = (torch.from_numpy(x).to(device) for x in places)
+        self._blocks, self._offsets = (sent(torch.from_numpy(x), device) for x in places)
         self._rows = _row_numbers(short, device)
         if not short:
             return
@@ -210,9 +211,10 @@ class _Gathered:
         tables = _padded(
             [s.tables[kind][first : s.start // BLOCK + 1] for (_, s), first in zip(short, firsts, strict=True)]
         )
-        self._tables = torch.from_numpy(tables.astype(np.int64)).to(device)
-        columns = torch.tensor(firsts)[:, None] * BLOCK + torch.arange(tables.shape[1] * BLOCK)
-        self._bias = _bias(columns, torch.tensor([s.start for _, s in short])[:, None], window).to(device)
+        self._tables = sent(torch.from_numpy(tables.astype(np.int64)), device)
+        firsts_N, starts_N = (sent(torch.tensor(x), device) for x in (firsts, [s.start for _, s in short]))
+        columns = firsts_N[:, None] * BLOCK + torch.arange(tables.shape[1] * BLOCK, device=device)
+        self._bias = _bias(columns, starts_N[:, None], window)
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec) -> Tensor:
         """Mixed values [T, H, E]; undefined for tokens that are not among the rows."""
@@ -260,7 +262,7 @@ def _places(tables: Sequence[Sequence[int]], spans: Sequence[Span]) -> tuple[np.
 
 
 def _row_numbers(spans: Sequence[tuple[int, Span]], device: torch.device) -> Tensor:
-    return torch.from_numpy(_numbers((i, s.count) for i, s in spans)).to(device)
+    return sent(torch.from_numpy(_numbers((i, s.count) for i, s in spans)), device)
 
 
 def _numbers(ranges: Iterable[tuple[int, int]]) -> np.ndarray:

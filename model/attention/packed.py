@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lockstep.distributed.device import sent
 from lockstep.model.attention.eager import Span, attend_in_full
 from lockstep.model.attention.exact import attend_exactly, with_gradient
 from lockstep.model.attention.spec import PLAIN, AttentionSpec
@@ -83,8 +84,8 @@ class _Gather:
             own_T: each token's own slot.
             lent: further slots, and the token in each.
         """
-        self.tokens_P, self.own_T = tokens_P.to(device), own_T.to(device)
-        self.lent = tuple(x.to(device) for x in lent)
+        self.tokens_P, self.own_T = sent(tokens_P, device), sent(own_T, device)
+        self.lent = tuple(sent(x, device) for x in lent)
 
     def spread(self, x: Tensor) -> Tensor:
         """[T, …] → [P, …]."""
@@ -182,7 +183,7 @@ class _SegmentBatch:
         self.key_tokens = torch.where(columns < seen, prompt + columns, own).flatten()
         self._least, self._most = int(seen.min()), int(seen.max())
         self._least_last = int((seen + length).min()) - 1
-        self._first_N, self._last_N = (t[:, 0].to(device) for t in (seen, seen + length - 1))
+        self._first_N, self._last_N = (sent(t[:, 0], device) for t in (seen, seen + length - 1))
         self._biases: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self._causal = not any(s.seen for s in segments)
 

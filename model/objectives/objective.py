@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.data.batch import COLUMNS, TokenBatch
+from lockstep.distributed.device import sent
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def loss_inputs(batch: TokenBatch, device: torch.device, context: dist.ProcessGr
     """
 
     def tensor(array: Any) -> Tensor:
-        return torch.tensor(array).to(device)
+        return sent(torch.tensor(array), device)
 
     about = batch.members
     samples = SampleInputs(

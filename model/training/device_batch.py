@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lockstep.data.batch import Ints, TokenBatch, part, sequences_of
 from lockstep.distributed.context_parallel import zigzag_indices
+from lockstep.distributed.device import sent
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Stage
 from lockstep.model.attention.context_parallel import attention
@@ -41,7 +42,7 @@ def to_device(
     local, (document_T, weight_D) = part(batch, places), sequences_of(batch)
 
     def tensor(name: str) -> Tensor:
-        return torch.tensor(getattr(local, name)).to(device)
+        return sent(torch.tensor(getattr(local, name)), device)
 
     return DeviceBatch(
         tokens=tensor("tokens"),
@@ -50,7 +51,7 @@ def to_device(
         targets_K=tensor("targets"),
         loss_inputs=loss_inputs(local, device, groups.context if groups.layout.context > 1 else None),
         attend=attend,
-        sequences=Sequences(*(torch.tensor(column).to(device) for column in (document_T[places], weight_D))),
+        sequences=Sequences(*(sent(torch.tensor(column), device) for column in (document_T[places], weight_D))),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.distributed.device import sent
 from lockstep.model import cpu_decoder
 from lockstep.model.attention.exact_kv_cache import exact_cache
 from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
@@ -102,7 +103,7 @@ class ModelRunner:
         tokens = np.concatenate([c.sequence.part(c.start, c.start + c.count) for c in chunks])
         positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
         attend = cache.attention(_spans(chunks))
-        tokens_T, positions_T = (torch.from_numpy(x).to(self.device) for x in (tokens, positions))
+        tokens_T, positions_T = (sent(torch.from_numpy(x), self.device) for x in (tokens, positions))
         hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
         return hidden[:, 0]
 
@@ -118,7 +119,7 @@ class ModelRunner:
     def _logits(self, hidden_TD: Tensor, rows: list[int]) -> Tensor:
         """Logits [B, V/tensor] behind some rows; those of a row that several sequences share are computed once."""
         rows_K, places_B = torch.tensor(rows).unique(return_inverse=True)
-        return self.logits(hidden_TD[rows_K.to(self.device)])[places_B.to(self.device)]
+        return self.logits(hidden_TD[sent(rows_K, self.device)])[sent(places_B, self.device)]
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """Logits [K, V/tensor] of activations."""
