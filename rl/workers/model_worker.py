@@ -18,7 +18,7 @@ from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.distributed.device import give_back
-from lockstep.distributed.groups import join, meeting_at
+from lockstep.distributed.groups import Groups, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage
 from lockstep.distributed.profiler import Trace
@@ -67,7 +67,21 @@ class ModelWorker(RankWorker):
         numerics: Numerics = "fast",
         head: Head | None = None,
     ) -> None:
-        """Joins the model's process groups and loads this rank's part of a checkpoint.
+        """Joins the model's process groups and loads this rank's part of a checkpoint; see `load`."""
+        groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
+        self.load(groups, checkpoint, dtype, optimizer, temperature, numerics, head)
+
+    def load(
+        self,
+        groups: Groups,
+        checkpoint: Path | Storage,
+        dtype: str,
+        optimizer: OptimizerConfig | None,
+        temperature: float,
+        numerics: Numerics = "fast",
+        head: Head | None = None,
+    ) -> None:
+        """Loads this rank's part of a checkpoint, in process groups that it has joined.
 
         Args:
             optimizer: of a model that learns; None for one that only scores.
@@ -75,7 +89,6 @@ class ModelWorker(RankWorker):
             head: replaces the head that the checkpoint has.
         """
         self._settings = digest_of(self.layout, self.config, dtype, optimizer, temperature, numerics, head)
-        groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
