@@ -33,7 +33,7 @@ class Ended(Exception):
 
 
 class EngineFailed(Exception):
-    """The engine raised an error that no request caused; it serves no more requests."""
+    """The engine raised an error that no single request caused; it serves no more requests."""
 
 
 class Outlet:

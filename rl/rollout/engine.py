@@ -24,6 +24,7 @@ from lockstep.rl.rollout.config import EngineConfig, with_stop_tokens
 from lockstep.rl.rollout.detokenizer import StopStrings
 from lockstep.rl.rollout.model_runner import ModelRunner, block_counts
 from lockstep.rl.rollout.protocol import FailedOutput, Output, PromptTooLong, Request, Score, Statistics, TokenOutput
+from lockstep.rl.rollout.retry import one_by_one
 from lockstep.rl.rollout.sampling.parallel_sampler import Drawn, ParallelSampler
 from lockstep.rl.rollout.sampling.prompt_scorer import PromptScorer
 from lockstep.rl.rollout.scheduler import Failures, Plan, Scheduler, SequenceState
@@ -245,25 +246,46 @@ class RolloutEngine:
             raise
 
     def _stepped(self, plan: Plan) -> list[Output]:
+        """Run a pass; where it raises, and no other rank waits for this one, see `one_by_one`."""
+        try:
+            passed = self._passed(plan)
+        except Exception as error:
+            if self.transformer.groups.tensor.size() > 1:
+                raise
+            return one_by_one(error, self._scheduler, self.runner, self._alone, self._failed)
+        return self._outputs(plan, *passed)
+
+    def _alone(self, plan: Plan) -> list[Output]:
+        return self._outputs(plan, *self._passed(plan))
+
+    def _passed(self, plan: Plan) -> tuple[Tensor | None, list[Drawn | Exception]]:
+        """Compute a plan: activations of its tokens, and what is drawn; nobody's state changes but the cache's."""
         if not plan.chunks:
-            return []
-        computed, failures, found = self.runner.run(plan), Failures(), list[Output]()
-        if computed.hidden_TD is not None:
-            found += self._scorer(plan.chunks, computed.hidden_TD, failures)
-        if computed.logits_BV is not None:
-            found += self._extended(plan.drawing, computed.logits_BV, failures)
+            return None, []
+        computed = self.runner.run(plan)
+        drawn = [] if computed.logits_BV is None else self._sampler(plan.drawing, computed.logits_BV)
+        return computed.hidden_TD, drawn
+
+    def _outputs(self, plan: Plan, hidden_TD: Tensor | None, drawn: Sequence[Drawn | Exception]) -> list[Output]:
+        """Add what was computed to the sequences, and end those that end with it."""
+        failures, found = Failures(), list[Output]()
+        if hidden_TD is not None:
+            found += self._scorer(plan.chunks, hidden_TD, failures)
+        found += self._extended(plan.drawing, drawn, failures)
         for output in found:
             if output.finish_reason:
                 self._scheduler.finish(self._sequences.pop(output.key))
         return found + [self._failed(*failure) for failure in failures.items()]
 
-    def _extended(self, sequences: list[SequenceState], local_BV: Tensor, failures: Failures) -> list[Output]:
-        """Draw a token for each sequence."""
+    def _extended(
+        self, sequences: Sequence[SequenceState], drawn: Sequence[Drawn | Exception], failures: Failures
+    ) -> list[Output]:
+        """Add a drawn token to each sequence."""
         found: list[Output] = []
-        for sequence, drawn in zip(sequences, self._sampler(sequences, local_BV), strict=True):
+        for sequence, each in zip(sequences, drawn, strict=True):
             try:
                 if sequence not in failures:
-                    found.append(self._token(sequence, drawn))
+                    found.append(self._token(sequence, each))
             except Exception as error:
                 failures[sequence] = error
         self._generated_tokens += len(found)

@@ -81,7 +81,8 @@ class ModelRunner:
 
     def clear(self, blocks: Sequence[list[int]]) -> None:
         """Overwrite blocks of each kind of layer with zeros: what is not a number spreads even where it is masked."""
-        assert self._cache is not None
+        if self._cache is None:
+            return
         for layer, kind in enumerate(self._cache.kind_of):
             self._cache.keys[layer][blocks[kind]] = 0
             self._cache.values[layer][blocks[kind]] = 0

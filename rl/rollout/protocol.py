@@ -126,7 +126,8 @@ class Engine(Protocol):
       it does not depend on the batch, on other requests, or on when it was added.
     - A request ends with exactly one output that has a finish reason, or by `cancel`; `holds` is true until then.
     - A request whose tokens cannot be computed, drawn or decoded ends with a `FailedOutput`. Other requests get the
-      tokens, and the bits, that they get without it.
+      tokens, and the bits, that they get without it; where it had a whole pass raise, and they are computed again, in
+      fast numerics the bits up to rounding.
     - Tensor ranks of one model each have an engine; they make the same calls and return the same tokens.
     - One thread uses an engine at a time; only `statistics` may be read from others.
 

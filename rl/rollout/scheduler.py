@@ -147,6 +147,17 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
         return plan
 
+    def plan_alone(self, sequence: SequenceState) -> Plan | None:
+        """Plan a pass of one sequence that runs or waits; None where it finds no room, and waits."""
+        if sequence in self.running:
+            count = self._granted(sequence, min(self._budget, sequence.known - sequence.cached))
+        else:
+            count = self._begun(sequence, self._budget)
+            if count:
+                self.waiting.remove(sequence)
+                self.running.append(sequence)
+        return Plan([self._computed(sequence, count)]) if count else None
+
     def finish(self, sequence: SequenceState) -> None:
         """Remove a running or waiting sequence, and release its blocks."""
         self._release(sequence)

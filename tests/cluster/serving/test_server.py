@@ -425,6 +425,38 @@ def test_a_completion_that_fails_costs_no_other(transformer: Transformer, tokeni
         until(lambda: idle(server), 30)
 
 
+def test_a_pass_that_fails_costs_only_who_fails_again_alone(transformer: Transformer, tokenizer: Tokenizer) -> None:
+    [nine] = tokenizer.encode("9")
+
+    def refuse(module: Transformer, args: tuple[Any, ...]) -> None:
+        if (args[0] == nine).any():
+            raise RuntimeError("there is no kernel for nine")
+
+    fails: dict[str, Any] = dict(model=MODEL, prompt="12 9", max_tokens=9)
+    asked: dict[str, Any] = dict(
+        model=MODEL, prompt=PROMPT, max_tokens=200, seed=1, logit_bias=ENDLESS | {str(nine): -100}
+    )
+    handle = transformer.register_forward_pre_hook(refuse)
+    try:
+        with serving(RolloutEngine(transformer, decode=tokenizer.decode), tokenizer) as server:
+            client = server.client()
+            expected = client.completions.create(**asked).choices[0].text
+            chunks = iter(client.completions.create(**asked, stream=True))
+            found = next(chunks).choices[0].text
+            for options in ({}, {"n": 3}, {"prompt": ["a", "9"]}, {"echo": True, "logprobs": 1}):
+                with pytest.raises(openai.InternalServerError, match="failed: there is no kernel for nine") as error:
+                    client.completions.create(**fails | options)
+                assert error.value.code == "completion_failed"
+                with pytest.raises(openai.APIError, match="no kernel for nine"):
+                    list(client.completions.create(**fails | options, stream=True))
+            assert found + "".join(chunk.choices[0].text for chunk in chunks) == expected
+            assert client.completions.create(**asked).choices[0].text == expected
+            assert get(server, "/health")[0] == 200
+            until(lambda: idle(server), 30)
+    finally:
+        handle.remove()
+
+
 def test_what_is_not_done_when_the_server_ends_is_told_so(transformer: Transformer, tokenizer: Tokenizer) -> None:
     engine = RolloutEngine(transformer, decode=tokenizer.decode)
     with serving(engine, tokenizer) as server:

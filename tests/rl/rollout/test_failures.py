@@ -1,7 +1,7 @@
 """A request that cannot be computed ends alone: no other request's bits change, and no block stays behind."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from lockstep.distributed.groups import Groups
+from lockstep.distributed.layout import Layout
+from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
 from lockstep.model.loading import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.model_runner import PassOutput
 from lockstep.rl.rollout.output_processor import CompletionFailed, generate
 from lockstep.rl.rollout.protocol import FailedOutput, Output, Request
 from lockstep.rl.rollout.sampling.sampler import Row, draw, draw_isolated
+from lockstep.rl.rollout.scheduler import Plan
 from lockstep.rl.types import Prompt
 from tests.model.exact_rollouts import WAYS, by_way
 
@@ -103,6 +107,105 @@ def test_others_keep_their_bits_and_all_blocks_come_back(spoilt: Transformer, co
             assert found == expected, name
             assert engine.statistics.blocks_used == 0, name
             assert not engine.has_work
+
+
+def raising(engine: RolloutEngine, when: Callable[[Plan, PassOutput], bool]) -> None:
+    """Has passes raise, after they have written into the cache."""
+    run = engine.runner.run
+
+    def computed(plan: Plan) -> PassOutput:
+        found = run(plan)
+        if when(plan, found):
+            raise RuntimeError("the kernel refuses")
+        return found
+
+    engine.runner.run = computed  # type: ignore[method-assign]
+
+
+def meets_what_is_no_number(plan: Plan, found: PassOutput) -> bool:
+    return not all(part is None or part.isfinite().all() for part in (found.hidden_TD, found.logits_BV))
+
+
+def has_company(plan: Plan, found: PassOutput) -> bool:
+    return len(plan.chunks) + len(plan.forks) > 1
+
+
+@WAYS
+@pytest.mark.parametrize("name", [name for name in BAD if name != "a text"])
+def test_a_pass_that_raises_costs_only_who_raises_alone(spoilt: Transformer, name: str, compiled: bool) -> None:
+    bad, _ = BAD[name]
+    with by_way(compiled):
+        engine = engine_of(spoilt)
+        raising(engine, meets_what_is_no_number)
+        found = outputs(engine, [bad, *GOOD])
+        assert found.pop(bad.key)[-1] == FailedOutput(bad.key, "the kernel refuses")
+        assert found == outputs(engine_of(spoilt), GOOD)
+        assert engine.statistics.blocks_used == 0
+        assert not engine.has_work
+
+
+MIXED = [
+    *GOOD,
+    *(replace(GOOD[1], key=f"twin {i}", sample=10 + i) for i in range(3)),
+    *(replace(GOOD[4], key=f"scored {i}", sample=20 + i, prompt_logprobs=i) for i in range(2)),
+    replace(GOOD[3], key="read", draws=False, prompt_logprobs=1),
+]
+"""With prompts that are shared, that are scored, and that are read only."""
+
+
+@WAYS
+@pytest.mark.parametrize("budget", [24, 200])
+@pytest.mark.parametrize("blocks", [None, (6, 6)], ids=["room", "no room"])
+def test_passes_that_raise_where_each_alone_does_not_cost_nothing(
+    spoilt: Transformer, blocks: tuple[int, int] | None, budget: int, compiled: bool
+) -> None:
+    limits = EngineConfig(sequences=6, budget=budget)
+    with by_way(compiled):
+        engine = RolloutEngine(spoilt, limits, decode=text, blocks=blocks)
+        raising(engine, has_company)
+        assert outputs(engine, MIXED) == outputs(engine_of(spoilt), MIXED)
+    assert engine.statistics.blocks_used == 0
+
+
+@WAYS
+def test_no_request_is_lost_where_no_pass_can_be_computed(spoilt: Transformer, compiled: bool) -> None:
+    with by_way(compiled):
+        engine = engine_of(spoilt)
+        broken = False
+        raising(engine, lambda plan, found: broken)
+        found: dict[str | int, list[Output]] = {request.key: [] for request in MIXED}
+        for request in MIXED:
+            engine.add(request)
+        passes = 0
+        while engine.has_work:
+            passes += 1
+            broken = passes % 20 == 5
+            if broken:
+                with pytest.raises(RuntimeError, match="the kernel refuses"):
+                    engine.step()
+                continue
+            for output in engine.step():
+                found[output.key].append(output)
+        assert passes > 25
+        assert found == outputs(engine_of(spoilt), MIXED)
+    assert engine.statistics.blocks_used == 0
+
+
+def of_two_ranks(groups: Groups) -> tuple[str, bool]:
+    """What a pass that raises does."""
+    model = transformer_of(build(MODEL, groups, torch.float32, RandomWeights(MODEL, 0), "exact"))
+    engine = engine_of(model)
+    raising(engine, has_company)
+    for request in GOOD[:2]:
+        engine.add(request)
+    try:
+        return str(engine.step()), engine.has_work
+    except RuntimeError as error:
+        return str(error), engine.has_work
+
+
+def test_a_rank_of_several_computes_nothing_again_that_the_others_do_not(worlds: RankPool) -> None:
+    assert worlds.run(Layout(tensor=2), of_two_ranks) == [("the kernel refuses", True)] * 2
 
 
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
