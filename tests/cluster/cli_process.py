@@ -113,6 +113,11 @@ class Command:
         """What it printed so far."""
         return self.log.read_text(errors="replace")
 
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._child.poll() is None
+
     def wait_for(self, text: str, timeout: float = 240.0) -> None:
         """Until it has printed text."""
         until(lambda: text in self.output or self._child.poll() is not None, timeout)

@@ -1,15 +1,17 @@
 """However a run ends, it says why, leaves a record that can be read, and no process."""
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from ray.util.state import list_actors
 
 from lockstep.distributed.checkpoint.integrity import damage
-from lockstep.distributed.checkpoint.manager import Checkpoint
-from tests.cluster.cli_process import Command, Train, metrics, overrides, summary, write_recipe
+from lockstep.distributed.checkpoint.manager import MANIFEST, Checkpoint, step_name
+from tests.cluster.cli_process import Command, Train, metrics, overrides, summary, until, write_recipe
 from tests.cluster.heads import Head
 
 PRETRAINING = Path(__file__).parents[3] / "recipes" / "parity-tiny.toml"
@@ -48,7 +50,14 @@ def test_a_killed_worker_ends_the_run_and_is_named(learning: Command, tmp_path: 
     assert "failed" in (tmp_path / "tiny" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("ctrl-c", marks=pytest.mark.exhaustive), "sigterm", "twice"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("ctrl-c", marks=pytest.mark.exhaustive),
+        "sigterm",
+        pytest.param("twice", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_an_interrupted_run_leaves_a_record_and_no_process(learning: Command, tmp_path: Path, kind: str) -> None:
     processes = learning.descendants()
     titles = [" ".join(p.cmdline()) for p in processes]
@@ -111,3 +120,38 @@ def test_a_pretraining_run_that_is_told_to_end_saves_first_and_goes_on(
     assert f"going on after step {step}" in output
     assert summary(tmp_path / "run")["ended"] is None
     assert [m["step"] for m in metrics(tmp_path / "run", "pretrain")] == list(range(1, step + 3))
+
+
+@pytest.mark.exhaustive
+def test_a_rollout_worker_is_replaced_when_the_checkpoint_that_a_run_went_on_from_is_gone(
+    tmp_path: Path, tiny_folder: Path, train: Train, head: Head
+) -> None:
+    """It loads weights before it gets those of the policy, and not from a checkpoint that `keep_last` removes."""
+    recipe, run = write_recipe(tmp_path, tiny_folder), tmp_path / "tiny"
+    settings = ("layout.data=1", "supervised.steps=2", "checkpoints.every=2", "checkpoints.keep_last=1")
+    code, output = train(tmp_path / "log", recipe, *settings)
+    assert code == 0, output
+    begun = run / "checkpoints" / step_name(4) / MANIFEST
+    assert begun.exists()
+    endless = overrides(*settings, "rl.steps=100000")
+    command = Command(tmp_path / "log", "train", str(recipe), *endless, "--resume", RAY_ADDRESS=head.cluster)
+
+    def runs_until(condition: Callable[[], bool]) -> None:
+        until(lambda: condition() or not command.runs, 240)
+        assert command.runs, command.output
+
+    try:
+        runs_until(lambda: not begun.exists())
+        workers = list_actors(
+            head.address, filters=[("class_name", "=", "RolloutWorker"), ("state", "=", "ALIVE")], detail=True
+        )
+        assert len(workers) == 1, command.output
+        os.kill(workers[0].pid, signal.SIGKILL)
+        runs_until(lambda: metrics(run, "rl")[-1]["replaced_workers"] == 1)
+        last = metrics(run, "rl")[-1]["step"]
+        runs_until(lambda: metrics(run, "rl")[-1]["step"] > last + 2)
+        command.process.send_signal(signal.SIGTERM)
+        assert command.wait(60) == 130
+    finally:
+        command.kill()
+    assert "going on after step 4" in command.output
