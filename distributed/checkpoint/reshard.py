@@ -1,7 +1,7 @@
 """Assembles whole zarr chunks from sharded state. Each chunk is written by exactly one rank that holds part of it.
 
 ZeRO partitions flattened parameters anywhere, and chunks lie on a grid. The replica that holds most of a chunk writes
-it, and the others send theirs in one all-to-all; so no rank holds more than its share and a few chunks.
+it, and the others send theirs in one all-to-all for each device; so no rank holds more than its share and a few chunks.
 """
 
 import math
@@ -63,11 +63,12 @@ def whole_chunks(kept: Iterable[FlatShard], pieces: Mapping[nn.Parameter, Sequen
     Values are views where this replica holds the whole chunk, and copies elsewhere.
     """
     chunks: list[Chunk] = []
-    exchanges: dict[dist.ProcessGroup, _Exchange] = {}
+    exchanges: dict[tuple[dist.ProcessGroup, torch.device], _Exchange] = {}
     for each in kept:
-        exchange = exchanges.setdefault(each.group, _Exchange(each.group))
         for piece in (p for p in pieces[each.parameter] if p.first):
-            for kind, values in each.values.items():
+            for kind, values in each.values.items():  # with offload, weights and their state are on two devices
+                where = each.group, values.device
+                exchange = exchanges.setdefault(where, _Exchange(*where))
                 chunks += exchange.chunks(each, piece, kind, values)
     for exchange in exchanges.values():
         exchange.run()
@@ -75,11 +76,10 @@ def whole_chunks(kept: Iterable[FlatShard], pieces: Mapping[nn.Parameter, Sequen
 
 
 class _Exchange:
-    """The exchange of elements between replicas after which each chunk is whole on one of them."""
+    """The exchange of elements on one device between replicas after which each chunk is whole on one of them."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group, self._rank, self._ranks = group, group.rank(), group.size()
-        self._device = torch.device("cpu")
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._rank, self._ranks, self._device = group, group.rank(), group.size(), device
         self._loads = [0] * self._ranks
         self._sent: defaultdict[int, list[Tensor]] = defaultdict(list)
         self._awaited: defaultdict[int, list[Tensor]] = defaultdict(list)
@@ -87,7 +87,7 @@ class _Exchange:
     def chunks(self, kept: FlatShard, piece: Piece, kind: str, values: Tensor) -> Iterator[Chunk]:
         """The chunks of a piece that this rank writes; `run` fills in the parts that other replicas hold."""
         name = piece.name if kind == WEIGHTS else state_name(kind, piece.name)
-        item, self._device = values.element_size(), values.device
+        item = values.element_size()
         grid, run = chunk_shape(piece.shape, piece.tile, item), kept.cuts[self._rank] if len(kept.cuts) > 2 else 0
         for box, span in parts_of(piece, kept.shape, item):
             parts = self._parts(kept, span)
