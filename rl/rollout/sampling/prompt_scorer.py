@@ -27,18 +27,19 @@ class PromptScorer:
         Args:
             failures: sequences are added whose activations are not numbers, or that cannot be scored.
         """
-        found = []
-        for chunk, hidden_LD in zip(chunks, hidden_TD.split([chunk.count for chunk in chunks]), strict=True):
+        found, counts = [], [chunk.count for chunk in chunks]
+        finite_T = hidden_TD.isfinite().all(-1).cpu()  # all at once: an accelerator would be waited for each time
+        for chunk, hidden_LD, finite_L in zip(chunks, hidden_TD.split(counts), finite_T.split(counts), strict=True):
             try:
-                self._read(chunk, hidden_LD)
+                self._read(chunk, hidden_LD, bool(finite_L.all()))
             except Exception as error:
                 failures[chunk.sequence] = error
             else:
                 found += [_reported(chunk)] if _reports(chunk) else []
         return found
 
-    def _read(self, chunk: Chunk, hidden_LD: Tensor) -> None:
-        if not hidden_LD.isfinite().all():
+    def _read(self, chunk: Chunk, hidden_LD: Tensor, finite: bool) -> None:
+        if not finite:
             raise FloatingPointError("the model's activations are not numbers")
         scores = chunk.sequence.scores
         if scores is not None:
