@@ -5,11 +5,13 @@ attention whatever a document's length, and by its plain products.
 """
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,21 +22,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lockstep.data.batch import TokenBatch
 from lockstep.data.packing import rows_for_ranks
+from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import digest, to_numpy
 from lockstep.distributed.device import take_device
 from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.rank_pool import RankPool
 from lockstep.model.attention import packed
+from lockstep.model.loading import build, transformer_of
+from lockstep.model.objectives.objective import LossInputs, Report
 from lockstep.model.objectives.token_loss import nll
+from lockstep.model.ops.cpu import kernels
 from lockstep.model.training import device_batch
 from lockstep.model.training import trainer as trainer_module
 from lockstep.model.training.config import row_rules
 from lockstep.model.training.device_batch import DeviceBatch, DeviceRows, to_device
 from lockstep.model.training.trainer import Trainer
 from lockstep.model.weights.initialization import RandomWeights
+from lockstep.rl.rollout.config import EngineConfig, SamplingParams
+from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.protocol import Request
+from lockstep.rl.weight_sync.shards import shards_of
 from tests.distributed.test_parity import global_batch
-from tests.model.training.test_optimizer_state import ADAMW, MODELS, trainer_of
+from tests.model.training.test_optimizer_state import ADAMW, MODELS, Losses, check_equal, resumed, straight, trainer_of
 from tests.pretended.device import Move, watched
 from tests.pretended.worlds import PretendedPool
 
@@ -136,8 +146,8 @@ def expected(layout: Layout, rank: int, rows: int, experts: bool) -> Counter[str
     return waits
 
 
-OPERATIONS_OF_A_ROW = 500
-"""Fewer than the forward and backward pass of a row launch, and more than its preparation does."""
+OPERATIONS_OF_A_ROW = 100
+"""Fewer than the forward pass of a row launches, and more than its preparation does."""
 
 
 def goes(training: Training) -> int:
@@ -184,6 +194,133 @@ def test_steps_are_those_of_the_cpu(
         assert training.weights == on_cpu.weights
         assert training.rows > 1
         assert not problem(training, layout, rank, name == "experts")
+
+
+def straight_on(groups: Groups, folder: Path, name: str) -> Losses:
+    with attention_of_an_accelerator():
+        return straight(groups, folder, name, "bfloat16", ADAMW)
+
+
+def resumed_on(groups: Groups, source: Path, target: Path, name: str) -> Losses:
+    with attention_of_an_accelerator():
+        return resumed(groups, source, target, name, "bfloat16", ADAMW)
+
+
+SAVED = [
+    ("dense", Layout(data=2, zero=0)),
+    ("dense", Layout(data=2, zero=3)),
+    ("dense", Layout(data=2, zero=2, offload=True)),
+    ("dense", Layout(data=2, zero=3, offload=True)),
+    ("experts", Layout(expert=2, zero=1)),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), SAVED, ids=str)
+def test_checkpoints_are_those_of_the_cpu_and_training_goes_on_from_them(
+    worlds: RankPool, pretended: PretendedPool, tmp_path: Path, name: str, layout: Layout
+) -> None:
+    kinds = {"master", "exp_avg", "exp_avg_sq"}
+    losses = pretended.run(layout, straight_on, tmp_path / "there", name)
+    assert losses == worlds.run(layout, straight_on, tmp_path / "here", name)
+    check_equal(Checkpoint(tmp_path / "there"), Checkpoint(tmp_path / "here"), kinds)
+    assert pretended.run(layout, resumed_on, tmp_path / "there", tmp_path / "again", name) == losses
+    check_equal(Checkpoint(tmp_path / "there"), Checkpoint(tmp_path / "again"), kinds)
+
+
+def undone(groups: Groups) -> list[tuple[tuple[float, float], list[str]]]:
+    """A step, and the same once more after it has been undone."""
+    trainer = trainer_of(groups, "dense", "bfloat16", ADAMW, RandomWeights(MODELS["dense"], seed=1))
+    step(trainer, 1)
+    snapshot = trainer.engine.snapshot()
+    first = step(trainer, 2), digests(trainer)
+    snapshot.restore()
+    return [first, (step(trainer, 2), digests(trainer))]
+
+
+@pytest.mark.parametrize("layout", [Layout(data=2, zero=2, offload=True), Layout(data=2, zero=3)], ids=str)
+def test_steps_can_be_undone(pretended: PretendedPool, layout: Layout) -> None:
+    for first, again in pretended.run(layout, undone):
+        assert first == again
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a rollout engine came to with the weights of a policy, and the waits of each part of it."""
+
+    digest: str
+    outputs: list[Any]
+    waits: dict[str, Counter[str]]
+
+
+def served(groups: Groups) -> Served:
+    """Weights of a policy after a step go to a rollout engine, which reads prompts and decodes."""
+    trainer = trainer_of(groups, "dense", "float32", ADAMW, RandomWeights(MODELS["dense"], seed=1))
+    transformer = transformer_of(build(MODELS["dense"], groups, torch.float32, RandomWeights(MODELS["dense"], seed=2)))
+    engine = RolloutEngine(transformer, EngineConfig(sequences=3, length=60, cache_gib=0.001), decode=str)
+    draws = SamplingParams(max_new_tokens=4), SamplingParams(max_new_tokens=5, top_p=0.9, temperature=0.7)
+    requests = [Request(key, tuple(range(1, 2 + 9 * key)), draws[key % 2], seed=key, sample=0) for key in range(3)]
+    waits: dict[str, Counter[str]] = {}
+    parts: list[Any] = [None] * groups.layout.processes
+    with attention_of_an_accelerator(), patch.object(kernels, "usable", lambda *_: False):  # none is for accelerators
+        step(trainer, 1)
+        with watched() as watch, trainer.engine.whole_weights():
+            shards = shards_of(trainer.transformer)
+        waits["sending"] = watch.waits
+        torch.distributed.all_gather_object(parts, shards)
+        with watched() as watch:
+            engine.receive(1, [*chain(*parts)])
+        waits["receiving"] = watch.waits
+        for request in requests:
+            engine.add(request)
+        outputs = []
+        for name in ("prefill", "decode"):
+            with watched() as watch:
+                outputs += engine.step()
+            waits[name] = watch.waits
+        while engine.has_work:
+            outputs += engine.step()
+    return Served(engine.weights_digest(), outputs, waits)
+
+
+TENSORS = 58
+"""Logical tensors of the model."""
+OF_DRAWING = {
+    # Options of requests: rows of a kind, uniform numbers, temperatures.
+    "rl.rollout.sampling.sampler.draw: copy to the device": 6,
+    "rl.rollout.sampling.sampler._picked: copy to the device": 2,
+    "rl.rollout.sampling.sampler._uniform: copy to the device": 2,
+    "rl.rollout.sampling.sampler._truncated: copy to the device": 2,
+    "rl.rollout.sampling.sampler._over_temperature: copy to the device": 1,
+    "rl.rollout.sampling.sampler._bounds: copy to the device": 1,
+    "rl.rollout.sampling.parallel_sampler.ParallelSampler._policy: copy to the device": 8,
+    # Whether activations are numbers, whether there is a token to draw, and how many make up top_p.
+    "rl.rollout.sampling.prompt_scorer.PromptScorer.__call__: copy to the host": 1,
+    "rl.rollout.sampling.sampler._are_numbers: _local_scalar_dense": 2,
+    "rl.rollout.sampling.sampler._nucleus: _local_scalar_dense": 1,
+    # Tokens and their log-probabilities under policy and sampling.
+    "rl.rollout.sampling.parallel_sampler.ParallelSampler.__call__: copy to the host": 3,
+}
+GATHERED = {"deepspeed.runtime.zero.partition_parameters.Init._allgather_params_coalesced: synchronize": 1}
+OF_SENDING = [GATHERED | {"distributed.checkpoint.tensors.to_numpy: copy to the host": TENSORS}, GATHERED]
+"""The first rank owns all weights."""
+WAITS_OF_ROLLOUTS = {
+    "receiving": {
+        "rl.weight_sync.receiver._write: copy to the device": TENSORS,
+        "distributed.checkpoint.tensors.to_numpy: copy to the host": TENSORS,  # read back for the digests
+    },
+    "prefill": OF_DRAWING,
+    "decode": OF_DRAWING,
+}
+
+
+def test_rollouts_are_those_of_the_cpu(worlds: RankPool, pretended: PretendedPool) -> None:
+    layout = Layout(data=2, zero=3)
+    on_cpu = worlds.run(layout, served)
+    for rank, (there, here) in enumerate(zip(pretended.run(layout, served), on_cpu, strict=True)):
+        assert there.digest == here.digest
+        assert there.outputs == here.outputs
+        assert len(there.outputs) == 4 + 5 + 4
+        assert there.waits == WAITS_OF_ROLLOUTS | {"sending": OF_SENDING[rank]}
 
 
 Plant = Callable[[Groups], AbstractContextManager[Any]]
@@ -243,6 +380,17 @@ def all_rows_at_once(groups: Groups) -> AbstractContextManager[Any]:
     return patch.object(trainer_module, "DeviceRows", lambda *args: list(DeviceRows(*args)))
 
 
+def loss_that_is_read(groups: Groups) -> AbstractContextManager[Any]:
+    """Somebody reads the loss of each micro-batch."""
+    loss = nll
+
+    def read(logp_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
+        value, report = loss(logp_K, inputs)
+        return value * float(value > 0), report
+
+    return patch.object(sys.modules[__name__], "nll", read)
+
+
 def without_fault(groups: Groups) -> AbstractContextManager[Any]:
     return nullcontext()
 
@@ -252,8 +400,9 @@ FAULTS = [
     (another_current_device, "cuda:"),
     (global_rank_as_local, "invalid device ordinal"),
     (rows_elsewhere, "cuda:"),
-    (mask_of_the_host, "_bias"),
+    (mask_of_the_host, "in torch.float32, and not a number for each token"),
     (all_rows_at_once, "goes"),
+    (loss_that_is_read, "waits are new"),
 ]
 
 

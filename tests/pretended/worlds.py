@@ -2,6 +2,7 @@
 
 import multiprocessing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -13,14 +14,14 @@ from tests.pretended.process import serve
 class PretendedPool(RankPool):
     """A `RankPool` whose processes have pretended devices, as many as there are ranks."""
 
-    def __init__(self, folder: Path, devices: int, timeout_s: float = 120.0) -> None:
+    def __init__(self, devices: int, timeout_s: float = 120.0) -> None:
         """
         Args:
-            folder: for what is compiled.
             devices: of the host.
         """
         super().__init__(timeout_s)
-        self._guard, self._devices = compile_guard(folder), devices
+        self._folder = TemporaryDirectory()
+        self._guard, self._devices = compile_guard(Path(self._folder.name)), devices
 
     def _started(self, size: int) -> Members:
         context = multiprocessing.get_context("spawn")
