@@ -139,13 +139,15 @@ class MoE(nn.Module):
             return self._computed(rows_ND, counts_E.tolist())
         group, received_E = self.groups.expert, torch.empty_like(counts_E)
         dist.all_to_all_single(received_E, counts_E, group=group)
-        sent, received = (c.view(ranks, -1).sum(1).tolist() for c in (counts_E, received_E))
+        # The host reads all counts at once: it waits for the device each time.
+        sent_RL, received_RL = torch.stack((counts_E, received_E)).view(2, ranks, -1).tolist()
+        sent, received = ([sum(by_expert) for by_expert in counts] for counts in (sent_RL, received_RL))
         # Rows arrive by rank and, within, by expert; those of one expert are to stand together.
         local = len(self.gate_up)
-        order = torch.arange(local, device=counts_E.device).repeat(ranks).repeat_interleave(received_E)
-        order = order.argsort(stable=True)
+        order = torch.arange(local, device=counts_E.device).repeat(ranks)
+        order = order.repeat_interleave(received_E, output_size=sum(received)).argsort(stable=True)
         arrived = _Rearranged.apply(all_to_all(rows_ND, group, sent, received), order, _inverse(order), 1)
-        outputs = self._computed(arrived, received_E.view(ranks, local).sum(0).tolist())
+        outputs = self._computed(arrived, [sum(by_rank) for by_rank in zip(*received_RL, strict=True)])
         return all_to_all(_Rearranged.apply(outputs, _inverse(order), order, 1), group, received, sent)
 
     def _computed(self, rows_ND: Tensor, counts: list[int]) -> Tensor:

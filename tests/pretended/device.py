@@ -90,9 +90,6 @@ class Watch:
     moved: list[Move] = field(default_factory=list)
     launched: int = 0
     """Operations on devices, those of collectives aside."""
-    begun: dict[int, int] = field(default_factory=dict)
-    peak: collections.Counter[int] = field(default_factory=collections.Counter)
-    """Most bytes that lived on each device, above those at the beginning."""
 
 
 @dataclass
@@ -115,8 +112,8 @@ def current_device() -> int:
 
 @contextlib.contextmanager
 def watched() -> Iterator[Watch]:
-    """Within this block waits, movements and memory are recorded."""
-    watch = state.watch = Watch(begun=dict(state.live))
+    """Within this block waits and movements are recorded."""
+    watch = state.watch = Watch()
     try:
         yield watch
     finally:
@@ -167,9 +164,6 @@ def _account(index: int, size: int) -> None:
     with state.lock:
         state.live[index] += size
         state.peak[index] = max(state.peak[index], state.live[index])
-        if (watch := state.watch) is not None:
-            above = state.live[index] - watch.begun.get(index, 0)
-            watch.peak[index] = max(watch.peak[index], above)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -198,7 +192,7 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     index = _device_of(name, args, kwargs)
     if state.watch is not None:
         state.watch.launched += 1
-    if name.rstrip("_") in _READ:
+    if name.rstrip("_") in _READ or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         wait(name)
     aliases: dict[int, Tensor] = {}
 

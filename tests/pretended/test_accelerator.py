@@ -138,7 +138,7 @@ def expected(layout: Layout, rank: int, rows: int, experts: bool) -> Counter[str
             del waits["distributed.engine.Engine._reduced: copy to the host"]
     if experts:  # how many tokens each expert gets, or sends and gets: in each of two blocks
         waits["model.layers.moe.MoE._mixed: bincount"] = 2 * rows
-        waits["model.layers.moe.MoE._visited: copy to the host"] = 2 * rows * (3 if layout.expert > 1 else 1)
+        waits["model.layers.moe.MoE._visited: copy to the host"] = 2 * rows
     waits.update({who: count * rows for who, count in OF_A_ROW.get(layout.zero, {}).items()})
     if layout.offload:
         waits.update(OFFLOADED[layout.zero, rank])
