@@ -7,7 +7,7 @@ import warnings
 
 import typer
 
-from lockstep.cluster.commands import checkpoints, checks, data, evaluate, grade, inference, train
+from lockstep.cluster.commands import checkpoints, checks, data, evaluate, grade, inference, recipe, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,6 +40,7 @@ for name, command in {
 }.items():
     app.command(name)(command)
 app.add_typer(data.app, name="data")
+app.add_typer(recipe.app, name="recipe")
 
 
 def main() -> None:

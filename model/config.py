@@ -49,8 +49,8 @@ class MoEConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    experts: int = Field(ge=1)
-    experts_per_token: int = Field(ge=1)
+    experts: int = Field(ge=1, description="in each block")
+    experts_per_token: int = Field(ge=1, description="that the router sends each token to")
     intermediate: int = Field(ge=1, description="width of one expert")
     shared_intermediate: int = Field(0, ge=0, description="width of an expert that all tokens visit; 0 for none")
     shared_gate: bool = Field(False, description="whether a sigmoid of the token scales the shared expert")
@@ -110,36 +110,36 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: str = Field("llama", description="Hugging Face's model_type: the words of its files, not its arithmetic")
-    layers: int = Field(ge=1, le=MOST_LAYERS)
-    width: int = Field(ge=1, le=WIDEST)
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=2)
-    intermediate: int = Field(ge=1, le=WIDEST)
-    vocabulary: int = Field(ge=2)
+    layers: int = Field(ge=1, le=MOST_LAYERS, description="blocks")
+    width: int = Field(ge=1, le=WIDEST, description="of the residual stream (hidden size)")
+    heads: int = Field(ge=1, description="query heads")
+    kv_heads: int = Field(ge=1, description="key-value heads; fewer than query heads are shared by groups of them")
+    head_dim: int = Field(ge=2, description="width of a head")
+    intermediate: int = Field(ge=1, le=WIDEST, description="width of the feed-forward layer")
+    vocabulary: int = Field(ge=2, description="tokens that there are")
     context: int = Field(ge=1, description="longest sequence, in tokens")
-    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh"] = Field("silu", description="of the feed-forward layer")
     gated: bool = Field(True, description="whether the activation multiplies a second projection")
     biases: tuple[Literal["qkv", "out", "mlp"], ...] = Field((), description="linear layers that have biases")
     norm: Literal["rms", "rms_offset", "layer"] = Field("rms", description="rms_offset scales by 1 + its weight")
     norm_at: Literal["before", "after", "around"] = Field("before", description="attention and the feed-forward layer")
-    norm_eps: float = 1e-5
+    norm_eps: float = Field(1e-5, description="added to the mean square, or the variance, in norms")
     qk_norm: Literal["head", "width"] | None = Field(
         None, description="norm of queries and keys: of each head alone, or of all heads together"
     )
-    query_scalar: float | None = Field(None, gt=0, description="scores are divided by its root; None: by head_dim's")
+    query_scalar: float | None = Field(None, gt=0, description="scores are divided by its root, else by head_dim's")
     attention_cap: float | None = Field(None, gt=0, description="scores s become cap · tanh(s / cap)")
     logit_cap: float | None = Field(None, gt=0, description="logits likewise")
-    window: int | None = Field(None, ge=1, description="tokens that a layer sees, its own included; None: all")
+    window: int | None = Field(None, ge=1, description="tokens that a layer sees, its own included; all otherwise")
     full_layers: tuple[int, ...] = Field((), description="layers that see all tokens in spite of the window")
-    rope: Rope | None = Field(Rope(), description='"learned": positions are added to the embedding instead')
+    rope: Rope | None = Field(Rope(), description='rotary positions; "learned" for those that are added to embeddings')
     window_rope: Rope | None = Field(None, description="of the layers with a window, where it is another")
     unrotated_layers: tuple[int, ...] = Field((), description="layers without rotary positions")
     embedding_scale: float = Field(1.0, gt=0, description="what embeddings are multiplied by")
-    head: Head = "vocabulary"
-    tied: bool = True
-    bos_token: int | None = None
-    eos_tokens: tuple[int, ...] = ()
+    head: Head = Field("vocabulary", description="a logit for each token, or one value per token, as critics have")
+    tied: bool = Field(True, description="whether the head's weights are the embedding's")
+    bos_token: int | None = Field(None, description="the token that begins a text, by its number")
+    eos_tokens: tuple[int, ...] = Field((), description="tokens that end a text, by their numbers")
     moe: MoEConfig | None = Field(None, description="experts in place of the feed-forward layer, in every block")
     lora: LoraConfig | None = Field(None, description="adapters that the model has beside its weights")
 

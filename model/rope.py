@@ -17,8 +17,8 @@ class LinearScaling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["linear"] = "linear"
-    factor: float = Field(gt=0)
+    kind: Literal["linear"] = Field("linear", description="divide all positions")
+    factor: float = Field(gt=0, description="by which positions are divided")
 
     def __call__(self, frequencies: Tensor, theta: float) -> Tensor:
         """The scaled frequencies."""
@@ -30,8 +30,8 @@ class Llama3Scaling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["llama3"] = "llama3"
-    factor: float = Field(gt=0)
+    kind: Literal["llama3"] = Field("llama3", description="divide low frequencies, as Llama 3.1")
+    factor: float = Field(gt=0, description="by which low frequencies are divided")
     low_frequency: float = Field(1.0, description="pairs that turn less often over the original context are slow")
     high_frequency: float = Field(4.0, description="pairs that turn more often over the original context are fast")
     original_context: int = Field(ge=1, description="in tokens")
@@ -48,8 +48,8 @@ class YarnScaling(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["yarn"] = "yarn"
-    factor: float = Field(gt=0)
+    kind: Literal["yarn"] = Field("yarn", description="blend from divided to whole frequencies, as YaRN")
+    factor: float = Field(gt=0, description="by which low frequencies are divided")
     fast: float = Field(32.0, description="pairs that turn more often over the original context are left alone")
     slow: float = Field(1.0, description="pairs that turn less often over the original context are divided")
     original_context: int = Field(ge=1, description="in tokens")
@@ -80,8 +80,8 @@ class Rope(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    theta: float = Field(10000.0, gt=0)
-    scaling: Scaling | None = None
+    theta: float = Field(10000.0, gt=0, description="base of the frequencies")
+    scaling: Scaling | None = Field(None, description="of the frequencies, for contexts longer than the original one")
 
     @property
     def magnitude(self) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lockstep.cluster.commands.console import err, out, sentences
-from lockstep.cluster.commands.options import Overrides, check_choice, overriding
+from lockstep.cluster.commands.options import Overrides, RecipeName, check_choice, overriding
 
 if TYPE_CHECKING:
     from lockstep.model.config import Numerics
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 
 @sentences
 def parity(
-    recipe: Annotated[Path, typer.Argument(help="A recipe that trains on text, as recipes/parity-tiny.toml.")],
+    recipe: RecipeName,
     layouts: Annotated[list[str], typer.Option("--layouts", help='A layout, as "tensor=2,zero=2"; more may follow.')],
     more: Annotated[list[str] | None, typer.Argument(metavar="[LAYOUT]...", help="More layouts.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to compare.")] = 20,
     overrides: Overrides = None,
 ) -> None:
     """Train in each layout and compare with one process; the exit code is 1 where a layout computes something else.
+
+    The recipe is one that trains on text.
 
     Example: lockstep parity recipes/parity-tiny.toml --layouts "tensor=2,sequence=true" "pipeline=2,virtual=2"
     """

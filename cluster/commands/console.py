@@ -29,8 +29,8 @@ err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error, too.")]
 
 
-def sentences(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Print errors of the user as one sentence, with exit code 2; Ctrl-C ends with 130. Adds the option `--debug`.
+def sentences(command: Callable[..., Any], *, refused: int = 2) -> Callable[..., Any]:
+    """Print errors of the user as one sentence, with exit code `refused`; Ctrl-C ends with 130. Adds `--debug`.
 
     The package's errors name arguments, as `max_memory=80 MB`; here they become flags, as `--max-memory 80 MB`.
     A ValueError that nobody raised for the user is a fault of the package: it is printed with its place, and code 1.
@@ -46,7 +46,7 @@ def sentences(command: Callable[..., Any]) -> Callable[..., Any]:
             fault = None if isinstance(error, OSError) else fault_of(error)
             sentence = with_flags(_plain(error), flags_of(command))
             err.print(Text.assemble(("error: ", "red"), f"{sentence} ({fault})" if fault else sentence))
-            raise typer.Exit(1 if fault else 2) from error
+            raise typer.Exit(1 if fault else refused) from error
         except KeyboardInterrupt as error:
             err.print("interrupted")
             raise typer.Exit(130) from error

@@ -83,14 +83,15 @@ def _recipe(task: str, file: str | None, limit: int | None, overrides: Sequence[
     from reasoning_gym.factory import DATASETS
 
     from lockstep.cluster.recipe.load import load_recipe, parse
+    from lockstep.cluster.recipe.reader import shipped_recipes
     from lockstep.data.row_reader import is_source
     from lockstep.data.tasks.presets import PRESETS
 
     given = [] if file is None else [f"task.held_out_from={file}", f"task.held_out={EVERYTHING}"]
     given += [] if limit is None else [f"task.held_out={limit}"]
     given += overrides
-    if task.endswith(".toml"):
-        return load_recipe(Path(task), given)
+    if task.endswith(".toml") or task in shipped_recipes():
+        return load_recipe(task, given)
     if task in PRESETS:
         return parse({"task": {"preset": task}, "evaluation": {"max_new_tokens": KNOWN_TOKENS}}, given)
     if not is_source(task) and task not in DATASETS:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lockstep.rl.rollout.config import SamplingParams
 
 
+RecipeName = Annotated[str, typer.Argument(help="A recipe's file, or the name of one that ships: see recipe list.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in --set rl.group_size=8.")]
 
 

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from lockstep.cluster.commands.console import err, out, sentences
-from lockstep.cluster.commands.options import Overrides, overriding
+from lockstep.cluster.commands.options import Overrides, RecipeName, overriding
 
 
 @sentences
 def run_recipe(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.toml.")],
+    recipe: RecipeName,
     overrides: Overrides = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to use; one is started here otherwise.")] = None,
     profile: Annotated[
@@ -57,11 +57,11 @@ def report(run: Annotated[Path, typer.Argument(help="A run's folder, finished or
 
 @sentences
 def submit(
-    recipe: Annotated[Path, typer.Argument(help="A recipe; it is sent as it is here.")],
+    recipe: RecipeName,
     address: Annotated[str, typer.Option(help="The dashboard of a running Ray head.")] = "http://127.0.0.1:8265",
     overrides: Overrides = None,
 ) -> None:
-    """Run a recipe as a Ray job, follow its log, and end with its exit code.
+    """Run a recipe, as it is here, as a Ray job, follow its log, and end with its exit code.
 
     Example: lockstep submit recipes/quickstart.toml --address http://head:8265
     """

@@ -12,8 +12,10 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from lockstep.cluster.recipe.errors import RecipeError, annotation, validation_sentence
+from lockstep.cluster.recipe.errors import RecipeError, validation_sentence
+from lockstep.cluster.recipe.keys import annotation
 from lockstep.cluster.recipe.paths import with_absolute_paths
+from lockstep.cluster.recipe.reader import read_recipe
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.distributed.layout import Layout
 
@@ -22,23 +24,16 @@ class BadOverride(RecipeError):
     """An override that is not of the form `section.key=value`, or whose section is none."""
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(given: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides; its paths become absolute.
+
+    Args:
+        given: the path of a TOML file, or the name of a recipe that ships with the package.
 
     Raises:
         RecipeError: one sentence on what is wrong.
     """
-    if not path.is_file():
-        raise RecipeError(
-            f"there is no recipe {path}: give the path of a .toml file, for example recipes/quickstart.toml"
-        )
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read ({error.strerror}): give a recipe that can") from error
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from error
-    return with_absolute_paths(parse(values, overrides))
+    return with_absolute_paths(parse(read_recipe(given), overrides))
 
 
 def parse(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -90,7 +85,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise BadOverride(f"{override!r}: {section} is a value, not a section")
-    values[last] = _value(text.strip(), wants_text=annotation([*sections, last]) is str)
+    values[last] = _value(text.strip(), wants_text=annotation([*sections, last], Recipe) is str)
 
 
 def _value(text: str, *, wants_text: bool) -> Any:

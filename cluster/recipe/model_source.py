@@ -22,7 +22,7 @@ class SourceConfig(BaseModel):
     tokenizer: Annotated[str, Path | str] | None = Field(
         None, description="for random weights: a folder, checkpoint or .gguf file with one"
     )
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="in which the model computes")
     numerics: Numerics = Field(
         "fast", description="exact: log-probabilities are the same bits in rollouts and training, at a cost"
     )

@@ -6,13 +6,14 @@ whatever the folders are in which workers and jobs run.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from lockstep.cluster.recipe.keys import section_type
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.row_reader import SUFFIXES
 from lockstep.distributed.checkpoint.storage import is_url
@@ -26,6 +27,23 @@ _Section = TypeVar("_Section", bound=BaseModel)
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with its relative paths made absolute, `run` with its name in it; names and URLs stay as they are."""
     return _in_section(recipe.model_copy(update={"run": str(recipe.folder)}))
+
+
+def with_paths_from(folder: Path, values: Mapping[str, Any], model: type[BaseModel] = Recipe) -> dict[str, Any]:
+    """The values of a recipe's file, or of a section, with paths from a folder made absolute; what is wrong stays."""
+    return {
+        name: _from(folder, value, model.model_fields[name]) if name in model.model_fields else value
+        for name, value in values.items()
+    }
+
+
+def _from(folder: Path, value: Any, field: FieldInfo) -> Any:
+    section = section_type(field.annotation)
+    if isinstance(value, dict) and section:
+        return with_paths_from(folder, value, section)
+    if isinstance(value, list):
+        return [_from(folder, each, field) for each in value]
+    return _in_text(value, field, folder) if isinstance(value, str) else value
 
 
 def is_path(field: FieldInfo) -> bool:
@@ -57,21 +75,20 @@ def _in_value(value: Any, field: FieldInfo) -> Any:
         return _in_section(value)
     if isinstance(value, tuple):
         return tuple(_in_value(each, field) for each in value)
-    if isinstance(value, str) and is_path(field):
-        return _absolute(value, lambda _: False)
-    if isinstance(value, str) and is_path_or_name(field):
-        return _absolute(value, _is_name)
-    return value
+    return _in_text(value, field, Path()) if isinstance(value, str) else value
 
 
-def _absolute(text: str, is_name: Callable[[str], bool]) -> str:
-    """The absolute path; a link at its end, such as `latest`, is not followed."""
-    if not text or is_url(text.replace("{name}", "")) or is_name(text):
+def _in_text(text: str, field: FieldInfo, folder: Path) -> str:
+    """A field's text, absolute where it is a path; a link at its end, such as `latest`, is not followed."""
+    named = is_path_or_name(field)
+    if not (named or is_path(field)) or not text or is_url(text.replace("{name}", "")):
         return text
-    path = Path(text)
+    if named and _is_name(text, folder):
+        return text
+    path = folder / text
     return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
 
 
-def _is_name(text: str) -> bool:
+def _is_name(text: str, folder: Path) -> bool:
     """Whether a text names something else than a file or folder: none is there, and it does not look like one."""
-    return bool(_NAME.fullmatch(text)) and not text.endswith(FILES) and not Path(text).exists()
+    return bool(_NAME.fullmatch(text)) and not text.endswith(FILES) and not (folder / text).exists()

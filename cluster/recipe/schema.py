@@ -30,14 +30,14 @@ class _Section(BaseModel):
 class EvaluationConfig(_Section):
     """Greedy exact match on held-out problems, before and after each phase."""
 
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
 
 
 class Recipe(_Section):
     """Everything that a run depends on, validated."""
 
-    name: str = "run"
-    seed: int = Field(0, ge=0)
+    name: str = Field("run", description="what the run is called, in its records and where {name} stands")
+    seed: int = Field(0, ge=0, description="of problems, samples, random weights and the order of data")
     run: Annotated[str, Path] = Field(
         "runs/{name}", description="the folder that the run leaves; {name} stands for the recipe's name"
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 
 from lockstep.cluster.launch.placement import Placement, plan_placement
-from lockstep.cluster.launch.preflight import check, check_sandbox
 from lockstep.cluster.launch.ray_session import ray_cluster
 from lockstep.cluster.launch.run_lock import locked
 from lockstep.cluster.recipe.schema import Recipe
@@ -19,12 +18,12 @@ from lockstep.cluster.records.metrics_repair import repair_metrics
 from lockstep.cluster.records.progress import Progress
 from lockstep.cluster.records.report import write_report
 from lockstep.cluster.records.run_folder import METRICS, RunFolder
-from lockstep.cluster.run.beginning import prepare
+from lockstep.cluster.run.dry_run import make_ready
 from lockstep.cluster.run.failures import told_in_sentences
 from lockstep.cluster.run.interruption import Interruption
 from lockstep.cluster.run.phases import run_phases
 from lockstep.cluster.run.pretraining import run_pretraining
-from lockstep.data.tasks.task import Split, make_split
+from lockstep.data.tasks.task import Split
 
 
 def train_recipe(
@@ -46,11 +45,8 @@ def train_recipe(
 
     traces = recipe.folder / "traces" if profile else None
     with Interruption(recipe.checkpoints.grace, say) as interruption, locked(recipe.folder, recipe.saves):
-        checked = check(recipe)
-        plan, beginning = checked.plan, prepare(checked, say, resume=resume)
-        split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
-        if split and split.has_programs:
-            say(check_sandbox(recipe.verifier.sandbox))
+        ready = make_ready(recipe, say, resume=resume)
+        checked, plan, beginning, split = ready.checked, ready.checked.plan, ready.beginning, ready.split
         with ray_cluster(address), Placement(plan_placement(recipe.roles, plan.processes)) as placement:
             interruption.listen()
             if ended := note_killed(recipe.folder):

@@ -28,9 +28,9 @@ class OptimizerConfig(LearningRateSchedule):
     """
 
     kind: Literal["adamw", "muon"] = Field("adamw", description="what updates the matrices inside of blocks")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW: decay of the gradient's moving average")
+    beta2: float = Field(0.95, ge=0, lt=1, description="of AdamW: decay of the squared gradient's moving average")
+    epsilon: float = Field(1e-8, gt=0, description="of AdamW: added to the root of the squared gradient's average")
     momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     weight_decay: float = Field(0.0, ge=0, description="for matrices only")
     clip_norm: float = Field(1.0, ge=0, description="bound of the gradient's global norm; 0 for none")
@@ -67,7 +67,7 @@ class PretrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(ge=0)
+    steps: int = Field(ge=0, description="updates of the weights")
     samples_per_step: int = Field(32, ge=1, description="samples of data.length tokens in a global batch")
     optimizer: OptimizerConfig = OptimizerConfig()
     z_coefficient: float = Field(0.0, ge=0, description="of the loss that keeps logits small; PaLM took 1e-4")

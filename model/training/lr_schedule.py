@@ -11,7 +11,7 @@ class LearningRateSchedule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(1e-5, gt=0, description="at its highest, after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
     schedule: Literal["constant", "linear", "cosine", "stable"] = Field(
         "constant", description="of the rate after the warm-up; stable falls linearly at the end only"

@@ -70,8 +70,8 @@ class SupervisedConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(10, ge=0)
-    problems_per_step: int = Field(32, ge=1)
+    steps: int = Field(10, ge=0, description="updates of the weights")
+    problems_per_step: int = Field(32, ge=1, description="solved problems in a global batch")
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -87,8 +87,10 @@ class PreferenceConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["dpo", "ipo", "reward_model", "ranking_model"] = "dpo"
-    steps: int = Field(100, ge=0)
+    method: Literal["dpo", "ipo", "reward_model", "ranking_model"] = Field(
+        "dpo", description="dpo and ipo tune the policy; the others train a reward model, on pairs or on rankings"
+    )
+    steps: int = Field(100, ge=0, description="updates of the weights")
     groups_per_step: int = Field(32, ge=1, description="prompts, each with the answers that are compared")
     beta: float = Field(0.1, gt=0, description="weight of the KL that dpo and ipo are regularised by")
     smoothing: float = Field(0.0, ge=0, lt=0.5, description="of dpo: the probability that a preference is wrong")
@@ -185,9 +187,9 @@ class RLConfig(Method):
         "ppo",
         "rsft",
         "distill",
-    ] = "grpo"
-    steps: int = Field(100, ge=0)
-    prompts_per_step: int = Field(32, ge=1)
+    ] = Field("grpo", description="gives the keys from advantage to value_clip that are not given; shown are grpo's")
+    steps: int = Field(100, ge=0, description="batches of rollouts to learn from")
+    prompts_per_step: int = Field(32, ge=1, description="prompts of a batch, each with group_size completions")
     group_size: int = Field(8, ge=1, description="completions of each prompt")
     epochs: int = Field(1, ge=1, description="how often a step learns from its samples")
     minibatches: int = Field(1, ge=1, description="updates of an epoch")

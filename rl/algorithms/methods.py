@@ -24,8 +24,8 @@ class CorrectionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["truncate", "mask"] = "truncate"
-    level: Literal["token", "sequence"] = "token"
+    kind: Literal["truncate", "mask"] = Field("truncate", description="lower ratios that are too high, or drop tokens")
+    level: Literal["token", "sequence"] = Field("token", description="what the ratio is of")
     low: float = Field(0.0, ge=0, description="a mask drops ratios below")
     high: float | None = Field(2.0, gt=0, description="truncation lowers ratios to it, a mask drops those above")
 
@@ -53,16 +53,18 @@ class Method(BaseModel):
     denominator: Literal["batch", "kept"] = Field(
         "batch", description="completions that it is a mean over: all that a step asks for, or those with a signal"
     )
-    gain: Literal["clipped", "cispo", "reinforce"] = "clipped"
+    gain: Literal["clipped", "cispo", "reinforce"] = Field(
+        "clipped", description="PPO's clipped gain, CISPO's clipped weight, or the plain policy gradient"
+    )
     ratio: Level = Field("token", description="what the importance ratio is of")
-    clip_low: float = Field(0.2, gt=0, le=1)
-    clip_high: float = Field(0.2, gt=0)
+    clip_low: float = Field(0.2, gt=0, le=1, description="the ratio is clipped below 1 less this")
+    clip_high: float = Field(0.2, gt=0, description="the ratio is clipped above 1 and this")
     clip_dual: float | None = Field(None, gt=1, description="bounds the gain of bad tokens from below")
     kl_beta: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="weight of the KL to the policy that RL started from"
     )
-    kl_estimator: Estimator = "k3"
-    kl_place: Literal["loss", "reward"] = "loss"
+    kl_estimator: Estimator = Field("k3", description="of the KL, from single samples (Schulman 2020)")
+    kl_place: Literal["loss", "reward"] = Field("loss", description="where the KL is added")
     kl_target: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="KL, in nats a token, that kl_beta is adapted to"
     )
@@ -70,13 +72,15 @@ class Method(BaseModel):
         0.0, allow_inf_nan=False, description="weight of the policy's entropy, as a bonus in the loss"
     )
     proximal: Literal["rollout", "trainer"] = Field("rollout", description="whose log-probabilities ratios are to")
-    correction: CorrectionConfig | None = None
+    correction: CorrectionConfig | None = Field(
+        None, description="importance sampling for the policy that wrote the tokens; none when it is not there"
+    )
     overlong: Literal["keep", "drop"] = Field("keep", description="whether completions that were cut off teach")
     overlong_share: float = Field(0.0, ge=0, le=1, description="last share of the limit, where the reward falls by 1")
     accept_above: float = Field(0.0, description="of rejection sampling: the reward that the best has to exceed")
-    discount: float = Field(1.0, ge=0, le=1)
+    discount: float = Field(1.0, ge=0, le=1, description="γ of generalised advantages")
     gae_trace: float = Field(0.95, ge=0, le=1, description="λ of generalised advantages")
-    whiten_rewards: bool = False
+    whiten_rewards: bool = Field(False, description="bring the rewards of a batch to a deviation of 1")
     value_clip: float | None = Field(0.2, gt=0, description="how far an update moves a value")
 
     @property

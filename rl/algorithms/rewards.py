@@ -32,7 +32,7 @@ _NAMES: dict[Script, tuple[str, ...]] = {
 class _Term(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weight: float = Field(0.0, allow_inf_nan=False)
+    weight: float = Field(0.0, allow_inf_nan=False, description="what the term is multiplied by; 0 leaves it out")
 
     @model_validator(mode="after")
     def _weighs_something(self) -> "_Term":
@@ -87,7 +87,7 @@ class LengthTerm(_Term):
 class LanguageTerm(_Term):
     """The share of a completion's letters that belong to a script; 1 where it has no letters."""
 
-    script: Script = "latin"
+    script: Script = Field("latin", description="the script that letters should belong to")
 
 
 class RewardConfig(BaseModel):

@@ -30,7 +30,7 @@ class EngineConfig(BaseModel):
 class RolloutConfig(WeightSyncConfig, EngineConfig):
     """The section [rollout] of a recipe: how many engines there are, what each may use, and how weights reach them."""
 
-    workers: int = Field(2, ge=1)
+    workers: int = Field(2, ge=1, description="engines, each with a copy of the model")
     tensor: int = Field(1, ge=1, description="processes that each worker's model is split over")
     length: int = Field(512, ge=2, description="tokens of the longest prompt and completion together")
 
@@ -67,7 +67,7 @@ class SamplingParams(BaseModel):
     )
     presence_penalty: Penalty = Field(0.0, description="taken from the logits of tokens that the completion has")
     logit_bias: dict[int, Penalty] = Field({}, description="added to the logits of tokens, by their numbers")
-    max_new_tokens: int = Field(64, ge=1, le=LONGEST)
+    max_new_tokens: int = Field(64, ge=1, le=LONGEST, description="tokens of the completion at most")
     min_new_tokens: Limit = Field(0, description="tokens before one that ends the completion may be drawn")
     exact_lengths: tuple[Annotated[int, Field(ge=1, le=LONGEST)], ...] = Field(
         (), strict=False, description="for measurements: how many tokens each sample has, whatever it says; in turn"

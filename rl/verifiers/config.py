@@ -23,7 +23,7 @@ class SandboxConfig(BaseModel):
     memory_mib: int = Field(_LIMITS.memory_bytes >> 20, ge=256, description="address space, Python's 100 MiB included")
     folder_mib: int = Field(_LIMITS.folder_bytes >> 20, ge=1, description="of all files that it writes")
     output_mib: int = Field(_LIMITS.output_bytes >> 20, ge=1, description="of what it prints")
-    threads: int = Field(_LIMITS.threads, ge=1)
+    threads: int = Field(_LIMITS.threads, ge=1, description="threads and processes that it may have at one time")
     libraries: tuple[str, ...] = Field(
         DEFAULT, description="installed distributions that programs and tests may import beside Python's own modules"
     )
@@ -54,7 +54,7 @@ class VerifierConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, description="Ray actors that judge")
     processes: int = Field(1, ge=1, description="grading processes of each worker")
     deadline: float = Field(5.0, gt=0, description="seconds of processor time for one answer")
     sandbox: SandboxConfig = SandboxConfig()

@@ -1,0 +1,88 @@
+"""Checks all that a run can be refused for before its first step, without a cluster; nothing is written."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from lockstep.cluster.launch.preflight import CheckedRun, check, check_sandbox
+from lockstep.cluster.recipe.errors import RecipeError
+from lockstep.cluster.recipe.schema import Recipe
+from lockstep.cluster.run.beginning import Beginning, prepare
+from lockstep.data.tasks.problem import Problem
+from lockstep.data.tasks.task import Split, make_split
+from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.algorithms.preferences import read_comparisons
+from lockstep.rl.environments.factory import told
+from lockstep.rl.prompts import make_prompt
+
+
+@dataclass(frozen=True)
+class ReadyRun:
+    """A run that has passed the checks of its driver, and may be given processes."""
+
+    checked: CheckedRun
+    beginning: Beginning
+    split: Split | None
+    """None where it trains on text."""
+
+    def __str__(self) -> str:
+        """Who would work, and on what, in one line."""
+        plan, last, split = self.checked.plan, self.beginning.last, self.split
+        who = ", ".join(f"{count} {role}" for role, count in plan.processes.items())
+        what = f", on {len(split.train)} problems and {len(split.held_out)} held-out ones" if split else ""
+        return f"with processes {who}{what}, into {plan.recipe.folder}{f', after {last.place}' if last else ''}"
+
+
+def make_ready(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False) -> ReadyRun:
+    """Check a recipe as far as every run does before it has processes.
+
+    Args:
+        say: takes sentences on what was found.
+        resume: whether the run is to go on from its last checkpoint.
+
+    Raises:
+        ValueError: one sentence on what does not fit.
+    """
+    checked = check(recipe)
+    beginning = prepare(checked, say, resume=resume)
+    split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
+    if split and split.has_programs:
+        say(check_sandbox(recipe.verifier.sandbox))
+    return ReadyRun(checked, beginning, split)
+
+
+def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False) -> ReadyRun:
+    """Check a recipe as `make_ready`, and what a run would find when it has processes: its prompts and comparisons.
+
+    Raises:
+        ValueError: one sentence on what does not fit.
+    """
+    ready = make_ready(recipe, say, resume=resume)
+    if ready.split:
+        tokenizer = Tokenizer(ready.checked.start.files, recipe.task.chat_template_kwargs)
+        _check_prompts(recipe, ready.split, tokenizer, ready.checked.start.config.context)
+        if recipe.preference and recipe.preference.source:
+            read_comparisons(recipe.preference, tokenizer, say)
+    return ready
+
+
+def _check_prompts(recipe: Recipe, split: Split, tokenizer: Tokenizer, context: int) -> None:
+    """Whether prompts can be made of all problems, and leave room for completions."""
+    length, rules = min(recipe.rollout.length, context), told(recipe.environment)
+    for key, new, problems in _completions(recipe, split):
+        prompts = [make_prompt(each, recipe.task, tokenizer, split.shots, rules) for each in problems]
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        if longest + new > length:
+            limit = "rollout.length" if recipe.rollout.length <= context else "the model's context"
+            raise RecipeError(
+                f"the longest prompt has {longest} tokens, and with {key}={new} it needs {longest + new}, where "
+                f"{limit} is {length}: lower {key}{', or raise rollout.length' if length < context else ''}"
+            )
+
+
+def _completions(recipe: Recipe, split: Split) -> Iterator[tuple[str, int, Sequence[Problem]]]:
+    """Of each kind of completions that a run draws: the key of its bound, the bound, and the problems."""
+    yield "evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, split.held_out
+    if recipe.rl and recipe.rl.steps:
+        yield "rl.sampling.max_new_tokens", recipe.rl.sampling.longest, split.train
+    if recipe.preference and recipe.preference.steps and not recipe.preference.source:
+        yield "preference.sampling.max_new_tokens", recipe.preference.sampling.longest, split.train

@@ -1,0 +1,60 @@
+"""A recipe is checked as far as a run comes without a cluster, and nothing is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lockstep.cluster.recipe.load import load_recipe
+from lockstep.cluster.run.dry_run import ReadyRun, dry_run
+from tests.cluster.cli_process import write_recipe
+
+
+def ready(folder: Path, model: Path, *settings: str) -> ReadyRun:
+    """The recipe that runs in seconds, checked, with settings; nothing is written."""
+    recipe = load_recipe(write_recipe(folder, model), settings)
+    before = sorted(folder.rglob("*"))
+    found = dry_run(recipe, print)
+    assert sorted(folder.rglob("*")) == before
+    return found
+
+
+def test_a_recipe_that_can_run_is_described(tmp_path: Path, tiny_folder: Path) -> None:
+    words = str(ready(tmp_path, tiny_folder))
+    assert words == (
+        f"with processes 2 policy, 1 rollout, 1 verifier, on 32 problems and 4 held-out ones, into {tmp_path}/tiny"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["layout.tensor=5"], r"layout\.tensor=5 does not divide the model's 6 query heads"),
+        (["model.source=gone.gguf"], r"there is no file .*gone\.gguf"),
+        (["task.generator=chain_sums"], "chain_sums"),
+        (["rollout.length=20"], r"with evaluation\.max_new_tokens=4 it needs \d+, where rollout\.length is 20"),
+        (["rollout.length=9999", "rl.sampling.max_new_tokens=250"], r"where the model's context is 256: lower rl\.sam"),
+        (["rl.sampling.max_new_tokens=120"], r"lower rl\.sampling\.max_new_tokens, or raise rollout\.length"),
+        (["preference.source=gone.jsonl"], r"gone\.jsonl"),
+        (["preference.steps=1", "preference.sampling.max_new_tokens=120"], r"lower preference\.sampling\.max_new"),
+    ],
+)
+def test_what_a_run_would_be_refused_for_is_said(
+    tmp_path: Path, tiny_folder: Path, settings: list[str], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        ready(tmp_path, tiny_folder, *settings)
+
+
+def test_a_place_that_is_no_runs_is_refused(tmp_path: Path, tiny_folder: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that are not a run's"):
+        ready(tmp_path, tiny_folder)
+
+
+def test_a_row_of_preferences_that_cannot_be_used_is_named(tmp_path: Path, tiny_folder: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n{}\n")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl"):
+        ready(tmp_path, tiny_folder, f"preference.source={pairs}")
