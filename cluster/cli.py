@@ -4,14 +4,15 @@ import logging
 import os
 import sys
 import warnings
+from typing import Annotated
 
 import typer
 
+import lockstep
 from lockstep.cluster.commands import checkpoints, checks, data, evaluate, grade, inference, recipe, train
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train language models with the same numbers in any layout, in rollout and trainer.",
 )
@@ -22,6 +23,21 @@ RAY_SETTINGS = {
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
 }
 """Read by Ray when it is imported: workers' lines come through as they were written, each saying who speaks."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lockstep {lockstep.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Take the options of all commands."""
 
 
 for name, command in {

@@ -29,7 +29,7 @@ def unknown(path: Path) -> Iterator[str]:
     imported = [f"{module}.{name.strip()}" for module, names in imports for name in names.split(" as ")[0].split(",")]
     for dotted in [*imported, *re.findall(r"(?<![/\w])lockstep(?:\.[a-z]\w*)+", text)]:
         place = ROOT.joinpath(*dotted.split(".")[1:])
-        source = place.parent.with_suffix(".py")
+        source = ROOT / "src/lockstep/__init__.py" if place.parent == ROOT else place.parent.with_suffix(".py")
         defined = source.exists() and re.search(rf"\b{place.name}\b", source.read_text())
         if not (place.exists() or place.with_suffix(".py").exists() or defined):
             yield dotted

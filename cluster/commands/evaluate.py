@@ -82,8 +82,8 @@ def _recipe(task: str, file: str | None, limit: int | None, overrides: Sequence[
     """The task as a recipe has it, with the seed and what evaluations take from there."""
     from reasoning_gym.factory import DATASETS
 
+    from lockstep.cluster.recipe.catalog import shipped_recipes
     from lockstep.cluster.recipe.load import load_recipe, parse
-    from lockstep.cluster.recipe.reader import shipped_recipes
     from lockstep.data.row_reader import is_source
     from lockstep.data.tasks.presets import PRESETS
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape, glob
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,8 +13,33 @@ if TYPE_CHECKING:
     from lockstep.rl.rollout.config import SamplingParams
 
 
-RecipeName = Annotated[str, typer.Argument(help="A recipe's file, or the name of one that ships: see recipe list.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key, as in --set rl.group_size=8.")]
+def complete_recipe(incomplete: str) -> list[str]:
+    """The recipes that ship, the TOML files and the folders whose names begin so."""
+    from lockstep.cluster.recipe.catalog import shipped_recipes
+
+    names = [name for name in shipped_recipes() if name.startswith(incomplete)]
+    paths = [path for path in glob(f"{escape(incomplete)}*") if path.endswith(".toml") or Path(path).is_dir()]
+    return [*names, *sorted(f"{path}/" if Path(path).is_dir() else path for path in paths)]
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """The keys of recipes whose names begin so, ready for a value."""
+    from lockstep.cluster.recipe.keys import dotted_keys
+    from lockstep.cluster.recipe.schema import Recipe
+
+    return [f"{key}=" for key in dotted_keys(Recipe) if key.startswith(incomplete)]
+
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe's file, or the name of one that ships: see recipe list.", autocompletion=complete_recipe
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key, as in --set rl.group_size=8.", autocompletion=complete_key),
+]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lockstep.cluster.commands.console import err, out, sentences
-from lockstep.cluster.commands.options import Overrides, RecipeName, check_choice, overriding
+from lockstep.cluster.commands.options import Overrides, RecipeName, check_choice, complete_key, overriding
 
 app = typer.Typer(no_args_is_help=True, help="What recipes say, and what they may say.")
 
@@ -18,7 +18,7 @@ def list_recipes() -> None:
 
     Example: lockstep recipe list
     """
-    from lockstep.cluster.recipe.reader import shipped_recipes, title
+    from lockstep.cluster.recipe.catalog import shipped_recipes, title
 
     recipes = shipped_recipes()
     width = max(map(len, recipes))
@@ -88,7 +88,10 @@ def check(
 def diff(
     first: RecipeName,
     second: RecipeName,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the second recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a key of the second recipe.", autocompletion=complete_key),
+    ] = None,
 ) -> None:
     """List the keys whose values differ, as they are when all defaults and overrides are in.
 

@@ -3,33 +3,17 @@
 Tables of a recipe are merged with those of the recipes that it `extends`; any other value takes the place of theirs.
 """
 
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import lockstep
+from lockstep.cluster.recipe.catalog import SHIPPED, shipped_recipes
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.paths import with_paths_from
 
-SHIPPED = Path(lockstep.__file__).parent / "recipes"
-"""The folder of the recipes that ship with the package."""
 DEEPEST = 8
 """How many recipes may stand on top of each other."""
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that ship with the package, by name."""
-    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
-
-
-def title(path: Path) -> str:
-    """What a recipe says of itself: the first words of its comment, up to a colon or a full stop."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comment = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
-    return re.split(r"[.:;](?= |$)", comment, maxsplit=1)[0]
 
 
 def read_recipe(given: Path | str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from lockstep import __version__
 from tests.cluster.cli_process import Command, lockstep, refused, write_recipe
 
 COMMANDS = ("train", "generate", "serve", "eval", "grade", "convert", "verify", "inspect", "report", "submit")
@@ -17,6 +18,11 @@ def test_help_has_an_example_on_a_line_of_its_own(command: str) -> None:
     lines = [line.strip() for line in result.output.splitlines()]
     place = next(i for i, line in enumerate(lines) if line.startswith(f"Example: lockstep {command} "))
     assert lines[place - 1] == lines[place + 1] == ""
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = lockstep("--version")
+    assert (result.exit_code, result.stdout) == (0, f"lockstep {__version__}\n")
 
 
 def test_a_bad_recipe_is_refused_and_nothing_is_written(tmp_path: Path, tiny_folder: Path) -> None:

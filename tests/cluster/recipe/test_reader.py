@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.cluster.recipe.catalog import SHIPPED, shipped_recipes, title
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import load_recipe
-from lockstep.cluster.recipe.reader import DEEPEST, SHIPPED, merged, read_recipe, shipped_recipes, title
+from lockstep.cluster.recipe.reader import DEEPEST, merged, read_recipe
 
 ROOT = Path(__file__).parents[3]
 
