@@ -23,7 +23,7 @@ def run_recipe(
 ) -> None:
     """Run all phases of a recipe and print what it brought.
 
-    Example: lockstep train recipes/quickstart.toml --set layout.data=4
+    Example: lockstep train quickstart --set layout.data=4
     """
     from lockstep.cluster.recipe.load import load_recipe
     from lockstep.cluster.records.report import summary_table
@@ -63,7 +63,7 @@ def submit(
 ) -> None:
     """Run a recipe, as it is here, as a Ray job, follow its log, and end with its exit code.
 
-    Example: lockstep submit recipes/quickstart.toml --address http://head:8265
+    Example: lockstep submit quickstart --address http://head:8265
     """
     from lockstep.cluster.recipe.load import load_recipe
     from lockstep.cluster.run.submit import submit_recipe
