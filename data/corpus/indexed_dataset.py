@@ -47,7 +47,7 @@ class Note:
     """How an indexed dataset was made: the .json file beside it."""
 
     tokenizer: str
-    """Digest of the tokenizer's vocabulary."""
+    """Digest of the tokenizer's vocabulary; empty where no tokenizer made it."""
     vocabulary: int
     """One more than the highest token id."""
     end: int

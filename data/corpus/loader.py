@@ -187,7 +187,7 @@ def _open(config: PretrainingConfig, number: int, *, seed: int, vocabulary: int,
     skip = config.on_bad == "skip"
     store = IndexedDataset(Path(config.blend[number].path), salvage=skip)
     note = store.note
-    if note and tokenizer and note.tokenizer != tokenizer:
+    if note and note.tokenizer and tokenizer and note.tokenizer != tokenizer:
         raise BadIndexedDataset(
             f"{store.path} was made with another tokenizer (digest {note.tokenizer}, of {note.vocabulary} tokens) than "
             f"the model's (digest {tokenizer}): tokenize its sources again, or train the model that it was made for"

@@ -24,3 +24,9 @@ def test_random_text_is_enough_for_eight_steps(
     assert store.note.tokens >= 0.9 * least
     assert store.note.vocabulary == 31
     PretrainingData(configs[0], seed=0, vocabulary=31)
+
+
+def test_random_text_is_of_no_tokenizer_and_any_model_reads_it(tmp_path: Path) -> None:
+    config = random_text(tmp_path / "random", vocabulary=31, context=64, samples_per_step=4, seed=3)
+    assert IndexedDataset(tmp_path / "random").note.tokenizer == ""
+    PretrainingData(config, seed=0, vocabulary=31, tokenizer="that of a model")
