@@ -1,7 +1,6 @@
 """The command line `lockstep`: registers the commands and sets what Ray and Python's warnings read at the start."""
 
 import logging
-import os
 import sys
 import warnings
 from typing import Annotated
@@ -10,19 +9,13 @@ import typer
 
 import lockstep
 from lockstep.cluster.commands import checkpoints, checks, data, evaluate, grade, inference, recipe, train
+from lockstep.cluster.launch.ray_settings import set_ray_defaults
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train language models with the same numbers in any layout, in rollout and trainer.",
 )
-RAY_SETTINGS = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_COLOR_PREFIX": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
-}
-"""Read by Ray when it is imported: workers' lines come through as they were written, each saying who speaks."""
 
 
 def _print_version(asked: bool) -> None:
@@ -61,8 +54,7 @@ app.add_typer(recipe.app, name="recipe")
 
 def main() -> None:
     """Entry point of the `lockstep` command."""
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    set_ray_defaults()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it speaks of compilers that nothing needs

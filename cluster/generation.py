@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from pydantic import ValidationError
+
+from lockstep.cluster.recipe.errors import validation_sentence
 from lockstep.data.json_text import Bad, parsed_json
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.config import SamplingParams
@@ -91,6 +94,18 @@ class Answerer:
 
 def _sample(rollout: Rollout) -> int:
     return rollout.sample
+
+
+def sampling_of(**values: Any) -> SamplingParams:
+    """Sampling parameters; those that are not given are the command line's, which takes the likeliest tokens.
+
+    Raises:
+        ValueError: names the parameter that is not allowed.
+    """
+    try:
+        return SamplingParams(**{"temperature": 0.0, "max_new_tokens": 128} | values)
+    except ValidationError as error:
+        raise ValueError(validation_sentence(error, SamplingParams)) from error
 
 
 def conversation(text: str, system: str | None) -> tuple[Message, ...]:

@@ -114,6 +114,11 @@ def alone() -> Groups:
     return join(Layout(), rank=0, meeting=HashStore())
 
 
+def has_joined() -> bool:
+    """Whether this process is part of a world; it can be part of one only."""
+    return dist.is_initialized()
+
+
 _before_leaving: list[Callable[[], None]] = []
 
 

@@ -48,9 +48,9 @@ def evaluate_model(
 
     Example: lockstep eval runs/quickstart --task recipes/quickstart.toml
     """
-    from lockstep.cluster.commands.options import sampling_of
     from lockstep.cluster.evaluation.answer_folder import OtherSettings
     from lockstep.cluster.evaluation.evaluate import Evaluation, evaluate_checkpoint
+    from lockstep.cluster.generation import sampling_of
     from lockstep.rl.sandbox.isolation import SandboxError
 
     if not (named := task or file):

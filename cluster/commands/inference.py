@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from lockstep.cluster.commands.console import err, sentences
-from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, sampling_of
+from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype
 
 if TYPE_CHECKING:
     from lockstep.cluster.generation import Answerer, Question
@@ -53,6 +53,8 @@ def generate(
 
     Example: lockstep generate runs/quickstart "What is 12 + 34?" --top-p 0.9
     """
+    from lockstep.cluster.generation import sampling_of
+
     if chat and (raw or output or samples > 1):
         raise ValueError("--chat talks at this terminal: leave out --raw, --output and --samples")
     sampling = sampling_of(

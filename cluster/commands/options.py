@@ -4,13 +4,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape, glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
-
-if TYPE_CHECKING:
-    from lockstep.rl.rollout.config import SamplingParams
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -72,14 +68,3 @@ def check_choice(option: str, given: str | None, known: Iterable[str | None]) ->
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 CacheGib = Annotated[float, typer.Option(min=0.001, help="GiB for keys and values, taken as they are needed.")]
-
-
-def sampling_of(**values: Any) -> "SamplingParams":
-    """Sampling parameters from options; a value that is not allowed is an error of one sentence."""
-    from lockstep.cluster.recipe.errors import validation_sentence
-    from lockstep.rl.rollout.config import SamplingParams
-
-    try:
-        return SamplingParams(**values)
-    except ValidationError as error:
-        raise ValueError(validation_sentence(error, SamplingParams)) from error

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from lockstep.cluster.recipe.errors import RecipeError, validation_sentence
 from lockstep.cluster.recipe.keys import annotation
 from lockstep.cluster.recipe.paths import with_absolute_paths
-from lockstep.cluster.recipe.reader import read_recipe
+from lockstep.cluster.recipe.reader import read_recipe, read_values
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.distributed.layout import Layout
 
@@ -34,6 +34,24 @@ def load_recipe(given: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: one sentence on what is wrong.
     """
     return with_absolute_paths(parse(read_recipe(given), overrides))
+
+
+def resolve(given: Recipe | Mapping[str, Any] | Path | str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from whatever a program has: a `Recipe`, its values, a path or the name of one that ships.
+
+    Args:
+        overrides: values by dotted key, as `{"rl.group_size": 8}`.
+
+    Raises:
+        RecipeError: one sentence on what is wrong.
+    """
+    if isinstance(given, Recipe):
+        values = given.model_dump(mode="json", exclude_unset=True)
+    else:
+        values = read_values(copy.deepcopy(given)) if isinstance(given, Mapping) else read_recipe(given)
+    for key, value in (overrides or {}).items():
+        _put(values, _parts(key, key), value, key)
+    return with_absolute_paths(parse(values))
 
 
 def parse(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -78,14 +96,24 @@ def to_toml(recipe: Recipe) -> str:
 
 def _apply(values: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
-    *sections, last = (part.strip() for part in name.split("."))
-    if not separator or not all([*sections, last]):
+    parts = _parts(name if separator else "", override)
+    _put(values, parts, _value(text.strip(), wants_text=annotation(parts, Recipe) is str), override)
+
+
+def _parts(name: str, override: str) -> list[str]:
+    parts = [part.strip() for part in name.split(".")]
+    if not all(parts):
         raise BadOverride(f"{override!r} is not of the form section.key=value, for example rl.group_size=8")
+    return parts
+
+
+def _put(values: dict[str, Any], parts: Sequence[str], value: Any, override: str) -> None:
+    *sections, last = parts
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise BadOverride(f"{override!r}: {section} is a value, not a section")
-    values[last] = _value(text.strip(), wants_text=annotation([*sections, last], Recipe) is str)
+    values[last] = value
 
 
 def _value(text: str, *, wants_text: bool) -> Any:

@@ -31,6 +31,15 @@ def read_recipe(given: Path | str) -> dict[str, Any]:
     return _read(path, ())
 
 
+def read_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe that is no file, with those of the recipes that it extends, from the current folder.
+
+    Raises:
+        RecipeError: as `read_recipe`.
+    """
+    return _on_top(values, Path("the recipe"), ())
+
+
 def _find(name: str, folder: Path) -> Path | None:
     """The recipe of this path from a folder, or of this name among those that ship."""
     path = folder / name
@@ -49,11 +58,16 @@ def _read(path: Path, above: Sequence[Path]) -> dict[str, Any]:
     if len(chain) > DEEPEST:
         raise RecipeError(f"more than {DEEPEST} recipes stand on top of each other, {_said(chain)}: merge some of them")
     values = _parse(path)
-    below: dict[str, Any] = {}
-    for name in _extended(values.pop("extends", []), path):
-        below = merged(below, _read(_below(name, path), chain))
     own = with_paths_from(path.absolute().parent, values) if above and not _is_shipped(path) else values
-    return merged(below, own)
+    return _on_top(own, path, above)
+
+
+def _on_top(values: Mapping[str, Any], path: Path, above: Sequence[Path]) -> dict[str, Any]:
+    """The values of the recipe `path` on top of those of the recipes that it extends."""
+    below: dict[str, Any] = {}
+    for name in _extended(values.get("extends", []), path):
+        below = merged(below, _read(_below(name, path), (*above, path)))
+    return merged(below, {name: value for name, value in values.items() if name != "extends"})
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 import re
 import string
+import tomllib
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lockstep.cluster.recipe.catalog import shipped_recipes
 from lockstep.cluster.recipe.errors import RecipeError
-from lockstep.cluster.recipe.load import load_recipe, parse, to_toml
+from lockstep.cluster.recipe.load import load_recipe, parse, resolve, to_toml
 from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.cluster.recipe.schema import Recipe
 
@@ -166,3 +168,30 @@ def test_one_wrong_letter_is_understood(key: str, place: int, letter: str, kind:
 
 def test_defaults_are_a_recipe() -> None:
     assert parse({}) == Recipe()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_a_program_may_give_a_recipe_in_any_form(name: str) -> None:
+    recipe = load_recipe(name)
+    values = tomllib.loads(shipped_recipes()[name].read_text())
+    assert resolve(name) == resolve(shipped_recipes()[name]) == resolve({"extends": name}) == resolve(recipe) == recipe
+    assert "extends" in values or resolve(values) == recipe
+
+
+def test_a_program_overrides_with_values() -> None:
+    given = {"extends": "quickstart", "rl": {"steps": 3}}
+    overrides = {"rl.group_size": 4, "task.stop": ("a",), "layout": {"data": 1}, "run": Path("/runs"), "name": "2024"}
+    recipe = resolve(given, overrides)
+    assert recipe.rl is not None
+    assert (recipe.rl.steps, recipe.rl.group_size, recipe.rl.prompts_per_step) == (3, 4, 48)
+    assert (recipe.task.stop, recipe.layout.data, recipe.run, recipe.name) == (["a"], 1, "/runs", "2024")
+    assert given == {"extends": "quickstart", "rl": {"steps": 3}}
+    changed = resolve(recipe, {"rl.method": "dapo"})
+    assert changed.rl is not None
+    assert (changed.rl.denominator, changed.rl.group_size) == ("kept", 4)
+    with pytest.raises(RecipeError, match=r"'rl\.\.steps' is not of the form"):
+        resolve("quickstart", {"rl..steps": 3})
+    with pytest.raises(RecipeError, match="seed is a value, not a section"):
+        resolve("quickstart", {"seed.x": 3})
+    with pytest.raises(RecipeError, match="the recipe extends nobody, and there is none"):
+        resolve({"extends": "nobody"})
