@@ -11,6 +11,8 @@ import pytest
 import lockstep
 from lockstep.cluster.launch.ray_session import NoCluster
 from lockstep.cluster.recipe.errors import RecipeError
+from lockstep.cluster.recipe.load import resolve
+from lockstep.cluster.run.dry_run import dry_run
 from lockstep.cluster.run.submit import NoHead
 from tests.cluster.heads import Head, free_port
 
@@ -68,7 +70,7 @@ def test_a_run_is_trained_and_its_model_loaded(tmp_path: Path, tiny_folder: Path
     head.check()
     vocabulary = json.loads((tiny_folder / "config.json").read_text())["vocab_size"]
     settings = {"run": f"{tmp_path}/run", "pretrain.steps": 1, "model.tokenizer": str(tiny_folder)}
-    settings |= {"model.config.vocabulary": vocabulary}
+    settings |= {"model.config.vocabulary": vocabulary, "checkpoints.every": 1}
     trained, loaded = python(TRAIN, json.dumps(settings), RAY_ADDRESS=head.cluster)
     path, status, losses = json.loads(trained)
     assert (path, status) == (str(tmp_path / "run"), "finished")
@@ -77,3 +79,5 @@ def test_a_run_is_trained_and_its_model_loaded(tmp_path: Path, tiny_folder: Path
     layers, answer = json.loads(loaded)
     assert layers == 4
     assert isinstance(answer, str)
+    again = dry_run(resolve("parity-tiny", settings | {"pretrain.steps": 2}), print, resume=True)
+    assert str(again) == f"with processes 1 policy, into {path}, after {path}/checkpoints/step-000001"
