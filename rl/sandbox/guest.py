@@ -118,7 +118,7 @@ def run_functions(source: str, channel: Channel) -> None:
 def _execute(source: str, module: dict[str, Any]) -> None:
     """Runs a program as judges of competitive sites do: with their imports, deep recursion and long integers."""
     code = compile(source, "program.py", "exec")
-    preamble.offer()
+    module["__builtins__"] = preamble.offer()
     sys.setrecursionlimit(preamble.RECURSION_LIMIT)
     sys.set_int_max_str_digits(0)
     exec(code, module)
@@ -128,7 +128,6 @@ def _module(name: str) -> dict[str, Any]:
     """The names of a new module, which pickle and dataclasses find by its name."""
     module = type(sys)(name)
     sys.modules[name] = module
-    module.__dict__["__builtins__"] = builtins
     return module.__dict__
 
 

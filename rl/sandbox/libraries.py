@@ -8,7 +8,7 @@ import importlib
 import importlib.machinery
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ class LibraryFinder:
     """A `MetaPathFinder` of the modules of some files and folders, and of nothing that lies beside them."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._folders = {_module_name(path): str(Path(path).parent) for path in paths}
+        self._folders = {module_name(path): str(Path(path).parent) for path in paths}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -31,14 +31,15 @@ class LibraryFinder:
         return importlib.machinery.PathFinder.find_spec(fullname, [folder], target) if folder else None
 
 
-def _module_name(path: str) -> str:
+def module_name(path: str) -> str:
+    """The name by which a file or folder is imported."""
     return Path(path).name.partition(".")[0]
 
 
-def mentioned(text: str, paths: Iterable[str]) -> list[str]:
+def mentioned(text: str, offered: Set[str]) -> list[str]:
     """Names of those libraries that a source seems to import, be it as it is or as text in JSON."""
     found = set(re.findall(r"(?:\b|\\[nrt])(?:import|from)\s+([A-Za-z_]\w*)", text))
-    return sorted(found & {_module_name(path) for path in paths})
+    return sorted(found & offered)
 
 
 def warm(names: Iterable[str]) -> None:

@@ -40,7 +40,7 @@ class Sandbox:
         """
         if sys.platform != "linux":
             raise SandboxError(f"programs are isolated by mechanisms that only Linux has, and this is {sys.platform}")
-        self._limits, self._offered = limits, offered
+        self._limits, self._offered = limits, frozenset(map(libraries.module_name, offered))
         settings = json.dumps({"uses": asdict(uses), "limits": asdict(limits), "libraries": list(offered)})
         try:
             self._control, self._process = _started(settings)

@@ -37,6 +37,8 @@ DONE = "done"
 """What a pool is told where the harness has ended, and time was not over before (see `time_limit`)."""
 
 _LONGEST_LIST = 1 << 12
+_JUST_BEGUN = 0.05
+"""Seconds of an item in which nobody can have waited for long, so that nobody asks, which takes 0.5 ms."""
 _PROGRAM, _CHANNEL = 3, 4
 """Descriptors of a guest, after input, output and errors."""
 _TESTS, _REPLY, _ZYGOTE = 3, 4, 5
@@ -73,7 +75,7 @@ class Zygote:
 
     def _warm(self, names: list[str]) -> None:
         """Loads libraries once, where the first item comes that seems to need them."""
-        if not set(names) <= set(sys.modules):
+        if not all(name in sys.modules for name in names):
             libraries.warm(names)
             gc.collect()
             gc.freeze()
@@ -170,6 +172,7 @@ class _Item:
         self._harness, self._requests = harness, requests
         self._run: Child | None = None
         self._runs = 0
+        self._begun = time.monotonic()
         self._before = Spent(0.0, 0.0, 0.0)
 
     def follow(self, seconds: float, control: socket.socket) -> str:
@@ -215,8 +218,9 @@ class _Item:
 
     def _spent_on_requests(self) -> Spent:
         """What the requests of all runs have cost on the side of the harness."""
-        used, waited = self._harness.used(), self._harness.waited()
-        elapsed, worked, huge = self._zygote.clock.read(time.monotonic(), used)
+        now, used = time.monotonic(), self._harness.used()
+        waited = self._harness.waited() if now > self._begun + _JUST_BEGUN else 0.0
+        elapsed, worked, huge = self._zygote.clock.read(now, used)
         return Spent(worked, waited, elapsed, huge)
 
     def _requested(self) -> list[int]:

@@ -75,7 +75,7 @@ class _Names:
         self._root = re.split(r"\W", tests.entry_point, maxsplit=1)[0]
         self.found = _names_of_prefix(tests)
         self.found |= {comparison.CLOSE: comparison.close, "__file__": _FILE}
-        free = _free_names(code) - set(self.found) - set(vars(builtins)) - {""}
+        free = {name for name in _free_names(code) if name and name not in self.found and name not in vars(builtins)}
         self._asked = {name for name in free if not self._is_trusted(name)} | {self._root} - {""}
         for name in self._asked:
             with suppress(Exception):
