@@ -96,6 +96,10 @@ def _sample(rollout: Rollout) -> int:
     return rollout.sample
 
 
+ANSWER_TOKENS = 128
+"""Tokens of an answer at most, where nobody says how many."""
+
+
 def sampling_of(**values: Any) -> SamplingParams:
     """Sampling parameters; those that are not given are the command line's, which takes the likeliest tokens.
 
@@ -103,7 +107,7 @@ def sampling_of(**values: Any) -> SamplingParams:
         ValueError: names the parameter that is not allowed.
     """
     try:
-        return SamplingParams(**{"temperature": 0.0, "max_new_tokens": 128} | values)
+        return SamplingParams(**{"temperature": 0.0, "max_new_tokens": ANSWER_TOKENS} | values)
     except ValidationError as error:
         raise ValueError(validation_sentence(error, SamplingParams)) from error
 

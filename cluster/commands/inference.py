@@ -53,7 +53,7 @@ def generate(
 
     Example: lockstep generate runs/quickstart "What is 12 + 34?" --top-p 0.9
     """
-    from lockstep.cluster.generation import sampling_of
+    from lockstep.cluster.generation import ANSWER_TOKENS, sampling_of
 
     if chat and (raw or output or samples > 1):
         raise ValueError("--chat talks at this terminal: leave out --raw, --output and --samples")
@@ -66,7 +66,7 @@ def generate(
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
         logit_bias=_biases(logit_bias or ()),
-        max_new_tokens=max_new_tokens or (TALK_TOKENS if chat else 128),
+        max_new_tokens=max_new_tokens or (TALK_TOKENS if chat else ANSWER_TOKENS),
         min_new_tokens=min_new_tokens,
         stop=tuple(stop or ()),
         stop_tokens=tuple(stop_token or ()),

@@ -67,21 +67,7 @@ class ModelWorker(RankWorker):
         numerics: Numerics = "fast",
         head: Head | None = None,
     ) -> None:
-        """Joins the model's process groups and loads this rank's part of a checkpoint; see `load`."""
-        groups = join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
-        self.load(groups, checkpoint, dtype, optimizer, temperature, numerics, head)
-
-    def load(
-        self,
-        groups: Groups,
-        checkpoint: Path | Storage,
-        dtype: str,
-        optimizer: OptimizerConfig | None,
-        temperature: float,
-        numerics: Numerics = "fast",
-        head: Head | None = None,
-    ) -> None:
-        """Loads this rank's part of a checkpoint, in process groups that it has joined.
+        """Joins the model's process groups and loads this rank's part of a checkpoint.
 
         Args:
             optimizer: of a model that learns; None for one that only scores.
@@ -89,6 +75,7 @@ class ModelWorker(RankWorker):
             head: replaces the head that the checkpoint has.
         """
         self._settings = digest_of(self.layout, self.config, dtype, optimizer, temperature, numerics, head)
+        groups = self._joined(address, port)
         source = manager.Checkpoint(checkpoint)
         self.model = ModelConfig(**source.manifest["model"])
         self.tokenizer_files = source.files
@@ -101,6 +88,9 @@ class ModelWorker(RankWorker):
             self.trainer = Trainer(self.stage, groups, optimizer, temperature=temperature, config=self.config)
         self.reference: ReferenceModel | None = None
         self.log.info("ready with %s", self.layout)
+
+    def _joined(self, address: str, port: int) -> Groups:
+        return join(self.layout, rank=self.rank, meeting=meeting_at(address, port))
 
     def enter_phase(self, optimizer: OptimizerConfig, temperature: float) -> None:
         """Sets the optimizer's hyperparameters and the temperature of a phase, also of one that is resumed."""

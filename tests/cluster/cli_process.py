@@ -120,12 +120,12 @@ class Command:
 
     def wait_for(self, text: str, timeout: float = 240.0) -> None:
         """Until it has printed text."""
-        until(lambda: text in self.output or self._child.poll() is not None, timeout)
+        until(lambda: text in self.output or not self.runs, timeout)
         assert text in self.output, self.output
 
     def wait_for_file(self, path: Path, timeout: float = 240.0) -> None:
         """Until there is something in a file."""
-        until(lambda: (path.is_file() and path.stat().st_size > 0) or self._child.poll() is not None, timeout)
+        until(lambda: (path.is_file() and path.stat().st_size > 0) or not self.runs, timeout)
         assert path.is_file(), self.output
 
     def wait(self, timeout: float = 240.0) -> int:

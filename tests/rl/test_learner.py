@@ -59,6 +59,17 @@ VERDICTS = [
 LENGTHS = [(6, 2, 5, 3), (4,) * 4, (3, 6, 1, 5), (2,) * 4, (5,) * 4, (1, 6, 4, 2), (6, 6, 3, 5), (2, 4, 5, 1)]
 
 
+class LocalWorker(ModelWorker):
+    """The one rank of a model, in the world that this process is part of already."""
+
+    def __init__(self, role: str, groups: Groups) -> None:
+        super().__init__(0, role, Layout(), TrainerConfig(row_tokens=512))
+        self._world = groups
+
+    def _joined(self, address: str, port: int) -> Groups:
+        return self._world
+
+
 class LocalGroup(ModelGroup):
     """A model of one rank in this process: calls end before they return."""
 
@@ -175,13 +186,11 @@ def world(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, groups: G
     checkpoint = to_lockstep(str(tiny_folder), tmp_path_factory.mktemp("learner"))
     log = logging.getLogger("lockstep")
     before = list(log.handlers), log.propagate, log.level
-    policy, critic, teacher = (
-        ModelWorker(0, role, Layout(), TrainerConfig(row_tokens=512)) for role in ("policy", "critic", "teacher")
-    )
+    policy, critic, teacher = (LocalWorker(role, groups) for role in ("policy", "critic", "teacher"))
     log.handlers, log.propagate, log.level = before
-    policy.load(groups, checkpoint, "float32", OptimizerConfig(), 1.0)
-    critic.load(groups, checkpoint, "float32", OptimizerConfig(), 1.0, head="value")
-    teacher.load(groups, checkpoint, "float32", None, 1.0)
+    policy.start("", 0, checkpoint, "float32", OptimizerConfig(), 1.0)
+    critic.start("", 0, checkpoint, "float32", OptimizerConfig(), 1.0, head="value")
+    teacher.start("", 0, checkpoint, "float32", None, 1.0)
     start = weights(policy)
     load(teacher, near(start, 1))
     load(critic, near(weights(critic), 2))
