@@ -43,7 +43,7 @@ def serve(connection: int, uses: Isolation, limits: SandboxLimits, libraries: li
     Args:
         libraries: files and folders beside Python's own; see `distributions.located`.
     """
-    control = socket.socket(fileno=connection)
+    control = _renumbered(connection)
     _settle()
     sys.meta_path.append(LibraryFinder(libraries))
     refused, processes = "", open_processes()
@@ -55,6 +55,13 @@ def serve(connection: int, uses: Isolation, limits: SandboxLimits, libraries: li
     if uses.namespaces:
         refused = _enter_namespaces(loop, limits.folder_bytes, libraries)
     loop(refused, namespaces=False)
+
+
+def _renumbered(connection: int) -> socket.socket:
+    """The connection, as the lowest number: a pool's process of many files hands down one that no limit would close."""
+    control = socket.socket(fileno=os.dup(connection))
+    os.close(connection)
+    return control
 
 
 def _settle() -> None:

@@ -64,6 +64,15 @@ def port() -> Iterator[socket.socket]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def files() -> Iterator[None]:
+    """A process of many files, as one that trains is: what a sandbox inherits from it has high numbers."""
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(400)]
+    yield
+    for file in held:
+        os.close(file)
+
+
 def judge(attacks: list[Attack], uses: Isolation, secret: Path, port: socket.socket) -> list[str]:
     """What each attack got that was judged correct or ungradable, after all of it was seen to leave no trace."""
     begun, before = time.time(), state(secret)

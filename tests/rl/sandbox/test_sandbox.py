@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.data.tasks.code_tests import CodeTests
+from lockstep.rl.sandbox.harness.standard_streams import Observation
 from lockstep.rl.sandbox.isolation import NOTHING, Isolation, SandboxError, SandboxLimits
 from lockstep.rl.sandbox.sandbox import Sandbox
 from lockstep.rl.sandbox.wire import MalformedError, decode, encode
@@ -107,6 +108,26 @@ def test_an_item_that_cannot_be_sent_costs_itself_alone(monkeypatch: pytest.Monk
         zygotes = psutil.Process().children()
         assert pool.grade([(RIGHT, TESTS)])[0].outcome is Outcome.correct
         assert psutil.Process().children() == zygotes
+
+
+OPEN_DESCRIPTORS = """
+import os
+for number in range(4096):
+    try: os.fstat(number)
+    except OSError: continue
+    print(number)
+"""
+
+
+@pytest.mark.parametrize("uses", [Isolation(), NOTHING], ids=["isolated", "as it is"])
+def test_a_program_has_no_descriptor_of_its_zygote_however_many_files_the_pool_has(uses: Isolation) -> None:
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(400)]
+    try:
+        with CodePool(1, SandboxLimits(seconds=3), requires=NOTHING, uses=uses) as pool:
+            assert pool.run(OPEN_DESCRIPTORS) == Observation("0\n1\n2\n")
+    finally:
+        for file in files:
+            os.close(file)
 
 
 @pytest.mark.parametrize(
