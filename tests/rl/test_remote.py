@@ -19,7 +19,7 @@ SETTINGS = """
 [mypy]
 mypy_path = {src}
 ignore_missing_imports = True
-[mypy-ray.*]
+[mypy-ray.*,lockstep.cluster.*]
 follow_imports = skip
 """
 CALLS = """
