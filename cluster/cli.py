@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lockstep
-from lockstep.cluster.commands import checkpoints, checks, data, evaluate, grade, inference, recipe, train
+from lockstep.cluster.commands import checkpoints, checks, data, evaluate, grade, inference, recipe, render, train
 from lockstep.cluster.launch.ray_settings import set_ray_defaults
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ for name, command in {
     app.command(name)(command)
 app.add_typer(data.app, name="data")
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(render.app, name="render")
 
 
 def main() -> None:

@@ -40,14 +40,19 @@ class Host:
     """Logs of its processes."""
     started: list[psutil.Process] = field(default_factory=list)
 
+    @property
+    def words(self) -> list[str]:
+        """The words before a command that run it on this host."""
+        mounted = 'mount --bind "$0" "$1" && shift && exec "$@"'
+        inside = ["unshare", "--mount", "sh", "-c", mounted, str(self.disk), str(self.local)]
+        return ["ip", "netns", "exec", self.name, *inside]
+
     def start(self, *command: str | Path, log: str, **environment: str) -> "subprocess.Popen[bytes]":
         """Starts a process on this host, in a session of its own; what it prints goes to `folder / log`."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        mounted = 'mount --bind "$0" "$1" && shift && exec "$@"'
-        inside = ["unshare", "--mount", "sh", "-c", mounted, str(self.disk), str(self.local), *map(str, command)]
         with (self.folder / log).open("ab") as file:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *inside],
+                [*self.words, *map(str, command)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
