@@ -21,6 +21,7 @@ from rich.text import Text
 from typer.models import OptionInfo
 
 import lockstep
+from lockstep.cluster.exit_codes import FAILED, INFRASTRUCTURE, INTERRUPTED, REFUSED, Unreachable
 from lockstep.cluster.records.progress import duration
 
 out = Console(soft_wrap=True, markup=False, emoji=False)
@@ -29,8 +30,10 @@ err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error, too.")]
 
 
-def sentences(command: Callable[..., Any], *, refused: int = 2) -> Callable[..., Any]:
+def sentences(command: Callable[..., Any], *, refused: int = REFUSED) -> Callable[..., Any]:
     """Print errors of the user as one sentence, with exit code `refused`; Ctrl-C ends with 130. Adds `--debug`.
+
+    Codes are those of `cluster/exit_codes.py`: a cluster that does not answer is no error of the user.
 
     The package's errors name arguments, as `max_memory=80 MB`; here they become flags, as `--max-memory 80 MB`.
     A ValueError that nobody raised for the user is a fault of the package: it is printed with its place, and code 1.
@@ -46,10 +49,11 @@ def sentences(command: Callable[..., Any], *, refused: int = 2) -> Callable[...,
             fault = None if isinstance(error, OSError) else fault_of(error)
             sentence = with_flags(_plain(error), flags_of(command))
             err.print(Text.assemble(("error: ", "red"), f"{sentence} ({fault})" if fault else sentence))
-            raise typer.Exit(1 if fault else refused) from error
+            unreachable = isinstance(error, Unreachable)
+            raise typer.Exit(FAILED if fault else INFRASTRUCTURE if unreachable else refused) from error
         except KeyboardInterrupt as error:
             err.print("interrupted")
-            raise typer.Exit(130) from error
+            raise typer.Exit(INTERRUPTED) from error
 
     option = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
     signature = inspect.signature(command)

@@ -1,4 +1,8 @@
-"""Connects to a Ray cluster or starts one, and ends what it started."""
+"""Connects to a Ray cluster or starts one, and ends what it started.
+
+Processes of a Ray that is started here are in sessions of their own. So a scheduler, or `timeout`, that signals the
+whole process group of a run reaches the run alone, which saves with a Ray that still works, and ends it then.
+"""
 
 import logging
 import os
@@ -8,6 +12,9 @@ from contextlib import contextmanager, suppress
 import grpc
 import psutil
 import ray
+from ray.exceptions import AuthenticationError
+
+from lockstep.cluster.exit_codes import Unreachable
 
 SHUTDOWN_S = 5.0
 """How long processes may take to end by themselves when a run ends."""
@@ -15,8 +22,18 @@ ANSWER_S = 10.0
 """How long a cluster's head may take to answer; Ray itself would ask for minutes."""
 
 
-class NoCluster(ValueError):
+class NoCluster(Unreachable):
     """No Ray cluster answers at the address."""
+
+
+class NoToken(ValueError):
+    """A Ray cluster that wants a token, which was not given or is not its own."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(
+            f"the Ray cluster at {address} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the head's own"
+        )
 
 
 @contextmanager
@@ -25,10 +42,13 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     Raises:
         NoCluster: when none answers at the address.
+        NoToken: when it wants a token that is not given.
     """
     joined = address or os.environ.get("RAY_ADDRESS")
     if joined:
         check_answers(joined, ANSWER_S)
+        if os.environ.get("RAY_AUTH_MODE") != "token" and wants_token(joined, ANSWER_S):
+            raise NoToken(joined)  # Ray itself would try for a while, and not say why
     try:
         _connect(joined)
         yield
@@ -56,18 +76,67 @@ def check_answers(address: str, seconds: float) -> None:
             ) from error
 
 
+def wants_token(address: str, seconds: float) -> bool:
+    """Whether a head that answers at an address refuses calls without a token, as far as it says so in time."""
+    if address in ("auto", "local") or os.environ.get("RAY_USE_TLS") == "1":
+        return False
+    with grpc.insecure_channel(address.removeprefix("ray://"), [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=seconds)
+        except grpc.RpcError as error:
+            refused: bool = error.code() == grpc.StatusCode.UNAUTHENTICATED
+            return refused
+    return False
+
+
+class _Sessions:
+    """Children that are forked inside of `own` lead a session; Ray starts its processes with a hook that forks so."""
+
+    def __init__(self) -> None:
+        self._own = self._registered = False
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """A block whose forked children have sessions of their own."""
+        if not self._registered:
+            os.register_at_fork(after_in_child=self._begin)
+            self._registered = True
+        self._own = True
+        try:
+            yield
+        finally:
+            self._own = False
+
+    def _begin(self) -> None:
+        if self._own:
+            os.setsid()
+
+
+_SESSIONS = _Sessions()
+
+
 def _connect(address: str | None) -> None:
-    """`ray.init`; once more where a busy machine does not start a cluster within the 30 s that Ray grants it."""
+    """`ray.init`; once more where a busy machine does not start a cluster within the 30 s that Ray grants it.
+
+    Raises:
+        NoCluster: when it does not let this process in.
+        NoToken: when it wants another token.
+    """
     for attempt in (1, 2):
         try:
-            ray.init(
-                address=address,
-                include_dashboard=False if address is None else None,
-                log_to_driver=True,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-            )
+            with _SESSIONS.own():
+                ray.init(
+                    address=address,
+                    include_dashboard=False if address is None else None,
+                    log_to_driver=True,
+                    logging_level=logging.ERROR,
+                    configure_logging=True,
+                )
             return
+        except (AuthenticationError, ConnectionError) as error:
+            if address and (isinstance(error, AuthenticationError) or wants_token(address, ANSWER_S)):
+                raise NoToken(address) from error
+            raise NoCluster(f"{error}: correct the address, or start a cluster there") from error
         except Exception as error:
             if attempt == 2 or "timed out during startup" not in str(error):
                 raise

@@ -1,42 +1,93 @@
-"""Ends a run on Ctrl-C or SIGTERM after the step under way, so that it can save; on a second signal at once."""
+"""Ends a run on Ctrl-C, SIGTERM or at its deadline after the step under way, so that it can save.
+
+A second signal ends it at once. A deadline is a signal, too: SIGXCPU, which others may send to say that time is up.
+"""
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Timer
 from types import FrameType
 
+CLEAN_UP_S = 30.0
+"""Seconds that the end of a run may take after its last checkpoint."""
+OUT_OF_TIME = signal.SIGXCPU
+
+
+JOB_START, ALLOCATION_START, ALLOCATION_END = "LOCKSTEP_JOB_START_TIME", "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
+"""Environment variables, in seconds since 1970: of a job that was submitted, and of Slurm's allocation."""
+
+
+class OutOfTime(KeyboardInterrupt):
+    """The run was told to end because its time is up."""
+
+
+class TooShort(ValueError):
+    """A run that may not take as long as it needs to save."""
+
+
+def deadline(max_hours: float | None, grace: float, environment: Mapping[str, str], began: float) -> float | None:
+    """When a run has to be gone, in seconds since 1970: after so many hours, or with its allocation; None if never.
+
+    The clock counts from the start of the job, else from that of the allocation, else from that of the process.
+
+    Args:
+        grace: seconds that the last step and the last save may take.
+        began: when the process began, in seconds since 1970.
+
+    Raises:
+        TooShort: when nothing is left of so many hours for steps.
+    """
+    limits = [float(environment[ALLOCATION_END])] if environment.get(ALLOCATION_END) else []
+    if max_hours is not None:
+        needed = grace + CLEAN_UP_S
+        if max_hours * 3600 <= needed:
+            raise TooShort(
+                f"max_hours={max_hours:g} is {max_hours * 3600:.0f} s, and {needed:.0f} s of them are kept for the "
+                "last step and checkpoint: allow more hours, or lower checkpoints.grace"
+            )
+        start = environment.get(JOB_START) or environment.get(ALLOCATION_START) or began
+        limits.append(float(start) + max_hours * 3600)
+    return min(limits, default=None)
+
 
 class Interruption:
-    """Raises KeyboardInterrupt in the main thread when the run is told to end.
+    """Raises KeyboardInterrupt in the main thread when the run is told to end, `OutOfTime` where its time is up.
 
     The first signal waits for the end of a `deferred` block, a step or the last save. A second one does not, nor does
     the end of the grace period. Later ones, and any outside of such blocks, are ignored, so that clean-up ends.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, OUT_OF_TIME)
 
-    def __init__(self, grace: float, say: Callable[[str], object]) -> None:
+    def __init__(self, grace: float, say: Callable[[str], object], deadline: float | None = None) -> None:
         """
         Args:
             grace: seconds that the step under way and the last save may take together; with 0 nothing is deferred.
             say: prints a sentence for the user.
+            deadline: when the run has to be gone, in seconds since 1970; it is told to end so long before as it may
+                need to.
         """
         self.cause: signal.Signals | None = None
         """The first signal that came."""
         self._grace, self._say = grace, say
         self._urgent, self._deferring = False, 0
-        self._deadline = Timer(grace, os.kill, (os.getpid(), signal.SIGTERM))
-        self._deadline.daemon = True
+        self._end_of_grace = self._timer(grace, signal.SIGTERM)
+        left = None if deadline is None else deadline - grace - CLEAN_UP_S - time.time()
+        self._end_of_time = None if left is None else self._timer(max(0.0, left), OUT_OF_TIME)
 
     def __enter__(self) -> "Interruption":
         self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
         self.listen()
+        if self._end_of_time:
+            self._end_of_time.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._deadline.cancel()
+        for timer in filter(None, (self._end_of_grace, self._end_of_time)):
+            timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -59,7 +110,7 @@ class Interruption:
         finally:
             self._deferring -= 1
         if self.cause is not None:
-            raise KeyboardInterrupt
+            raise self._error()
 
     def end(self, step: int, save: Callable[[], object]) -> str:
         """End a run that was told to: save first, if there is time; returns how it ended, in a sentence.
@@ -68,7 +119,7 @@ class Interruption:
             step: the last one that it has taken.
             save: saves what is not saved yet, and returns when it is on disk. A second signal cuts it short.
         """
-        by = f"interrupted by {self.cause.name}" if self.cause else "interrupted"
+        by = self._cause() if self.cause in (None, OUT_OF_TIME) else f"interrupted by {self._cause()}"
         if not step:
             return f"{by} before its first step"
         saved = self.may_save and self._ended(save)
@@ -90,15 +141,32 @@ class Interruption:
             self._first(signal.Signals(number))
         elif self._deferring and not self._urgent:
             self._urgent = True
-            raise KeyboardInterrupt
+            raise self._error()
 
     def _first(self, cause: signal.Signals) -> None:
         self.cause = cause
         if not self._grace:
-            raise KeyboardInterrupt
-        self._deadline.start()
+            raise self._error()
+        self._end_of_grace.start()
+        if self._end_of_time:
+            self._end_of_time.cancel()  # else it would be the second signal
         if not self._deferring:
-            raise KeyboardInterrupt
+            raise self._error()
         self._say(
-            f"{cause.name}: the run ends its step and saves, within {self._grace:g} s; a second signal ends it at once"
+            f"{self._cause()}: the run ends its step and saves, within {self._grace:g} s; a second signal ends it at "
+            "once"
         )
+
+    def _cause(self) -> str:
+        if self.cause is None:
+            return "interrupted"
+        return "out of time" if self.cause == OUT_OF_TIME else self.cause.name
+
+    def _error(self) -> KeyboardInterrupt:
+        return OutOfTime() if self.cause == OUT_OF_TIME else KeyboardInterrupt()
+
+    @staticmethod
+    def _timer(seconds: float, number: signal.Signals) -> Timer:
+        timer = Timer(seconds, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        return timer

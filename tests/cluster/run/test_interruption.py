@@ -2,13 +2,24 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
 import pytest
 
-from lockstep.cluster.run.interruption import Interruption
+from lockstep.cluster.run.interruption import (
+    ALLOCATION_END,
+    ALLOCATION_START,
+    CLEAN_UP_S,
+    JOB_START,
+    OUT_OF_TIME,
+    Interruption,
+    OutOfTime,
+    TooShort,
+    deadline,
+)
 
 
 @pytest.fixture
@@ -33,7 +44,7 @@ def went_on() -> None:
     pytest.fail("the step went on")
 
 
-@pytest.mark.parametrize("number", Interruption.SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_waits_for_the_end_of_the_step(
     number: signal.Signals, interruption: Interruption, said: list[str]
 ) -> None:
@@ -99,3 +110,32 @@ def test_handlers_are_put_back() -> None:
     with Interruption(60.0, print), suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_deadline_ends_the_step_in_time_and_is_no_second_signal(said: list[str]) -> None:
+    saves: list[int] = []
+    with Interruption(5.0, said.append, time.time() + 5.0 + CLEAN_UP_S + 0.1) as interruption:
+        with pytest.raises(OutOfTime):
+            take_step(interruption, signal.pause)
+        assert interruption.cause == OUT_OF_TIME
+        assert interruption.end(4, lambda: saves.append(4)) == "out of time after step 4, which is saved"
+    assert saves == [4]
+    assert said == ["out of time: the run ends its step and saves, within 5 s; a second signal ends it at once"]
+
+
+def test_a_signal_before_the_deadline_leaves_the_whole_grace_to_the_save(said: list[str]) -> None:
+    with Interruption(60.0, said.append, time.time() + 60.0 + CLEAN_UP_S + 0.2) as interruption:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        assert interruption.end(4, lambda: time.sleep(0.4)) == "interrupted by SIGTERM after step 4, which is saved"
+
+
+def test_the_clock_starts_with_the_job_then_the_allocation_then_the_process() -> None:
+    assert deadline(None, 120, {}, began=50) is None
+    assert deadline(1, 120, {}, began=50) == 3650
+    assert deadline(1, 120, {ALLOCATION_START: "10"}, began=50) == 3610
+    assert deadline(1, 120, {ALLOCATION_START: "10", JOB_START: "20.5"}, began=50) == 3620.5
+    assert deadline(1, 120, {ALLOCATION_END: "3000"}, began=50) == 3000
+    assert deadline(None, 120, {ALLOCATION_END: "3000"}, began=50) == 3000
+    with pytest.raises(TooShort, match=r"max_hours=0\.04 is 144 s, and 150 s of them are kept"):
+        deadline(0.04, 120, {}, began=50)
