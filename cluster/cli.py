@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lockstep
-from lockstep.cluster.commands import checkpoints, checks, data, evaluate, grade, inference, recipe, render, train
+from lockstep.cluster.commands import checkpoints, checks, data, evaluate, grade, inference, jobs, recipe, render, train
 from lockstep.cluster.launch.ray_settings import set_ray_defaults
 
 app = typer.Typer(
@@ -35,7 +35,12 @@ def options(
 
 for name, command in {
     "train": train.run_recipe,
-    "submit": train.submit,
+    "submit": jobs.submit,
+    "jobs": jobs.list_jobs,
+    "logs": jobs.logs,
+    "attach": jobs.attach,
+    "stop": jobs.stop,
+    "resume": jobs.resume,
     "report": train.report,
     "generate": inference.generate,
     "serve": inference.serve,

@@ -6,6 +6,7 @@ by a protocol. `gather` waits for all calls and fails with the first that fails,
 others waiting unnoticed.
 """
 
+import os
 import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Environment variables that worker processes are started with."""
+
+PASSED_ON = "LOCKSTEP_PASSED_ON"
+"""Names of variables of the driver, with commas between them, that workers get as well. They travel as arguments: Ray
+writes the variables of a runtime environment into its logs."""
 
 GRACE_S = 3.0
 """Seconds that other calls get to end after the first failure, so that its cause is among those that are compared."""
@@ -134,11 +139,12 @@ def start(
     actor = type(kind.__name__, (_AsyncActor if processes.event_loop else _Actor,), {})  # the name is in process titles
     made: Any = ray.remote(max_restarts=0, num_cpus=0)(actor)
     variables = {"env_vars": ENVIRONMENT | {"OMP_NUM_THREADS": str(processes.threads)}}
+    passed_on = {name: os.environ[name] for name in os.environ.get(PASSED_ON, "").split(",") if name in os.environ}
     started = []
     for rank in processes.ranks:
         place = processes.places[rank] if processes.places else {}
         options = {"runtime_env": variables, "max_concurrency": processes.together, **place}
-        handle = made.options(**options).remote(kind.__module__, kind.__name__, rank, *args, **named)
+        handle = made.options(**options).remote(passed_on, kind.__module__, kind.__name__, rank, *args, **named)
         started.append(ActorHandle[Worker](f"{processes.role} {rank}", handle))
     return started
 
@@ -146,7 +152,10 @@ def start(
 class _Actor:
     """A process for a worker."""
 
-    def __init__(self, module: str, name: str, rank: int, *args: Any, **named: Any) -> None:
+    def __init__(
+        self, passed_on: Mapping[str, str], module: str, name: str, rank: int, *args: Any, **named: Any
+    ) -> None:
+        os.environ.update(passed_on)
         self._worker = getattr(import_module(module), name)(rank, *args, **named)
 
     def call(self, method: str, *args: Any, **named: Any) -> Any:

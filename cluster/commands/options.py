@@ -37,6 +37,17 @@ Overrides = Annotated[
     typer.Option("--set", help="Override a key, as in --set rl.group_size=8.", autocompletion=complete_key),
 ]
 
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Trace a few steps of each trainer rank into <run>/traces, for Perfetto.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the run's last checkpoint, in this layout, if it saved one.")
+]
+MaxHours = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Save and end within so many hours; the clock starts with the job or its allocation."),
+]
+
 
 @contextmanager
 def overriding() -> Iterator[None]:

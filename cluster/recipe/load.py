@@ -72,6 +72,15 @@ def parse(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(validation_sentence(error, Recipe)) from error
 
 
+def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with `key=value` overrides applied to it; their paths become absolute.
+
+    Raises:
+        RecipeError: one sentence on what is wrong.
+    """
+    return with_absolute_paths(parse(tomllib.loads(to_toml(recipe)), overrides))
+
+
 def parse_layout(text: str) -> Layout:
     """A layout from its keys, as in "tensor=2,sequence=true".
 

@@ -6,7 +6,8 @@ whatever the folders are in which workers and jobs run.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -20,6 +21,8 @@ from lockstep.distributed.checkpoint.storage import is_url
 
 FILES = (".gguf", *SUFFIXES)
 """How names of files end, which are no names of anything else."""
+WRITTEN = ("run", "checkpoints.at")
+"""Keys of paths that a run writes to."""
 _NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _Section = TypeVar("_Section", bound=BaseModel)
 
@@ -92,3 +95,28 @@ def _in_text(text: str, field: FieldInfo, folder: Path) -> str:
 def _is_name(text: str, folder: Path) -> bool:
     """Whether a text names something else than a file or folder: none is there, and it does not look like one."""
     return bool(_NAME.fullmatch(text)) and not text.endswith(FILES) and not (folder / text).exists()
+
+
+def input_paths(recipe: Recipe) -> dict[str, Path]:
+    """Absolute paths that a recipe reads from, by key; names, URLs and what a run writes are left out."""
+    return {key: Path(text) for key, text in _paths_in(recipe, "") if key not in WRITTEN and text.startswith("/")}
+
+
+def missing(paths: Mapping[str, Path]) -> dict[str, Path]:
+    """Those of some paths that this host does not have; a path may stand for files that add an ending to it."""
+    return {key: path for key, path in paths.items() if not _is_there(path)}
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or any(path.parent.glob(f"{escape(path.name)}.*"))
+
+
+def _paths_in(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        for number, each in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+            key = f"{prefix}{name}" if number is None else f"{prefix}{name}[{number}]"
+            if isinstance(each, BaseModel):
+                yield from _paths_in(each, f"{key}.")
+            elif isinstance(each, str) and (is_path(field) or is_path_or_name(field)):
+                yield key, each

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from lockstep.cluster.launch.placement import Placement, plan_placement
@@ -20,22 +21,31 @@ from lockstep.cluster.records.report import write_report
 from lockstep.cluster.records.run_folder import METRICS, RunFolder
 from lockstep.cluster.run.dry_run import make_ready
 from lockstep.cluster.run.failures import told_in_sentences
-from lockstep.cluster.run.interruption import Interruption
+from lockstep.cluster.run.inputs import check_inputs
+from lockstep.cluster.run.interruption import Interruption, deadline
 from lockstep.cluster.run.phases import run_phases
 from lockstep.cluster.run.pretraining import run_pretraining
 from lockstep.data.tasks.task import Split
 
 
 def train_recipe(
-    recipe: Recipe, console: Console, *, address: str | None = None, profile: bool = False, resume: bool = False
+    recipe: Recipe,
+    console: Console,
+    *,
+    address: str | None = None,
+    profile: bool = False,
+    resume: bool = False,
+    max_hours: float | None = None,
 ) -> Path:
     """Run all phases of a recipe; returns the run's folder, with its report written.
 
     Args:
         profile: trace a few steps of the trainer.
         resume: go on with the run that lies there from its last checkpoint, where it has saved one.
+        max_hours: after so many the run has saved and is gone; see `deadline` for when the clock starts.
 
     Raises:
+        OutOfTime: when its time is up; the run has saved.
         ValueError: when the recipe does not fit its model, its cluster or what lies in its folder; nothing is written
             then, and a run that lies there stays.
     """
@@ -43,11 +53,13 @@ def train_recipe(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
-    traces = recipe.folder / "traces" if profile else None
-    with Interruption(recipe.checkpoints.grace, say) as interruption, locked(recipe.folder, recipe.saves):
+    traces, grace = recipe.folder / "traces" if profile else None, recipe.checkpoints.grace
+    limit = deadline(max_hours, grace, os.environ, psutil.Process().create_time())
+    with Interruption(grace, say, limit) as interruption, locked(recipe.folder, recipe.saves):
         ready = make_ready(recipe, say, resume=resume)
         checked, plan, beginning, split = ready.checked, ready.checked.plan, ready.beginning, ready.split
         with ray_cluster(address), Placement(plan_placement(recipe.roles, plan.processes)) as placement:
+            check_inputs(recipe)
             interruption.listen()
             if ended := note_killed(recipe.folder):
                 say(f"the run that lies in {recipe.folder} was {ended}")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import lockstep
+from lockstep.cluster.jobs.client import NoHead
 from lockstep.cluster.launch.ray_session import NoCluster
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import resolve
 from lockstep.cluster.run.dry_run import dry_run
-from lockstep.cluster.run.submit import NoHead
 from tests.cluster.heads import Head, free_port
 
 CHEAP = """

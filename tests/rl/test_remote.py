@@ -1,5 +1,6 @@
 """Calls of workers: stubs name what is there, without loading it, and mypy refuses what a method does not take."""
 
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -9,7 +10,7 @@ import pytest
 
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-from lockstep.rl.remote import WorkerFailed, gather
+from lockstep.rl.remote import PASSED_ON, Processes, WorkerFailed, gather, start
 from lockstep.rl.workers import stubs
 from lockstep.rl.workers.worker_groups import ModelGroup
 from tests.rl.conftest import Actors
@@ -76,3 +77,26 @@ def test_an_error_inside_a_worker_is_shown_in_its_own_words(actors: Actors, tmp_
         assert "\x1b" not in str(caught.value)
     finally:
         policy.workers[0].end()
+
+
+class Environment:
+    """A worker that says what it finds in its environment."""
+
+    def __init__(self, rank: int) -> None:
+        self._at_start = os.environ.get("TOKEN_OF_TEST")
+
+    def token(self) -> tuple[str | None, str]:
+        """What it had at its start, and what its process was started with."""
+        return self._at_start, Path("/proc/self/environ").read_text()
+
+
+def test_variables_of_the_driver_reach_workers_as_arguments(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PASSED_ON, "TOKEN_OF_TEST,SET_NOWHERE")
+    monkeypatch.setenv("TOKEN_OF_TEST", "a-secret")
+    worker = start(Environment, Processes("environment", [0], threads=1))[0]
+    try:
+        value, process = gather([worker.call(Environment.token)])[0]
+    finally:
+        worker.end()
+    assert value == "a-secret"
+    assert "a-secret" not in process

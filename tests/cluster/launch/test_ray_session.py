@@ -1,18 +1,21 @@
 """A cluster that does not answer is one sentence within seconds."""
 
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import grpc
 import pytest
-from rich.console import Console
 
+from lockstep.cluster.exit_codes import INTERRUPTED
+from lockstep.cluster.jobs import client
 from lockstep.cluster.launch import ray_session
 from lockstep.cluster.launch.ray_session import ANSWER_S, NoCluster, check_answers, ray_cluster
-from lockstep.cluster.recipe.schema import Recipe
-from lockstep.cluster.run import submit
+from tests.cluster.cli_process import Command, overrides, summary
 from tests.cluster.heads import free_port
 
 
@@ -50,10 +53,27 @@ def test_a_server_that_speaks_grpc_answers() -> None:
 
 def test_runs_and_jobs_ask_before_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ANSWER_S == 10
-    for module in (submit, ray_session):
+    for module in (client, ray_session):
         monkeypatch.setattr(module, "ANSWER_S", 0.5)
     with silent() as listening:
-        with pytest.raises(submit.NoHead, match=f"no Ray head answers at http://{listening} .*timed out"):
-            submit.submit_recipe(Recipe(), f"http://{listening}", Console())
+        with pytest.raises(client.NoHead, match=f"no Ray head answers at http://{listening} .*timed out"):
+            client.Jobs(f"http://{listening}")
         with pytest.raises(NoCluster), ray_cluster(f"127.0.0.1:{free_port()}"):
             raise AssertionError("connected to nothing")
+
+
+def test_a_signal_to_the_whole_process_group_ends_the_run_after_it_has_saved(tmp_path: Path) -> None:
+    settings = overrides(f"run={tmp_path}/run", "pretrain.steps=100000", "checkpoints.at=")
+    command = Command(tmp_path / "log", "train", "parity-tiny", *settings)
+    try:
+        command.wait_for("2/100000")
+        started = command.descendants()
+        assert len({os.getpgid(process.pid) for process in started} - {os.getpgid(command.process.pid)}) >= 2
+        os.killpg(command.process.pid, signal.SIGTERM)
+        assert command.wait(100) == INTERRUPTED, command.output
+    finally:
+        command.kill()
+    assert summary(tmp_path / "run")["status"] == "interrupted"
+    assert str(summary(tmp_path / "run")["ended"]).endswith("which is saved"), command.output
+    assert "died" not in command.output
+    assert not [process for process in started if process.is_running()]

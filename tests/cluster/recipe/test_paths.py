@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lockstep.cluster.recipe.load import load_recipe, parse, to_toml
-from lockstep.cluster.recipe.paths import is_path, is_path_or_name, with_absolute_paths
+from lockstep.cluster.recipe.paths import input_paths, is_path, is_path_or_name, missing, with_absolute_paths
 from lockstep.cluster.recipe.schema import Recipe
 
 PATHS = {
@@ -155,3 +155,21 @@ def test_a_recipe_means_the_same_files_in_another_folder(here: Path, monkeypatch
 )
 def test_checkpoints_go_where_the_name_says(at: str, place: str) -> None:
     assert str(parse({"name": "mine", "checkpoints": {"at": at}}).saves) == place
+
+
+def test_what_a_recipe_reads_is_found_by_key_and_what_it_writes_is_left_out(tmp_path: Path) -> None:
+    for name in ("model", "text.bin", "text.idx"):
+        (tmp_path / name).touch()
+    values = {
+        "run": f"{tmp_path}/new",
+        "checkpoints": {"at": f"{tmp_path}/elsewhere"},
+        "model": {"source": f"{tmp_path}/model", "tokenizer": "smollm2-135m-instruct"},
+        "pretrain": {
+            "steps": 1,
+            "data": {"length": 8, "blend": [{"path": f"{tmp_path}/text"}, {"path": f"{tmp_path}/other"}]},
+        },
+    }
+    found = input_paths(parse(values))
+    text, other = "pretrain.data.blend[0].path", "pretrain.data.blend[1].path"
+    assert found == {"model.source": tmp_path / "model", text: tmp_path / "text", other: tmp_path / "other"}
+    assert missing(found) == {other: tmp_path / "other"}

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.cluster.exit_codes import INFRASTRUCTURE, REFUSED
 from lockstep.cluster.recipe.load import parse
-from lockstep.cluster.run.submit import with_absolute_paths
+from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from tests.cluster.cli_process import Command, overrides, summary, until, write_recipe
 from tests.cluster.heads import Head, free_port, started
@@ -60,7 +61,7 @@ def test_a_job_runs_on_the_head_with_the_code_that_was_sent(
 def test_a_job_that_fails_fails_the_command(head: Head, tmp_path: Path, tiny_folder: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_folder)
     code, output = submit(tmp_path / "log", str(recipe), *overrides("layout.tensor=3"), address=head.address)
-    assert code == 1, output
+    assert code == REFUSED, output
     assert "layout.tensor=3 does not divide" in output
     assert "Traceback" not in output
     assert "failed" in output
@@ -71,7 +72,9 @@ def test_a_job_that_fails_fails_the_command(head: Head, tmp_path: Path, tiny_fol
 def test_a_job_that_is_stopped_saves_first(head: Head, tmp_path: Path, tiny_folder: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_folder)
     endless = overrides("rl.steps=100000", "layout.data=1")
-    command = Command(tmp_path / "log", "submit", str(recipe), *endless, "--address", head.address)
+    command = Command(
+        tmp_path / "log", "submit", str(recipe), *endless, "--stop-on-interrupt", "--address", head.address
+    )
     try:
         command.wait_for("\nrl   ")
         command.interrupt()
@@ -88,9 +91,9 @@ def test_a_job_that_is_stopped_saves_first(head: Head, tmp_path: Path, tiny_fold
 def test_no_head_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     code, output = submit(tmp_path / "log", str(write_recipe(tmp_path, tiny_folder)), address=address)
-    assert code == 2
+    assert code == INFRASTRUCTURE
     assert output.startswith(f"error: no Ray head answers at {address} (")
-    assert output.endswith("start one with `ray start --head`, or correct the address\n")
+    assert output.endswith("or correct the address, which is that of its dashboard, on port 8265\n")
     assert output.count("\n") == 1
 
 
@@ -99,7 +102,7 @@ def test_a_head_whose_agent_found_its_port_taken_is_one_sentence(tmp_path: Path,
     with socket.create_server(("127.0.0.1", 0)) as taken, started(taken.getsockname()[1]) as head:
         recipe = str(write_recipe(tmp_path, tiny_folder))
         code, output = submit(tmp_path / "log", recipe, address=head.address)
-    assert code == 2, output
+    assert code == INFRASTRUCTURE, output
     assert "Traceback" not in output
     assert "took no job (" in output
     assert output.endswith("start it with another --dashboard-agent-listen-port\n")
