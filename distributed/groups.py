@@ -15,6 +15,7 @@ from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-de
 from lockstep.distributed.device import take_device
 from lockstep.distributed.layout import Layout, LayoutError
 from lockstep.distributed.libraries import parallel_state
+from lockstep.distributed.network import listening
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,13 @@ class Groups:
 
 
 def host_meeting(address: str) -> TCPStore:
-    """Host the rendezvous store of a world on a free port of this host, as long as the returned object lives."""
-    return TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    """Host the rendezvous store of a world on a free port of an address, as long as the returned object lives.
+
+    By itself it would listen at all addresses of the host.
+    """
+    at = listening(address)
+    port = at.getsockname()[1]
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=at.detach())
 
 
 def meeting_at(address: str, port: int) -> TCPStore:

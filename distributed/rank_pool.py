@@ -14,6 +14,7 @@ import torch
 from lockstep.distributed.device import keep_freed_memory
 from lockstep.distributed.groups import host_meeting, join, leave, meeting_at
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.network import LOOPBACK, use_interface_of
 
 PRELOADED = ["lockstep.distributed.optimizer.zero"]
 """Modules that a process has from the start: imported once, in the server that all are forked from."""
@@ -46,7 +47,7 @@ class RankPool:
             WorldFailed: as soon as one rank does.
         """
         members = self._started(layout.processes)
-        meeting = host_meeting("127.0.0.1")
+        meeting = host_meeting(LOOPBACK)
         for rank, (_, pipe) in enumerate(members):
             pipe.send((layout, rank, meeting.port, self._timeout_s, function, args))
         ranks = {pipe: rank for rank, (_, pipe) in enumerate(members)}
@@ -98,6 +99,7 @@ class RankPool:
 
 def _serve(pipe: Connection) -> None:
     keep_freed_memory()
+    use_interface_of(LOOPBACK)
     torch.set_num_threads(1)
     while True:
         try:
@@ -107,7 +109,7 @@ def _serve(pipe: Connection) -> None:
         if not gc.get_freeze_count():
             gc.freeze()  # the libraries, imported by now: each world that is left looks for garbage
         try:
-            groups = join(layout, rank=rank, meeting=meeting_at("127.0.0.1", port), timeout_s=timeout_s)
+            groups = join(layout, rank=rank, meeting=meeting_at(LOOPBACK, port), timeout_s=timeout_s)
             ok, value = True, function(groups, *args)
             torch.distributed.barrier()
             del groups

@@ -8,10 +8,12 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from unittest.mock import patch
 
 import grpc
 import psutil
 import ray
+from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 
 from lockstep.cluster.exit_codes import Unreachable
@@ -124,9 +126,10 @@ def _connect(address: str | None) -> None:
     """
     for attempt in (1, 2):
         try:
-            with _SESSIONS.own():
+            # A cluster of this machine alone is no business of others: without the patch it listens at all addresses.
+            with _SESSIONS.own(), patch.object(ray_constants, "ENABLE_RAY_CLUSTER", bool(address)):
                 ray.init(
-                    address=address,
+                    address=address or "local",  # nothing would mean one that somebody else started here
                     include_dashboard=False if address is None else None,
                     log_to_driver=True,
                     logging_level=logging.ERROR,

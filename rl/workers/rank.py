@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import ray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lockstep.distributed.groups import host_meeting
+from lockstep.distributed.network import use_interface_of
 from lockstep.rl.weight_sync.broadcast import Broadcasts
 from lockstep.rl.workers.base import Worker
 
@@ -14,6 +16,7 @@ class RankWorker(Worker):
 
     def __init__(self, rank: int) -> None:
         super().__init__(rank)
+        use_interface_of(ray.util.get_node_ip_address())
         self.broadcasts = Broadcasts(self.log)
         self._meetings: dict[str, TCPStore] = {}
 
