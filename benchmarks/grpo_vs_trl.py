@@ -28,12 +28,13 @@ from lockstep.model.formats.registry import QUICKSTART_MODEL
 from lockstep.model.objectives.token_loss import TokenLoss
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.collector.collector import Collector
+from lockstep.rl.cores import threads_for
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import RolloutConfig, SamplingParams
 from lockstep.rl.rollout.loading import to_lockstep
 from lockstep.rl.types import Prompt
 from lockstep.rl.verifiers.config import VerifierConfig
-from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, VerifierGroup, threads_for
+from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, VerifierGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL_PACKAGES = ["trl==1.16.*", "transformers==5.23.*", "accelerate", "datasets", "gguf"]

@@ -22,11 +22,12 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.layout import Layout
 from lockstep.model.formats.registry import QUICKSTART_MODEL
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
+from lockstep.rl.cores import threads_for
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import RolloutConfig
 from lockstep.rl.rollout.loading import to_lockstep
 from lockstep.rl.weight_sync.config import Transport
-from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, threads_for
+from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup
 
 
 def main() -> None:

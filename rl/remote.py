@@ -9,12 +9,14 @@ others waiting unnoticed.
 import os
 import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import isawaitable
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import ray
+
+from lockstep.rl.cores import threads_for
 
 ENVIRONMENT = {
     # torch gives large tensors back to the kernel after each operation and faults them in again; a heap that is kept
@@ -22,6 +24,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_ARENA_MAX": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # who reserves no device keeps those that it is given, or sees all
     "KINETO_LOG_LEVEL": "99",  # the profiler would print when it starts and stops
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
@@ -110,8 +113,20 @@ class ActorHandle(Generic[Worker]):
         ray.kill(self.handle)
 
 
-Places = Sequence[Mapping[str, Any]]
-"""Ray's options of each process of a role; with none, processes run anywhere and reserve nothing."""
+@dataclass(frozen=True)
+class Place:
+    """Where a process runs, and what it finds there."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Ray's options; with none, it runs anywhere and reserves nothing."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables, beside those that all processes have."""
+    sharing: int = 1
+    """Processes that compute on its host while it does, itself among them: they share the cores."""
+
+
+Places = Sequence[Place]
+"""The place of each process of a role; with none, as `Place()` says."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +135,8 @@ class Processes:
 
     role: str
     ranks: Iterable[int]
-    threads: int
-    """OpenMP threads of each."""
+    threads: int | None = None
+    """OpenMP threads of each; None for its part of the cores that its host lets it use."""
     places: Places = ()
     together: int = 1
     """Calls that each works on at the same time."""
@@ -138,13 +153,14 @@ def start(
     """Starts actors, each of which makes a worker of this class from its rank and the arguments."""
     actor = type(kind.__name__, (_AsyncActor if processes.event_loop else _Actor,), {})  # the name is in process titles
     made: Any = ray.remote(max_restarts=0, num_cpus=0)(actor)
-    variables = {"env_vars": ENVIRONMENT | {"OMP_NUM_THREADS": str(processes.threads)}}
     passed_on = {name: os.environ[name] for name in os.environ.get(PASSED_ON, "").split(",") if name in os.environ}
     started = []
     for rank in processes.ranks:
-        place = processes.places[rank] if processes.places else {}
-        options = {"runtime_env": variables, "max_concurrency": processes.together, **place}
-        handle = made.options(**options).remote(passed_on, kind.__module__, kind.__name__, rank, *args, **named)
+        place = processes.places[rank] if processes.places else Place()
+        variables = {"env_vars": {**ENVIRONMENT, **place.variables}}
+        options = {"runtime_env": variables, "max_concurrency": processes.together, **place.options}
+        cores = processes.threads, place.sharing
+        handle = made.options(**options).remote(passed_on, cores, kind.__module__, kind.__name__, rank, *args, **named)
         started.append(ActorHandle[Worker](f"{processes.role} {rank}", handle))
     return started
 
@@ -153,9 +169,18 @@ class _Actor:
     """A process for a worker."""
 
     def __init__(
-        self, passed_on: Mapping[str, str], module: str, name: str, rank: int, *args: Any, **named: Any
+        self,
+        passed_on: Mapping[str, str],
+        cores: tuple[int | None, int],
+        module: str,
+        name: str,
+        rank: int,
+        *args: Any,
+        **named: Any,
     ) -> None:
         os.environ.update(passed_on)
+        threads, sharing = cores
+        os.environ["OMP_NUM_THREADS"] = str(threads or threads_for(sharing))  # which importing a worker reads
         self._worker = getattr(import_module(module), name)(rank, *args, **named)
 
     def call(self, method: str, *args: Any, **named: Any) -> Any:

@@ -18,7 +18,7 @@ from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.rl.learner import Models
 from lockstep.rl.remote import Call, gather
 from lockstep.rl.workers.stubs import ModelWorker
-from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup, threads_for
+from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ def start_actors(
     """
     plan, recipe = run.plan, run.plan.recipe
     policy = _model(plan.policy, plan, placement)
-    rollouts = RolloutGroup(
-        recipe.rollout, threads=threads_for(plan.rollout_concurrency), places=placement.of("rollout")
-    )
+    rollouts = RolloutGroup(recipe.rollout, places=placement.of("rollout"))
     verifiers = VerifierGroup(recipe.verifier, recipe.task.grader, placement.of("verifier"))
     others = {name: _model(role, plan, placement) for name, role in plan.models.items()}
     begun, dtype, numerics = last.place if last else first, recipe.model.dtype, recipe.model.numerics
@@ -130,21 +128,25 @@ def start_actors(
     rollouts.check_agreement()
     verifiers.check_agreement()
     models = Models(**others, critic_optimizer=recipe.roles.critic.optimizer)
-    actors = RunActors(plan, first, policy, rollouts, verifiers, models, _environments(recipe, first))
+    actors = RunActors(plan, first, policy, rollouts, verifiers, models, _environments(recipe, first, placement))
     policy.call(ModelWorker.open_checkpoints, plan.checkpoints, plan.checkpoint_config)
     for name, model in actors.learners.items():
         model.call(ModelWorker.open_checkpoints, plan.checkpoints_of(name), plan.checkpoint_config)
     return actors
 
 
-def _environments(recipe: Recipe, first: Storage) -> EnvironmentGroup | None:
+def _environments(recipe: Recipe, first: Storage, placement: Placement) -> EnvironmentGroup | None:
     """The environments that answer the policy's turns, where the recipe has them."""
     if recipe.environment.kind == "none":
         return None
     files = Tokenizer(Checkpoint(first).files).files
     task = recipe.task
     environments = EnvironmentGroup(
-        recipe.environment, files, chat=task.chat, chat_template_kwargs=task.chat_template_kwargs
+        recipe.environment,
+        files,
+        chat=task.chat,
+        chat_template_kwargs=task.chat_template_kwargs,
+        places=placement.of("environment"),
     )
     gather([environments.ready()])
     environments.check_agreement()
@@ -153,8 +155,7 @@ def _environments(recipe: Recipe, first: Storage) -> EnvironmentGroup | None:
 
 def _model(role: ModelRole, plan: RunPlan, placement: Placement) -> ModelGroup:
     """The processes of the policy, or of a model beside it."""
-    threads, places = threads_for(plan.training_concurrency), placement.of(role.name)
-    return ModelGroup(role.layout, threads=threads, trainer=plan.recipe.trainer, places=places, role=role.name)
+    return ModelGroup(role.layout, trainer=plan.recipe.trainer, places=placement.of(role.name), role=role.name)
 
 
 def _loading(role: ModelRole, model: ModelGroup, recipe: Recipe, weights: Path | Storage) -> list[Call[None]]:

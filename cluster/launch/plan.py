@@ -59,19 +59,23 @@ class RunPlan:
         workers = {"rollout": recipe.rollout.workers * recipe.rollout.tensor, "verifier": recipe.verifier.workers}
         return policy | workers | {name: role.layout.processes for name, role in self.models.items()}
 
-    @cached_property
-    def training_concurrency(self) -> int:
-        """Processes that compute while the policy is trained, those of the models beside it included.
+    def computing_with(self, role: str) -> tuple[str, ...]:
+        """Roles whose processes compute while those of a role do, its own among them.
 
-        CPU threads are shared out over so many: with more, threads that wait take the time of those that work.
+        CPU threads are shared out over them: with more, threads that wait take the time of those that work.
         """
-        training = sum(count for role, count in self.processes.items() if role not in ("rollout", "verifier"))
-        return training + self.processes["rollout"] if self._overlaps else training
+        training = tuple(name for name in self.processes if name not in ("rollout", "verifier"))
+        if self._overlaps:
+            return (*training, "rollout")
+        return (role,) if role == "rollout" else training
 
-    @cached_property
-    def rollout_concurrency(self) -> int:
-        """Processes that compute while rollout workers generate; see `training_concurrency`."""
-        return self.training_concurrency if self._overlaps else self.processes["rollout"]
+    def tensor_degree(self, role: str) -> int:
+        """Processes of a role that work on one layer at a time, and are to be on one host."""
+        if role == "policy":
+            return self.policy.layout.tensor
+        if role in self.models:
+            return self.models[role].layout.tensor
+        return self.recipe.rollout.tensor if role == "rollout" else 1
 
     @cached_property
     def trained_models(self) -> tuple[str, ...]:

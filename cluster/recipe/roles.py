@@ -9,6 +9,8 @@ from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig
 from lockstep.rl.algorithms.config import RLConfig
 
+_GPUS = "GPUs that each process reserves; 1 where it has a model, is not placed together and the cluster has GPUs"
+
 
 class RoleConfig(BaseModel):
     """Where the processes of a role run, and which resources each reserves."""
@@ -19,7 +21,7 @@ class RoleConfig(BaseModel):
         "together", description="in turns on what the policy's processes reserve, or on devices of its own"
     )
     cpus: float = Field(0.0, ge=0, description="cores that each process reserves; 0 for none")
-    gpus: float = Field(0.0, ge=0, description="GPUs that each process reserves; 0 for none")
+    gpus: float | None = Field(None, ge=0, description=_GPUS)
 
     @model_validator(mode="after")
     def _reserves_apart(self) -> "RoleConfig":
@@ -34,7 +36,7 @@ class PolicyRoleConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cpus: float = Field(0.0, ge=0, description="cores that each process reserves; 0 for none")
-    gpus: float = Field(0.0, ge=0, description="GPUs that each process reserves; 0 for none")
+    gpus: float | None = Field(None, ge=0, description=_GPUS)
 
 
 class CriticConfig(RoleConfig):
@@ -71,6 +73,9 @@ class RolesConfig(BaseModel):
     critic: CriticConfig = CriticConfig()
     reward: ScorerConfig = ScorerConfig()
     teacher: ScorerConfig = ScorerConfig()
+    wait: float = Field(
+        3600.0, ge=0, description="seconds to wait for devices that are in use, or that an autoscaler brings"
+    )
 
     def check_uses(self, rl: RLConfig, *, trains_reward: bool) -> None:
         """Raises where RL has no use for a role that is configured, or lacks one that it needs.

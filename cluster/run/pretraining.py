@@ -28,7 +28,7 @@ from lockstep.model.training.config import PretrainConfig
 from lockstep.model.training.flops import training_flops
 from lockstep.rl.remote import Places, gather
 from lockstep.rl.workers.stubs import ModelWorker
-from lockstep.rl.workers.worker_groups import ModelGroup, threads_for
+from lockstep.rl.workers.worker_groups import ModelGroup
 
 
 class Diverged(RunFailed):
@@ -93,8 +93,7 @@ def run_pretraining(
 def _trainer(plan: RunPlan, checkpoint: Path | Storage, places: Places) -> ModelGroup:
     """The trainer's processes, which have loaded a checkpoint, and the same one."""
     role, recipe = plan.policy, plan.recipe
-    threads = threads_for(plan.training_concurrency)
-    group = ModelGroup(role.layout, threads=threads, trainer=recipe.trainer, places=places)
+    group = ModelGroup(role.layout, trainer=recipe.trainer, places=places)
     gather(group.start(checkpoint, recipe.model.dtype, role.optimizer, role.temperature, recipe.model.numerics))
     group.check_agreement()
     return group

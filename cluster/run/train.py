@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from lockstep.cluster.launch.placement import Placement, plan_placement
+from lockstep.cluster.launch.placement import Placement
 from lockstep.cluster.launch.ray_session import ray_cluster
 from lockstep.cluster.launch.run_lock import locked
 from lockstep.cluster.recipe.schema import Recipe
@@ -58,7 +58,7 @@ def train_recipe(
     with Interruption(grace, say, limit) as interruption, locked(recipe.folder, recipe.saves):
         ready = make_ready(recipe, say, resume=resume)
         checked, plan, beginning, split = ready.checked, ready.checked.plan, ready.beginning, ready.split
-        with ray_cluster(address), Placement(plan_placement(recipe.roles, plan.processes)) as placement:
+        with ray_cluster(address), Placement(plan, say) as placement:
             check_inputs(recipe)
             interruption.listen()
             if ended := note_killed(recipe.folder):

@@ -1,6 +1,5 @@
 """Groups of Ray actors as the controller sees them: the ranks of a model, rollout teams, verifiers, environments."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -41,7 +40,13 @@ class ModelGroup:
     """All ranks of one model: of the policy or a critic, which learn, or of a reward model or teacher, which score."""
 
     def __init__(
-        self, layout: Layout, *, threads: int, trainer: TrainerConfig, places: Places = (), role: str = "policy"
+        self,
+        layout: Layout,
+        *,
+        trainer: TrainerConfig,
+        threads: int | None = None,
+        places: Places = (),
+        role: str = "policy",
     ) -> None:
         package_digest()  # of the sources as they are when the ranks import them
         self.layout, self._config = layout, trainer
@@ -121,7 +126,7 @@ class ModelGroup:
 class RolloutGroup:
     """Teams of rollout workers; a team is the tensor-parallel ranks of one rollout engine."""
 
-    def __init__(self, limits: "RolloutConfig", *, threads: int, places: Places = ()) -> None:
+    def __init__(self, limits: "RolloutConfig", *, threads: int | None = None, places: Places = ()) -> None:
         self._limits, self._threads, self._places = limits, threads, places
         self.teams = [self._team(number) for number in range(limits.workers)]
         self.version = 0
@@ -232,6 +237,7 @@ class EnvironmentGroup:
         *,
         chat: bool,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        places: Places = (),
     ) -> None:
         """
         Args:
@@ -239,7 +245,7 @@ class EnvironmentGroup:
             chat: whether prompts are in the tokenizer's chat template.
             chat_template_kwargs: variables of that template.
         """
-        self._given, self.config = (config, files, chat, chat_template_kwargs), config
+        self._given, self.config, self._places = (config, files, chat, chat_template_kwargs), config, places
         self.worker = self._start()
 
     @property
@@ -274,7 +280,7 @@ class EnvironmentGroup:
         gather([self.worker.call(EnvironmentWorker.close)])
 
     def _start(self) -> ActorHandle[EnvironmentWorker]:
-        processes = Processes("environment", [0], 1, together=self.TOGETHER, event_loop=True)
+        processes = Processes("environment", [0], 1, self._places, together=self.TOGETHER, event_loop=True)
         return start(EnvironmentWorker, processes, *self._given)[0]
 
 
@@ -294,8 +300,3 @@ def hosted(host: ActorHandle[RankWorker]) -> tuple[str, int]:
     """Address and port of a TCPStore that the first rank of a world hosts for the others to meet at."""
     address = gather([host.address()])[0]
     return address, gather([host.call(RankWorker.host, address)])[0]
-
-
-def threads_for(processes: int) -> int:
-    """Threads for each of so many processes that compute at the same time on this machine."""
-    return max(1, (os.cpu_count() or 1) // processes)

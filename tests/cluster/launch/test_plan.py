@@ -39,7 +39,8 @@ def test_every_model_has_its_layout_optimizer_and_head() -> None:
     assert plan.processes == {
         "policy": 2, "rollout": 6, "verifier": 2, "critic": 4, "reference": 2, "reward": 2
     }  # fmt: skip
-    assert (plan.rollout_concurrency, plan.training_concurrency) == (6, 10)
+    assert plan.computing_with("reward") == ("policy", "critic", "reference", "reward")
+    assert [plan.tensor_degree(role) for role in plan.processes] == [1, 2, 1, 2, 1, 1]
     with pytest.raises(FrozenInstanceError):
         plan.policy = plan.models["critic"]  # type: ignore[misc]
 
@@ -102,7 +103,7 @@ def test_a_reward_model_that_is_trained_has_the_optimizer_and_the_policy_that_of
 def test_pretraining_has_the_policy_alone() -> None:
     plan = plan_of(layout={"data": 3}, pretrain={"steps": 1}, roles={"reward": {"source": "judge"}})
     assert plan.processes == {"policy": 3}
-    assert plan.training_concurrency == 3
+    assert plan.computing_with("policy") == ("policy",)
     assert plan.policy.optimizer == OptimizerConfig()
 
 

@@ -129,7 +129,8 @@ def tiny(folder: Path) -> dict[str, str]:
 def test_roles_that_work_at_the_same_time_share_the_cores() -> None:
     synchronous = load_recipe(RECIPES / "alignment.toml", ["rl.steps=1", "rl.method=ppo", "layout.data=2"])
     plan = RunPlan.of(synchronous)
-    assert (plan.rollout_concurrency, plan.training_concurrency) == (1, 4)
+    assert plan.computing_with("rollout") == ("rollout",)
+    assert plan.computing_with("policy") == plan.computing_with("critic") == ("policy", "critic")
     asynchronous = load_recipe(RECIPES / "alignment.toml", ["rl.steps=1", "rl.flow.mode=asynchronous", "layout.data=2"])
     plan = RunPlan.of(asynchronous)
-    assert (plan.rollout_concurrency, plan.training_concurrency) == (3, 3)
+    assert plan.computing_with("rollout") == plan.computing_with("policy") == ("policy", "rollout")
