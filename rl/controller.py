@@ -300,7 +300,6 @@ def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str
         "replaced_groups": float(batch.replaced),
         "staleness_mean": float(np.mean(batch.staleness)),
         "staleness_max": float(max(batch.staleness)),
-        "rollout_tokens_per_second": sum(lengths) / seconds["rollout"],
         "train_tokens_per_second": _computed(learned.samples) / seconds["train"],
         "step_seconds": sum(seconds.values()),
         **{f"{name}_seconds": value for name, value in seconds.items()},

@@ -8,6 +8,7 @@ others waiting unnoticed.
 
 import os
 import re
+import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -71,12 +72,21 @@ class StoredCall(Generic[Answer]):
     of another call, which is all that it may be used for."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ActorHandle(Generic[Worker]):
     """An actor and its name in logs and errors."""
 
     name: str
     handle: Any
+    located: Any = None
+    """Ray's reference to its node and process, asked for before anything else, so that no work delays the answer."""
+    end_reason: str = ""
+    """Why its process was ended, where that was decided here."""
+
+    @property
+    def role(self) -> str:
+        """Its name without its number."""
+        return self.name.rpartition(" ")[0]
 
     @overload
     def call(
@@ -107,6 +117,17 @@ class ActorHandle(Generic[Worker]):
     def address(self) -> Call[str]:
         """Asks for the IP address of the host that the actor runs on."""
         return Call(self, self.handle.address.remote())
+
+    def place(self) -> "Call[tuple[str, int]]":
+        """The call that ends when the actor has a place and a worker: Ray's ID of its node, and process ID."""
+        return Call(self, self.located)
+
+    def known_place(self) -> tuple[str, int] | None:
+        """The result of `place`, if it has come."""
+        if self.located is None or not ray.wait([self.located], timeout=0)[0] or failed(self.place()):
+            return None
+        place: tuple[str, int] = ray.get(self.located)
+        return place
 
     def end(self) -> None:
         """Kills the actor's process, if it lives."""
@@ -161,7 +182,7 @@ def start(
         options = {"runtime_env": variables, "max_concurrency": processes.together, **place.options}
         cores = processes.threads, place.sharing
         handle = made.options(**options).remote(passed_on, cores, kind.__module__, kind.__name__, rank, *args, **named)
-        started.append(ActorHandle[Worker](f"{processes.role} {rank}", handle))
+        started.append(ActorHandle[Worker](f"{processes.role} {rank}", handle, handle.place.remote()))
     return started
 
 
@@ -192,6 +213,9 @@ class _Actor:
 
     def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
+
+    def place(self) -> tuple[str, int]:
+        return self.node(), os.getpid()
 
     def address(self) -> str:
         return str(ray.util.get_node_ip_address())
@@ -225,8 +249,18 @@ def gather(calls: Sequence[Call[Result]]) -> list[Result]:
 def any_of(calls: Sequence[Call[Any]], seconds: float | None = None) -> list[Call[Any]]:
     """Calls that have ended, well or not; waits for the first, or for so many seconds."""
     by_ref = {call.ref: call for call in calls}
+    if not by_ref:
+        time.sleep(seconds or 0.0)
+        return []
     ended = ray.wait(list(by_ref), num_returns=1, timeout=seconds, fetch_local=False)[0]
     return [by_ref[ref] for ref in ended]
+
+
+def have_ended(calls: Sequence[Call[Any]]) -> bool:
+    """Whether all calls have ended, or one of them has failed, so that `gather` does not wait for long."""
+    refs = [call.ref for call in calls]
+    ended = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)[0]
+    return len(ended) == len(refs) or any(_error(ref) for ref in ended)
 
 
 def failed(call: Call[Any]) -> bool:
@@ -236,8 +270,8 @@ def failed(call: Call[Any]) -> bool:
 
 def wait_for(calls: Sequence[Call[Any]]) -> None:
     """Waits as `gather` does, but leaves the results where they are."""
-    names = {call.ref: call.actor.name for call in calls}
-    waiting = list(names)
+    actors = {call.ref: call.actor for call in calls}
+    waiting = list(actors)
     while waiting:
         done, waiting = ray.wait(waiting, num_returns=1, fetch_local=False)
         if all(_error(ref) is None for ref in done):
@@ -246,10 +280,10 @@ def wait_for(calls: Sequence[Call[Any]]) -> None:
         more = ray.wait(waiting, num_returns=len(waiting), timeout=GRACE_S, fetch_local=False)[0] if waiting else []
         errors = {ref: error for ref in [*done, *more] if (error := _error(ref)) is not None}
         cause = min(errors, key=lambda ref: isinstance(errors[ref], ray.exceptions.RayTaskError))
-        words = re.sub("\x1b\\[[0-9;]*m", "", str(errors[cause]))  # Ray colours them wherever they go
+        name, words = actors[cause].name, re.sub("\x1b\\[[0-9;]*m", "", str(errors[cause]))  # without Ray's colours
         if isinstance(errors[cause], ray.exceptions.RayTaskError):
-            raise WorkerFailed(f"{names[cause]}: {words}") from errors[cause]
-        raise WorkerDied(f"{names[cause]} died: {words}") from errors[cause]
+            raise WorkerFailed(f"{name}: {words}") from errors[cause]
+        raise WorkerDied(f"{name} died: {actors[cause].end_reason or words}") from errors[cause]
 
 
 def _error(ref: Any) -> Exception | None:

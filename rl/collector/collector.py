@@ -14,7 +14,7 @@ from lockstep.rl.collector.episode_service import Continued, Ended, EpisodeServi
 from lockstep.rl.collector.group_buffer import GroupBuffer
 from lockstep.rl.collector.judge_service import JudgeService
 from lockstep.rl.collector.rollout_service import Finished, RolloutService
-from lockstep.rl.collector.supervisor import Supervisor
+from lockstep.rl.collector.supervisor import WATCH_S, Supervisor
 from lockstep.rl.remote import Call, any_of, failed, gather
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
@@ -48,8 +48,8 @@ class Collector:
         return self._rollouts.version
 
     def metrics(self) -> dict[str, float]:
-        """Version of the weights, and how many workers died and were replaced so far."""
-        return {"weight_version": float(self.version), "replaced_workers": float(self._supervisor.replaced)}
+        """Those of `RolloutService`, and how many workers died and were replaced so far."""
+        return self._rollouts.metrics() | {"replaced_workers": float(self._supervisor.replaced)}
 
     def ask(self, prompts: Mapping[int, Prompt], sampling: SamplingParams, samples: int, seed: int) -> None:
         """Asks for groups of so many completions each, by their numbers.
@@ -137,13 +137,14 @@ class Collector:
 
     def _await_any(self, others: Sequence[Call[Any]] = (), *, write: bool = True) -> list[Call[Any]]:
         """Waits for one event at least and does what follows; returns those of the other calls that have ended."""
+        self._rollouts.replace()
+        self._judges.replace()
         if write:
             self._rollouts.advance()
         writing, judging = self._rollouts.calls, self._judges.calls
         playing = self._episodes.calls if self._episodes else ()
-        patience = self._episodes.patience() if self._episodes else None
         found = []
-        for call in any_of([*writing, *judging, *playing, *others], patience):
+        for call in any_of([*writing, *judging, *playing, *others], self._patience()):
             if call in writing:
                 self._after_writing(self._rollouts.take(call))
             elif self._episodes and call in playing:
@@ -154,6 +155,12 @@ class Collector:
             else:
                 found.append(call)
         return found
+
+    def _patience(self) -> float | None:
+        """Seconds after which there is something to do though no call has ended; None for none."""
+        if self._rollouts.is_short or self._judges.is_short:
+            return WATCH_S
+        return self._episodes.patience() if self._episodes else None
 
     def _after_writing(self, finished: Sequence[Finished]) -> None:
         """Asks environments for their answers to completions, or verifiers for their verdicts."""

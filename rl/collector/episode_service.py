@@ -83,8 +83,7 @@ class EpisodeService:
             answer = gather([call])[0]
         except WorkerDied as death:
             if call.actor is self._environments.worker:
-                self._supervisor.count_death("environment", death)
-                self._supervisor.replace(self._environments.replace)
+                self._supervisor.replace("environment", death, self._environments.replace)
             return Ended(episode.rollout, Verdict(Outcome.ungradable, "its environment's process died, or hung"))
         self._supervisor.count_result("environment")
         if answer.tokens:

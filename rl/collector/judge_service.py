@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lockstep.rl.collector.supervisor import Supervisor
+from lockstep.rl.collector.supervisor import Replacement, Supervisor
 from lockstep.rl.remote import Call, WorkerDied, gather
 from lockstep.rl.types import Rollout
 from lockstep.rl.verdict import Verdict
@@ -26,17 +26,27 @@ class JudgeService:
     def __init__(self, verifiers: VerifierGroup, supervisor: Supervisor) -> None:
         self._verifiers, self._supervisor = verifiers, supervisor
         self._judging: dict[Call[list[Verdict]], _Judging] = {}
+        self._waiting: list[Sequence[Rollout]] = []
+        self._lost: dict[int, Replacement] = {}
 
     @property
     def calls(self) -> Collection[Call[list[Verdict]]]:
         """Calls of verifiers that have not been taken."""
         return self._judging.keys()
 
+    @property
+    def is_short(self) -> bool:
+        """Whether a verifier is being replaced."""
+        return bool(self._lost)
+
     def judge(self, rollouts: Sequence[Rollout]) -> None:
-        """Gives completions to the verifier that has the fewest calls open."""
-        load = Counter(dict.fromkeys(range(len(self._verifiers.workers)), 0))
-        load.update(judging.worker for judging in self._judging.values())
-        worker = min(load, key=lambda number: load[number])
+        """Gives completions to the verifier that has the fewest calls open; they wait where none is left."""
+        living = [number for number in range(len(self._verifiers.workers)) if number not in self._lost]
+        if not living:
+            self._waiting.append(rollouts)
+            return
+        load = Counter(judging.worker for judging in self._judging.values())
+        worker = min(living, key=lambda number: load[number])
         self._judging[self._verifiers.judge(worker, rollouts)] = _Judging(worker, rollouts)
 
     def take(self, call: Call[list[Verdict]]) -> list[tuple[Rollout, Verdict]]:
@@ -46,14 +56,32 @@ class JudgeService:
         try:
             verdicts = gather([call])[0]
         except WorkerDied as death:
-            if call.actor is self._verifiers.workers[judging.worker]:  # not one that has been replaced
-                self._supervisor.count_death(name, death)
-                self._supervisor.replace(partial(self._verifiers.replace, judging.worker))
+            if call.actor is self._verifiers.workers[judging.worker] and judging.worker not in self._lost:
+                begin = partial(self._verifiers.replacing, judging.worker)
+                self._lost[judging.worker] = Replacement(name, death, begin, self._supervisor)
             self.judge(judging.rollouts)
             return []
         self._supervisor.count_result(name)
         return list(zip(judging.rollouts, verdicts, strict=True))
 
+    def replace(self) -> None:
+        """Goes on replacing verifiers that died, as far as that takes no waiting.
+
+        Raises:
+            WorkerFailed: when one died too often, or none is left and none finds a place.
+        """
+        for number, replacement in list(self._lost.items()):
+            replacement.proceed()
+            if replacement.is_ready:
+                del self._lost[number]
+                self._supervisor.replaced += 1
+            elif len(self._lost) == len(self._verifiers.workers):
+                replacement.check_place()
+        if self._waiting and len(self._lost) < len(self._verifiers.workers):
+            waiting, self._waiting = self._waiting, []
+            for rollouts in waiting:
+                self.judge(rollouts)
+
     def drop(self) -> None:
         """Forgets all completions that are being judged."""
-        self._judging = {}
+        self._judging, self._waiting = {}, []

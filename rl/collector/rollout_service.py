@@ -1,15 +1,18 @@
 """RolloutService: requests go to teams of rollout workers, and completions come back.
 
-A team that dies is replaced when the policy rests, and what it had not handed in goes to the others meanwhile.
+What a team that dies had not handed in goes to the others, which go on without it for as long as there is no place for
+another one. That gets the policy's weights when the policy rests.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from lockstep.rl.collector.supervisor import Supervisor
+from lockstep.rl.collector.supervisor import Replacement, Supervisor
 from lockstep.rl.remote import Call, WorkerDied, gather
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.types import Completion
+from lockstep.rl.types import Completion, last_turn
 from lockstep.rl.workers.stubs import RolloutWorker
 from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
 
@@ -35,13 +38,37 @@ class Finished:
     completion: Completion
 
 
+class Production:
+    """Tokens that teams wrote, and the seconds in which any of them was writing."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._since: float | None = None
+        self._tokens, self._seconds, self._rate = 0, 0.0, 0.0
+
+    def note(self, *, busy: bool, tokens: int = 0) -> None:
+        """Notes whether a team is writing from now on, and how many tokens have come."""
+        now = self._clock()
+        if self._since is not None:
+            self._seconds += now - self._since
+        self._since = now if busy else None
+        self._tokens += tokens
+
+    def rate(self) -> float:
+        """Tokens per second since this was last asked; as before where none have come."""
+        if self._tokens and self._seconds:
+            self._rate, self._tokens, self._seconds = self._tokens / self._seconds, 0, 0.0
+        return self._rate
+
+
 class RolloutService:
     """Keeps teams busy with the requests that they were given."""
 
     def __init__(self, rollouts: RolloutGroup, policy: ModelGroup, supervisor: Supervisor) -> None:
         self._rollouts, self._policy, self._supervisor = rollouts, policy, supervisor
         self._teams = [_Team() for _ in rollouts.teams]
-        self._lost: list[int] = []
+        self._lost: dict[int, Replacement] = {}
+        self._production = Production(supervisor.clock)
 
     @property
     def version(self) -> int:
@@ -52,6 +79,29 @@ class RolloutService:
     def calls(self) -> list[Call[list[Completion] | None]]:
         """One call of each team that is busy."""
         return [team.calls[0] for team in self._teams if team.calls]
+
+    def metrics(self) -> dict[str, float]:
+        """Version of the weights, teams that are there, and tokens per second of the time in which any were writing."""
+        return {
+            "weight_version": float(self.version),
+            "rollout_teams": float(self.living),
+            "rollout_tokens_per_second": self._production.rate(),
+        }
+
+    @property
+    def living(self) -> int:
+        """How many teams there are, those that are being replaced left out."""
+        return len(self._teams) - len(self._lost)
+
+    @property
+    def starting(self) -> list[Call[Any]]:
+        """Calls of teams that will replace others."""
+        return [call for replacement in self._lost.values() for call in replacement.calls]
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a team is being replaced."""
+        return bool(self._lost)
 
     @property
     def has_work(self) -> bool:
@@ -74,6 +124,7 @@ class RolloutService:
                 requests, team.waiting = team.waiting, []
                 members = self._rollouts.teams[number]
                 team.calls = [member.call(RolloutWorker.work, requests, PASSES) for member in members]
+        self._production.note(busy=bool(self.calls))
 
     def tell(self, method: Callable[[RolloutWorker], list[Completion] | None]) -> None:
         """Calls a method of all living teams, which rest."""
@@ -89,37 +140,65 @@ class RolloutService:
         try:
             completions = gather(calls)[0]
         except WorkerDied as death:
-            self._supervisor.count_death(f"rollout {number}", death)
-            self._lose(number)
-            return []
+            self._lose(number, death)
+            completions = None
+        self._production.note(busy=bool(self.calls), tokens=sum(len(last_turn(each)) for each in completions or ()))
         if completions:
             self._supervisor.count_result(f"rollout {number}")
         return [Finished(number, team.unwritten.pop(each.sample), each) for each in completions or ()]
 
     def receive(self) -> None:
-        """Gives all teams, which rest, the next version of the policy's weights."""
-        for number in self._rollouts.receive(self._policy):
-            if number not in self._lost:
-                self._lose(number)
+        """Gives all living teams, which rest, the next version of the policy's weights."""
+        self._lose_all(self._rollouts.receive(self._policy, self._lost))
 
     def resume(self, version: int) -> None:
-        """Gives all teams the weights that the policy has, as this version."""
-        self._rollouts.resume(self._policy, version)
+        """Gives all living teams the weights that the policy has, as this version."""
+        self._lose_all(self._rollouts.resume(self._policy, version, self._lost))
+
+    def replace(self) -> None:
+        """Goes on replacing teams that died, as far as that takes no waiting.
+
+        Raises:
+            WorkerFailed: when a team died too often, or none is left and none finds a place.
+        """
+        for replacement in self._lost.values():
+            replacement.proceed()
+            if not self.living:
+                replacement.check_place()
 
     def revive(self) -> None:
-        """Replaces teams that died; the policy rests, and has the weights that completions are written with."""
-        while self._lost:
-            self._supervisor.replace(lambda: self._rollouts.replace(self._lost[-1], self._policy))
-            self._lost.pop()
+        """Gives teams that replace others the policy's weights; it rests, and has those of the current version.
+
+        Raises:
+            WorkerFailed: as `replace`.
+        """
+        self.replace()
+        ready = [number for number, replacement in self._lost.items() if replacement.is_ready]
+        died = self._rollouts.fill(self._policy, ready) if ready else []
+        for number in ready:
+            if number in died:
+                self._lost[number].fail(self._death(number))
+            else:
+                del self._lost[number]
+                self._supervisor.replaced += 1
 
     def drop(self) -> None:
         """Forgets all requests."""
         for team in self._teams:
             team.waiting, team.unwritten = [], {}
 
-    def _lose(self, number: int) -> None:
+    def _death(self, number: int) -> WorkerDied:
+        return WorkerDied(f"rollout {number} died while it received weights of version {self.version}")
+
+    def _lose_all(self, numbers: Sequence[int]) -> None:
+        """Replaces teams that died while they received weights."""
+        for number in numbers:
+            self._lose(number, self._death(number))
+
+    def _lose(self, number: int, death: WorkerDied) -> None:
         """Gives what a team that died had not handed in to others, or to the one that replaces it."""
-        self._lost.append(number)
+        begin = partial(self._rollouts.replacing, number)
+        self._lost[number] = Replacement(f"rollout {number}", death, begin, self._supervisor)
         team = self._teams[number]
         requests, team.unwritten, team.waiting = list(team.unwritten.values()), {}, []
         if requests:

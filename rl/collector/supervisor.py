@@ -1,15 +1,20 @@
 """Supervisor: counts how often workers die and are replaced, and notices when the policy dies."""
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from lockstep.rl.remote import WorkerDied
+from lockstep.rl.remote import Call, WorkerDied, WorkerFailed, gather, have_ended
 
 WATCH_S = 1.0
 """Seconds between two looks at the policy while completions are written."""
 
 DEATHS = 3
 """How often a worker may die before anything came of its work."""
+
+PLACE_S = 600.0
+"""Seconds that a run waits for a place for a worker where none of its kind is left."""
 
 
 class Supervisor:
@@ -21,7 +26,8 @@ class Supervisor:
             check_policy: raises where a rank of the policy has died.
             clock: seconds.
         """
-        self._check_policy, self._clock, self._seen = check_policy, clock, clock()
+        self.clock = clock
+        self._check_policy, self._seen = check_policy, clock()
         self._deaths: Counter[str] = Counter()
         self.replaced = 0
         """How many workers were replaced so far."""
@@ -32,25 +38,108 @@ class Supervisor:
         Raises:
             WorkerFailed: when a rank of it has died.
         """
-        if self._clock() - self._seen > WATCH_S:
+        if self.clock() - self._seen > WATCH_S:
             self._check_policy()
-            self._seen = self._clock()
+            self._seen = self.clock()
 
-    def count_death(self, worker: str, death: WorkerDied) -> None:
-        """Counts a death of a worker.
+    def count_death(self, worker: str, death: WorkerDied) -> int:
+        """Counts a death of a worker, a replacement that died included; returns how many there were without a result.
 
         Raises:
-            WorkerDied: when the worker dies again and again.
+            WorkerFailed: when the worker dies again and again.
         """
         self._deaths[worker] += 1
         if self._deaths[worker] > DEATHS:
-            raise death
+            raise WorkerFailed(f"{death} (it died {DEATHS + 1} times before anything came of its work)") from death
+        return self._deaths[worker]
 
     def count_result(self, worker: str) -> None:
         """Notes that something came of a worker's work, so that its earlier deaths count no more."""
         self._deaths.pop(worker, None)
 
-    def replace(self, start: Callable[[], object]) -> None:
-        """Starts a worker in the place of one that died."""
-        start()
-        self.replaced += 1
+    def replace(self, worker: str, death: WorkerDied, start: Callable[[], object]) -> None:
+        """Starts a worker in the place of one that died, again where the new one dies before it is ready.
+
+        Raises:
+            WorkerFailed: when it died too often.
+        """
+        while True:
+            time.sleep(self.pause_after(worker, death))
+            try:
+                start()
+            except WorkerDied as next_death:
+                death = next_death
+                continue
+            self.replaced += 1
+            return
+
+    def pause_after(self, worker: str, death: WorkerDied) -> float:
+        """Counts a death; returns seconds to wait before a replacement, since Ray may not know of a lost node yet.
+
+        Raises:
+            WorkerFailed: when the worker died too often.
+        """
+        return WATCH_S * (2 ** (self.count_death(worker, death) - 1) - 1)
+
+
+class Replacement:
+    """Puts a worker in the place of one that died, while others go on; again where that dies before it is ready."""
+
+    def __init__(
+        self, worker: str, death: WorkerDied, begin: Callable[[], Iterator[Sequence[Call[Any]]]], supervisor: Supervisor
+    ) -> None:
+        """
+        Args:
+            begin: starts the worker; it yields calls to be waited for, one group after the other, until it is ready.
+
+        Raises:
+            WorkerFailed: when the worker died too often.
+        """
+        self._worker, self._begin, self._supervisor = worker, begin, supervisor
+        self.calls: list[Call[Any]] = []
+        """Those that are waited for at present."""
+        self._since = supervisor.clock()
+        self.fail(death)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the worker has a place and all that does not come from the policy."""
+        return self._steps is not None and not self.calls
+
+    def fail(self, death: WorkerDied) -> None:
+        """Begins again after one more death.
+
+        Raises:
+            WorkerFailed: when there were too many.
+        """
+        self._due = self._supervisor.clock() + self._supervisor.pause_after(self._worker, death)
+        self._steps: Iterator[Sequence[Call[Any]]] | None = None
+        self.calls = []
+
+    def proceed(self) -> None:
+        """Goes on as far as it can without waiting.
+
+        Raises:
+            WorkerFailed: when the worker died too often.
+        """
+        try:
+            if self._steps is None and self._supervisor.clock() >= self._due:
+                self._steps = self._begin()
+                self.calls = list(next(self._steps))
+            while self._steps and self.calls and have_ended(self.calls):
+                gather(self.calls)
+                self.calls = list(next(self._steps, ()))
+        except WorkerDied as death:
+            self.fail(death)
+
+    def check_place(self) -> None:
+        """To be called while no other worker of its kind is left.
+
+        Raises:
+            WorkerFailed: when it has waited for too long.
+        """
+        if not self.is_ready and self._supervisor.clock() - self._since > PLACE_S:
+            raise WorkerFailed(
+                f"{self._worker} died, no other is left, and for {PLACE_S:.0f} s the cluster had no place for one: add "
+                "a node, and resume"
+            )

@@ -1,6 +1,6 @@
 """Groups of Ray actors as the controller sees them: the ranks of a model, rollout teams, verifiers, environments."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -13,7 +13,7 @@ from lockstep.distributed.step_result import StepResult
 from lockstep.model.config import Head, Numerics
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.rl.environments.config import EnvironmentConfig
-from lockstep.rl.remote import GRACE_S, ActorHandle, Call, Places, Processes, WorkerDied, gather, start
+from lockstep.rl.remote import GRACE_S, ActorHandle, Call, Places, Processes, gather, start
 from lockstep.rl.types import Rollout
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.config import VerifierConfig
@@ -144,27 +144,38 @@ class RolloutGroup:
         found = gather([member.call(RolloutWorker.loaded) for member in members])
         _compare(members, found, digest_of(*settings), checkpoint)
 
-    def resume(self, policy: ModelGroup, version: int) -> None:
-        """Gives every team the weights that the policy has, as this version."""
+    def resume(self, policy: ModelGroup, version: int, absent: Collection[int] = ()) -> list[int]:
+        """Gives teams the weights that the policy has, as this version; see `receive`."""
         self.version = version
-        self._fill(policy, list(range(len(self.teams))))
+        return self.fill(policy, [number for number in range(len(self.teams)) if number not in absent])
 
-    def receive(self, policy: ModelGroup) -> list[int]:
-        """Gives every team the policy's weights as the next version; returns the numbers of teams that died."""
-        self.version += 1
-        return self._fill(policy, list(range(len(self.teams))))
+    def receive(self, policy: ModelGroup, absent: Collection[int] = ()) -> list[int]:
+        """Gives teams the policy's weights as the next version.
 
-    def replace(self, number: int, policy: ModelGroup) -> None:
-        """Starts a team in the place of one that died, with the policy's weights as the current version.
+        Args:
+            absent: numbers of teams that died, and get none.
 
-        Raises:
-            WorkerDied: when the new one dies, too.
+        Returns:
+            The numbers of teams that died meanwhile.
+        """
+        return self.resume(policy, self.version + 1, absent)
+
+    def replacing(self, number: int) -> Iterator[Sequence[Call[Any]]]:
+        """Starts a team in the place of one that died.
+
+        Yields:
+            Calls that are to be gathered before it goes on: until the team has a place, and until it has its first
+            weights. It lacks those of the policy then, which `fill` brings.
         """
         self.end(number)
         self.teams[number] = self._team(number)
-        gather(self._loading(self.teams[number]))
-        if self._fill(policy, [number]):
-            raise WorkerDied(f"rollout {number} died again while it received weights of version {self.version}")
+        yield [member.place() for member in self.teams[number]]
+        yield self._loading(self.teams[number])
+
+    def fill(self, policy: ModelGroup, numbers: Sequence[int]) -> list[int]:
+        """Gives teams the policy's weights as the current version; returns the numbers of those that died."""
+        alive = self._delivery.give(policy.workers, {n: self.teams[n] for n in numbers}, self.version)
+        return [number for number in numbers if number not in alive]
 
     def end(self, number: int) -> None:
         """Kills the processes of a team."""
@@ -180,11 +191,6 @@ class RolloutGroup:
         address, port = hosted(team[0])
         return [member.call(RolloutWorker.start, rank, address, port, *self._given) for rank, member in enumerate(team)]
 
-    def _fill(self, policy: ModelGroup, numbers: list[int]) -> list[int]:
-        """Gives teams the weights of the policy; returns the numbers of those that died."""
-        alive = self._delivery.give(policy.workers, {n: self.teams[n] for n in numbers}, self.version)
-        return [number for number in numbers if number not in alive]
-
 
 class VerifierGroup:
     """Verifier workers, each with grading processes of its own."""
@@ -194,7 +200,7 @@ class VerifierGroup:
         Args:
             grader: grades problems that have no tests.
         """
-        self._config, self._grader, self._places = config, grader, places
+        self._config, self._grader, self.places = config, grader, places
         self.workers = [self._worker(number) for number in range(config.workers)]
 
     def start(self, *, programs: bool) -> list[Call[None]]:
@@ -209,10 +215,11 @@ class VerifierGroup:
         """A call of this worker that grades completions; returns verdicts in order."""
         return self.workers[number].call(VerifierWorker.grade, [(r.judged, r.prompt.answer_key) for r in rollouts])
 
-    def replace(self, number: int) -> None:
-        """Starts a worker in the place of one that died."""
+    def replacing(self, number: int) -> Iterator[Sequence[Call[Any]]]:
+        """Starts a worker in the place of one that died; yields calls to be gathered before it judges."""
         self.workers[number].end()
         self.workers[number] = self._worker(number)
+        yield [self.workers[number].place()]
 
     def close(self) -> None:
         """Ends all grading processes."""
@@ -220,7 +227,7 @@ class VerifierGroup:
 
     def _worker(self, number: int) -> ActorHandle[VerifierWorker]:
         # One answer that takes until its deadline holds up one call, and the others go to the pool's other processes.
-        processes = Processes("verifier", [number], 1, self._places, together=self._config.processes + 1)
+        processes = Processes("verifier", [number], 1, self.places, together=self._config.processes + 1)
         return start(VerifierWorker, processes, self._config, self._grader)[0]
 
 

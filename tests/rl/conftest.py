@@ -39,7 +39,7 @@ def actors(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, VerifierGroup
 
     checkpoint = to_lockstep(str(tiny_folder), tmp_path_factory.mktemp("actors"))
-    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=1)
+    ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=1)
     try:
         policy = ModelGroup(Layout(), threads=1, trainer=TrainerConfig(row_tokens=256))
         rollouts = RolloutGroup(RolloutConfig(workers=2, sequences=4, length=64, bucket_mib=0.01), threads=1)

@@ -255,7 +255,9 @@ def test_teams_get_weights_by_broadcasts_and_go_on_without_one_that_died(teams: 
     kill(first[0])
     assert teams.receive(actors.policy) == [0]
     assert written(second).weight_version == 2
-    teams.replace(0, actors.policy)
+    for calls in teams.replacing(0):
+        gather(calls)
+    assert teams.fill(actors.policy, [0]) == []
     assert written(teams.teams[0]) == written(second)
     assert teams.receive(actors.policy) == []
     assert [written(team).weight_version for team in teams.teams] == [3, 3]
@@ -300,3 +302,13 @@ def test_rollouts_are_compared_by_rewards_less_their_kl(advantage: Signal, contr
             "best": [1.0 if i == net.index(max(net)) and n > 0 else None for i, n in enumerate(net)],
         }[advantage]
         assert [s.advantage for s in group] == pytest.approx(expected, abs=1e-6)
+
+
+def test_rates_of_rollouts_are_over_the_time_in_which_they_were_written(controller: Controller) -> None:
+    """A step that waits for nothing, since others wrote ahead while it learned, has no endless rate."""
+    records = list(controller.reinforce(config(FLOWS["asynchronous"], steps=6)))
+    tokens = sum(len(s.rollout.tokens) for record in records for s in record.completions)
+    written = sum(record.metrics["step_seconds"] for record in records)
+    rates = [record.metrics["rollout_tokens_per_second"] for record in records]
+    assert min(rates) > 0
+    assert max(rates) < 20 * tokens / written

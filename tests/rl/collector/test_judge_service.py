@@ -44,8 +44,9 @@ def test_what_a_dead_verifier_had_is_judged_again(verifiers: VerifierGroup) -> N
     workers = [call.actor for call in service.calls]
     assert workers.count(verifiers.workers[0]) == workers.count(verifiers.workers[1]) == 2
     found: dict[int, Outcome] = {}
-    while service.calls:
-        for call in any_of(list(service.calls)):
+    while service.calls or service.is_short:
+        service.replace()
+        for call in any_of(list(service.calls), 0.1):
             found |= {judged.sample: verdict.outcome for judged, verdict in service.take(call)}
     assert found == {n: Outcome.correct if n % 2 else Outcome.incorrect for n in range(4)}
     assert supervisor.replaced == 1
