@@ -31,6 +31,12 @@ class Models:
     teacher: ModelGroup | None = None
     """Scores tokens, in the place of the reference."""
 
+    @property
+    def by_role(self) -> dict[str, ModelGroup]:
+        """The models that there are."""
+        found = {"critic": self.critic, "reward": self.reward, "reference": self.reference, "teacher": self.teacher}
+        return {role: model for role, model in found.items() if model}
+
 
 @dataclass(frozen=True)
 class Learned:

@@ -1,7 +1,9 @@
 """The actors of a run on problems, started as its recipe says and, where it goes on, with what they had learned."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from lockstep.distributed.checkpoint.manager import Checkpoint, step_name
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.rl.learner import Models
-from lockstep.rl.remote import Call, gather
+from lockstep.rl.remote import ActorHandle, Call, WorkerDied, gather
 from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
@@ -37,8 +39,13 @@ class RunActors:
     @property
     def learners(self) -> dict[str, ModelGroup]:
         """By role, the models beside the policy that are trained."""
-        found = {"critic": self.models.critic, "reward": self.models.reward}
-        return {name: model for name, model in found.items() if model and name in self.plan.trained_models}
+        return {name: model for name, model in self.models.by_role.items() if name in self.plan.trained_models}
+
+    def workers(self) -> list[ActorHandle[Any]]:
+        """All that work at present."""
+        models = [self.policy, *self.models.by_role.values()]
+        environments = [self.environments.worker] if self.environments else []
+        return [*chain(*(m.workers for m in models), *self.rollouts.teams), *self.verifiers.workers, *environments]
 
     def keep_reference(self, step: int) -> None:
         """Write the policy's weights down before RL, for who has them as its reference then or after a restart."""
@@ -96,43 +103,56 @@ class RunActors:
     def close(self) -> None:
         """Wait for checkpoints, and end the processes that actors have."""
         self.saved()
-        self.verifiers.close()
+        with suppress(WorkerDied):  # which has nothing left to do
+            self.verifiers.close()
         if self.environments:
-            self.environments.close()
+            with suppress(WorkerDied):
+                self.environments.close()
 
 
-def start_actors(
-    run: CheckedRun, first: Storage, last: Checkpoint | None, at: Position, split: Split, placement: Placement
-) -> RunActors:
-    """Start all actors and load their weights, the first ones or those of a checkpoint; a reference apart loads later.
+def make_actors(plan: RunPlan, first: Storage, placement: Placement) -> RunActors:
+    """Start the processes of all actors, without waiting for them; `start_actors` loads their weights.
 
     Args:
         first: the policy's first weights, as a checkpoint of ours.
-        last: the checkpoint that the run resumes from, at position `at`.
     """
-    plan, recipe = run.plan, run.plan.recipe
+    recipe = plan.recipe
     policy = _model(plan.policy, plan, placement)
     rollouts = RolloutGroup(recipe.rollout, places=placement.of("rollout"))
     verifiers = VerifierGroup(recipe.verifier, recipe.task.grader, placement.of("verifier"))
-    others = {name: _model(role, plan, placement) for name, role in plan.models.items()}
+    models = Models(
+        **{name: _model(role, plan, placement) for name, role in plan.models.items()},
+        critic_optimizer=recipe.roles.critic.optimizer,
+    )
+    return RunActors(plan, first, policy, rollouts, verifiers, models, _environments(recipe, first, placement))
+
+
+def start_actors(actors: RunActors, run: CheckedRun, last: Checkpoint | None, at: Position, split: Split) -> None:
+    """Load the weights of all actors, the first ones or those of a checkpoint; a reference apart loads later.
+
+    Args:
+        last: the checkpoint that the run resumes from, at position `at`.
+    """
+    plan, recipe, first = actors.plan, actors.plan.recipe, actors.first
+    policy, rollouts, verifiers, environments = actors.policy, actors.rollouts, actors.verifiers, actors.environments
     begun, dtype, numerics = last.place if last else first, recipe.model.dtype, recipe.model.numerics
     calls = policy.start(begun, dtype, plan.policy.optimizer, plan.policy.temperature, numerics)
     saved = trained_checkpoints(plan, at) if last else {}
+    others = {name: model for name, model in actors.models.by_role.items() if name != "reference"}
     for name, model in others.items():
-        if name != "reference":  # which loads the weights that RL begins with
-            calls += _loading(plan.models[name], model, recipe, saved.get(name) or _first_weights(name, run, first))
+        calls += _loading(plan.models[name], model, recipe, saved.get(name) or _first_weights(name, run, first))
     # A rollout worker that replaces one which died loads the same again, and `begun` may have been thinned out by then.
-    gather(calls + rollouts.start(first, dtype, numerics) + verifiers.start(programs=split.has_programs))
-    for model in (policy, *(other for name, other in others.items() if name != "reference")):
+    calls += rollouts.start(first, dtype, numerics) + verifiers.start(programs=split.has_programs)
+    gather([*calls, *([environments.ready()] if environments else [])])
+    for model in (policy, *others.values()):
         model.check_agreement()
     rollouts.check_agreement()
     verifiers.check_agreement()
-    models = Models(**others, critic_optimizer=recipe.roles.critic.optimizer)
-    actors = RunActors(plan, first, policy, rollouts, verifiers, models, _environments(recipe, first, placement))
+    if environments:
+        environments.check_agreement()
     policy.call(ModelWorker.open_checkpoints, plan.checkpoints, plan.checkpoint_config)
     for name, model in actors.learners.items():
         model.call(ModelWorker.open_checkpoints, plan.checkpoints_of(name), plan.checkpoint_config)
-    return actors
 
 
 def _environments(recipe: Recipe, first: Storage, placement: Placement) -> EnvironmentGroup | None:
@@ -141,16 +161,13 @@ def _environments(recipe: Recipe, first: Storage, placement: Placement) -> Envir
         return None
     files = Tokenizer(Checkpoint(first).files).files
     task = recipe.task
-    environments = EnvironmentGroup(
+    return EnvironmentGroup(
         recipe.environment,
         files,
         chat=task.chat,
         chat_template_kwargs=task.chat_template_kwargs,
         places=placement.of("environment"),
     )
-    gather([environments.ready()])
-    environments.check_agreement()
-    return environments
 
 
 def _model(role: ModelRole, plan: RunPlan, placement: Placement) -> ModelGroup:

@@ -147,12 +147,20 @@ class Placement:
         Raises:
             PlacementError: when the cluster cannot hold the run, or has not had what it needs in that time.
         """
-        nodes = living_nodes()
-        self._run = run
-        self._plan = plan_placement(run, devices=any(node.resources.get("GPU") for node in nodes))
+        self._run, self._say = run, say
         self._group: PlacementGroup | None = None
+        self._reserve()
+
+    def renew(self) -> None:
+        """Reserve anew, after nodes were lost; raises as the constructor does."""
+        self.__exit__()
+        self._reserve()
+
+    def _reserve(self) -> None:
+        nodes = living_nodes()
+        self._plan = plan_placement(self._run, devices=any(node.resources.get("GPU") for node in nodes))
         if self._plan.reserved:
-            self._group = _reserved(self._plan, nodes, run.recipe.roles.wait, say)
+            self._group = _reserved(self._plan, nodes, self._run.recipe.roles.wait, self._say)
             nodes = living_nodes()
         self._seats = _seats(self._plan, nodes, self._group)
         check_addresses(self.nodes)
@@ -174,6 +182,7 @@ class Placement:
     def __exit__(self, *_: object) -> None:
         if self._group is not None and ray.is_initialized():
             remove_placement_group(self._group)
+        self._group = None
 
     def _place(self, role: str, seat: "_Seat", own: bool) -> Place:
         reserves = {kind: amount for kind, amount in seat.each.items() if own and not (kind == "GPU" and seat.devices)}

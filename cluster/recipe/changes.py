@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "rollout.budget",
     "rollout.bucket_mib",
     "rollout.transport",
+    "recovery.*",
     "roles.*.place",
     "roles.*.cpus",
     "roles.*.gpus",

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.cluster.recipe.model_source import SourceConfig
+from lockstep.cluster.recipe.recovery import RecoveryConfig
 from lockstep.cluster.recipe.roles import RolesConfig
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
@@ -48,6 +49,7 @@ class Recipe(_Section):
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutConfig = RolloutConfig()
     roles: RolesConfig = RolesConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     verifier: VerifierConfig = VerifierConfig()
     reward: RewardConfig = RewardConfig()
     environment: EnvironmentConfig = EnvironmentConfig()

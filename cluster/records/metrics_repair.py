@@ -42,8 +42,12 @@ class Repair:
         return said
 
 
-def repair_metrics(path: Path, last: Checkpoint) -> Repair:
-    """Rewrite a run's metrics without lines that cannot be read, or are of steps after the checkpoint `last`."""
+def repair_metrics(path: Path, last: Checkpoint | None) -> Repair:
+    """Rewrite a run's metrics without lines that cannot be read, or are of steps after the checkpoint `last`.
+
+    Args:
+        last: None for a run that begins again with nothing saved; what was measured before its first step stands.
+    """
     stands, phase, steps = _standing(last)
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     parsed = [(line, _parsed(line)) for line in lines if line.strip(b"\0 \r")]
@@ -56,8 +60,10 @@ def repair_metrics(path: Path, last: Checkpoint) -> Repair:
     return Repair(repeated, len(parsed) - len(readable), phase, tuple(_gaps(phase, steps, there)))
 
 
-def _standing(last: Checkpoint) -> tuple[Callable[[Record], bool], str, int]:
+def _standing(last: Checkpoint | None) -> tuple[Callable[[Record], bool], str, int]:
     """Whether a line is of the steps that a checkpoint has taken; its phase, and the steps of that so far."""
+    if last is None:
+        return lambda line: line["step"] == 0, "", 0
     manifest = last.manifest
     if "position" not in manifest:
         spikes = {spike for _, spike in manifest.get("rewinds", ())}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.cluster.evaluation.accuracy import accuracy_row
-from lockstep.cluster.launch.actors import RunActors, start_actors
+from lockstep.cluster.launch.actors import RunActors, make_actors, start_actors
 from lockstep.cluster.launch.placement import Placement
 from lockstep.cluster.launch.plan import RunPlan
 from lockstep.cluster.launch.preflight import CheckedRun
@@ -25,6 +25,7 @@ from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, Supervised
 from lockstep.rl.algorithms.preferences import Comparison
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.types import Judged
+from lockstep.rl.workers.process_watch import ProcessWatch
 
 
 def run_phases(
@@ -41,17 +42,33 @@ def run_phases(
     plan, recipe, start = checked.plan, checked.plan.recipe, checked.start
     at = position_of(last)
     folder = recipe.folder / "model"
-    if last is None or not folder.exists():
+    if not folder.exists():
         progress.say(f"converting {recipe.model.source} into {folder}")
         write_checkpoint(start.source, start.config, start.files, folder)
     first = manager.find(folder.resolve())
     progress.say(f"starting {plan.processes['policy']} policy and {recipe.rollout.workers} rollout workers")
-    actors = start_actors(checked, first, last, at, split, placement)
+    actors = make_actors(plan, first, placement)
+    with ProcessWatch(actors.workers, recipe.recovery.stopped_after, progress.say):
+        start_actors(actors, checked, last, at, split)
+        phases = _Phases(plan, _controller(actors, split, last, at), actors, run, progress, traces, at, interruption)
+        if last:
+            progress.say(f"going on after step {at.steps}, which {last.place} holds")
+        try:
+            phases.run()
+        except KeyboardInterrupt:
+            phases.end(interruption)
+            raise
+        actors.close()
+
+
+def _controller(actors: RunActors, split: Split, last: Checkpoint | None, at: Position) -> Controller:
+    """The controller of actors that have their weights, and go on from a checkpoint where there is one."""
+    plan, recipe = actors.plan, actors.plan.recipe
     controller = Controller(
         actors.policy,
         actors.rollouts,
         actors.verifiers,
-        tokenizer=Tokenizer(Checkpoint(first).files, recipe.task.chat_template_kwargs),
+        tokenizer=Tokenizer(Checkpoint(actors.first).files, recipe.task.chat_template_kwargs),
         task=recipe.task,
         split=split,
         seed=recipe.seed,
@@ -60,18 +77,11 @@ def run_phases(
         environments=actors.environments,
     )
     if last:
-        progress.say(f"going on after step {at.steps}, which {last.place} holds")
         for checkpoints in (plan.checkpoints, *map(plan.checkpoints_of, plan.trained_models)):
             manager.drop_after(checkpoints, at.steps)
         actors.resume(last, at)
         controller.resume(at.version)
-    phases = _Phases(plan, controller, actors, run, progress, traces, at, interruption)
-    try:
-        phases.run()
-    except KeyboardInterrupt:
-        phases.end(interruption)
-        raise
-    actors.close()
+    return controller
 
 
 class _Phases:

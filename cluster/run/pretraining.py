@@ -22,11 +22,13 @@ from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.step_result import StepResult
+from lockstep.model.config import ModelConfig
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.model.formats.registry import ModelContents
 from lockstep.model.training.config import PretrainConfig
 from lockstep.model.training.flops import training_flops
 from lockstep.rl.remote import Places, gather
+from lockstep.rl.workers.process_watch import ProcessWatch
 from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import ModelGroup
 
@@ -55,9 +57,29 @@ def run_pretraining(
         Diverged: after `pretrain.give_up_after` steps in a row without a finite gradient, or at a spike too many.
     """
     plan, recipe, start = checked.plan, checked.plan.recipe, checked.start
-    config = recipe.pretrain
+    checkpoint = last.place if last else _first_checkpoint(recipe, start, progress)
+    role = plan.policy
+    progress.say(f"starting {plan.processes['policy']} workers with {role.layout}")
+    policy = ModelGroup(role.layout, trainer=recipe.trainer, places=places)
+    with ProcessWatch(lambda: policy.workers, recipe.recovery.stopped_after, progress.say):
+        gather(policy.start(checkpoint, recipe.model.dtype, role.optimizer, role.temperature, recipe.model.numerics))
+        policy.check_agreement()
+        _train(plan, start.config, policy, run, progress, traces, last, interruption)
+
+
+def _train(
+    plan: RunPlan,
+    model: ModelConfig,
+    policy: ModelGroup,
+    run: RunFolder,
+    progress: Progress,
+    traces: Path | None,
+    last: Checkpoint | None,
+    interruption: Interruption,
+) -> None:
+    """Train, measure, save, with ranks that have their weights."""
+    recipe, config = plan.recipe, plan.recipe.pretrain
     assert config is not None
-    model = start.config
     data = config.data or random_text(
         recipe.folder / "random",
         vocabulary=model.vocabulary,
@@ -66,13 +88,10 @@ def run_pretraining(
         seed=recipe.seed,
     )
     done, samples = _position(config, last)
-    checkpoint = last.place if last else _first_checkpoint(recipe, start, progress).resolve()
-    progress.say(f"starting {plan.processes['policy']} workers with {plan.policy.layout}")
-    policy = _trainer(plan, checkpoint, places)
     if last:
         progress.say(f"going on after step {done}, which {last.place} holds")
         manager.drop_after(plan.checkpoints, done)
-        policy.call(ModelWorker.restore, checkpoint)
+        policy.call(ModelWorker.restore, last.place)
     policy.call(ModelWorker.open_text, config, data, recipe.seed, done, samples)
     policy.call(ModelWorker.open_checkpoints, plan.checkpoints, plan.checkpoint_config)
     flops, peak = training_flops(model, data.length), sum(policy.call(ModelWorker.peak_flops))
@@ -90,18 +109,12 @@ def run_pretraining(
         raise
 
 
-def _trainer(plan: RunPlan, checkpoint: Path | Storage, places: Places) -> ModelGroup:
-    """The trainer's processes, which have loaded a checkpoint, and the same one."""
-    role, recipe = plan.policy, plan.recipe
-    group = ModelGroup(role.layout, trainer=recipe.trainer, places=places)
-    gather(group.start(checkpoint, recipe.model.dtype, role.optimizer, role.temperature, recipe.model.numerics))
-    group.check_agreement()
-    return group
-
-
-def _first_checkpoint(recipe: Recipe, start: ModelContents, progress: Progress) -> Path:
-    progress.say(f"writing the model of step 0 into {recipe.folder / 'model'}")
-    return write_checkpoint(start.source, start.config, start.files, recipe.folder / "model")
+def _first_checkpoint(recipe: Recipe, start: ModelContents, progress: Progress) -> Path | Storage:
+    folder = recipe.folder / "model"
+    if folder.exists():  # of an attempt before
+        return manager.find(folder.resolve())
+    progress.say(f"writing the model of step 0 into {folder}")
+    return write_checkpoint(start.source, start.config, start.files, folder).resolve()
 
 
 def _position(config: PretrainConfig, last: Checkpoint | None) -> tuple[int, SampleSchedule]:

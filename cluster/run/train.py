@@ -19,12 +19,11 @@ from lockstep.cluster.records.metrics_repair import repair_metrics
 from lockstep.cluster.records.progress import Progress
 from lockstep.cluster.records.report import write_report
 from lockstep.cluster.records.run_folder import METRICS, RunFolder
+from lockstep.cluster.run.attempts import run_attempts
 from lockstep.cluster.run.dry_run import make_ready
 from lockstep.cluster.run.failures import told_in_sentences
 from lockstep.cluster.run.inputs import check_inputs
 from lockstep.cluster.run.interruption import Interruption, deadline
-from lockstep.cluster.run.phases import run_phases
-from lockstep.cluster.run.pretraining import run_pretraining
 from lockstep.data.tasks.task import Split
 
 
@@ -57,7 +56,7 @@ def train_recipe(
     limit = deadline(max_hours, grace, os.environ, psutil.Process().create_time())
     with Interruption(grace, say, limit) as interruption, locked(recipe.folder, recipe.saves):
         ready = make_ready(recipe, say, resume=resume)
-        checked, plan, beginning, split = ready.checked, ready.checked.plan, ready.beginning, ready.split
+        plan, beginning = ready.checked.plan, ready.beginning
         with ray_cluster(address), Placement(plan, say) as placement:
             check_inputs(recipe)
             interruption.listen()
@@ -69,14 +68,10 @@ def train_recipe(
             run = beginning.open()
             try:
                 with run, Progress(console) as progress, DiskReserve(run.path), told_in_sentences(run.path):
-                    _describe(run, split)
+                    _describe(run, ready.split)
                     for change in beginning.changes:
                         progress.say(f"from here on, {change}")
-                    last = beginning.last
-                    if split is None:
-                        run_pretraining(checked, run, progress, traces, last, interruption, placement.of("policy"))
-                    else:
-                        run_phases(checked, split, run, progress, traces, placement, last, interruption)
+                    run_attempts(ready, run, progress, traces, placement, interruption)
             finally:
                 _report(recipe.folder, say)
     return recipe.folder

@@ -56,7 +56,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=inherited | environment,
+                env=inherited | {"RAY_AUTH_MODE": "disabled"} | environment,
                 cwd=self.folder,
                 start_new_session=True,
             )
@@ -122,7 +122,7 @@ class Hosts:
             assert process.poll() is None, (host.folder / "ray.log").read_text()
             return "Ray runtime started" in (host.folder / "ray.log").read_text()
 
-        until(up, 60)
+        until(up, 120)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ PRETRAINING = Path(__file__).parents[3] / "recipes" / "parity-tiny.toml"
 def learning(tmp_path: Path, tiny_folder: Path) -> Iterator[Command]:
     """A run that is in the middle of RL."""
     recipe = write_recipe(tmp_path, tiny_folder)
-    endless = overrides("rl.steps=100000", "rollout.sequences=16")
+    endless = overrides("rl.steps=100000", "rollout.sequences=16", "recovery.restarts=0")
     command = Command(tmp_path / "log", "train", str(recipe), *endless)
     try:
         command.wait_for("\nrl   ")
