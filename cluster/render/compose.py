@@ -20,10 +20,14 @@ RECIPE = "/etc/lockstep/recipe.toml"
 SHARED_MEMORY = 0.3
 """Share of a node's memory that Ray's object store takes, which lies in shared memory."""
 COMMENT = "Run with `docker compose --file FILE up --exit-code-from head`."
+TOKENS = "/run/lockstep"
+"""Where the volume with the token is mounted that keeps others out of this Ray."""
 START = """ulimit -Sn "$(ulimit -Hn)"
-node="--disable-usage-stats --num-cpus={cpus} --num-gpus={gpus}"
+node="--disable-usage-stats --node-ip-address=$(getent ahostsv4 {name} | sed -n '1s/ .*//p')"
+node="$node --num-cpus={cpus} --num-gpus={gpus}"
 """
-HEAD = """ray start --head --port=6379 --dashboard-host=0.0.0.0 $node
+HEAD = """[ -s {token} ] || (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \\n' > {token})
+ray start --head --port=6379 --dashboard-host=0.0.0.0 $node
 python -m lockstep.cluster.render.joined_nodes head:6379 {count}
 exec python -m lockstep train {recipe} --address head:6379{resume}
 """
@@ -57,33 +61,35 @@ def compose_file(recipe: Recipe, nodes: Nodes, project: ComposeProject) -> str:
     for name in project.variables:
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise RenderError(f"env={name!r} is no name of a variable: give the name alone, as in HF_TOKEN")
-    workers = [f"worker-{number}" for number in range(1, nodes.count)]
-    head = _service(recipe, nodes, project, 0) | {"ports": ["127.0.0.1:8265:8265"]}
-    if workers:
-        head["depends_on"] = {name: {"condition": "service_started"} for name in workers}
-    services = {"head": head}
-    services |= {name: _service(recipe, nodes, project, number) for number, name in enumerate(workers, start=1)}
+    names = ["head", *(f"worker-{number}" for number in range(1, nodes.count))]
+    services = {name: _service(recipe, nodes, project, name, number) for number, name in enumerate(names)}
+    services["head"]["ports"] = ["127.0.0.1:8265:8265"]
+    services["head"]["depends_on"] = {name: {"condition": "service_started"} for name in names[1:]}
     document: dict[str, Any] = {"name": job_name(recipe, 60), "services": services}
     document["configs"] = {"recipe": {"content": _literal(to_toml(recipe))}}
-    if named := [volume.source for volume in project.volumes if not _is_folder(volume)]:
-        document["volumes"] = {name: {} for name in named}
+    named = [volume.source for volume in project.volumes if not _is_folder(volume)]
+    document["volumes"] = {name: {} for name in ("token", *named)}
     return to_yaml([document], COMMENT)
 
 
-def _service(recipe: Recipe, nodes: Nodes, project: ComposeProject, number: int) -> dict[str, Any]:
+def _service(recipe: Recipe, nodes: Nodes, project: ComposeProject, name: str, number: int) -> dict[str, Any]:
     """The container of a node; that with number 0 has the head."""
-    ending = (HEAD, WORKER)[number > 0]
-    script = START.format(cpus=nodes.cpus, gpus=nodes.gpus) + ending.format(
-        count=nodes.count, recipe=RECIPE, resume=" --resume" if project.resume else ""
+    token, resume = f"{TOKENS}/token", " --resume" if project.resume else ""
+    script = (START + (HEAD, WORKER)[number > 0]).format(
+        name=name, cpus=nodes.cpus, gpus=nodes.gpus, count=nodes.count, recipe=RECIPE, resume=resume, token=token
     )
+    variables = RAY_SETTINGS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token}
     service: dict[str, Any] = {
         "image": project.image,
         "init": True,
         "entrypoint": ["bash", "-euc"],
         "command": [_literal(script)],
-        "environment": [*(f"{name}={value}" for name, value in RAY_SETTINGS.items()), *project.variables],
+        "environment": [*(f"{key}={value}" for key, value in variables.items()), *project.variables],
         "configs": [{"source": "recipe", "target": RECIPE}],
-        "volumes": [_mount(volume) for volume in project.volumes],
+        "volumes": [
+            {"type": "volume", "source": "token", "target": TOKENS},
+            *(_mount(volume) for volume in project.volumes),
+        ],
         "stop_grace_period": f"{seconds_to_end(recipe)}s",
     }
     if nodes.memory:

@@ -88,6 +88,7 @@ def _cluster(name: str, recipe: Recipe, nodes: Nodes, job: KubernetesJob) -> dic
     ports = [{"containerPort": port, "name": what} for port, what in ((6379, "gcs-server"), (8265, "dashboard"))]
     cluster: dict[str, Any] = {
         "rayVersion": version("ray"),
+        "authOptions": {"mode": "token"},  # which the operator makes
         "headGroupSpec": {
             "rayStartParams": {"dashboard-host": "0.0.0.0"},
             "template": _pod(name, recipe, nodes, job, {"name": "ray-head", "ports": ports}),

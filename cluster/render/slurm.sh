@@ -39,6 +39,8 @@ while is_taken "$port" || is_taken "$((port + 1))"; do port=$((port + 2)); done
 # A token keeps other users of the hosts out of this Ray; LOCKSTEP_JOB tells a lock of an earlier allocation from others'.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 export LOCKSTEP_JOB=slurm-$SLURM_JOB_ID
+# Ray is told to end when the run has ended: there is nothing left that it could wait for.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 unset RAY_ADDRESS
 if [[ -z ${SLURM_JOB_END_TIME:-} ]] && end=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %e 2>/dev/null); then
   SLURM_JOB_END_TIME=$(date --date "$end" +%s) || unset SLURM_JOB_END_TIME

@@ -36,6 +36,7 @@ def test_pods_are_the_nodes_that_were_asked_for() -> None:
     assert (spec["backoffLimit"], spec["shutdownAfterJobFinishes"], spec["submissionMode"]) == (2, True, "HTTPMode")
     assert spec["entrypoint"] == "python -m lockstep train /etc/lockstep/recipe.toml --resume"
     assert yaml.safe_load(spec["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "180"}}
+    assert cluster["authOptions"] == {"mode": "token"}
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"] == 1
     for template in (cluster["headGroupSpec"]["template"], workers["template"]):
