@@ -9,7 +9,9 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("data", "distributed", "model", "rl", "cluster", "recipes", "tests")
 PAGES = [*ROOT.glob("*.*"), *ROOT.glob("docs/*"), *ROOT.glob("benchmarks/*")]
 FILES = [*PAGES, *(path for folder in FOLDERS for path in ROOT.joinpath(folder).rglob("*"))]
-KNOWN = {f"/{path.relative_to(ROOT)}" for path in FILES}
+WRITTEN = {"/recipe.toml"}
+"""By runs."""
+KNOWN = {f"/{path.relative_to(ROOT)}" for path in FILES} | WRITTEN
 
 
 def prose(path: Path) -> str:

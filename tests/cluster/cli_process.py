@@ -15,6 +15,7 @@ import psutil
 from typer.testing import CliRunner, Result
 
 from lockstep.cluster.cli import app
+from tests.documented import check_keys
 
 RECIPE = """
 name = "tiny"
@@ -165,10 +166,13 @@ def until(condition: Callable[[], bool], timeout: float) -> None:
 def summary(run: Path) -> dict[str, object]:
     """A run's summary.json."""
     found: dict[str, object] = json.loads((run / "summary.json").read_text())
+    check_keys("summary.json", set(found))
     return found
 
 
 def metrics(run: Path, phase: str) -> list[dict[str, float]]:
     """The lines of one phase."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        check_keys(line["phase"], set(line))
     return [line for line in lines if line["phase"] == phase]

@@ -21,6 +21,7 @@ from lockstep.model.training.trainable import NothingLearns
 from lockstep.model.weights.names import logical_tensors
 from tests.cluster.cli_process import Command, Train, metrics, summary
 from tests.distributed.traces import steps_and_kinds
+from tests.documented import check_run
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "parity-tiny.toml"
 
@@ -32,6 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, train: Train) -> Path:
     settings = ("layout.data=2", "layout.zero=2", "pretrain.steps=12", "pretrain.optimizer.kind=muon", *every)
     code, output = train(folder / "log", RECIPE, f"run={folder}/run", *settings, options=("--profile",))
     assert code == 0, output
+    check_run(folder / "run")
     return folder / "run"
 
 
