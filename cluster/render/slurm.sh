@@ -52,7 +52,7 @@ everywhere=(srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=
 end() {
   local code=$?
   trap '' TERM
-  if [[ -n $ray ]]; then kill -TERM "$ray" 2>/dev/null; wait "$ray"; fi
+  if [[ -n $ray ]]; then kill -TERM "$ray" 2>/dev/null; wait "$ray" 2>/dev/null; fi
   "${everywhere[@]}" rm -rf "$scratch"
   exit "$code"
 }
@@ -111,6 +111,8 @@ if [[ -n $driver ]] && runs "$driver"; then
 fi
 if [[ -n $driver ]] && ! runs "$driver"; then wait "$driver"; code=$?; fi
 if (( lost && ! code )); then code=1; fi
+# What `lockstep train` ends with where a worker or a node was lost, and where the time was over.
+if (( code == 75 || code == 124 )); then lost=1; fi
 # A job that was cancelled is told to end, too, and stays so.
 state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
 if (( code && (told || lost) && restarts < requeues )) && [[ $state = RUNNING ]]; then

@@ -126,6 +126,15 @@ def test_a_ray_that_has_died_ends_the_run_and_the_job_goes_on_elsewhere(tmp_path
     assert job.slurm.requeued == [f"requeue {os.getpid()}"]
 
 
+@needs_ip
+@pytest.mark.parametrize(("code", "requeued"), [(75, 1), (124, 1), (1, 0), (2, 0)])
+def test_a_run_that_lost_a_node_or_ran_out_of_time_goes_on(tmp_path: Path, code: int, requeued: int) -> None:
+    job = Job(tmp_path, saving())
+    (tmp_path / "code").write_text(str(code))
+    assert job.run()[0] == code
+    assert len(job.slurm.requeued) == requeued
+
+
 def test_directives_say_what_was_asked_for() -> None:
     job = SlurmJob(hours=30.5, partition="a100", account="lab-1", options=["--qos=high"], requeues=0)
     script = sbatch_script(saving(name="Größe 7 of 9"), Nodes(2, 16, 8, 64.0), job)
