@@ -33,16 +33,16 @@ def check_fits(recipe: Recipe, nodes: Nodes) -> None:
     """
     plan, roles = RunPlan.of(recipe), recipe.roles
     each = roles.policy.gpus or (1.0 if nodes.gpus else 0.0)
-    tensor, processes = recipe.layout.tensor, plan.processes["policy"]
+    tensor, groups = recipe.layout.tensor, plan.processes["policy"] // recipe.layout.tensor
     if each * tensor > nodes.gpus:
         raise RenderError(
             f"a group of layout.tensor={tensor} needs {each * tensor:g} GPU on one node, and nodes have gpus="
             f"{nodes.gpus}: ask for more, or lower layout.tensor or roles.policy.gpus"
         )
-    if each * processes > nodes.count * nodes.gpus:
+    if each and groups > (room := nodes.count * int(nodes.gpus // (each * tensor))):
         raise RenderError(
-            f"the policy's {processes} processes need {each * processes:g} GPU, and nodes={nodes.count} with gpus="
-            f"{nodes.gpus} have {nodes.count * nodes.gpus}: ask for more nodes, or lower a degree of [layout]"
+            f"the policy's {groups} groups of layout.tensor={tensor} need {each * tensor:g} GPU each, and nodes="
+            f"{nodes.count} with gpus={nodes.gpus} have room for {room}: ask for more, or lower a degree of [layout]"
         )
     _check_bundles(plan_placement(roles, plan.processes).bundles, nodes)
 

@@ -15,7 +15,7 @@ from lockstep.cluster.render.nodes import Nodes, RenderError, check_fits
         (
             {"layout": {"data": 9}},
             Nodes(2, gpus=4),
-            "the policy's 9 processes need 9 GPU, and nodes=2 with gpus=4 have 8",
+            "9 groups of layout.tensor=1 need 1 GPU each, and nodes=2 with gpus=4 have room for 8",
         ),
         ({"roles": {"policy": {"gpus": 1}}}, Nodes(gpus=0), "needs 1 GPU on one node, and nodes have gpus=0"),
         (
@@ -35,7 +35,7 @@ def test_what_does_not_fit_is_said(values: dict[str, object], nodes: Nodes, word
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))
 def test_processes_with_a_gpu_each_fit_where_there_are_as_many(tensor: int, data: int, count: int, gpus: int) -> None:
     recipe = parse({"pretrain": {"steps": 1}, "layout": {"tensor": tensor, "data": data}})
-    fits = tensor <= gpus and tensor * data <= count * gpus
+    fits = count * (gpus // tensor) >= data
     try:
         check_fits(recipe, Nodes(count, gpus=gpus))
     except RenderError:
