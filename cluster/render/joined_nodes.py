@@ -3,6 +3,7 @@
 Rendered jobs call it on the head's node before the run begins, since a run plans for the nodes that are there.
 """
 
+import os
 import sys
 import time
 from contextlib import suppress
@@ -44,4 +45,5 @@ if __name__ == "__main__":
     try:
         wait_for_nodes(sys.argv[1], int(sys.argv[2]))
     except NoCluster as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(os.EX_TEMPFAIL)
