@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.cli_process import Command, lockstep
 from tests.cluster.heads import Head
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = ("clusters", "run-folder", "troubleshooting")
 TOOL = """#!/bin/sh
 echo "$0 $@" | sed "s|.*/||" >> {log}
