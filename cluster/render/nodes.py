@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lockstep.cluster.launch.placement import plan_placement
+from lockstep.cluster.launch.capacity import Node
+from lockstep.cluster.launch.placement import PlacementError, check, plan_placement
 from lockstep.cluster.launch.plan import RunPlan
 from lockstep.cluster.recipe.schema import Recipe
 
@@ -31,35 +31,12 @@ def check_fits(recipe: Recipe, nodes: Nodes) -> None:
     Raises:
         RenderError: says what is needed and what was asked for.
     """
-    plan, roles = RunPlan.of(recipe), recipe.roles
-    each = roles.policy.gpus or (1.0 if nodes.gpus else 0.0)
-    tensor, groups = recipe.layout.tensor, plan.processes["policy"] // recipe.layout.tensor
-    if each * tensor > nodes.gpus:
-        raise RenderError(
-            f"a group of layout.tensor={tensor} needs {each * tensor:g} GPU on one node, and nodes have gpus="
-            f"{nodes.gpus}: ask for more, or lower layout.tensor or roles.policy.gpus"
-        )
-    if each and groups > (room := nodes.count * int(nodes.gpus // (each * tensor))):
-        raise RenderError(
-            f"the policy's {groups} groups of layout.tensor={tensor} need {each * tensor:g} GPU each, and nodes="
-            f"{nodes.count} with gpus={nodes.gpus} have room for {room}: ask for more, or lower a degree of [layout]"
-        )
-    _check_bundles(plan_placement(roles, plan.processes).bundles, nodes)
-
-
-def _check_bundles(bundles: Iterable[dict[str, float]], nodes: Nodes) -> None:
-    """Whether what processes reserve can be laid on nodes, the largest first, each on the first that holds it."""
-    free = [{"CPU": float(nodes.cpus), "GPU": float(nodes.gpus)} for _ in range(nodes.count)]
-    for bundle in sorted(bundles, key=lambda each: (each.get("GPU", 0), each.get("CPU", 0)), reverse=True):
-        place = next((node for node in free if all(node[kind] >= amount for kind, amount in bundle.items())), None)
-        if place is None:
-            reserved = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
-            raise RenderError(
-                f"a process that reserves {reserved} has no place left on nodes={nodes.count} with cpus={nodes.cpus} "
-                f"and gpus={nodes.gpus}: ask for more, or lower what [roles] reserves"
-            )
-        for kind, amount in bundle.items():
-            place[kind] -= amount
+    plan = plan_placement(RunPlan.of(recipe), devices=nodes.gpus > 0)
+    there = {"CPU": float(nodes.cpus), "GPU": float(nodes.gpus)}
+    try:
+        check(plan, [Node("", "", f"node {number}", there) for number in range(nodes.count)])
+    except PlacementError as error:
+        raise RenderError(f"nodes={nodes.count} with cpus={nodes.cpus} and gpus={nodes.gpus}: {error}") from error
 
 
 CLEAN_UP_S = 60

@@ -56,5 +56,5 @@ def test_what_cannot_run_names_its_flag() -> None:
         "render", "compose", "quickstart", "--image", "i", "--volume", "runs"
     )
     sentence = refused("render", "rayjob", "quickstart", "--image", "i", "--gpus", "1", *ON_VOLUME)
-    assert "2 groups of layout.tensor=1 need 1 GPU each, and --nodes 1 with --gpus 1 have room for 1" in sentence
+    assert "the roles need 2 GPU (policy 2) and the cluster has 1" in sentence
     assert "--set 'rl' is not of the form" in refused("render", "slurm", "quickstart", "--hours", "1", "--set", "rl")

@@ -11,19 +11,16 @@ from lockstep.cluster.render.nodes import Nodes, RenderError, check_fits
 @pytest.mark.parametrize(
     ("values", "nodes", "words"),
     [
-        ({"layout": {"tensor": 8}}, Nodes(4, gpus=4), "a group of layout.tensor=8 needs 8 GPU on one node"),
         (
-            {"layout": {"data": 9}},
-            Nodes(2, gpus=4),
-            "9 groups of layout.tensor=1 need 1 GPU each, and nodes=2 with gpus=4 have room for 8",
+            {"layout": {"tensor": 8}},
+            Nodes(4, gpus=4),
+            "nodes=4 with cpus=8 and gpus=4: policy needs 8 GPU in groups of 8",
         ),
-        ({"roles": {"policy": {"gpus": 1}}}, Nodes(gpus=0), "needs 1 GPU on one node, and nodes have gpus=0"),
-        (
-            {"roles": {"policy": {"cpus": 5}}, "layout": {"data": 2}},
-            Nodes(1, 8),
-            "reserves 5 CPU has no place left on nodes=1",
-        ),
-        ({"roles": {"policy": {"cpus": 16}}}, Nodes(4, 8), "reserves 16 CPU has no place left on nodes=4 with cpus=8"),
+        ({"layout": {"data": 9}}, Nodes(2, gpus=4), "need 9 GPU (policy 9) and the cluster has 8"),
+        ({"layout": {"tensor": 3, "data": 4}}, Nodes(3, gpus=4), "and 3 nodes cannot be shared out so"),
+        ({"roles": {"policy": {"gpus": 1}}}, Nodes(gpus=0), "need 1 GPU (policy 1) and the cluster has 0"),
+        ({"roles": {"policy": {"cpus": 5}}, "layout": {"data": 2}}, Nodes(1, 8), "need 10 CPU (policy 10)"),
+        ({"roles": {"policy": {"cpus": 16}}}, Nodes(4, 8), "and 4 nodes cannot be shared out so"),
     ],
 )
 def test_what_does_not_fit_is_said(values: dict[str, object], nodes: Nodes, words: str) -> None:
