@@ -12,6 +12,7 @@ from rich.console import Console
 from lockstep.cluster.launch.placement import Placement
 from lockstep.cluster.launch.ray_session import ray_cluster
 from lockstep.cluster.launch.run_lock import locked
+from lockstep.cluster.launch.shared_storage import check_shared
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.records.disk_reserve import DiskReserve
 from lockstep.cluster.records.ending import note_killed, this_process
@@ -60,6 +61,7 @@ def train_recipe(
         with ray_cluster(address), Placement(plan, say) as placement:
             check_inputs(recipe)
             interruption.listen()
+            check_shared(plan, placement.nodes)
             if ended := note_killed(recipe.folder):
                 say(f"the run that lies in {recipe.folder} was {ended}")
             if beginning.last:
