@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Timer
-from types import FrameType
+from types import FrameType, TracebackType
 
 CLEAN_UP_S = 30.0
 """Seconds that the end of a run may take after its last checkpoint."""
@@ -54,7 +54,10 @@ def deadline(max_hours: float | None, grace: float, environment: Mapping[str, st
 
 
 class Interruption:
-    """Raises KeyboardInterrupt in the main thread when the run is told to end, `OutOfTime` where its time is up.
+    """Raises KeyboardInterrupt in the main thread when the run is told to end, and ends as `OutOfTime` if time was up.
+
+    It is made one in the end: Ray, while it waits, puts an exception of its own in the place of one from a handler.
+
 
     The first signal waits for the end of a `deferred` block, a step or the last save. A second one does not, nor does
     the end of the grace period. Later ones, and any outside of such blocks, are ignored, so that clean-up ends.
@@ -85,11 +88,15 @@ class Interruption:
             self._end_of_time.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for timer in filter(None, (self._end_of_grace, self._end_of_time)):
             timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.cause == OUT_OF_TIME and isinstance(error, KeyboardInterrupt):
+            raise OutOfTime from error
 
     def listen(self) -> None:
         """Install the signal handlers; again after something else replaced them, as `ray.init` does."""
@@ -110,7 +117,7 @@ class Interruption:
         finally:
             self._deferring -= 1
         if self.cause is not None:
-            raise self._error()
+            raise KeyboardInterrupt
 
     def end(self, step: int, save: Callable[[], object]) -> str:
         """End a run that was told to: save first, if there is time; returns how it ended, in a sentence.
@@ -141,17 +148,17 @@ class Interruption:
             self._first(signal.Signals(number))
         elif self._deferring and not self._urgent:
             self._urgent = True
-            raise self._error()
+            raise KeyboardInterrupt
 
     def _first(self, cause: signal.Signals) -> None:
         self.cause = cause
         if not self._grace:
-            raise self._error()
+            raise KeyboardInterrupt
         self._end_of_grace.start()
         if self._end_of_time:
             self._end_of_time.cancel()  # else it would be the second signal
         if not self._deferring:
-            raise self._error()
+            raise KeyboardInterrupt
         self._say(
             f"{self._cause()}: the run ends its step and saves, within {self._grace:g} s; a second signal ends it at "
             "once"
@@ -161,9 +168,6 @@ class Interruption:
         if self.cause is None:
             return "interrupted"
         return "out of time" if self.cause == OUT_OF_TIME else self.cause.name
-
-    def _error(self) -> KeyboardInterrupt:
-        return OutOfTime() if self.cause == OUT_OF_TIME else KeyboardInterrupt()
 
     @staticmethod
     def _timer(seconds: float, number: signal.Signals) -> Timer:

@@ -5,6 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from lockstep.cluster.exit_codes import INTERRUPTED
 from lockstep.cluster.jobs import client
 from lockstep.cluster.launch import ray_session
-from lockstep.cluster.launch.ray_session import ANSWER_S, NoCluster, check_answers, ray_cluster
+from lockstep.cluster.launch.ray_session import ANSWER_S, NoCluster, NoToken, check_answers, ray_cluster, wants_token
 from tests.cluster.cli_process import Command, overrides, summary
 from tests.cluster.heads import free_port
 
@@ -40,8 +41,6 @@ def test_a_wrong_address_is_one_sentence_in_time(address: str) -> None:
 
 
 def test_a_server_that_speaks_grpc_answers() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as threads:
         server = grpc.server(threads)
         port = server.add_insecure_port("127.0.0.1:0")
@@ -77,3 +76,30 @@ def test_a_signal_to_the_whole_process_group_ends_the_run_after_it_has_saved(tmp
     assert str(summary(tmp_path / "run")["ended"]).endswith("which is saved"), command.output
     assert "died" not in command.output
     assert not [process for process in started if process.is_running()]
+
+
+class WantsToken(grpc.GenericRpcHandler):
+    """Refuses all calls as a head does that wants a token."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def refuse(_: bytes, context: grpc.ServicerContext) -> bytes:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+@pytest.mark.parametrize("handlers", [[], [WantsToken()]], ids=["open", "token"])
+def test_a_head_that_wants_a_token_is_one_sentence(
+    handlers: list[grpc.GenericRpcHandler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with ThreadPoolExecutor(1) as threads:
+        server = grpc.server(threads, handlers)
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        assert wants_token(address, ANSWER_S) == bool(handlers)
+        if handlers:
+            with pytest.raises(NoToken, match=f"{address} wants a token: set RAY_AUTH_MODE"), ray_cluster(address):
+                raise AssertionError("connected without a token")
+        server.stop(None).wait()

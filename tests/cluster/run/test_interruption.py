@@ -114,11 +114,17 @@ def test_handlers_are_put_back() -> None:
 
 def test_a_deadline_ends_the_step_in_time_and_is_no_second_signal(said: list[str]) -> None:
     saves: list[int] = []
-    with Interruption(5.0, said.append, time.time() + 5.0 + CLEAN_UP_S + 0.1) as interruption:
-        with pytest.raises(OutOfTime):
-            take_step(interruption, signal.pause)
-        assert interruption.cause == OUT_OF_TIME
-        assert interruption.end(4, lambda: saves.append(4)) == "out of time after step 4, which is saved"
+
+    def run() -> None:
+        with Interruption(5.0, said.append, time.time() + 5.0 + CLEAN_UP_S + 0.1) as interruption:
+            with pytest.raises(KeyboardInterrupt):
+                take_step(interruption, signal.pause)
+            assert interruption.cause == OUT_OF_TIME
+            assert interruption.end(4, lambda: saves.append(4)) == "out of time after step 4, which is saved"
+            raise KeyboardInterrupt
+
+    with pytest.raises(OutOfTime):
+        run()
     assert saves == [4]
     assert said == ["out of time: the run ends its step and saves, within 5 s; a second signal ends it at once"]
 
