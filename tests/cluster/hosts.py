@@ -24,8 +24,6 @@ from tests.cluster.cli_process import until
 GRANTED = shutil.which("ip") is not None and os.geteuid() == 0
 needs_hosts = pytest.mark.skipif(not GRANTED, reason="network namespaces need root and iproute2")
 PYTHON = Path(sys.executable)
-PATIENT = {"RAY_raylet_start_wait_time_s": "150", "RAY_agent_register_timeout_ms": "150000"}
-"""What lets a node start on a machine that others keep busy."""
 
 
 @dataclass
@@ -58,7 +56,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=inherited | {"RAY_AUTH_MODE": "disabled", **PATIENT} | environment,
+                env=inherited | {"RAY_AUTH_MODE": "disabled"} | environment,
                 cwd=self.folder,
                 start_new_session=True,
             )
@@ -124,7 +122,7 @@ class Hosts:
             assert process.poll() is None, (host.folder / "ray.log").read_text()
             return "Ray runtime started" in (host.folder / "ray.log").read_text()
 
-        until(up, 180)
+        until(up, 120)
 
 
 @contextmanager
