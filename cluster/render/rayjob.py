@@ -108,7 +108,8 @@ def _pod(name: str, recipe: Recipe, nodes: Nodes, job: KubernetesJob, container:
         amounts["memory"] = f"{math.ceil(nodes.memory * 1024)}Mi"
     if nodes.gpus:
         amounts["nvidia.com/gpu"] = nodes.gpus
-    variables = RAY_SETTINGS | {JOB: f"rayjob-{name}"}
+    namespace = {"name": "NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}}
+    variables = RAY_SETTINGS | {JOB: f"rayjob-$(NAMESPACE)-{name}"}
     mounts = [{"name": "recipe", "mountPath": FOLDER, "readOnly": True}]
     volumes: list[dict[str, Any]] = [{"name": "recipe", "configMap": {"name": name}}]
     for number, volume in enumerate(job.volumes):
@@ -116,7 +117,7 @@ def _pod(name: str, recipe: Recipe, nodes: Nodes, job: KubernetesJob, container:
         volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": volume.source}})
     container = container | {
         "image": job.image,
-        "env": [{"name": key, "value": value} for key, value in variables.items()],
+        "env": [namespace, *({"name": key, "value": value} for key, value in variables.items())],
         "envFrom": [{"secretRef": {"name": secret}} for secret in job.secrets],
         "resources": {"requests": amounts, "limits": amounts},
         "volumeMounts": mounts,

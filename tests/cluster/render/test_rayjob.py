@@ -43,6 +43,8 @@ def test_pods_are_the_nodes_that_were_asked_for() -> None:
         (container,) = template["spec"]["containers"]
         assert container["image"] == "registry/lockstep:1"
         assert container["resources"]["limits"] == {"cpu": 32, "memory": "262144Mi", "nvidia.com/gpu": 8}
+        assert {"name": "LOCKSTEP_JOB", "value": "rayjob-$(NAMESPACE)-run"} in container["env"]
+        assert container["env"][0]["name"] == "NAMESPACE", "variables are put into those that come after them"
         assert container["envFrom"] == [{"secretRef": {"name": "hub"}}, {"secretRef": {"name": "wandb"}}]
         assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/etc/lockstep", "/shared"}
         assert template["spec"]["volumes"][1]["persistentVolumeClaim"] == {"claimName": "shared"}
