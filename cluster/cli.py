@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lockstep
-from lockstep.cluster.commands import checkpoints, checks, data, evaluate, grade, inference, jobs, recipe, render, train
+from lockstep.cluster.commands import checkpoints, checks, data, evaluate, inference, jobs, recipe, render, train
 from lockstep.cluster.launch.ray_settings import set_ray_defaults
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ for name, command in {
     "generate": inference.generate,
     "serve": inference.serve,
     "eval": evaluate.evaluate_model,
-    "grade": grade.grade_answers,
+    "grade": evaluate.grade_answers,
     "convert": checkpoints.convert,
     "verify": checkpoints.verify,
     "inspect": checkpoints.inspect,

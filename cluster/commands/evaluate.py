@@ -1,8 +1,12 @@
-"""The command `lockstep eval`: accuracy and pass@k of a model on held-out problems, with confidence intervals."""
+"""The commands `lockstep eval`, accuracy and pass@k of a model on held-out problems, and `lockstep grade`, verdicts."""
 
-from collections.abc import Sequence
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
@@ -10,6 +14,7 @@ from lockstep.cluster.commands.console import err, out, progress, sentences
 from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, overriding
 
 if TYPE_CHECKING:
+    from lockstep.cluster.evaluation.grading import Task
     from lockstep.cluster.recipe.schema import Recipe
 
 KNOWN_TOKENS = 512
@@ -105,3 +110,70 @@ def _recipe(task: str, file: str | None, limit: int | None, overrides: Sequence[
 def _folder(checkpoint: str, *names: str) -> Path:
     parts = [Path(checkpoint).resolve().name, *(Path(name).name.split(".")[0] for name in names)]
     return Path("runs") / "eval" / "-".join(parts)
+
+
+@sentences
+def grade_answers(
+    answers: Annotated[str, typer.Argument(help="JSON lines; - for stdin.")],
+    task: Annotated[str, typer.Option(help="math, code or gym.")],
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core otherwise.")] = None,
+    deadline: Annotated[float, typer.Option(min=0.01, help="Seconds that one answer may take.")] = 5.0,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Math: say what each rule of extraction finds, and where they disagree.")
+    ] = False,
+) -> None:
+    """Print a verdict for each row, as JSON lines; the exit code is 1 where a row could not be read.
+
+    Rows have the fields response and answer; for code completion, tests and, where a function is tested, entry_point.
+
+    Example: lockstep grade --task math answers.jsonl
+    """
+    from lockstep.cluster.evaluation.grading import (
+        Graded,
+        audit_summary,
+        auditor,
+        grade_rows,
+        pool_for,
+        read_rows,
+        summary,
+    )
+
+    chosen = _grader(task, audit=audit)
+    processes = workers or os.cpu_count() or 1
+    outcomes, bad, audited = Counter[str](), 0, list[Graded]()
+    with ExitStack() as stack:
+        lines = stack.enter_context(_opened(answers))
+        pool = stack.enter_context(pool_for(chosen, processes, deadline, err.print))
+        finish = stack.enter_context(auditor(processes, deadline)) if audit else Graded
+        rows = read_rows(lines, "stdin" if answers == "-" else answers, chosen)
+        for graded in grade_rows(rows, pool, processes, finish):
+            print(graded.as_json(audit=audit), flush=True)
+            outcomes[graded.verdict.outcome] += 1
+            if graded.row.problem:
+                bad += 1
+                err.print(graded.row.problem)
+            if audit:
+                audited.append(graded)
+    for line in (summary(outcomes, bad), *(audit_summary(audited) if audit else ())):
+        err.print(line)
+    if bad:
+        raise typer.Exit(1)
+
+
+def _grader(name: str, *, audit: bool) -> "Task":
+    if audit and name != "math":
+        raise ValueError(f"--audit compares rules that find a final answer, which --task {name} has none of: use math")
+    match name:
+        case "math" | "code" | "gym":
+            return name
+        case _:
+            raise ValueError(f"--task {name!r} is not supported: use math, code or gym")
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[BinaryIO]:
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    with Path(name).open("rb") as file:
+        yield file
