@@ -116,6 +116,7 @@ class Hosts:
         command = [PYTHON.with_name("ray"), "start", "--block", "--disable-usage-stats", f"--num-cpus={cpus:g}"]
         command += [f"--node-ip-address={host.address}", *([f"--address={self.cluster}"] if number else role), *options]
         temporary = [] if number else [f"--temp-dir={host.folder / 'ray'}"]
+        (host.folder / "ray.log").unlink(missing_ok=True)  # of a node that was lost
         process = host.start(*command, *temporary, log="ray.log")
 
         def up() -> bool:

@@ -3,11 +3,11 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from ray.util.state import list_actors
 
 from lockstep.cluster.run.attempts import HOUR_S, Restarts
 from lockstep.cluster.run.failures import RunFailed
@@ -48,8 +48,12 @@ def commands() -> Iterator[list[Command]]:
 
 def workers(head: Head, kind: str) -> list[psutil.Process]:
     """Processes of a class of workers, by when they began."""
-    found = list_actors(head.address, filters=[("class_name", "=", kind), ("state", "=", "ALIVE")], detail=True)
-    return sorted((psutil.Process(each.pid) for each in found if each.pid), key=psutil.Process.create_time)
+    found = []
+    for process in psutil.Process(head.process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith(f"ray::{kind}"):
+                found.append(process)
+    return sorted(found, key=psutil.Process.create_time)
 
 
 def test_ranks_that_die_before_and_after_a_checkpoint_change_no_bit(

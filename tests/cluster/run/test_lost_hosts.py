@@ -1,5 +1,6 @@
 """Hosts of a cluster are lost in the middle of a run, and it ends with the bits of one that nothing disturbed."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -8,7 +9,7 @@ import psutil
 import pytest
 
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from tests.cluster.cli_process import Train, metrics, overrides, summary, until, write_recipe
+from tests.cluster.cli_process import Train, metrics, overrides, summary, write_recipe
 from tests.cluster.hosts import PYTHON, Host, Hosts, connected, needs_hosts
 from tests.cluster.run.test_resuming_rl import figures, same_checkpoints
 
@@ -49,8 +50,11 @@ class Run:
 
     def until(self, condition: Callable[[], bool], seconds: float = 240) -> None:
         """Waits for a condition while it runs."""
-        until(lambda: condition() or self.process.poll() is not None, seconds)
-        assert self.process.poll() is None, self.output
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < end, self.output
+            time.sleep(0.2)
 
 
 def workers(host: Host, kind: str) -> list[psutil.Process]:
