@@ -24,8 +24,8 @@ from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.records.svg import Series, line_chart
 from lockstep.data.tasks.task import make_split
 from lockstep.distributed.checkpoint.manager import Checkpoint, find, saved
-from lockstep.distributed.groups import Groups, alone, leave
 from lockstep.distributed.pipeline import Stage
+from lockstep.distributed.world.groups import Groups, alone, leave
 from lockstep.model.config import ModelConfig
 from lockstep.model.loading import DTYPES, build
 from lockstep.rl.prompts import make_prompt

@@ -38,9 +38,9 @@ from lockstep.data.batch import sample
 from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.saver import Saver
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, describe
 from lockstep.model.loading import build
 from lockstep.model.objectives.token_loss import nll

@@ -25,10 +25,10 @@ from lockstep.data.batch import sample
 from lockstep.data.packing import RowRules, rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import Source
-from lockstep.distributed.groups import Groups, alone
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import run_forward_backward
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups, alone
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics
 from lockstep.model.formats.registry import QUICKSTART_MODEL

@@ -29,8 +29,8 @@ from lockstep.data.corpus.documents import Reading
 from lockstep.data.corpus.indexed_dataset import IndexedDataset
 from lockstep.data.corpus.loader import PretrainingConfig, PretrainingData
 from lockstep.data.tokenizer import Tokenizer, train_tokenizer
-from lockstep.distributed.groups import alone
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.world.groups import alone
 from lockstep.model.config import ModelConfig
 from lockstep.model.loading import DTYPES, build
 from lockstep.model.training.config import PretrainConfig, row_rules

@@ -21,7 +21,7 @@ import torch
 from lockstep.cluster.conversion.convert import to_huggingface
 from lockstep.data.batch import sample
 from lockstep.data.packing import RowRules, rows_for_ranks
-from lockstep.distributed.groups import alone
+from lockstep.distributed.world.groups import alone
 from lockstep.model.formats.registry import QUICKSTART_MODEL, open_model
 from lockstep.model.loading import build
 from lockstep.model.objectives.token_loss import nll

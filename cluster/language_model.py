@@ -8,7 +8,7 @@ from typing import Any, Self, overload
 
 from lockstep.cluster.generation import Answerer, Question, conversation, sampling_of
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.groups import has_joined
+from lockstep.distributed.world.groups import has_joined
 from lockstep.model.config import ModelConfig
 from lockstep.rl.rollout.config import EngineConfig
 from lockstep.rl.rollout.engine import RolloutEngine

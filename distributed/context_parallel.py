@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.distributed.collectives import all_to_all
 from lockstep.distributed.device import sent
+from lockstep.distributed.world.collectives import all_to_all
 
 Visible = Callable[[Tensor, Tensor], Tensor]
 """(indices of queries [Q], indices of keys [K]) in the row → whether each query sees each key, [Q, K]."""

@@ -13,12 +13,12 @@ from torch.nn import functional
 from lockstep.distributed.checkpoint.reshard import FlatShard
 from lockstep.distributed.checkpoint.tensors import Piece, Source
 from lockstep.distributed.device import peak_memory
-from lockstep.distributed.groups import Groups, before_leaving
 from lockstep.distributed.optimizer.parameter_marks import replicate
 from lockstep.distributed.optimizer.snapshot import Snapshot
 from lockstep.distributed.optimizer.zero import ZeroOptimizer
 from lockstep.distributed.pipeline import Forward, Loss, Stage, run_forward, run_forward_backward
 from lockstep.distributed.step_result import StepResult
+from lockstep.distributed.world.groups import Groups, before_leaving
 
 
 class MissingGradient(RuntimeError):

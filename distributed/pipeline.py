@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lockstep.distributed.device import megatron_device
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 
 Forward = Callable[[nn.Module, Any, Tensor | None, int], Tensor]
 """(this rank's module, micro-batch, activations received from the stage before or None, virtual stage) → activations,

@@ -4,8 +4,8 @@ import torch
 
 from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.distributed.device import local_device
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Stage, megatron_config
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import Head, ModelConfig, Numerics
 from lockstep.model.state_dict import load
 from lockstep.model.transformer import Transformer

@@ -18,7 +18,7 @@ from lockstep.distributed.checkpoint.tensors import (
     read_tensor,
     to_numpy,
 )
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.layers.lora import Adapter, Adapters
 from lockstep.model.transformer import Transformer
 from lockstep.model.weights.lora import merge

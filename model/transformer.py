@@ -14,8 +14,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import ranges, stage_layers
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.spec import Attend, call_attend
 from lockstep.model.config import ModelConfig, Numerics, check_layout, check_numerics
 from lockstep.model.layers.block import Block

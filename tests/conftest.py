@@ -11,8 +11,8 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from lockstep.data.tokenizer import Tokenizer
-    from lockstep.distributed.groups import Groups
-    from lockstep.distributed.rank_pool import RankPool
+    from lockstep.distributed.world.groups import Groups
+    from lockstep.distributed.world.rank_pool import RankPool
     from lockstep.model.transformer import Transformer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def worlds() -> "Iterator[RankPool]":
     """Real gloo worlds of any layout."""
-    from lockstep.distributed.rank_pool import RankPool
+    from lockstep.distributed.world.rank_pool import RankPool
 
     with RankPool() as worlds:
         yield worlds
@@ -50,7 +50,7 @@ def worlds() -> "Iterator[RankPool]":
 @pytest.fixture(scope="module")
 def groups() -> "Iterator[Groups]":
     """A world of this process alone, left before the next module begins."""
-    from lockstep.distributed.groups import alone, leave
+    from lockstep.distributed.world.groups import alone, leave
 
     yield alone()
     leave()

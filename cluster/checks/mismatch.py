@@ -18,10 +18,10 @@ from lockstep.data.tasks.task import TaskConfig, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, Numerics, check_layout
 from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.objectives.mismatch import differing_bits

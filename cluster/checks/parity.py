@@ -25,9 +25,9 @@ from lockstep.data.corpus.synthetic import random_text
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.tensors import to_numpy, whole
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, check_layout, describe
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.model.formats.registry import ModelContents

@@ -12,7 +12,7 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.client import ray as ray_client
 
-from lockstep.distributed.network import is_loopback
+from lockstep.distributed.world.network import is_loopback
 
 Resources = Mapping[str, float]
 """Amounts by kind, as CPU and GPU."""

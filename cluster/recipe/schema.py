@@ -10,7 +10,6 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.cluster.recipe.model_source import SourceConfig
-from lockstep.cluster.recipe.recovery import RecoveryConfig
 from lockstep.cluster.recipe.roles import RolesConfig
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
@@ -32,6 +31,23 @@ class EvaluationConfig(_Section):
     """Greedy exact match on held-out problems, before and after each phase."""
 
     max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
+
+
+class RecoveryConfig(_Section):
+    """What a run does about workers that stop, and about the death of a model's rank."""
+
+    stopped_after: float = Field(
+        60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds after which a worker whose process is stopped, as by SIGSTOP, is ended and counts as dead",
+    )
+    restarts: int = Field(
+        3,
+        ge=0,
+        description="how often within an hour the run begins again from its newest whole checkpoint, in the same "
+        "layout, when a rank of a model has died; 0 ends it then",
+    )
 
 
 class Recipe(_Section):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lockstep.distributed.checkpoint.arrays import Chunk, chunk_shape
 from lockstep.distributed.checkpoint.tensors import Box, Piece, Source, read_tensor, state_name, to_torch, whole
-from lockstep.distributed.collectives import all_to_all
+from lockstep.distributed.world.collectives import all_to_all
 
 WEIGHTS = "weights"
 """The kind of values that are weights and not optimizer state."""

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.distributed.groups import Groups, before_leaving
 from lockstep.distributed.optimizer.grad_norm import LocalValues, PartNorms, global_norm
 from lockstep.distributed.optimizer.parameter_marks import is_expert
+from lockstep.distributed.world.groups import Groups, before_leaving
 
 BUCKET = 20_000_000
 """Elements that are reduced at a time: enough for a network, and few enough that they are still in a cache."""

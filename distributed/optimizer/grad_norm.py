@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.optimizer.parameter_marks import is_expert
+from lockstep.distributed.world.groups import Groups
 
 LocalValues = tuple[nn.Parameter, Tensor, int]
 """A parameter, the tensor (or this rank's elements of it) whose norm is taken, and the number of ranks that hold it."""

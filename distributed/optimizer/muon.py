@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.distributed.checkpoint.tensors import Piece
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.optimizer.partition import Sharded, Share
 from lockstep.distributed.optimizer.zero import newton_schulz
+from lockstep.distributed.world.groups import Groups
 
 
 class Muon(Sharded):

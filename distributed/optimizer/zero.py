@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.distributed.groups import Groups, before_leaving
 from lockstep.distributed.libraries import (
     PartitionedParameterCoordinator,
     deepspeed,
@@ -35,6 +34,7 @@ from lockstep.distributed.optimizer.grad_norm import LocalValues, PartNorms, glo
 from lockstep.distributed.optimizer.parameter_marks import EXPERTS, is_expert
 from lockstep.distributed.optimizer.partition import Sharded, Share, share_of, shares_of_all, shares_of_each, stored
 from lockstep.distributed.optimizer.zero_state import ZeroState
+from lockstep.distributed.world.groups import Groups, before_leaving
 
 _linear = torch.nn.functional.linear
 """ZeRO-3 replaces it for the whole process."""

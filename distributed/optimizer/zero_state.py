@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lockstep.distributed.checkpoint.reshard import WEIGHTS, FlatShard, fill
 from lockstep.distributed.checkpoint.tensors import STATES, Piece, Source, concurrently, state_name
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.optimizer.partition import Share, share_of, shares_of_each, stored
+from lockstep.distributed.world.groups import Groups
 
 _STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
 """Kinds of state, and what optimizers call them."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lockstep.distributed.context_parallel import UlyssesExchange, ring_attention
 from lockstep.distributed.device import sent
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import splits_heads
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.attention.spec import PLAIN, Attend, AttentionSpec
 from lockstep.model.config import Numerics

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.spec import Attend, AttentionSpec, call_attend
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.layers.linear import ColumnLinear, RowLinear, sequence_group

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import Numerics
 from lockstep.model.ops.exact.reductions import summed, summed_and_split
 from lockstep.model.ops.linear import PackedWeight, biased, packed, project, tiles_of

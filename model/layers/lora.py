@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import LoraConfig, ModelConfig
 from lockstep.model.layers.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
 from lockstep.model.weights.lora import merge

@@ -21,9 +21,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lockstep.distributed.collectives import all_to_all
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.optimizer.parameter_marks import as_expert
+from lockstep.distributed.world.collectives import all_to_all
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import MoEConfig, Numerics
 from lockstep.model.layers.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
 from lockstep.model.ops.exact import reductions

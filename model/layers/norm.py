@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.layers.linear import mark, reduced, summed_over
 from lockstep.model.ops.exact import reductions

@@ -10,8 +10,8 @@ from torch import Tensor
 from lockstep.data.batch import Ints, TokenBatch, part, sequences_of
 from lockstep.distributed.context_parallel import zigzag_indices
 from lockstep.distributed.device import sent
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Stage
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.context_parallel import attention
 from lockstep.model.attention.spec import Attend
 from lockstep.model.config import Numerics

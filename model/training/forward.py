@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.data.batch import TokenBatch
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Forward, Stage, run_forward
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.layers.logprobs import token_scores
 from lockstep.model.layers.value_head import ValueHead
 from lockstep.model.training.device_batch import DeviceBatch, DeviceRows, longest_document, places_of

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lockstep.distributed.checkpoint.tensors import Piece
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.optimizer.muon import Muon
 from lockstep.distributed.optimizer.parameter_marks import experts_apart
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.state_dict import pieces
 from lockstep.model.training.config import OptimizerConfig
 from lockstep.model.transformer import Transformer

@@ -14,9 +14,9 @@ from lockstep.distributed.checkpoint.reshard import WEIGHTS, whole_chunks
 from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.pipeline import Forward, Loss, Stage
 from lockstep.distributed.step_result import StepResult
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.loading import transformer_of
 from lockstep.model.objectives.objective import Objective
 from lockstep.model.objectives.token_loss import TokenLoss

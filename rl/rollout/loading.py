@@ -9,7 +9,7 @@ from pathlib import Path
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.distributed.groups import Groups, alone, leave
+from lockstep.distributed.world.groups import Groups, alone, leave
 from lockstep.model.config import ModelConfig, Numerics, UnknownModel
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.model.formats.recast import Recast

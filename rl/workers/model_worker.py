@@ -18,11 +18,11 @@ from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.distributed.device import give_back
-from lockstep.distributed.groups import Groups, join, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage
 from lockstep.distributed.profiler import Trace
 from lockstep.distributed.step_result import StepResult
+from lockstep.distributed.world.groups import Groups, join, meeting_at
 from lockstep.model.config import Head, ModelConfig, Numerics, describe
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loading import DTYPES, build, transformer_of

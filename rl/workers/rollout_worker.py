@@ -5,8 +5,8 @@ from pathlib import Path
 
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.distributed.groups import join, meeting_at
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.world.groups import join, meeting_at
 from lockstep.model.config import Numerics
 from lockstep.rl.rollout.config import RolloutConfig
 from lockstep.rl.rollout.loading import load_rollout_engine

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from lockstep.distributed.context_parallel import zigzag_indices
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.attention.context_parallel import RingAttention, UlyssesAttention, attention
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.attention.spec import AttentionSpec

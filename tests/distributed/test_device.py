@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lockstep.distributed.device import local_device, peak_memory, take_device
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
-from tests.distributed.test_rank_pool import step_of_a_tiny_model
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
+from tests.distributed.world.test_rank_pool import step_of_a_tiny_model
 
 CPU = torch.device("cpu")
 REPORT = "import torch; from lockstep.distributed.device import peak_memory; print(peak_memory(torch.device('cpu')))"

@@ -21,9 +21,9 @@ from transformers import (
 
 from lockstep.cluster.conversion.convert import to_huggingface
 from lockstep.data.packing import rows_for_ranks
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, LayoutError, check_divides
-from lockstep.distributed.rank_pool import RankPool, WorldFailed
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool, WorldFailed
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.formats.huggingface.families.registry import from_huggingface
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder

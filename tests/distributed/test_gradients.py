@@ -10,10 +10,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.engine import Engine, MissingGradient
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage, megatron_config
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loading import build, transformer_of
 from lockstep.model.objectives.token_loss import nll

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lockstep.data.batch import Sample, sample
 from lockstep.data.packing import rows_for_ranks
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.exact import attend_exactly
 from lockstep.model.attention.spec import PLAIN, AttentionSpec
 from lockstep.model.config import ModelConfig, MoEConfig, Numerics

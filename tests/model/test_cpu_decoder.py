@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lockstep.cluster.checks.mismatch import compare, reported, rescored
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span
 from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.model.config import ModelConfig

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
 from lockstep.model.layers.logprobs import local_logits

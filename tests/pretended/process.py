@@ -21,6 +21,6 @@ def serve(devices: int, guard: str, torch_library: str, pipe: Connection) -> Non
     from tests.pretended import cuda
 
     cuda.install(devices, guard)
-    from lockstep.distributed import rank_pool
+    from lockstep.distributed.world import rank_pool
 
     rank_pool._serve(pipe)

@@ -25,9 +25,9 @@ from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import digest, to_numpy
 from lockstep.distributed.device import take_device
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.attention import packed
 from lockstep.model.loading import build, transformer_of
 from lockstep.model.objectives.objective import LossInputs, Report

@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from lockstep.distributed.rank_pool import Members, RankPool
+from lockstep.distributed.world.rank_pool import Members, RankPool
 from tests.pretended.device import compile_guard
 from tests.pretended.process import serve
 

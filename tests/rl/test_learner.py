@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.layers.value_head import ValueHead
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig

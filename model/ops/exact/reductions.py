@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lockstep.distributed.collectives import all_to_all
+from lockstep.distributed.world.collectives import all_to_all
 from lockstep.model.ops.exact import triton_kernels
 
 PART = 16_384

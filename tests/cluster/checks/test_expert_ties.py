@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from lockstep.cluster.checks.expert_ties import TIE, Choices, Routing, RoutingWatch, tie
 from lockstep.data.packing import rows_for_ranks
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.layers.recompute import Recompute
 from lockstep.model.loading import build

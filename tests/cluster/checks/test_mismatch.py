@@ -8,7 +8,7 @@ import torch
 
 from lockstep.cluster.checks.mismatch import compare, reported, rescored
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder, read_text_files
 from lockstep.model.loading import build, transformer_of
 from lockstep.rl.rollout.config import SamplingParams

@@ -14,7 +14,7 @@ from lockstep.cluster.recipe.load import load_recipe, parse_layout
 from lockstep.cluster.recipe.model_source import starting_point
 from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.rank_pool import RankPool
 from tests.cluster.cli_process import Command, refused
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "parity-tiny.toml"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lockstep.cluster.cli import app
 from lockstep.cluster.generation import Answerer, Question, conversation, read_questions, talk
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder, read_text_files
 from lockstep.model.loading import build, transformer_of
 from lockstep.rl.rollout.config import SamplingParams

@@ -13,9 +13,9 @@ from lockstep.data.corpus.loader import PretrainingData
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import storage_of
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig
 from lockstep.model.loading import build
 from lockstep.model.objectives.token_loss import nll

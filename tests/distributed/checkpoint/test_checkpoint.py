@@ -39,10 +39,10 @@ from lockstep.distributed.checkpoint.tensors import (
     whole,
     within,
 )
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.optimizer.parameter_marks import is_expert
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loading import build, transformer_of
 from lockstep.model.state_dict import pieces, pieces_by_parameter

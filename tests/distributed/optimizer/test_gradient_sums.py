@@ -9,9 +9,9 @@ import torch
 
 from lockstep.data.batch import Sample, sample
 from lockstep.data.packing import rows_for_ranks
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loading import build
 from lockstep.model.objectives.token_loss import nll

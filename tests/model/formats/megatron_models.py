@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from lockstep.distributed.checkpoint.tensors import Source, to_torch, whole
 from lockstep.distributed.device import megatron_device
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import ModelConfig
 from lockstep.model.weights.names import logical_tensors
 

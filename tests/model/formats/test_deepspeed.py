@@ -33,10 +33,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lockstep.data.batch import sample
 from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.tensors import Box, Source, WeightsOnly, state_name, to_numpy, whole
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.optimizer.zero import _Grid
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.formats.deepspeed.reader import DeepSpeedFolder
 from lockstep.model.formats.deepspeed.stored_tensors import BadDeepSpeedFolder, FlatTensor, load

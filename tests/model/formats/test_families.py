@@ -16,9 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from lockstep.data.batch import sample
 from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.tensors import Box, Source, to_torch, whole
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.formats.huggingface import writer

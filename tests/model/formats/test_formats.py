@@ -16,7 +16,7 @@ from lockstep.cluster.conversion.convert import to_huggingface
 from lockstep.cluster.conversion.staging import BadTarget
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.groups import leave
+from lockstep.distributed.world.groups import leave
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.formats.gguf import GGUFFile

@@ -16,9 +16,9 @@ from megatron.core.transformer.enums import AttnBackend
 from ml_dtypes import bfloat16
 
 from lockstep.distributed.checkpoint.tensors import Box, Source, digest, state_name, to_numpy, whole
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.config import ModelConfig, MoEConfig, UnknownModel
 from lockstep.model.formats.files.safe_unpickler import UnreadFile

@@ -17,7 +17,7 @@ from lockstep.cluster.conversion.inspection import open_outline, plan_lines
 from lockstep.cluster.conversion.plan import BadConversion, Conversion
 from lockstep.data.batch import sample
 from lockstep.data.packing import rows_for_ranks
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import UnknownModel
 from lockstep.model.formats.huggingface.reader import BadFolder
 from lockstep.model.formats.peft import PeftFolder

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.layers.logprobs import CHUNKS, local_logits, token_logprobs, token_scores
 from lockstep.model.weights.sharding import padded_vocabulary
 

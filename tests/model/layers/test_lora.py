@@ -12,9 +12,9 @@ from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.reshard import WEIGHTS
 from lockstep.distributed.checkpoint.saver import Saver
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool, WorldFailed
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool, WorldFailed
 from lockstep.model.config import LoraConfig, ModelConfig, MoEConfig, Numerics, describe
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
 from lockstep.model.loading import DTYPES, build

@@ -13,11 +13,11 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from lockstep.distributed.device import megatron_device
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.pipeline import megatron_config
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import MoEConfig
 from lockstep.model.layers.moe import MoE, Sequences
 from tests.parameters import every

@@ -15,9 +15,9 @@ from lockstep.data.batch import Sample, sample
 from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.saver import Saver
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, Numerics, UnknownModel, describe
 from lockstep.model.formats.huggingface.families.registry import FAMILIES, Family, from_huggingface, to_huggingface
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder, read_words

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout, LayoutError
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import check_numerics
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.ops.exact import reductions

@@ -8,7 +8,7 @@ import torch
 
 from lockstep.data.batch import sample
 from lockstep.data.packing import rows_for_ranks
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import ModelConfig
 from lockstep.model.loading import build
 from lockstep.model.training.config import row_rules

@@ -14,10 +14,10 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.reshard import FlatShard, fill, whole_chunks
 from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.tensors import Piece, WeightsOnly, state_name, to_numpy, whole
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.optimizer.zero_state import MissingState
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig, describe
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loading import DTYPES, build

@@ -11,9 +11,9 @@ import pytest
 from lockstep.data.corpus.loader import PretrainingConfig, PretrainingData
 from lockstep.data.corpus.sample_schedule import Rewind
 from lockstep.data.corpus.synthetic import write_random_store
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loading import DTYPES, build
 from lockstep.model.objectives.token_loss import nll

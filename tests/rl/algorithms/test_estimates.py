@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from lockstep.data.batch import Floats, Ints
 from lockstep.data.packing import RowRules, rows_for_ranks
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.config import ModelConfig
 from lockstep.model.layers.value_head import ValueHead

@@ -20,7 +20,7 @@ from lockstep.cluster.recipe.load import parse
 from lockstep.data.tasks.problem import Problem, entry_text
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.config import Numerics
 from lockstep.rl.algorithms.config import RLConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from lockstep.cluster.checks.mismatch import compare, reported, rescored
 from lockstep.cluster.cli import app
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.ops.cpu import kernels
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.distributed.groups import Groups
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
 from lockstep.model.layers.logprobs import local_logits

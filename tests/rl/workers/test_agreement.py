@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lockstep.distributed.checkpoint.manager import Checkpoint
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
+from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import ModelConfig
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.model.loading import build, transformer_of

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lockstep.cluster.checks.mismatch import compare, rescored
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import RankPool
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams

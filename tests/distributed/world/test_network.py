@@ -7,15 +7,15 @@ import sys
 import psutil
 import pytest
 
-from lockstep.distributed.groups import host_meeting, meeting_at
-from lockstep.distributed.network import LOOPBACK, interface_of, is_loopback, listening, use_interface_of
+from lockstep.distributed.world.groups import host_meeting, meeting_at
+from lockstep.distributed.world.network import LOOPBACK, interface_of, is_loopback, listening, use_interface_of
 
 NOBODYS = "203.0.113.7"
 WORLD = """
 import psutil
-from lockstep.distributed.groups import host_meeting, join, meeting_at
+from lockstep.distributed.world.groups import host_meeting, join, meeting_at
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.network import use_interface_of
+from lockstep.distributed.world.network import use_interface_of
 use_interface_of("127.0.0.1")
 store = host_meeting("127.0.0.1")
 join(Layout(), rank=0, meeting=meeting_at("127.0.0.1", store.port))

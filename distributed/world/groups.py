@@ -15,7 +15,7 @@ from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-de
 from lockstep.distributed.device import take_device
 from lockstep.distributed.layout import Layout, LayoutError
 from lockstep.distributed.libraries import parallel_state
-from lockstep.distributed.network import listening
+from lockstep.distributed.world.network import listening
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from lockstep.distributed.device import keep_freed_memory
-from lockstep.distributed.groups import host_meeting, join, leave, meeting_at
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.network import LOOPBACK, use_interface_of
+from lockstep.distributed.world.groups import host_meeting, join, leave, meeting_at
+from lockstep.distributed.world.network import LOOPBACK, use_interface_of
 
 PRELOADED = ["lockstep.distributed.optimizer.zero"]
 """Modules that a process has from the start: imported once, in the server that all are forked from."""

@@ -9,10 +9,10 @@ from deepspeed.utils import groups as deepspeed_groups
 
 from lockstep.data.batch import sample
 from lockstep.data.packing import rows_for_ranks
-from lockstep.distributed.groups import Groups
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.rank_pool import MOST_THREADS, RankPool
 from lockstep.distributed.step_result import StepResult
+from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.rank_pool import MOST_THREADS, RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loading import build
 from lockstep.model.objectives.token_loss import nll
