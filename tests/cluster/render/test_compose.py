@@ -126,7 +126,7 @@ def test_on_two_hosts_the_commands_of_containers_train(hosts: Hosts, tmp_path: P
         folders = f"mount --bind {tmp_path}/hosts /etc/hosts && mkdir -p /tmp/ray && mount --bind {host.local} /tmp/ray"
         own = [*service["entrypoint"], script.replace(RECIPE, f"{tmp_path}/recipe.toml").replace(TOKENS, str(tmp_path))]
         environment = [each.replace(TOKENS, str(tmp_path)).split("=") for each in service["environment"]]
-        variables = dict(environment) | {"GLOO_SOCKET_IFNAME": "eth0"}
+        variables = dict(environment)
         path = f"{PYTHON.parent}:/usr/sbin:/usr/bin:/sbin:/bin"
         inside = ["unshare", "--mount", "sh", "-c", f'{folders} && exec "$@"', "sh", *own]
         return host.start(*inside, log="service.log", PATH=path, **variables)

@@ -206,7 +206,7 @@ def test_on_two_hosts_a_job_ends_and_one_that_is_requeued_ends_with_the_same_bit
         asked = SlurmJob(hours=1, python=str(PYTHON), scratch=str(hosts[0].local))
         script.write_text(sbatch_script(recipe, Nodes(2, cpus=1), asked))
         log = f"{name}-{restarts}.log"
-        known = slurm.environment(job, restarts) | {"GLOO_SOCKET_IFNAME": "eth0"}
+        known = slurm.environment(job, restarts)
         return folder, hosts[0].start("bash", script, log=log, **known)
 
     def said(log: str) -> str:
