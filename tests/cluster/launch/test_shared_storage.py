@@ -1,5 +1,6 @@
 """What a run writes is on storage that all of its nodes share, or the run is refused with the node and the path."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_node_that_has_the_same_storage_is_let_in_and_nothing_is_left(tmp_path
 
 
 @pytest.fixture(scope="module")
-def two() -> Hosts:
+def two() -> Iterator[Hosts]:
     """Two hosts with Ray."""
     with connected(2) as hosts:
         hosts.start_ray(0, 2)
@@ -99,6 +100,4 @@ def test_a_run_on_a_disk_of_one_node_is_refused_before_anything_is_written(
     )
     assert code == 2, said
     assert f"node {two[1].address} has its own {two[0].local}, which run names" in said
-    assert not [path for path in two[0].disk.iterdir() if path.name != "run.lock"]
-    code, said = two[0].run(*lockstep, *spread, "--set", "rl.steps=1", timeout=300, RAY_ADDRESS=two.cluster)
-    assert code == 0, said
+    assert not list(two[0].disk.glob("run*"))
