@@ -13,7 +13,7 @@ help:
 	@echo "make lint                          ruff, mypy, direction of imports"
 	@echo "make bench      [ARGS=…]           compare one GRPO step with TRL's"
 	@echo "make parity                        compare every kind of layout with one process (half an hour)"
-	@echo "make chaos                         kill saves at two hundred moments"
+	@echo "make chaos                         kill saves at two hundred moments, workers and whole hosts"
 	@echo "Each makes $(VENV) on first use; PYTHON=python3.12 chooses the interpreter."
 
 quickstart: $(VENV)/installed
@@ -31,10 +31,13 @@ lint: $(VENV)/installed-dev
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/grpo_vs_trl.py $(ARGS)
 
-KILLS := tests/distributed/checkpoint/test_interrupted_saves.py
+# What kills saves, workers and nodes, or needs clusters of several hosts.
+CHAOS := tests/distributed/checkpoint/test_interrupted_saves.py tests/cluster/jobs tests/cluster/launch \
+         tests/cluster/render tests/cluster/run/test_attempts.py tests/cluster/run/test_lost_hosts.py \
+         tests/cluster/test_pages.py
 
 chaos: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m exhaustive --timeout 3600 $(KILLS)
+	$(BIN)/python -m pytest -m exhaustive --timeout 3600 $(CHAOS)
 
 # Every axis alone, then mixtures, up to 8 processes; a model may leave out what it cannot be split by.
 TENSOR   := tensor=2 tensor=4 tensor=2,sequence=true tensor=4,sequence=true
@@ -56,7 +59,7 @@ GPT2 := 'model.config.family="gpt2"' 'model.config.activation="gelu_tanh"' model
 PARITY := $(BIN)/lockstep parity recipes/parity-tiny.toml --steps 20
 
 parity: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m exhaustive --timeout 3600 --ignore $(KILLS)
+	$(BIN)/python -m pytest -m exhaustive --timeout 3600 $(addprefix --ignore ,$(CHAOS))
 	$(PARITY) --set model.config.tied=true --layouts $(TENSOR) $(PIPELINE) $(CONTEXT) $(DATA) $(MIXTURES)
 	$(PARITY) --set model.config.tied=false --layouts $(TENSOR) $(PIPELINE) $(DATA) $(MIXTURES)
 	$(PARITY) $(addprefix --set ,$(GPT2)) --layouts $(TENSOR) $(PIPELINE) $(CONTEXT) $(DATA) $(MIXTURES)
