@@ -14,7 +14,7 @@ from pathlib import Path
 import lockstep
 from lockstep.cluster.recipe.schema import Recipe
 
-CODE = (".py", ".pyi", ".so", ".c", ".j2", ".toml", ".typed")
+CODE = (".py", ".pyi", ".so", ".c", ".j2", ".sh", ".toml", ".typed")
 """How names of files end that travel."""
 LARGEST_BYTES = 100 << 20
 """Ray's dashboard refuses more in one package."""
