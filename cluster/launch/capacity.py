@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,12 +69,10 @@ def autoscaler() -> Autoscaler | None:
     """The cluster's autoscaler; None where it has none, or where its head has said nothing yet."""
     if _internal_kv_get(_V2_ENABLED, namespace=_AUTOSCALER) == b"1":
         return _second_version()
-    with suppress(TypeError, KeyError, ValueError):
-        said = json.loads(_internal_kv_get(_V1_REPORT))["autoscaler_report"]
-        types = {*said["active_nodes"], *said["pending_launches"], *(each[1] for each in said["pending_nodes"])}
-        if any(not kind.startswith(_OWN_TYPE) for kind in types):
-            return Autoscaler(len(said["pending_nodes"]) + sum(said["pending_launches"].values()))
-    return None
+    said = _first_version()
+    if all(kind.startswith(_OWN_TYPE) for kind in _types(said)):
+        return None
+    return Autoscaler(len(said["pending_nodes"]) + sum(said["pending_launches"].values()))
 
 
 def can_grow(nodes: Sequence[Node]) -> bool:
@@ -83,7 +80,7 @@ def can_grow(nodes: Sequence[Node]) -> bool:
     if len(nodes) == 1 and is_loopback(nodes[0].address):  # started for this run, as other hosts cannot join it
         return False
     deadline = time.monotonic() + REPORT_S
-    while (scaler := autoscaler()) is None and not _internal_kv_get(_V1_REPORT) and time.monotonic() < deadline:
+    while (scaler := autoscaler()) is None and not _types(_first_version()) and time.monotonic() < deadline:
         time.sleep(0.5)
     return scaler is not None
 
@@ -129,6 +126,18 @@ def _packed(
             if _packed(groups[1:], more, seen, budget):
                 return True
     return False
+
+
+def _first_version() -> dict[str, Any]:
+    """The report of the first version of Ray's autoscaler; empty where there is none yet."""
+    said: dict[str, Any] = json.loads(_internal_kv_get(_V1_REPORT) or "{}").get("autoscaler_report") or {}
+    return said
+
+
+def _types(said: Mapping[str, Any]) -> set[str]:
+    """Types of the nodes in such a report, which has none before the head has counted itself."""
+    named = [*said.get("pending_nodes", []), *said.get("failed_nodes", [])]
+    return {*said.get("active_nodes", {}), *said.get("pending_launches", {}), *(each[1] for each in named)}
 
 
 def _second_version() -> Autoscaler:
