@@ -31,7 +31,7 @@ def job_id(output: str) -> str:
 
 
 def test_jobs_on_three_hosts(tmp_path: Path) -> None:
-    steps = "pretrain.steps=24"
+    steps = "pretrain.steps=300"
     with connected(3) as hosts:
         for number in range(3):
             hosts.start_ray(number, 1)
@@ -42,7 +42,7 @@ def test_jobs_on_three_hosts(tmp_path: Path) -> None:
 
         client = started(hosts, *run("one"), log="client.log")
         printed = hosts[2].folder / "client.log"
-        until(lambda: " 2/24" in printed.read_text() or client.poll() is not None, 200)
+        until(lambda: "  2/300" in printed.read_text() or client.poll() is not None, 200)
         client.kill()
         assert lockstep(hosts, *run("two"), "--no-wait", log="two.log")[0] == 0
         code, ended = lockstep(hosts, "stop", "one", log="stop.log")
@@ -53,7 +53,7 @@ def test_jobs_on_three_hosts(tmp_path: Path) -> None:
         assert "going on after step" in resumed
         assert lockstep(hosts, "attach", "two", log="attach.log")[0] == 0
         table = lockstep(hosts, "jobs", log="jobs.log")[1]
-    assert len(re.findall(r"pretrain 24/24", table)) == 2, table
+    assert len(re.findall(r"pretrain 300/300", table)) == 2, table
     assert [word for line in table.splitlines()[1:] for word in line.split()[1:2]].count("stopped") == 1
     losses = [[line["loss"] for line in metrics(tmp_path / name, "pretrain")] for name in ("one", "two")]
     assert losses[0] == losses[1]
