@@ -10,7 +10,9 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from lockstep.cluster.run.interruption import CLEAN_UP_S
 
 SPEC = "job.json"
 """The file in a job's working directory that says what it is to do."""
+PATIENCE_S = 60.0
+"""Seconds in which a head may close connections before it takes a job."""
 
 
 def send(jobs: Jobs, spec: JobSpec, say: Callable[[str], object]) -> str:
@@ -55,18 +59,39 @@ def send(jobs: Jobs, spec: JobSpec, say: Callable[[str], object]) -> str:
 
 
 def _submit(jobs: Jobs, id: str, spec: JobSpec, environment: dict[str, Any]) -> None:
-    try:
-        jobs.client.submit_job(
-            entrypoint=f"{_python()} -m lockstep.cluster.jobs.supervisor",
-            submission_id=id,
-            runtime_env=environment,
-            metadata={METADATA: spec.to_json()},
-        )
-    except RuntimeError as error:
-        raise NoHead(
-            f"the Ray head at {jobs.address} took no job ({error}): where another Ray on its machine has the port of "
-            "its agent, start it with another --dashboard-agent-listen-port"
-        ) from error
+    """Submit a job under an id, again where the connection closes before the head has said whether it took it."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            jobs.client.submit_job(
+                entrypoint=f"{_python()} -m lockstep.cluster.jobs.supervisor",
+                submission_id=id,
+                runtime_env=environment,
+                metadata={METADATA: spec.to_json()},
+            )
+            return
+        except OSError as error:
+            if _is_there(jobs, id):
+                return
+            if time.monotonic() > end:
+                raise NoHead(
+                    f"the Ray head at {jobs.address} closed the connection while it took the job ({error}): see its "
+                    "dashboard's log, or what stands between it and this machine"
+                ) from error
+            time.sleep(1)
+        except RuntimeError as error:
+            raise NoHead(
+                f"the Ray head at {jobs.address} took no job ({error}): where another Ray on its machine has the port "
+                "of its agent, start it with another --dashboard-agent-listen-port"
+            ) from error
+
+
+def _is_there(jobs: Jobs, id: str) -> bool:
+    """Whether the head knows a job."""
+    with suppress(OSError, RuntimeError):
+        jobs.client.get_job_info(id)
+        return True
+    return False
 
 
 def _python() -> str:

@@ -5,13 +5,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
+import requests
 
 from lockstep.cluster.exit_codes import SUCCESS
-from lockstep.cluster.jobs import following
-from lockstep.cluster.jobs.client import Jobs, NoHead, NoJob, with_scheme
+from lockstep.cluster.jobs import following, submission
+from lockstep.cluster.jobs.client import Jobs, NoHead, NoJob, name_of, with_scheme
 from lockstep.cluster.jobs.following import exit_code, follow
+from lockstep.cluster.jobs.spec import JobSpec
+from lockstep.cluster.jobs.submission import send
+from lockstep.cluster.recipe.load import parse
 from tests.cluster.heads import Head
 
 
@@ -103,6 +108,35 @@ def test_a_head_that_stays_away_is_one_sentence(wire: Wire, monkeypatch: pytest.
     jobs.client.stop_job(job)
     with pytest.raises(NoJob, match=r"there is no job nobody at http://127\.0\.0\.1:\d+: the newest there are"):
         jobs.find("nobody")
+
+
+def test_a_job_is_sent_once_through_a_connection_that_closes(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, ask = Jobs(wire.address), requests.Session.request
+    lost: list[str] = []
+
+    def lose_the_answer(session: requests.Session, method: str, url: str, **given: Any) -> requests.Response:
+        reply = ask(session, method, url, **given)
+        if method == "POST" and not lost:
+            lost.append(url)
+            wire.cut()
+            wire.leads = True
+            raise requests.exceptions.ConnectionError("Connection aborted.")
+        return reply
+
+    monkeypatch.setattr(requests.Session, "request", lose_the_answer)
+    spec = JobSpec(parse({"pretrain": {"steps": 1}, "layout": {"data": 3}, "run": "/nowhere/run"}), "sent-once")
+    id = send(jobs, spec, print)
+    assert len(lost) == 1
+    assert [job.submission_id for job in jobs.all() if name_of(job) == "sent-once"] == [id]
+    jobs.client.stop_job(id)
+
+
+def test_a_head_that_takes_no_job_is_one_sentence(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submission, "PATIENCE_S", 1.0)
+    jobs = Jobs(wire.address)
+    wire.cut()
+    with pytest.raises(NoHead, match="closed the connection while it took the job"):
+        send(jobs, JobSpec(parse({"pretrain": {"steps": 1}}), "never-sent"), print)
 
 
 def test_addresses() -> None:
