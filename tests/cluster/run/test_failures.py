@@ -9,6 +9,7 @@ import psutil
 import pytest
 from ray.util.state import list_actors
 
+from lockstep.cluster.exit_codes import INFRASTRUCTURE
 from lockstep.distributed.checkpoint.integrity import damage
 from lockstep.distributed.checkpoint.manager import MANIFEST, Checkpoint, step_name
 from tests.cluster.cli_process import Command, Train, metrics, overrides, summary, until, write_recipe
@@ -40,7 +41,7 @@ def test_a_killed_worker_ends_the_run_and_is_named(learning: Command, tmp_path: 
     workers = learning.descendants("ray::ModelWorker")
     assert len(workers) == 2
     workers[1].kill()
-    assert learning.wait(30) == 1
+    assert learning.wait(30) == INFRASTRUCTURE
     assert "policy " in learning.output
     assert " died: " in learning.output
     assert "worker process has died" in learning.output

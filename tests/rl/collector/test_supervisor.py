@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from lockstep.rl.collector.supervisor import DEATHS, PLACE_S, WATCH_S, Replacement, Supervisor
-from lockstep.rl.remote import WorkerDied, WorkerFailed, any_of, gather
+from lockstep.rl.remote import Place, WorkerDied, WorkerFailed, any_of, gather
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.workers.stubs import VerifierWorker
 from lockstep.rl.workers.worker_groups import VerifierGroup
@@ -52,7 +52,7 @@ def verifiers(actors: Actors) -> Iterator[VerifierGroup]:
 def test_a_worker_is_replaced_while_others_go_on_and_its_place_is_waited_for(verifiers: VerifierGroup) -> None:
     now, dead = [0.0], verifiers.workers[0]
     supervisor = Supervisor(lambda: None, lambda: now[0])
-    nowhere = {"num_cpus": 1000}
+    nowhere = Place({"num_cpus": 1000})
     verifiers.places = [nowhere]
     replacement = Replacement("verifier 0", WorkerDied("first"), lambda: verifiers.replacing(0), supervisor)
     replacement.proceed()

@@ -20,7 +20,7 @@ from tests.rl.conftest import Actors
 SIZE = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Interrupted(ActorHandle[Any]):
     """A worker whose driver gets Ctrl-C when it calls a method of it."""
 
@@ -51,7 +51,7 @@ def test_a_delivery_that_breaks_off_leaves_no_session_open(transport: Transport,
     transfer = WeightTransfer(WeightSyncConfig(bucket_mib=SIZE / 2**20, transport=transport))
     assert transfer.give(policy, {0: [member]}, 1) == [0]
     with pytest.raises(KeyboardInterrupt):
-        transfer.give(policy, {0: [Interrupted(member.name, member.handle, at)]}, 2)
+        transfer.give(policy, {0: [Interrupted(member.name, member.handle, at=at)]}, 2)
     assert handed_out(actors.policy) == [0], "the policy still hands out weights"
     # The engine compares what came with the digests that the policy signed, and refuses what is not whole.
     assert transfer.give(policy, {0: [member]}, 3) == [0]

@@ -103,18 +103,18 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_checkpoint(RandomWeights(MODEL, seed), MODEL, {}, folder / str(seed)) for seed in (1, 2)]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OnOtherHost(ActorHandle[Any]):
     """A worker for which another checkpoint lies at the path that it is given."""
 
-    there: Path
+    there: Path = Path()
 
     def call(self, method: Any, *args: Any, **named: Any) -> Call[Any]:
         return super().call(method, *(self.there if isinstance(each, Path) else each for each in args), **named)
 
 
 def moved(worker: ActorHandle[Any], there: Path) -> OnOtherHost:
-    return OnOtherHost(worker.name, worker.handle, there)
+    return OnOtherHost(worker.name, worker.handle, there=there)
 
 
 FURTHER = pytest.mark.exhaustive
