@@ -98,6 +98,7 @@ def test_a_job_goes_on_without_its_client_is_listed_stopped_and_resumed(
     assert not written_down(SECRET, head.folder, tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_what_is_not_there_is_refused_with_the_node(lockstep: Lockstep, tmp_path: Path) -> None:
     gone = tmp_path / "gone.jsonl"
     recipe = ["--set", f"task.generator={gone}", "--set", f"run={tmp_path}/run"]

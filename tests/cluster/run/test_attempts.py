@@ -57,6 +57,7 @@ def workers(head: Head, kind: str) -> list[psutil.Process]:
     return sorted(found, key=psutil.Process.create_time)
 
 
+@pytest.mark.exhaustive
 def test_ranks_that_die_before_and_after_a_checkpoint_change_no_bit(
     tmp_path: Path, train: Train, head: Head, commands: list[Command]
 ) -> None:
