@@ -16,6 +16,7 @@ import pytest
 
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.answer_pool import AnswerPool, AnswerPoolError, Grader
+from tests.cluster.cli_process import until
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.timeout(120)]
 
@@ -174,13 +175,13 @@ def test_a_child_killed_while_idle_is_replaced_and_costs_no_item(hostile: Callab
 
 
 def test_close_leaves_no_process_and_may_be_repeated(hostile: Callable[[str], Grader]) -> None:
-    pool = AnswerPool(3, 5.0, hostile("obey"))
-    assert len(children()) == 3
-    pool.close()
-    pool.close()
-    assert children() == []
-    with pytest.raises(AnswerPoolError, match="closed"):
-        pool.grade([GOOD])
+    with AnswerPool(3, 5.0, hostile("obey")) as pool:
+        until(lambda: len(children()) == 3, 30)  # a process that has begun has its arguments a moment later
+        pool.close()
+        pool.close()
+        assert children() == []
+        with pytest.raises(AnswerPoolError, match="closed"):
+            pool.grade([GOOD])
 
 
 def test_close_while_grading_ends_the_batch_within_a_deadline(hostile: Callable[[str], Grader]) -> None:
