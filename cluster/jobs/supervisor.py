@@ -58,7 +58,6 @@ class Supervisor:
         began: deque[float] = deque(maxlen=AN_HOUR)
         resume = self._spec.resume
         while True:
-            self._before = None if resume else self._run_id()
             code = self._drive(resume)
             self._write_status()
             if self._stopped.is_set():

@@ -99,7 +99,19 @@ def _is_name(text: str, folder: Path) -> bool:
 
 def input_paths(recipe: Recipe) -> dict[str, Path]:
     """Absolute paths that a recipe reads from, by key; names, URLs and what a run writes are left out."""
-    return {key: Path(text) for key, text in _paths_in(recipe, "") if key not in WRITTEN and text.startswith("/")}
+    return {key: Path(text) for key, text in absolute_paths(recipe) if key not in WRITTEN}
+
+
+def absolute_paths(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Keys and texts of the absolute paths in a recipe or a section; names, URLs and relative paths are left out."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        for number, each in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
+            key = f"{prefix}{name}" if number is None else f"{prefix}{name}[{number}]"
+            if isinstance(each, BaseModel):
+                yield from absolute_paths(each, f"{key}.")
+            elif isinstance(each, str) and each.startswith("/") and (is_path(field) or is_path_or_name(field)):
+                yield key, each
 
 
 def missing(paths: Mapping[str, Path]) -> dict[str, Path]:
@@ -109,14 +121,3 @@ def missing(paths: Mapping[str, Path]) -> dict[str, Path]:
 
 def _is_there(path: Path) -> bool:
     return path.exists() or any(path.parent.glob(f"{escape(path.name)}.*"))
-
-
-def _paths_in(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        for number, each in enumerate(value) if isinstance(value, tuple) else [(None, value)]:
-            key = f"{prefix}{name}" if number is None else f"{prefix}{name}[{number}]"
-            if isinstance(each, BaseModel):
-                yield from _paths_in(each, f"{key}.")
-            elif isinstance(each, str) and (is_path(field) or is_path_or_name(field)):
-                yield key, each

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
-from pydantic import BaseModel
-
-from lockstep.cluster.recipe.paths import is_path, is_path_or_name
+from lockstep.cluster.recipe.paths import absolute_paths
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.render.nodes import RenderError
 
@@ -49,19 +47,6 @@ def check_paths(recipe: Recipe, volumes: Sequence[Volume]) -> None:
 def local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Keys and values of a recipe that are absolute paths, as its relative ones have become."""
     yield "run", str(recipe.folder)
-    for key, value in _paths(recipe, ""):
+    for key, value in absolute_paths(recipe):
         if key != "run":
-            yield key, value
-
-
-def _paths(section: BaseModel, prefix: str) -> Iterator[tuple[str, str]]:
-    for name, field in type(section).model_fields.items():
-        value, key = getattr(section, name), f"{prefix}{name}"
-        if isinstance(value, BaseModel):
-            yield from _paths(value, f"{key}.")
-        elif isinstance(value, tuple):
-            for number, each in enumerate(value):
-                if isinstance(each, BaseModel):
-                    yield from _paths(each, f"{key}[{number}].")
-        elif isinstance(value, str) and (is_path(field) or is_path_or_name(field)) and Path(value).is_absolute():
             yield key, value

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -38,7 +38,6 @@ class Host:
     """The content of `local`, as the test sees it."""
     folder: Path
     """Logs of its processes."""
-    started: list[psutil.Process] = field(default_factory=list)
 
     @property
     def words(self) -> list[str]:
@@ -60,7 +59,6 @@ class Host:
                 cwd=self.folder,
                 start_new_session=True,
             )
-        self.started.append(psutil.Process(process.pid))
         return process
 
     def run(self, *command: str | Path, timeout: float = 60, **environment: str) -> tuple[int, str]:

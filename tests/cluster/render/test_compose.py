@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +16,7 @@ from lockstep.cluster.render.compose import RECIPE, TOKENS, ComposeProject, comp
 from lockstep.cluster.render.nodes import Nodes, RenderError
 from lockstep.cluster.render.volumes import Volume
 from tests.cluster.cli_process import summary
-from tests.cluster.hosts import PYTHON, Host, Hosts, connected, needs_hosts
+from tests.cluster.hosts import PYTHON, Host, Hosts, needs_hosts
 from tests.cluster.render.schemas import check
 
 TINY = Path(__file__).parents[3] / "recipes" / "parity-tiny.toml"
@@ -104,12 +103,6 @@ def test_what_cannot_run_is_refused(values: dict[str, object], asked: dict[str, 
 def test_a_volume_without_source_or_path_is_refused(text: str) -> None:
     with pytest.raises(RenderError, match="is not of the form SOURCE:/path"):
         Volume.parse(text)
-
-
-@pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    with connected(2) as two:
-        yield two
 
 
 @pytest.mark.exhaustive

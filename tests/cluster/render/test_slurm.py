@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lockstep.cluster.render.slurm import SlurmJob, sbatch_script
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.tensors import whole
 from tests.cluster.cli_process import metrics, summary, until
-from tests.cluster.hosts import PYTHON, Hosts, connected, needs_hosts
+from tests.cluster.hosts import PYTHON, Hosts, needs_hosts
 from tests.cluster.render.slurm_stub import Slurm
 
 needs_ip = pytest.mark.skipif(not shutil.which("ip"), reason="the script needs iproute2")
@@ -184,12 +183,6 @@ def test_a_container_has_the_scratch_folder_and_what_was_asked_for() -> None:
 def test_what_cannot_run_is_refused(values: dict[str, object], asked: dict[str, object], words: str) -> None:
     with pytest.raises(RenderError, match=words.replace("(", r"\(")):
         sbatch_script(saving(**values), Nodes(), replace(SlurmJob(hours=1), **asked))  # type: ignore[arg-type]
-
-
-@pytest.fixture
-def hosts() -> Iterator[Hosts]:
-    with connected(2) as two:
-        yield two
 
 
 @pytest.mark.exhaustive
