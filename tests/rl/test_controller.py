@@ -159,6 +159,13 @@ def killing(records: Iterator[StepRecord], actors: Actors) -> Iterator[StepRecor
             kill([actors.rollouts.teams[0][0], actors.verifiers.workers[0]][step])
 
 
+def metrics_after(controller: Controller) -> dict[str, float]:
+    """Those of a step that changes next to nothing."""
+    still = config(FlowConfig(), steps=1).model_copy(update={"optimizer": OptimizerConfig(learning_rate=1e-12)})
+    [record] = controller.reinforce(still)
+    return record.metrics
+
+
 @pytest.mark.parametrize(
     "mode", ["asynchronous", *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("synchronous", "one_step_off"))]
 )
@@ -166,9 +173,12 @@ def test_workers_that_die_are_replaced_and_nothing_is_lost(mode: str, controller
     records = list(killing(controller.reinforce(config(FLOWS[mode])), actors))
     assert len(records) == 5
     check_samples(records)
-    assert records[-1].metrics["replaced_workers"] - records[0].metrics["replaced_workers"] == 2
     for record in records:
         assert max(learned_with(record) - s.rollout.weight_version for s in record.completions) <= FLOWS[mode].staleness
+    before = records[0].metrics["replaced_workers"]
+    while (after := metrics_after(controller))["rollout_teams"] < 2 or after["replaced_workers"] < before + 2:
+        pass  # other tests go on with these workers, whose start takes longer than a few steps
+    assert after["replaced_workers"] == before + 2
 
 
 def test_weights_that_were_given_back_come_again_when_nothing_was_learned(actors: Actors) -> None:
