@@ -2,7 +2,7 @@
 
 Both compile functions as they are imported, of which those that are used here are used as they are; loading the
 compiler is a third of what a process takes to start, and TensorBoard, which megatron-core's timers may write to, a
-tenth. Modules of this room take them from here.
+tenth. Everybody takes them from here, since the first to import them decides.
 """
 
 import os
@@ -44,19 +44,26 @@ with patch.object(torch, "compile", _as_it_is), _without("torch.utils.tensorboar
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups as deepspeed_groups
     from deepspeed.utils import logger as deepspeed_logger
-    from megatron.core import parallel_state
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.enums import ModelType
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # DeepSpeed would compile its shared-memory collectives at start-up, and fail where there is no C++ compiler.
 deepspeed.ops.__compatible_ops__ = {}
 
 __all__ = [
+    "ModelType",
     "PartitionedParameterCoordinator",
+    "TransformerConfig",
     "deepspeed",
     "deepspeed_groups",
     "deepspeed_logger",
+    "get_forward_backward_func",
     "original_muon",
     "parallel_state",
     "parameter_offload",
+    "tensor_parallel",
     "zero_optimization",
     "zero_utils",
 ]

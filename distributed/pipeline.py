@@ -5,12 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.enums import ModelType
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lockstep.distributed.device import megatron_device
+from lockstep.distributed.libraries import ModelType, TransformerConfig, get_forward_backward_func
 from lockstep.distributed.world.groups import Groups
 
 Forward = Callable[[nn.Module, Any, Tensor | None, int], Tensor]

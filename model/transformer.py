@@ -9,12 +9,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lockstep.distributed.layout import ranges, stage_layers
+from lockstep.distributed.libraries import TransformerConfig, tensor_parallel
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.spec import Attend, call_attend
 from lockstep.model.config import ModelConfig, Numerics, check_layout, check_numerics
@@ -166,7 +164,9 @@ class Transformer(nn.Module):
             return x
         x = self.norm(x)
         if self.groups.layout.sequence:
-            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.groups.tensor)
+            x = tensor_parallel.gather_from_sequence_parallel_region(
+                x, tensor_parallel_output_grad=False, group=self.groups.tensor
+            )
         return finish(x) if finish else x
 
     def _embedded(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
@@ -175,7 +175,11 @@ class Transformer(nn.Module):
             x = x * torch.tensor(self.model.embedding_scale, dtype=x.dtype)
         if self.model.rope is None:
             x = x + self.positions(positions_T)[:, None]
-        return scatter_to_sequence_parallel_region(x, self.groups.tensor) if self.groups.layout.sequence else x
+        return (
+            tensor_parallel.scatter_to_sequence_parallel_region(x, self.groups.tensor)
+            if self.groups.layout.sequence
+            else x
+        )
 
     @property
     def head_weight(self) -> Tensor:

@@ -6,9 +6,9 @@ documents, and rollouts, which pass a KV cache.
 
 from collections.abc import Callable, Mapping
 
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from lockstep.distributed.libraries import TransformerConfig
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.spec import Attend, AttentionSpec, call_attend
 from lockstep.model.config import ModelConfig, Numerics

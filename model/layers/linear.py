@@ -3,17 +3,10 @@
 from typing import Protocol
 
 import torch
-from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from lockstep.distributed.libraries import TransformerConfig, tensor_parallel
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import Numerics
 from lockstep.model.ops.exact.reductions import summed, summed_and_split
@@ -106,9 +99,9 @@ class ColumnLinear(Packable, tensor_parallel.ColumnParallelLinear):
             out, bias = super().forward(x)
             return self._adapted(x, biased(out, bias))
         if self.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(x, group=self.tp_group)
+            whole = tensor_parallel.gather_from_sequence_parallel_region(x, group=self.tp_group)
         else:
-            whole = copy_to_tensor_model_parallel_region(x, self.tp_group)
+            whole = tensor_parallel.copy_to_tensor_model_parallel_region(x, self.tp_group)
         return self._adapted(x, biased(self._product(whole), self.bias))
 
 
@@ -152,8 +145,8 @@ def reduced(part_T: Tensor, group: ProcessGroup, sequence: bool, numerics: Numer
     if numerics == "exact":
         return summed_and_split(part_T, group) if sequence else summed(part_T, group)
     if sequence:
-        return reduce_scatter_to_sequence_parallel_region(part_T, group=group)
-    return reduce_from_tensor_model_parallel_region(part_T, group=group)
+        return tensor_parallel.reduce_scatter_to_sequence_parallel_region(part_T, group=group)
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(part_T, group=group)
 
 
 def not_drawn(weight: Tensor) -> Tensor:
@@ -181,4 +174,4 @@ def summed_over(weight: Tensor, parts: ProcessGroup | None) -> Tensor:
 
     In the graph, and not after the backward pass, because ZeRO may have reduced and freed the gradient by then.
     """
-    return weight if parts is None else copy_to_tensor_model_parallel_region(weight, parts)
+    return weight if parts is None else tensor_parallel.copy_to_tensor_model_parallel_region(weight, parts)

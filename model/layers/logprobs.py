@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
+from lockstep.distributed.libraries import tensor_parallel
 from lockstep.model.attention.spec import soft_capped
 from lockstep.model.config import Numerics
 from lockstep.model.ops.cpu import kernels
@@ -215,7 +215,7 @@ def token_scores(
         cap: see `local_logits`.
         entropy: return a third, the entropy of softmax(…) in nats.
     """
-    hidden_KD = copy_to_tensor_model_parallel_region(hidden_KD, group)
+    hidden_KD = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_KD, group)
     of = hidden_KD, weight_VD, targets_K
     found: tuple[Tensor, ...] = _TokenLogProb.apply(*of, vocabulary, temperature, cap, group, numerics, entropy)
     return found

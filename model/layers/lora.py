@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from lockstep.distributed.libraries import tensor_parallel
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import LoraConfig, ModelConfig
 from lockstep.model.layers.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
@@ -47,9 +47,9 @@ class ColumnAdapter(Adapter):
         """[T / ranks if sequence, 1, inputs] → [T, 1, outputs / ranks]."""
         inner = F.linear(x, summed_over(self.a, self._parts))
         if self._parts is None:
-            inner = copy_to_tensor_model_parallel_region(inner, self._group)
+            inner = tensor_parallel.copy_to_tensor_model_parallel_region(inner, self._group)
         else:
-            inner = gather_from_sequence_parallel_region(inner, group=self._group)
+            inner = tensor_parallel.gather_from_sequence_parallel_region(inner, group=self._group)
         return F.linear(inner, self.b) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from lockstep.distributed.libraries import TransformerConfig
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.layers.linear import ColumnLinear, RowLinear
 from lockstep.model.ops.exact import reductions

@@ -13,14 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from lockstep.distributed.libraries import TransformerConfig, tensor_parallel
 from lockstep.distributed.optimizer.parameter_marks import as_expert
 from lockstep.distributed.world.collectives import all_to_all
 from lockstep.distributed.world.groups import Groups
@@ -112,7 +108,9 @@ class MoE(nn.Module):
         """All tokens of the tensor ranks; what reaches the backward is the same on each of them."""
         if not self.groups.layout.sequence:
             return x_T1D
-        return gather_from_sequence_parallel_region(x_T1D, tensor_parallel_output_grad=False, group=self.groups.tensor)
+        return tensor_parallel.gather_from_sequence_parallel_region(
+            x_T1D, tensor_parallel_output_grad=False, group=self.groups.tensor
+        )
 
     def _reduced(self, part_T1D: Tensor) -> Tensor:
         return reduced(part_T1D, self.groups.tensor, self.groups.layout.sequence, self._numerics)
@@ -121,8 +119,8 @@ class MoE(nn.Module):
         """This tensor rank's part of Σ_k probability · expert(x), added up in fp32 in the order of k."""
         tokens, k = chosen_TK.shape
         # Each tensor rank knows a part of every expert's output: gradients of what they share are sums over ranks.
-        x_TD = copy_to_tensor_model_parallel_region(x_TD, self.groups.tensor)
-        probability_TK = copy_to_tensor_model_parallel_region(probability_TK, self.groups.tensor)
+        x_TD = tensor_parallel.copy_to_tensor_model_parallel_region(x_TD, self.groups.tensor)
+        probability_TK = tensor_parallel.copy_to_tensor_model_parallel_region(probability_TK, self.groups.tensor)
         expert_N = chosen_TK.flatten()
         order = expert_N.argsort(stable=True)
         sent = _Rearranged.apply(x_TD, order, _inverse(order), k)

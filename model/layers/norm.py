@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from lockstep.distributed.libraries import tensor_parallel
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import ModelConfig, Numerics
 from lockstep.model.layers.linear import mark, reduced, summed_over
@@ -79,7 +79,7 @@ class WidthNorm(nn.Module):
         sums_T2 = torch.stack([x.sum(1) if self._numerics == "fast" else reductions.row_sum(x) for x in squares], dim=1)
         # Every rank's part of the loss depends on the sum: it is summed forwards, and its gradient backwards.
         sums_T2 = reduced(sums_T2, self.group, False, self._numerics)
-        sums_T2 = copy_to_tensor_model_parallel_region(sums_T2, self.group)
+        sums_T2 = tensor_parallel.copy_to_tensor_model_parallel_region(sums_T2, self.group)
         scales = (torch.rsqrt(sums_T2[:, i, None, None] / width + self.eps) for i, width in enumerate(self.widths))
         normed = [
             (x * scale).to(qk_THE.dtype) * norm.weight.view(-1, x.shape[2])
