@@ -11,11 +11,13 @@ import re
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from inspect import isawaitable
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lockstep.rl.cores import threads_for
 
@@ -109,10 +111,6 @@ class ActorHandle(Generic[Worker]):
         """Calls a method whose result is read by other workers only."""
         ended, value = self.handle.store.remote(method.__name__, *args, **named)
         return StoredCall(Call(self, ended), cast(Result, value))
-
-    def node(self) -> Call[str]:
-        """Asks for Ray's ID of the host that the actor runs on."""
-        return Call(self, self.handle.node.remote())
 
     def address(self) -> Call[str]:
         """Asks for the IP address of the host that the actor runs on."""
@@ -211,11 +209,8 @@ class _Actor:
     def store(self, method: str, *args: Any, **named: Any) -> tuple[None, Any]:
         return None, self.call(method, *args, **named)
 
-    def node(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
     def place(self) -> tuple[str, int]:
-        return self.node(), os.getpid()
+        return str(ray.get_runtime_context().get_node_id()), os.getpid()
 
     def address(self) -> str:
         return str(ray.util.get_node_ip_address())
@@ -227,6 +222,21 @@ class _AsyncActor(_Actor):
     async def call(self, method: str, *args: Any, **named: Any) -> Any:
         found = getattr(self._worker, method)(*args, **named)
         return await found if isawaitable(found) else found
+
+
+def on_node(
+    node: str, function: Callable[Params, Result], *args: Params.args, **named: Params.kwargs
+) -> "ray.ObjectRef[Result]":
+    """Starts a function on the node of this ID alone, in a process that reserves nothing; returns Ray's reference."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    started: ray.ObjectRef[Result] = _task(function).options(scheduling_strategy=there).remote(*args, **named)
+    return started
+
+
+@cache
+def _task(function: Callable[..., Any]) -> Any:
+    """A function as Ray's task, made once: the head keeps each that is made for as long as it lives."""
+    return ray.remote(num_cpus=0, max_retries=0)(function)
 
 
 class Gather(Protocol):

@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 
 import ray
 from ray.util.client import ray as ray_client
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lockstep.cluster.launch.capacity import Node
 from lockstep.cluster.launch.plan import RunPlan
 from lockstep.cluster.launch.run_lock import is_inside
 from lockstep.distributed.checkpoint.storage import Folder, Storage
+from lockstep.rl.remote import on_node
 
 SEEN_S = 5.0
 """How long a file may take to be seen by another node: file systems of networks keep lists of files for seconds."""
@@ -54,7 +54,7 @@ def check_places(places: Mapping[str, Storage], nodes: Sequence[Node]) -> None:
                 place.write(name, token)
             except (OSError, ValueError) as error:
                 raise NotShared(f"the driver {_unusable(key, place, error)}") from error
-        answers = [_asked(node, name, replies[node.id], token, dict(places)) for node in nodes]
+        answers = [on_node(node.id, _answer, name, replies[node.id], token, dict(places)) for node in nodes]
         deadline = time.monotonic() + ANSWER_S
         for node, answer in zip(nodes, answers, strict=True):
             try:
@@ -78,13 +78,6 @@ def _written(plan: RunPlan) -> dict[str, Storage]:
     if not is_inside(plan.checkpoints, folder):
         found["checkpoints.at"] = plan.checkpoints
     return found
-
-
-def _asked(node: Node, name: str, reply: str, token: str, places: dict[str, Storage]) -> "ray.ObjectRef[str]":
-    on_node = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0)(_answer).options(scheduling_strategy=on_node)
-    asked: ray.ObjectRef[str] = task.remote(name, reply, token, places)
-    return asked
 
 
 def _answer(name: str, reply: str, token: str, places: dict[str, Storage]) -> str:

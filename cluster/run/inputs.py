@@ -6,10 +6,10 @@ The driver reads all other inputs itself, and what workers need of those it writ
 from pathlib import Path
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lockstep.cluster.recipe.paths import input_paths, missing
 from lockstep.cluster.recipe.schema import Recipe
+from lockstep.rl.remote import on_node
 
 READ_BY_WORKERS = "pretrain.data."
 """How keys begin of paths that the trainer's processes read themselves, wherever they are."""
@@ -34,11 +34,7 @@ def check_inputs(recipe: Recipe) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if not paths or len(nodes) < 2:
         return
-    ask = ray.remote(num_cpus=0)(missing)
-    asked = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(paths)
-        for node in nodes
-    ]
+    asked = [on_node(node["NodeID"], missing, paths) for node in nodes]
     for node, lacking in zip(nodes, ray.get(asked), strict=True):
         for key, path in lacking.items():
             raise MissingInput(node["NodeManagerAddress"], key, path)

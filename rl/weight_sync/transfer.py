@@ -74,7 +74,6 @@ class WeightTransfer:
         """
         self._size, self._transport = int(config.bucket_mib * 2**20), config.transport
         self._linked: list[Any] = []
-        self._nodes: dict[Any, str] = {}
 
     def give(self, policy: Policy, teams: Teams, version: int) -> list[int]:
         """Gives teams the weights of the policy as this version; returns the numbers of those that are alive then.
@@ -88,15 +87,9 @@ class WeightTransfer:
             return list(_share(session, teams, version))
 
     def _crosses(self, owners: Policy, teams: Teams) -> bool:
-        """Whether some of these processes are on other hosts than others; those that died are on none."""
+        """Whether some of these processes are on other hosts than others."""
         members: list[ActorHandle[BroadcastMember]] = [*owners, *chain(*teams.values())]
-        new = [member for member in members if member.handle not in self._nodes]
-        for member in new:
-            try:
-                self._nodes[member.handle] = gather([member.node()])[0]
-            except WorkerDied:
-                continue
-        return len({self._nodes[m.handle] for m in members if m.handle in self._nodes}) > 1
+        return len({place[0] for member in members if (place := member.known_place())}) > 1
 
     def _broadcast(self, owners: Policy, teams: Teams, version: int) -> Teams:
         for _ in range(TRIES):

@@ -19,9 +19,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lockstep.rl.remote import ActorHandle, WorkerDied, WorkerFailed
+from lockstep.rl.remote import ActorHandle, WorkerDied, WorkerFailed, on_node
 
 LOOKS = 10
 """How often processes are looked at within the time that they may be stopped."""
@@ -180,11 +179,7 @@ def _states(places: _Places) -> dict[ActorHandle[Any], ProcessState | None]:
 
 def _ask_nodes(function: Callable[[Given], Found], given: Mapping[str, Given]) -> dict[str, Found]:
     """Results of a function that runs on several nodes at the same time, of those that answer."""
-    task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
-    nodes = {
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(argument): node
-        for node, argument in given.items()
-    }
+    nodes = {on_node(node, function, argument): node for node, argument in given.items()}
     if not nodes:
         return {}
     ended, late = ray.wait(list(nodes), num_returns=len(nodes), timeout=ANSWER_S)

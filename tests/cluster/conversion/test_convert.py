@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -422,10 +423,11 @@ def test_memory_stays_within_its_bound(tmp_path: Path) -> None:
 def test_more_memory_than_allowed_ends_a_conversion(large_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TooMuchMemory, match=r"max_memory=10 MB is too little for workers=1: give 75\.5 MB or more"):
         convert_checkpoint(Conversion(str(large_folder), tmp_path / "ours", "lockstep", max_memory=10**7))
-    ballast: list[NDArray[Any]] = []
+    ballast: list[mmap.mmap] = []
 
     def grow(done: int, total: int) -> None:
-        ballast.append(np.ones(20 << 20, np.uint8))
+        ballast.append(mmap.mmap(-1, 32 << 20))  # new pages, where a heap might have some that others left
+        ballast[-1].write(b"\1" * (32 << 20))
 
     with pytest.raises(TooMuchMemory, match=r"the conversion needed .* MB, more than max_memory=80 MB"):
         convert_checkpoint(Conversion(str(large_folder), tmp_path / "ours", "lockstep", max_memory=LEAST), grow)
