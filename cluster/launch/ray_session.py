@@ -6,6 +6,7 @@ whole process group of a run reaches the run alone, which saves with a Ray that 
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from unittest.mock import patch
@@ -20,6 +21,8 @@ from lockstep.cluster.exit_codes import Unreachable
 
 SHUTDOWN_S = 5.0
 """How long processes may take to end by themselves when a run ends."""
+LOOK_S = 0.05
+"""How often is looked whether they have: psutil's own waiting takes them one after the other."""
 ANSWER_S = 10.0
 """How long a cluster's head may take to answer; Ray itself would ask for minutes."""
 
@@ -148,8 +151,22 @@ def _connect(address: str | None) -> None:
 
 def _end(processes: Sequence[psutil.Process]) -> None:
     """Wait for processes, then kill those that stay: actors may outlive the daemons that started them."""
-    _, alive = psutil.wait_procs(processes, timeout=SHUTDOWN_S)
+    alive = _left(processes, SHUTDOWN_S)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(alive, timeout=SHUTDOWN_S)
+    _left(alive, SHUTDOWN_S)
+
+
+def _left(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those of the processes that have not ended after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(LOOK_S)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

@@ -7,8 +7,10 @@ RAY_SETTINGS = {
     "RAY_COLOR_PREFIX": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+    "RAY_prestart_worker_first_driver": "0",
 }
-"""Workers' lines come through as they were written, each saying who speaks; who reserves no GPU still sees them."""
+"""Workers' lines come through as they were written, each saying who speaks; who reserves no GPU still sees them. No
+process starts for each core of the machine: workers have variables of their own, so that Ray starts others for them."""
 
 
 def set_ray_defaults() -> None:

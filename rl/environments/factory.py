@@ -8,12 +8,9 @@ from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.environments.prime_verifiers import PrimeEnvironment, is_foreign
 from lockstep.rl.environments.protocol import Opening
 from lockstep.rl.environments.python_tool import PYTHON, python_tool
-from lockstep.rl.environments.reasoning_gym import ReasoningGymEnvironment
 from lockstep.rl.environments.tool_calls import described
 from lockstep.rl.environments.tools import CALCULATOR, Tool, ToolEnvironment
-from lockstep.rl.verifiers.answer_pool import AnswerPool
 from lockstep.rl.verifiers.code_pool import CodePool
-from lockstep.rl.verifiers.judge import grader_of
 
 
 class NoEnvironment(ValueError):
@@ -33,6 +30,11 @@ def opened(config: EnvironmentConfig) -> Iterator[Opening]:
             tools = [_tool(name, config, stack) for name in config.tools]
             yield lambda: ToolEnvironment(tools)
         elif config.kind == "gym":
+            # Sympy, which graders load, takes most of a second, and a driver only asks what is `told`.
+            from lockstep.rl.environments.reasoning_gym import ReasoningGymEnvironment
+            from lockstep.rl.verifiers.answer_pool import AnswerPool
+            from lockstep.rl.verifiers.judge import grader_of
+
             graders = stack.enter_context(AnswerPool(config.processes, config.deadline, grader_of("gym"), examples=()))
             yield lambda: ReasoningGymEnvironment(graders)
         else:
