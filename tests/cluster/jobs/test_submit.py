@@ -41,6 +41,7 @@ def submit(log: Path, *arguments: str, address: str, **environment: str) -> tupl
         command.kill()
 
 
+@pytest.mark.exhaustive
 def test_a_job_runs_on_the_head_with_the_code_that_was_sent(
     head: Head, changed: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:

@@ -183,6 +183,7 @@ def unreserved() -> None:
         assert [node.id for node in placement.nodes] == [driver, other]
 
 
+@pytest.mark.exhaustive
 def test_processes_are_where_they_were_planned() -> None:
     in_own_process(reserved)
 

@@ -61,6 +61,7 @@ def test_runs_and_jobs_ask_before_they_wait(monkeypatch: pytest.MonkeyPatch) -> 
             raise AssertionError("connected to nothing")
 
 
+@pytest.mark.exhaustive
 def test_a_signal_to_the_whole_process_group_ends_the_run_after_it_has_saved(tmp_path: Path) -> None:
     settings = overrides(f"run={tmp_path}/run", "pretrain.steps=100000", "checkpoints.at=")
     command = Command(tmp_path / "log", "train", "parity-tiny", *settings)

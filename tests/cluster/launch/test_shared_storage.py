@@ -55,6 +55,7 @@ def one_node(folder: Path) -> None:
         ray.shutdown()
 
 
+@pytest.mark.exhaustive
 def test_a_node_that_has_the_same_storage_is_let_in_and_nothing_is_left(tmp_path: Path) -> None:
     in_own_process(one_node, tmp_path)
 

@@ -94,6 +94,7 @@ def check_saved(run: Path, signal_name: str) -> None:
     assert damage(saved.place) is None
 
 
+@pytest.mark.exhaustive
 def test_a_pretraining_run_that_is_told_to_end_saves_first_and_goes_on(
     tmp_path: Path, train: Train, head: Head
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, tmp_path: Path, t
     assert storage_of(store_of(tmp_path)).pointed("best") == (straight / "checkpoints" / "best").resolve().name
 
 
+@pytest.mark.exhaustive
 def test_a_run_in_a_store_goes_on_without_its_folder(straight: Path, tmp_path: Path, train: Train) -> None:
     shutil.copytree(straight / "checkpoints", tmp_path / "store", ignore=shutil.ignore_patterns("latest", "best"))
     longer = f"run={tmp_path}/run", f"checkpoints.at={store_of(tmp_path)}", *SETTINGS, f"pretrain.steps={STEPS + 2}"
