@@ -136,8 +136,8 @@ def _first_version() -> dict[str, Any]:
 
 def _types(said: Mapping[str, Any]) -> set[str]:
     """Types of the nodes in such a report, which has none before the head has counted itself."""
-    named = [*said.get("pending_nodes", []), *said.get("failed_nodes", [])]
-    return {*said.get("active_nodes", {}), *said.get("pending_launches", {}), *(each[1] for each in named)}
+    there = said.get("node_type_mapping") or {}  # of those that do not count as active, too, as a head without cores
+    return {*there.values(), *said.get("pending_launches", {}), *(each[1] for each in said.get("pending_nodes", []))}
 
 
 def _second_version() -> Autoscaler:
