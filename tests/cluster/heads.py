@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from ray.job_submission import JobSubmissionClient
 
 from tests.cluster.cli_process import until
 
@@ -47,6 +48,15 @@ class Head:
         logs = [self.folder / "head.log", *self.folder.glob("session_latest/logs/gcs_server.*")]
         said = "\n".join(f"{log.name}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs if log.exists())
         raise AssertionError(f"the shared head ended with {self.process.poll()} or does not answer:\n{said}")
+
+
+def end_jobs(head: Head) -> None:
+    """Stops what a test that failed has left running, which would slow down all that follow."""
+    client = JobSubmissionClient(head.address)
+    for job in client.list_jobs():
+        if job.submission_id and not job.status.is_terminal():
+            client.stop_job(job.submission_id)
+            until(lambda id=job.submission_id: client.get_job_status(id).is_terminal(), 120)
 
 
 @contextmanager

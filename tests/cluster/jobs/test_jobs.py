@@ -8,13 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray.job_submission import JobSubmissionClient
 
 from lockstep import submit
 from lockstep.cluster.exit_codes import INFRASTRUCTURE, INTERRUPTED, OUT_OF_TIME, REFUSED, SUCCESS
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from tests.cluster.cli_process import Command, metrics, overrides, summary, until
-from tests.cluster.heads import Head
+from tests.cluster.heads import Head, end_jobs
 
 SECRET = "a-secret-that-nobody-writes-down"
 Lockstep = Callable[..., Command]
@@ -35,15 +34,6 @@ def lockstep(head: Head, tmp_path: Path) -> Iterator[Lockstep]:
     for command in started:
         command.kill()
     end_jobs(head)
-
-
-def end_jobs(head: Head) -> None:
-    """Stops what a test that failed has left running, which would slow down all that follow."""
-    client = JobSubmissionClient(head.address)
-    for job in client.list_jobs():
-        if job.submission_id and not job.status.is_terminal():
-            client.stop_job(job.submission_id)
-            until(lambda id=job.submission_id: client.get_job_status(id).is_terminal(), 120)
 
 
 def settings(folder: Path, *more: str) -> list[str]:

@@ -11,7 +11,7 @@ from lockstep.cluster.recipe.load import parse
 from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from tests.cluster.cli_process import Command, overrides, summary, until, write_recipe
-from tests.cluster.heads import Head, free_port, started
+from tests.cluster.heads import Head, end_jobs, free_port, started
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,6 +83,7 @@ def test_a_job_that_is_stopped_saves_first(head: Head, tmp_path: Path, tiny_fold
         until(lambda: summary(tmp_path / "tiny")["status"] == "interrupted", 60)
     finally:
         command.kill()
+        end_jobs(head)
     saved = Checkpoint(tmp_path / "tiny")
     step = saved.manifest["step"]
     assert saved.states
