@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.cli_process import metrics, overrides, summary, until
+from tests.cluster.cli_process import metrics, overrides, summary, until, write_recipe
 from tests.cluster.hosts import PYTHON, Hosts, connected, needs_hosts
 
 ROOT = Path(__file__).parents[3]
@@ -30,15 +30,21 @@ def job_id(output: str) -> str:
     return found[1]
 
 
-def test_jobs_on_three_hosts(tmp_path: Path) -> None:
-    steps = "pretrain.steps=300"
+JOBS = {
+    "pretrain": ("layout.data=2", "roles.policy.cpus=0.5", "pretrain.steps=300"),
+    "rl": ("layout.data=1", "supervised.steps=4", "rl.steps=300"),
+}
+
+
+@pytest.mark.parametrize("phase", JOBS)
+def test_jobs_on_three_hosts(phase: str, tmp_path: Path, tiny_folder: Path) -> None:
+    recipe = "parity-tiny" if phase == "pretrain" else str(write_recipe(tmp_path, tiny_folder))
     with connected(3) as hosts:
         for number in range(3):
             hosts.start_ray(number, 1)
 
-        def run(name: str, *more: str) -> list[str]:
-            settings = (f"run={tmp_path}/{name}", "layout.data=2", "roles.policy.cpus=0.5", steps, *more)
-            return ["submit", "parity-tiny", "--name", name, *overrides(*settings)]
+        def run(name: str) -> list[str]:
+            return ["submit", recipe, "--name", name, *overrides(f"run={tmp_path}/{name}", *JOBS[phase])]
 
         client = started(hosts, *run("one"), log="client.log")
         printed = hosts[2].folder / "client.log"
@@ -53,9 +59,9 @@ def test_jobs_on_three_hosts(tmp_path: Path) -> None:
         assert "going on after step" in resumed
         assert lockstep(hosts, "attach", "two", log="attach.log")[0] == 0
         table = lockstep(hosts, "jobs", log="jobs.log")[1]
-    assert len(re.findall(r"pretrain 300/300", table)) == 2, table
+    assert len(re.findall(rf"{phase} 300/300", table)) == 2, table
     assert [word for line in table.splitlines()[1:] for word in line.split()[1:2]].count("stopped") == 1
-    losses = [[line["loss"] for line in metrics(tmp_path / name, "pretrain")] for name in ("one", "two")]
+    losses = [[line["loss"] for line in metrics(tmp_path / name, phase)] for name in ("one", "two")]
     assert losses[0] == losses[1]
     assert summary(tmp_path / "one")["status"] == summary(tmp_path / "two")["status"] == "finished"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lockstep.cluster.exit_codes import INFRASTRUCTURE
 from lockstep.cluster.run.attempts import HOUR_S, Restarts
 from lockstep.cluster.run.failures import RunFailed
 from lockstep.distributed.checkpoint.manager import Checkpoint, step_name
@@ -125,7 +126,7 @@ def test_a_rank_that_dies_again_and_again_ends_the_run_with_the_first_cause(
         command.wait_for(sentence)
         until(lambda: len(workers(head, "ModelWorker")) == 2, 60)
         os.kill(workers(head, "ModelWorker")[1].pid, signal.SIGKILL)
-    assert command.wait(120) == 1
+    assert command.wait(120) == INFRASTRUCTURE, command.output
     error = str(summary(tmp_path / "run")["error"])
     assert error.startswith("RunFailed: policy ")
     assert "recovery.restarts=1 allows within an hour, and then policy " in error
