@@ -8,6 +8,7 @@ import pytest
 
 from tests.cluster.cli_process import metrics, overrides, summary, until, write_recipe
 from tests.cluster.hosts import PYTHON, Hosts, connected, needs_hosts
+from tests.cluster.run.test_resuming_rl import figures
 
 ROOT = Path(__file__).parents[3]
 pytestmark = [needs_hosts, pytest.mark.exhaustive]
@@ -61,8 +62,8 @@ def test_jobs_on_three_hosts(phase: str, tmp_path: Path, tiny_folder: Path) -> N
         table = lockstep(hosts, "jobs", log="jobs.log")[1]
     assert len(re.findall(rf"{phase} 300/300", table)) == 2, table
     assert [word for line in table.splitlines()[1:] for word in line.split()[1:2]].count("stopped") == 1
-    losses = [[line["loss"] for line in metrics(tmp_path / name, phase)] for name in ("one", "two")]
-    assert losses[0] == losses[1]
+    one, two = ([figures(line) for line in metrics(tmp_path / name, phase)] for name in ("one", "two"))
+    assert one == two
     assert summary(tmp_path / "one")["status"] == summary(tmp_path / "two")["status"] == "finished"
 
 
