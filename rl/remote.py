@@ -84,6 +84,7 @@ class ActorHandle(Generic[Worker]):
     """Ray's reference to its node and process, asked for before anything else, so that no work delays the answer."""
     end_reason: str = ""
     """Why its process was ended, where that was decided here."""
+    _place: tuple[str, int] | None = field(default=None, init=False, repr=False)
 
     @property
     def role(self) -> str:
@@ -121,11 +122,10 @@ class ActorHandle(Generic[Worker]):
         return Call(self, self.located)
 
     def known_place(self) -> tuple[str, int] | None:
-        """The result of `place`, if it has come."""
-        if self.located is None or not ray.wait([self.located], timeout=0)[0] or failed(self.place()):
-            return None
-        place: tuple[str, int] = ray.get(self.located)
-        return place
+        """The result of `place`, if it has come; Ray is asked for it until it has."""
+        if self._place is None and self.located is not None and ray.wait([self.located], timeout=0)[0]:
+            self._place = None if failed(self.place()) else ray.get(self.located)
+        return self._place
 
     def end(self) -> None:
         """Kills the actor's process, if it lives."""

@@ -25,12 +25,6 @@ def started(hosts: Hosts, *arguments: str, log: str):  # type: ignore[no-untyped
     return hosts[2].start(*command, log=log, PYTHONPATH=str(ROOT / "src"))
 
 
-def job_id(output: str) -> str:
-    found = re.search(r"^job (\S+)$", output, re.MULTILINE)
-    assert found, output
-    return found[1]
-
-
 JOBS = {
     "pretrain": ("layout.data=2", "roles.policy.cpus=0.5", "pretrain.steps=300"),
     "rl": ("layout.data=1", "supervised.steps=4", "rl.steps=300"),
