@@ -23,6 +23,23 @@ class AnswerKey:
 
 
 @dataclass(frozen=True)
+class Submission:
+    """What a verifier gets of a rollout: what it judges, and what functions of the user's may ask for besides."""
+
+    text: str
+    """The completion, or of an episode the last turn."""
+    key: AnswerKey
+    prompt: str = ""
+    """As the model reads it."""
+    tokens: int = 0
+    """Of the completion."""
+    finish_reason: str = ""
+    """See `Completion`."""
+    verdict: Verdict | None = None
+    """What its environment says, where that judges."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A problem as the model reads it, and what its verifier needs."""
 
@@ -87,6 +104,15 @@ class Rollout(Completion):
     """A completion and its prompt."""
 
     prompt: Prompt = field(kw_only=True)
+
+    def submission(self, verdict: Verdict | None = None) -> Submission:
+        """What a verifier gets of it.
+
+        Args:
+            verdict: its environment's, where that judges.
+        """
+        key, text = self.prompt.answer_key, self.prompt.text
+        return Submission(self.judged, key, text, len(self.tokens), self.finish_reason, verdict)
 
     @property
     def completion(self) -> Completion:

@@ -1,7 +1,8 @@
 """The verdict on one completion: correct, incorrect or ungradable, because a broken grader is no wrong answer."""
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 class Outcome(enum.StrEnum):
@@ -27,6 +28,8 @@ class Verdict:
     extracted: str | None = None
     credit: float | None = None
     """Where the task defines partial credit: from 0 to 1, and 1 for `correct` only. None where it does not."""
+    terms: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Values of the recipe's own reward functions by name; one that failed is missing, and `reason` says why."""
 
     def __post_init__(self) -> None:
         if self.credit is None:

@@ -23,7 +23,9 @@ def prose(path: Path) -> str:
 
 
 def unknown(path: Path) -> Iterator[str]:
-    for name in re.findall(r"(?<![\w:/.*-])(?:\.\./)?([\w/-]+\.(?:py|c|toml|md|svg|png))\b(?!/)", prose(path)):
+    for name in re.findall(
+        r"(?<![\w:/.*-])(?:\.\./)?([\w/-]+\.(?:py|c|toml|md|svg|png))\b(?!/|:[A-Za-z])", prose(path)
+    ):
         if not name.startswith(("megatron/", "deepspeed/")) and not any(file.endswith(f"/{name}") for file in KNOWN):
             yield name
     text = path.read_text()

@@ -130,7 +130,7 @@ class _Sitting:
         return generate(self.engine, missing, sampling, samples=samples, seed=self.work.seed)
 
     def _judged(self, mode: str, samples: int, rollouts: Sequence[Rollout]) -> Iterator[Answer]:
-        verdicts = self.judge.grade([(r.text, r.prompt.answer_key) for r in rollouts])
+        verdicts = self.judge.grade([rollout.submission() for rollout in rollouts])
         for rollout, verdict in zip(rollouts, verdicts, strict=True):
             yield {
                 "mode": mode,

@@ -3,25 +3,20 @@
 Code alone, by the endings of files: what lies beside it, such as data or a `.env`, stays.
 """
 
-import ast
-import os
 import shutil
-import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import lockstep
+from lockstep.cluster.own_modules import BadModule, code_files, own_modules
+from lockstep.cluster.recipe.paths import functions, with_functions
 from lockstep.cluster.recipe.schema import Recipe
+from lockstep.data.tasks.user_function import function_name
 
-CODE = (".py", ".pyi", ".so", ".c", ".j2", ".sh", ".toml", ".typed")
-"""How names of files end that travel."""
 LARGEST_BYTES = 100 << 20
 """Ray's dashboard refuses more in one package."""
-
-
-class BadModule(ValueError):
-    """A module that is no Python."""
 
 
 class TooLarge(ValueError):
@@ -30,7 +25,10 @@ class TooLarge(ValueError):
 
 def copy_package(folder: Path) -> Path:
     """Copy this package's code into a folder; returns its place there."""
-    return _copy(Path(lockstep.__file__).parent, folder / "lockstep")
+    source, target = Path(lockstep.__file__).parent, folder / "lockstep"
+    for path in code_files(source):
+        _copy_file(path, target / path.relative_to(source))
+    return target
 
 
 def copy_modules(names: Iterable[str], folder: Path, search: Sequence[str]) -> list[str]:
@@ -44,20 +42,50 @@ def copy_modules(names: Iterable[str], folder: Path, search: Sequence[str]) -> l
     Raises:
         BadModule: when one is no Python.
     """
-    missing = []
-    for name in names:
-        spec = PathFinder.find_spec(name, search)
-        if spec is None:
-            missing.append(name)
-        elif not (folder / name).exists() and not (folder / f"{name}.py").exists() and (source := _own_source(spec)):
-            copied = _copy(source, folder / source.name)
-            copy_modules(_imports(copied), folder, [str(source.parent)])
+    files, missing = own_modules(names, search)
+    for target, source in files.items():
+        _copy_file(source, folder / target)
     return missing
 
 
-def named_modules(recipe: Recipe) -> list[str]:
-    """Top-level names of the modules that a recipe names."""
-    return [recipe.environment.kind.partition(":")[0].partition(".")[0]] if recipe.environment.is_own else []
+def copy_functions(recipe: Recipe, folder: Path, search: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """Copy the modules and files of the functions that a recipe names.
+
+    Args:
+        search: as for `copy_modules`.
+
+    Returns:
+        The recipe, in which functions of files are those of modules, `file:function` for `file.py:function`; and the
+        names of modules that are not found.
+
+    Raises:
+        BadModule: when one is no Python, or a file has the name of another module.
+    """
+    missing = list[str]()
+    for text in dict(functions(recipe)).values():
+        name = function_name(text)
+        assert name
+        if name.is_file:
+            path = Path(name.place)
+            _check_name(path, folder)
+            copy_modules([path.stem], folder, [str(path.parent)])
+        else:
+            missing += copy_modules([name.place.partition(".")[0]], folder, search)
+    return with_functions(recipe, _as_module), missing
+
+
+def _check_name(path: Path, folder: Path) -> None:
+    """Whether a file can travel as a module of its own name."""
+    found, copied = PathFinder.find_spec(path.stem, sys.path), folder / path.name
+    taken = path.stem in sys.stdlib_module_names or (found and Path(found.origin or "").resolve() != path.resolve())
+    other = copied.exists() and copied.read_bytes() != path.read_bytes()
+    if taken or other or not path.stem.isidentifier():
+        raise BadModule(f"{path} would travel with the job as the module {path.stem}, another has that name: rename it")
+
+
+def _as_module(text: str) -> str:
+    name = function_name(text)
+    return f"{Path(name.place).stem}:{name.function}" if name and name.is_file else text
 
 
 def check_size(folder: Path, largest: int = LARGEST_BYTES) -> None:
@@ -77,40 +105,6 @@ def check_size(folder: Path, largest: int = LARGEST_BYTES) -> None:
     )
 
 
-def _copy(source: Path, target: Path) -> Path:
-    """Copy a file, or the code of a folder; links are followed."""
-    if source.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-        return target
-    for root, folders, files in os.walk(source, followlinks=True):
-        folders[:] = [each for each in folders if not each.startswith((".", "__pycache__"))]
-        for name in files:
-            if name.endswith(CODE) and not name.startswith("."):
-                _copy(Path(root, name), target / Path(root, name).relative_to(source))
-    return target
-
-
-def _own_source(spec: ModuleSpec) -> Path | None:
-    """The file or folder of a module, unless it is installed or part of Python, or is this package."""
-    places = list(spec.submodule_search_locations or [spec.origin or ""])
-    source = Path(places[0])
-    installed = [Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
-    if spec.name == "lockstep" or not source.is_absolute() or any(each in source.parents for each in installed):
-        return None
-    return source
-
-
-def _imports(copied: Path) -> Iterator[str]:
-    """Top-level names that a module imports, by its source."""
-    for path in [copied] if copied.is_file() else copied.rglob("*.py"):
-        if path.suffix != ".py":
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError) as error:
-            raise BadModule(f"{path.name}, which would travel with the job, is no Python ({error}): mend it") from error
-        for node in ast.walk(tree):
-            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            yield from (name.partition(".")[0] for name in names if name)
+def _copy_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

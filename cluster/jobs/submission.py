@@ -13,11 +13,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lockstep.cluster.jobs.client import Jobs, NoHead
-from lockstep.cluster.jobs.package import check_size, copy_modules, copy_package, named_modules
+from lockstep.cluster.jobs.package import check_size, copy_functions, copy_package
 from lockstep.cluster.jobs.sealed_environment import seal
 from lockstep.cluster.jobs.spec import METADATA, JobSpec
 from lockstep.cluster.run.interruption import CLEAN_UP_S
@@ -35,6 +36,7 @@ def send(jobs: Jobs, spec: JobSpec, say: Callable[[str], object]) -> str:
         say: told of modules that do not travel, as a user should know.
 
     Raises:
+        BadModule: when a function of the user's cannot travel.
         NoHead: when the head does not answer, or takes no jobs.
         TooLarge: when the code that would travel is more than it takes.
     """
@@ -42,9 +44,11 @@ def send(jobs: Jobs, spec: JobSpec, say: Callable[[str], object]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         working, package = Path(folder) / "job", copy_package(Path(folder))
         working.mkdir()
-        (working / SPEC).write_text(json.dumps({"id": id, "spec": spec.to_json()}), encoding="utf-8")
-        for name in copy_modules(named_modules(spec.recipe), working, [os.getcwd(), *sys.path]):
+        recipe, missing = copy_functions(spec.recipe, working, [*sys.path, os.getcwd()])
+        for name in missing:
             say(f"the module {name} is not found here, and has to be installed on the cluster's nodes")
+        spec = replace(spec, recipe=recipe)
+        (working / SPEC).write_text(json.dumps({"id": id, "spec": spec.to_json()}), encoding="utf-8")
         for each in (working, package):
             check_size(each)
         environment: dict[str, Any] = {

@@ -119,7 +119,9 @@ def make_actors(plan: RunPlan, first: Storage, placement: Placement) -> RunActor
     recipe = plan.recipe
     policy = _model(plan.policy, plan, placement)
     rollouts = RolloutGroup(recipe.rollout, places=placement.of("rollout"))
-    verifiers = VerifierGroup(recipe.verifier, recipe.task.grader, placement.of("verifier"))
+    verifiers = VerifierGroup(
+        recipe.verifier, recipe.task.grader, placement.of("verifier"), recipe.reward.user_functions
+    )
     models = Models(
         **{name: _model(role, plan, placement) for name, role in plan.models.items()},
         critic_optimizer=recipe.roles.critic.optimizer,

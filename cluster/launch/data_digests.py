@@ -1,26 +1,44 @@
-"""Digests of the files that a run learns from, by their key in the recipe: a run that resumes needs the same content.
+"""Digests of the data and functions that a run learns from, by their key: a run that resumes needs the same content.
 
 Files are read whole up to a size, and beyond it at evenly spaced places: an index of lengths tells most edits of large
 token files, and terabytes are not read at each start.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from lockstep.cluster.own_modules import own_modules
+from lockstep.cluster.recipe.paths import functions
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.corpus.indexed_dataset import beside, prefix
 from lockstep.data.row_reader import SUFFIXES
+from lockstep.data.tasks.user_function import function_name
 
 BLOCK, BLOCKS = 1 << 20, 256
 """Bytes of a block, and how many are read of a larger file, the first and the last included."""
 
 
 def data_digests(recipe: Recipe) -> dict[str, str]:
-    """By key, a digest of the content of local files, 32 hex digits; names of generators and the Hub's have none."""
-    return {key: _digest(files) for key, files in _data(recipe) if files}
+    """By key, a digest of the content of local files, 32 hex digits.
+
+    Names of generators, of the Hub and of functions that are installed have none.
+    """
+    sources = ((key, _sources(text)) for key, text in functions(recipe))
+    return {key: _digest(files) for key, files in (*_data(recipe), *sources) if files}
+
+
+def _sources(text: str) -> list[Path]:
+    """The files of a function's module, and of the user's modules beside it that it imports."""
+    name = function_name(text)
+    assert name
+    path = Path(name.place)
+    if name.is_file:
+        return list(own_modules([path.stem], [str(path.parent)])[0].values())
+    return list(own_modules([name.place.partition(".")[0]], [*sys.path, str(Path.cwd())])[0].values())
 
 
 def _data(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:

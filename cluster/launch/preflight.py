@@ -8,8 +8,12 @@ from lockstep.cluster.launch.resume import check_changes, newest
 from lockstep.cluster.launch.run_lock import is_inside
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.model_source import starting_point
+from lockstep.cluster.recipe.paths import functions
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.corpus.loader import PretrainingData
+from lockstep.data.tasks.own_problems import FILTERED_BY
+from lockstep.data.tasks.user_function import BadFunction
+from lockstep.data.tasks.user_function import check as check_function
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.layout import Layout
@@ -21,6 +25,7 @@ from lockstep.rl.sandbox.distributions import LibraryError
 from lockstep.rl.sandbox.isolation import SandboxError
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import SandboxConfig
+from lockstep.rl.verifiers.user_functions import OFFERED
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ def check(recipe: Recipe) -> CheckedRun:
         raise RecipeError("a reference that moves is in the policy's own processes: place it together")
     if recipe.pretrain:
         _check_text(recipe.pretrain, recipe.seed, start)
+    _check_functions(recipe)
     return CheckedRun(plan, start, scorers)
 
 
@@ -81,6 +87,16 @@ def _check_model(role: ModelRole, config: ModelConfig, policy: ModelConfig) -> N
             f"roles.{role.name}.source reads {config.vocabulary} tokens and the policy writes {policy.vocabulary}: "
             "give a model with the same tokenizer"
         )
+
+
+def _check_functions(recipe: Recipe) -> None:
+    """Whether the functions that a recipe names can be loaded, and called with the arguments that there are."""
+    for key, text in functions(recipe):
+        judges = key == "task.grader" or key.startswith("reward.functions")
+        try:
+            check_function(text, OFFERED if judges else FILTERED_BY if key == "task.filter" else ())
+        except BadFunction as error:
+            raise RecipeError(f"{key}: {error}") from error
 
 
 def _check_text(config: PretrainConfig, seed: int, start: ModelContents) -> None:

@@ -4,7 +4,7 @@ Where a data set has no files of its own for both sides, training and held-out p
 hash of the problem, blind to the order of its numbers, says which side it belongs to, and duplicates are dropped.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,11 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.data.row_reader import BadRow, OnBad, is_source, left_out, read_rows, stop
+from lockstep.data.tasks.own_problems import filtered, own_problems
 from lockstep.data.tasks.presets import PRESETS
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.problem_formats import read_problem
+from lockstep.data.tasks.user_function import function_name
 
 HELD_OUT_SHARE = 5
 """One problem in this many belongs to the held-out side."""
@@ -35,14 +37,19 @@ class TaskConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: str = Field("", description="a known data set, which decides the keys of this section that are not given")
-    generator: Annotated[str, Path | str] = Field(
-        "chain_sum", description="a data set of reasoning-gym, or files of problems"
+    generator: Annotated[str, Path | str, Callable] = Field(
+        "chain_sum", description="a data set of reasoning-gym, files of problems, or module:function of your own"
     )
-    held_out_from: Annotated[str, Path] = Field(
-        "", description="files of held-out problems; a hash of each problem decides otherwise"
+    held_out_from: Annotated[str, Path, Callable] = Field(
+        "", description="files or a function of held-out problems; a hash of each problem decides otherwise"
+    )
+    filter: Annotated[str, Callable] = Field(
+        "", description="module:function or file.py:function that says by question, answer, … which problems are kept"
     )
     fields: dict[str, str] = Field({}, description="where files have question, answer, …, if not under known names")
-    settings: dict[str, Any] = Field(default_factory=dict, description="arguments of the generator")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the generator, reasoning-gym's or your own"
+    )
     train: int = Field(2000, ge=1, description="training problems at most")
     held_out: int = Field(200, ge=1, description="held-out problems at most")
     prompt: str = Field(
@@ -56,8 +63,10 @@ class TaskConfig(BaseModel):
         "{answer}",
         description="what solved examples show and supervised tuning teaches, of {answer}, {solution} and {program}",
     )
-    grader: Literal["answer", "gym"] = Field(
-        "answer", description="what decides where there are no tests; gym: reasoning-gym's scores, with partial credit"
+    grader: Annotated[str, Callable] = Field(
+        "answer",
+        description="what decides where there are no tests; gym: reasoning-gym's scores, with partial credit; or "
+        "module:function or file.py:function of your own",
     )
     chat: bool = Field(True, description="put the prompt into the tokenizer's chat template")
     chat_template_kwargs: dict[str, Any] = Field(
@@ -80,8 +89,20 @@ class TaskConfig(BaseModel):
     def _fits_together(self) -> "TaskConfig":
         if "{question}" not in self.prompt:
             raise ValueError(f"task.prompt={self.prompt!r} has no place for the problem: write {{question}} into it")
-        if self.grader == "gym" and (self.held_out_from or is_source(self.generator)):
-            raise ValueError("task.grader='gym' scores what reasoning-gym made, and these problems come from files")
+        own = function_name(self.generator) is not None
+        if self.grader == "gym" and (self.held_out_from or own or is_source(self.generator)):
+            raise ValueError(
+                f"task.grader='gym' scores what reasoning-gym made, and these problems come from "
+                f"{'a function' if own else 'files'}"
+            )
+        if self.grader not in ("answer", "gym") and function_name(self.grader) is None:
+            raise ValueError(
+                f"task.grader={self.grader!r} is not known: use answer, gym, module:function or file.py:function"
+            )
+        if self.filter and function_name(self.filter) is None:
+            raise ValueError(
+                f"task.filter={self.filter!r} names no function: write module:function or file.py:function"
+            )
         return self
 
 
@@ -153,7 +174,7 @@ def held_out_problems(task: TaskConfig, seed: int, skipped: list[BadRow]) -> tup
         split = make_split(task, seed)
         skipped += split.skipped
         return split.held_out
-    return tuple(_numbered(islice(_read(task, task.held_out_from, skipped), task.held_out)))
+    return tuple(_numbered(islice(_read(task, task.held_out_from, seed, skipped), task.held_out)))
 
 
 def read_problems(source: str, fields: Mapping[str, str], *, on_bad: OnBad = stop) -> Iterator[Problem]:
@@ -209,11 +230,21 @@ def _numbered(problems: Iterable[Problem]) -> Iterator[Problem]:
 
 
 def _stream(task: TaskConfig, seed: int, skipped: list[BadRow]) -> Iterator[Problem]:
-    return _read(task, task.generator, skipped) if is_source(task.generator) else _made(task, seed)
+    if is_source(task.generator) or function_name(task.generator):
+        return _read(task, task.generator, seed, skipped)
+    return _kept(task, _made(task, seed))
 
 
-def _read(task: TaskConfig, source: str, skipped: list[BadRow]) -> Iterator[Problem]:
-    return read_problems(source, task.fields, on_bad=skipped.append if task.on_bad == "skip" else stop)
+def _read(task: TaskConfig, source: str, seed: int, skipped: list[BadRow]) -> Iterator[Problem]:
+    """Problems of files, or of a function of the user's, as far as the task's filter keeps them."""
+    on_bad = skipped.append if task.on_bad == "skip" else stop
+    if function_name(source):
+        return _kept(task, own_problems(source, task.settings, seed, task.fields, on_bad=on_bad))
+    return _kept(task, read_problems(source, task.fields, on_bad=on_bad))
+
+
+def _kept(task: TaskConfig, problems: Iterator[Problem]) -> Iterator[Problem]:
+    return filtered(problems, task.filter) if task.filter else problems
 
 
 def _made(task: TaskConfig, seed: int) -> Iterator[Problem]:

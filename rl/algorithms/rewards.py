@@ -9,11 +9,12 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lockstep.data.tasks.user_function import function_name
 from lockstep.rl.algorithms.advantage import overlong
 from lockstep.rl.types import Judged, Reward, Rewarded
 
@@ -90,6 +91,31 @@ class LanguageTerm(_Term):
     script: Script = Field("latin", description="the script that letters should belong to")
 
 
+class FunctionTerm(BaseModel):
+    """A function of the user's that gives a completion a number, in a verifier's process and within its deadline."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    function: Annotated[str, Callable] = Field(
+        description="module:function, or file.py:function; it may take completion, answer, prompt, tokens and "
+        "finish_reason by name"
+    )
+    weight: float = Field(1.0, allow_inf_nan=False, description="what its value is multiplied by; 0 leaves it out")
+    name: str = Field("", description="of the term in metrics; that of the function where it is empty")
+
+    @property
+    def term(self) -> str:
+        """The name of the term."""
+        return self.name or self.function.rpartition(":")[2]
+
+    @field_validator("function")
+    @classmethod
+    def _names_a_function(cls, function: str) -> str:
+        if function_name(function) is None:
+            raise ValueError(f"{function!r} names no function: write module:function, or file.py:function")
+        return function
+
+
 class RewardConfig(BaseModel):
     """The reward of a completion: the sum of these terms, each times its weight. Those of weight 0 are left out."""
 
@@ -102,6 +128,21 @@ class RewardConfig(BaseModel):
     overlong: OverlongTerm = OverlongTerm()
     length: LengthTerm = LengthTerm()
     language: LanguageTerm = LanguageTerm()
+    functions: tuple[FunctionTerm, ...] = ()
+
+    @model_validator(mode="after")
+    def _has_terms_of_different_names(self) -> "RewardConfig":
+        names = ["correctness", "score", "format", "overlong", "length", "language"]
+        for term in self.functions:
+            if term.term in names:
+                raise ValueError(f"two terms are called {term.term}: give a function another name, by its key name")
+            names.append(term.term)
+        return self
+
+    @property
+    def user_functions(self) -> dict[str, str]:
+        """Functions of the user's that count, by the name of their term."""
+        return {each.term: each.function for each in self.functions if each.weight}
 
 
 CORRECTNESS = RewardConfig()
@@ -123,9 +164,10 @@ def rewarded(
 def reward_of(judged: Judged, config: RewardConfig) -> Reward:
     """The reward of a rollout; a reward model's score, where there is one, takes the place of the verdict's reward.
 
-    A total that is no finite number, as of a reward model whose score overflowed, says nothing: it is None.
+    The total is None where it says nothing: it is no finite number, as of a reward model whose score overflowed, or a
+    function of the user's failed.
     """
-    rollout = judged.rollout
+    rollout, found = judged.rollout, judged.verdict.terms
     length = len(rollout.tokens)
     terms = {
         name: weight * value
@@ -135,11 +177,13 @@ def reward_of(judged: Judged, config: RewardConfig) -> Reward:
             ("overlong", config.overlong.weight, overlong(length, config.overlong.maximum, config.overlong.cache)),
             ("length", config.length.weight, float(config.length.low <= length <= config.length.high)),
             ("language", config.language.weight, share_of_script(rollout.text, config.language.script)),
+            *((each.term, each.weight, found.get(each.term)) for each in config.functions),
         )
         if weight and value is not None
     }
     total = sum(terms.values())
-    return Reward(None if judged.grade is None or not math.isfinite(total) else total, terms)
+    said = judged.grade is not None and math.isfinite(total) and config.user_functions.keys() <= found.keys()
+    return Reward(total if said else None, terms)
 
 
 def means(rewards: Sequence[Reward]) -> dict[str, float]:

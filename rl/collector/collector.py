@@ -175,7 +175,7 @@ class Collector:
         """Has a rollout go on, or judged where its environment has no verdict."""
         if isinstance(answer, Continued):
             self._rollouts.assign([answer.request], answer.team)
-        elif answer.verdict is None:
-            self._judges.judge([answer.rollout])
+        elif answer.verdict is None or self._judges.adds_terms:
+            self._judges.judge([answer.rollout], answer.verdict)
         else:
             self._buffer.put(Judged(answer.rollout, answer.verdict))

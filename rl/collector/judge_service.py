@@ -18,6 +18,7 @@ class _Judging:
 
     worker: int
     rollouts: Sequence[Rollout]
+    known: Verdict | None
 
 
 class JudgeService:
@@ -26,7 +27,7 @@ class JudgeService:
     def __init__(self, verifiers: VerifierGroup, supervisor: Supervisor) -> None:
         self._verifiers, self._supervisor = verifiers, supervisor
         self._judging: dict[Call[list[Verdict]], _Judging] = {}
-        self._waiting: list[Sequence[Rollout]] = []
+        self._waiting: list[tuple[Sequence[Rollout], Verdict | None]] = []
         self._lost: dict[int, Replacement] = {}
 
     @property
@@ -39,15 +40,24 @@ class JudgeService:
         """Whether a verifier is being replaced."""
         return bool(self._lost)
 
-    def judge(self, rollouts: Sequence[Rollout]) -> None:
-        """Gives completions to the verifier that has the fewest calls open; they wait where none is left."""
+    @property
+    def adds_terms(self) -> bool:
+        """Whether verdicts have terms of reward functions, those of environments included."""
+        return bool(self._verifiers.reward_functions)
+
+    def judge(self, rollouts: Sequence[Rollout], known: Verdict | None = None) -> None:
+        """Gives completions to the verifier that has the fewest calls open; they wait where none is left.
+
+        Args:
+            known: their environment's verdict, which only lacks the terms of reward functions.
+        """
         living = [number for number in range(len(self._verifiers.workers)) if number not in self._lost]
         if not living:
-            self._waiting.append(rollouts)
+            self._waiting.append((rollouts, known))
             return
         load = Counter(judging.worker for judging in self._judging.values())
         worker = min(living, key=lambda number: load[number])
-        self._judging[self._verifiers.judge(worker, rollouts)] = _Judging(worker, rollouts)
+        self._judging[self._verifiers.judge(worker, rollouts, known)] = _Judging(worker, rollouts, known)
 
     def take(self, call: Call[list[Verdict]]) -> list[tuple[Rollout, Verdict]]:
         """Completions and verdicts of a call that has ended; none where the verifier died, which is replaced."""
@@ -59,7 +69,7 @@ class JudgeService:
             if call.actor is self._verifiers.workers[judging.worker] and judging.worker not in self._lost:
                 begin = partial(self._verifiers.replacing, judging.worker)
                 self._lost[judging.worker] = Replacement(name, death, begin, self._supervisor)
-            self.judge(judging.rollouts)
+            self.judge(judging.rollouts, judging.known)
             return []
         self._supervisor.count_result(name)
         return list(zip(judging.rollouts, verdicts, strict=True))
@@ -79,8 +89,8 @@ class JudgeService:
                 replacement.check_place()
         if self._waiting and len(self._lost) < len(self._verifiers.workers):
             waiting, self._waiting = self._waiting, []
-            for rollouts in waiting:
-                self.judge(rollouts)
+            for rollouts, known in waiting:
+                self.judge(rollouts, known)
 
     def drop(self) -> None:
         """Forgets all completions that are being judged."""

@@ -1,8 +1,11 @@
 """The `[environment]` section of a recipe: which environment answers the policy's turns, and its limits."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lockstep.data.tasks.user_function import function_name
 
 TOOLS = ("calculator", "python")
 
@@ -12,7 +15,9 @@ class EnvironmentConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: str = Field("none", description="none, tools, gym, or module:Class of your own")
+    kind: Annotated[str, Callable] = Field(
+        "none", description="none, tools, gym, or module:Class or file.py:Class of your own"
+    )
     tools: tuple[str, ...] = Field(TOOLS, description="of kind tools: what the model may call")
     settings: dict[str, Any] = Field({}, description="arguments of your own class")
     turns: int = Field(4, ge=1, description="turns of the model at most")
@@ -23,7 +28,9 @@ class EnvironmentConfig(BaseModel):
     @model_validator(mode="after")
     def _is_known(self) -> "EnvironmentConfig":
         if self.kind not in ("none", "tools", "gym") and not self.is_own:
-            raise ValueError(f"environment.kind={self.kind!r} is not known: use none, tools, gym or module:Class")
+            raise ValueError(
+                f"environment.kind={self.kind!r} is not known: use none, tools, gym, module:Class or file.py:Class"
+            )
         strange = next((name for name in self.tools if name not in TOOLS), None)
         if strange is not None or not self.tools:
             raise ValueError(f"environment.tools has {strange!r}: use one or more of {', '.join(TOOLS)}")
@@ -31,6 +38,5 @@ class EnvironmentConfig(BaseModel):
 
     @property
     def is_own(self) -> bool:
-        """Whether `kind` names a class or function of the user's, as `module:Class`."""
-        module, separator, name = self.kind.partition(":")
-        return bool(separator) and all(part.isidentifier() for part in [*module.split("."), name])
+        """Whether `kind` names a class or function of the user's, as `module:Class` or `file.py:Class`."""
+        return function_name(self.kind) is not None

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 
+from lockstep.data.tasks.user_function import BadFunction, load
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.environments.prime_verifiers import PrimeEnvironment, is_foreign
 from lockstep.rl.environments.protocol import Opening
@@ -57,11 +57,10 @@ def _tool(name: str, config: EnvironmentConfig, stack: ExitStack) -> Tool:
 
 def _own(config: EnvironmentConfig) -> Opening:
     """A factory over the user's class: an object for each episode, or one of `verifiers` that serves all."""
-    module, _, name = config.kind.partition(":")
     try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise NoEnvironment(f"environment.kind={config.kind!r} cannot be loaded ({error}): name a class") from error
+        found = load(config.kind)
+    except BadFunction as error:
+        raise NoEnvironment(f"environment.kind={config.kind!r}: {error}") from error
     first = found(**config.settings)
     if is_foreign(first):
         return lambda: PrimeEnvironment(first)

@@ -25,11 +25,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Literal, NoReturn, cast
 
+from lockstep.data.tasks.user_function import BadFunction
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.math.grader import EXAMPLES, grade
 from lockstep.rl.verifiers.process_pool import ProcessPool
 
-Grader = Callable[[str, str], Verdict]
+Grader = Callable[[str, Any], Verdict]
+"""Grades a response by its reference: an answer, or whatever else the grader takes."""
 
 _START_LIMIT = 60.0
 _STARTS_TRIED = 3
@@ -65,7 +67,7 @@ class AnswerPool(ProcessPool["_Child"]):
     failure = AnswerPoolError
 
     def __init__(
-        self, workers: int, deadline: float, grader: Grader = grade, examples: Sequence[tuple[str, str]] = EXAMPLES
+        self, workers: int, deadline: float, grader: Grader = grade, examples: Sequence[tuple[str, Any]] = EXAMPLES
     ) -> None:
         if workers < 1 or not deadline > 0:
             raise ValueError(f"a pool needs workers >= 1 and deadline > 0 s, not {workers} workers and {deadline} s")
@@ -75,14 +77,14 @@ class AnswerPool(ProcessPool["_Child"]):
         for started in [self._threads.submit(_Child, self._grader) for _ in range(workers)]:
             self._idle.put(started.result())
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """One verdict for each (response, reference answer), in order.
+    def grade(self, pairs: Sequence[tuple[str, Any]]) -> list[Verdict]:
+        """One verdict for each (response, reference), in order.
 
         Raises AnswerPoolError if children cannot start, or if the pool is closed before the last verdict.
         """
         return self._each(self._grade_one, pairs, "it was grading")
 
-    def _grade_one(self, pair: tuple[str, str]) -> Verdict:
+    def _grade_one(self, pair: tuple[str, Any]) -> Verdict:
         found = self._attempt(pair)
         if isinstance(found, _Lost) and found.how == "died":
             found = self._attempt(pair)
@@ -94,7 +96,7 @@ class AnswerPool(ProcessPool["_Child"]):
         fault = isinstance(alone, Verdict) and alone.outcome is not Outcome.ungradable
         return Verdict(Outcome.incorrect if fault else Outcome.ungradable, lost.reason)
 
-    def _attempt(self, pair: tuple[str, str]) -> "Verdict | _Lost":
+    def _attempt(self, pair: tuple[str, Any]) -> "Verdict | _Lost":
         child = self._ready_child()
         try:
             return child.grade(pair, self._deadline)
@@ -148,7 +150,7 @@ class _Child:
             self.kill()
         return problem
 
-    def grade(self, pair: tuple[str, str], deadline: float) -> Verdict | _Lost:
+    def grade(self, pair: tuple[str, Any], deadline: float) -> Verdict | _Lost:
         """The child's verdict; if it dies, overruns its deadline or stands still, how, and it is dead."""
         try:
             self._connection.send(pair)
@@ -214,13 +216,16 @@ def _load(connection: "Connection[Any, Any]") -> tuple[Grader | None, float]:
     except (ImportError, AttributeError) as error:
         connection.send(f"it cannot import the grader ({error}): define it in a module that can be imported")
         return None, 0.0
+    except BadFunction as error:
+        connection.send(str(error))
+        return None, 0.0
     for example in examples:
         _guarded(grader, *example)
     connection.send(None)
     return cast(Grader, grader), deadline
 
 
-def _guarded(grader: Grader, response: str, answer: str) -> Verdict:
+def _guarded(grader: Grader, response: str, answer: Any) -> Verdict:
     """The grader's verdict; where it raises, the response is incorrect if the answer alone raises nothing."""
     try:
         return _checked(grader(response, answer))

@@ -1,9 +1,11 @@
 """VerifierWorker: grades completions in processes that can be killed, without loading torch."""
 
-from lockstep.rl.types import AnswerKey
+from collections.abc import Mapping
+
+from lockstep.rl.types import Submission
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.config import VerifierConfig
-from lockstep.rl.verifiers.judge import GraderName, Judge
+from lockstep.rl.verifiers.judge import Judge
 from lockstep.rl.workers.base import Worker
 
 
@@ -12,16 +14,16 @@ class VerifierWorker(Worker):
 
     role = "verifier"
 
-    def __init__(self, rank: int, config: VerifierConfig, grader: GraderName) -> None:
+    def __init__(self, rank: int, config: VerifierConfig, grader: str, reward_functions: Mapping[str, str]) -> None:
         super().__init__(rank)
-        self.judge = Judge(config, grader, self.log.info)
+        self.judge = Judge(config, grader, self.log.info, reward_functions)
 
     def start(self, programs: bool) -> None:
         """Starts the grading processes; see `Judge.start`."""
         self.judge.start(programs=programs)
 
-    def grade(self, items: list[tuple[str, AnswerKey]]) -> list[Verdict]:
-        """Grades pairs of (completion, what it is judged by); returns a verdict for each, in order."""
+    def grade(self, items: list[Submission]) -> list[Verdict]:
+        """Grades completions; returns a verdict for each, in order."""
         return self.judge.grade(items)
 
     def close(self) -> None:

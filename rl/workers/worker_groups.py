@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # torch, which a verifier has no use for
     from lockstep.rl.algorithms.config import ReferenceConfig
     from lockstep.rl.environments.protocol import EnvironmentResponse
     from lockstep.rl.rollout.config import RolloutConfig
-    from lockstep.rl.verifiers.judge import GraderName
 
 PASSES = 32
 """Forward passes that a rollout worker makes in one call at most, before it takes new requests."""
@@ -195,12 +194,20 @@ class RolloutGroup:
 class VerifierGroup:
     """Verifier workers, each with grading processes of its own."""
 
-    def __init__(self, config: VerifierConfig, grader: "GraderName" = "answer", places: Places = ()) -> None:
+    def __init__(
+        self,
+        config: VerifierConfig,
+        grader: str = "answer",
+        places: Places = (),
+        reward_functions: Mapping[str, str] | None = None,
+    ) -> None:
         """
         Args:
-            grader: grades problems that have no tests.
+            grader: grades problems that have no tests; see `lockstep.rl.verifiers.judge.grader_of`.
+            reward_functions: names of the user's functions that are computed of each completion, by term.
         """
         self._config, self._grader, self.places = config, grader, places
+        self.reward_functions = dict(reward_functions or {})
         self.workers = [self._worker(number) for number in range(config.workers)]
 
     def start(self, *, programs: bool) -> list[Call[None]]:
@@ -211,9 +218,13 @@ class VerifierGroup:
         """Compares the package that the workers run; see `ModelGroup.check_agreement`."""
         _compare(self.workers, gather([w.call(VerifierWorker.loaded) for w in self.workers]))
 
-    def judge(self, number: int, rollouts: Sequence[Rollout]) -> Call[list[Verdict]]:
-        """A call of this worker that grades completions; returns verdicts in order."""
-        return self.workers[number].call(VerifierWorker.grade, [(r.judged, r.prompt.answer_key) for r in rollouts])
+    def judge(self, number: int, rollouts: Sequence[Rollout], known: Verdict | None = None) -> Call[list[Verdict]]:
+        """A call of this worker that grades completions; returns verdicts in order.
+
+        Args:
+            known: the verdict of their environment, which reward functions are then added to.
+        """
+        return self.workers[number].call(VerifierWorker.grade, [r.submission(known) for r in rollouts])
 
     def replacing(self, number: int) -> Iterator[Sequence[Call[Any]]]:
         """Starts a worker in the place of one that died; yields calls to be gathered before it judges."""
@@ -228,7 +239,7 @@ class VerifierGroup:
     def _worker(self, number: int) -> ActorHandle[VerifierWorker]:
         # One answer that takes until its deadline holds up one call, and the others go to the pool's other processes.
         processes = Processes("verifier", [number], 1, self.places, together=self._config.processes + 1)
-        return start(VerifierWorker, processes, self._config, self._grader)[0]
+        return start(VerifierWorker, processes, self._config, self._grader, self.reward_functions)[0]
 
 
 class EnvironmentGroup:

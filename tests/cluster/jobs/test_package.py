@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cluster.jobs.package import BadModule, TooLarge, check_size, copy_modules, copy_package, named_modules
+from lockstep.cluster.jobs.package import BadModule, TooLarge, check_size, copy_functions, copy_modules, copy_package
 from lockstep.cluster.recipe.load import parse
 
 
@@ -53,10 +53,39 @@ def test_a_module_that_is_no_python_is_refused(tmp_path: Path) -> None:
         copy_modules(["own"], tmp_path / "there", [str(tmp_path)])
 
 
-def test_a_recipe_names_its_environment() -> None:
-    assert named_modules(parse({})) == []
-    assert named_modules(parse({"environment": {"kind": "tools"}})) == []
-    assert named_modules(parse({"environment": {"kind": "mine.games:Chess"}})) == ["mine"]
+def test_functions_of_a_recipe_travel_and_those_of_files_become_modules(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    write(
+        here, graders_dot_py="import helper\ndef f(): ...\n", helper_dot_py="", mine__games_dot_py="", other_dot_py=""
+    )
+    recipe = parse(
+        {
+            "environment": {"kind": "mine.games:Chess"},
+            "task": {"grader": f"{here}/graders.py:f", "filter": "absent:keep"},
+            "reward": {"functions": [{"function": f"{here}/graders.py:g"}, {"function": "mine.games:h"}]},
+        }
+    )
+    sent, missing = copy_functions(recipe, there, [str(here)])
+    assert missing == ["absent"]
+    assert files(there) == {"graders.py", "helper.py", "mine/games.py"}
+    assert (sent.task.grader, sent.task.filter) == ("graders:f", "absent:keep")
+    assert [term.function for term in sent.reward.functions] == ["graders:g", "mine.games:h"]
+    assert sent.environment == recipe.environment
+    assert copy_functions(parse({"environment": {"kind": "tools"}}), there, [str(here)])[1] == []
+
+
+@pytest.mark.parametrize("name", ["json", "numpy", "not a name"])
+def test_a_file_whose_name_is_taken_does_not_travel(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.py").write_text("")
+    with pytest.raises(BadModule, match=rf"{name}\.py would travel with the job as the module {name}"):
+        copy_functions(parse({"task": {"grader": f"{tmp_path}/{name}.py:f"}}), tmp_path / "there", [])
+
+
+def test_two_files_of_one_name_do_not_travel_together(tmp_path: Path) -> None:
+    write(tmp_path, a__same_dot_py="x = 1", b__same_dot_py="x = 2")
+    task = {"grader": f"{tmp_path}/a/same.py:f", "filter": f"{tmp_path}/b/same.py:f"}
+    with pytest.raises(BadModule, match=r"another has that name: rename it"):
+        copy_functions(parse({"task": task}), tmp_path / "there", [])
 
 
 def test_too_much_is_refused_with_the_largest_and_what_to_do(tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lockstep.cluster.recipe.load import load_recipe, parse, to_toml
-from lockstep.cluster.recipe.paths import input_paths, is_path, is_path_or_name, missing, with_absolute_paths
+from lockstep.cluster.recipe.paths import (
+    functions,
+    input_paths,
+    is_function,
+    is_path,
+    is_path_or_name,
+    missing,
+    with_absolute_paths,
+)
 from lockstep.cluster.recipe.schema import Recipe
 
 PATHS = {
@@ -26,6 +34,14 @@ PATHS_OR_NAMES = {
     "task.generator",
     "roles.reward.source",
     "roles.teacher.source",
+}
+FUNCTIONS = {
+    "environment.kind",
+    "task.generator",
+    "task.held_out_from",
+    "task.filter",
+    "task.grader",
+    "reward.functions.function",
 }
 CALLED_PATHS = re.compile(
     r"(.*_)?(path|paths|source|sources|folder|folders|file|files|dir|at|from|tokenizer|generator)"
@@ -56,12 +72,33 @@ def test_every_field_that_is_called_or_said_to_be_a_path_is_marked_as_one() -> N
         holds_text = any(part is str for part in parts(field.annotation))
         suspicious = CALLED_PATHS.fullmatch(key.rpartition(".")[2]) or SAID_TO_BE_PATHS.search(field.description or "")
         if holds_text and suspicious and key not in NO_PATHS:
-            assert is_path(field) or is_path_or_name(field), f"{key}: mark it as cluster/recipe/paths.py says"
+            assert is_path(field) or is_path_or_name(field) or is_function(field), (
+                f"{key}: mark it as cluster/recipe/paths.py says"
+            )
 
 
 def test_these_are_marked() -> None:
     assert {key for key, field in fields(Recipe) if is_path(field)} == PATHS
     assert {key for key, field in fields(Recipe) if is_path_or_name(field)} == PATHS_OR_NAMES
+    assert {key for key, field in fields(Recipe) if is_function(field)} == FUNCTIONS
+
+
+def test_functions_of_files_are_the_submitters_and_those_of_modules_stay(here: Path) -> None:
+    values = {
+        "environment": {"kind": "games.py:Chess"},
+        "task": {"grader": "mine:grade", "filter": "../filters.py:keep", "generator": "own.py:make"},
+        "reward": {"functions": [{"function": "judge/style.py:rate"}, {"function": "a.b:c"}]},
+    }
+    recipe = with_absolute_paths(parse(values))
+    assert dict(functions(recipe)) == {
+        "environment.kind": f"{here}/games.py:Chess",
+        "task.generator": f"{here}/own.py:make",
+        "task.filter": f"{here.parent}/filters.py:keep",
+        "task.grader": "mine:grade",
+        "reward.functions[0].function": f"{here}/judge/style.py:rate",
+        "reward.functions[1].function": "a.b:c",
+    }
+    assert not input_paths(recipe).keys() - {"model.source"}
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ LAYOUTS = {
     "tensor": ("layout.data=1", "layout.tensor=2", "rollout.tensor=2", "model.numerics=exact"),
     "pipeline": ("layout.data=1", "layout.pipeline=2"),
 }
+OWN = "def brevity(tokens, completion):\n    return 1 / (tokens + len(completion))\n"
+"""A reward function of the user's."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,11 @@ def run(
     if name not in finished:
         folder = tmp_path_factory.mktemp("run")
         recipe = write_recipe(folder, tiny_folder)
-        code, output = train(folder / "log", recipe, *LAYOUTS[name], options=("--profile",))
+        (folder / "own.py").write_text(OWN)
+        given = (*LAYOUTS[name], f'reward.functions=[{{function = "{folder}/own.py:brevity", weight = 0.25}}]')
+        code, output = train(folder / "log", recipe, *given, options=("--profile",))
         assert code == 0, output
-        finished[name] = Run(folder / "tiny", recipe, LAYOUTS[name], output)
+        finished[name] = Run(folder / "tiny", recipe, given, output)
     return finished[name]
 
 
@@ -82,6 +86,17 @@ def test_reinforcement_updates_the_policy(run: Run) -> None:
     assert first["grad_norm"] > 0
     assert second["weight_version"] == 1 + first["weight_version"]
     assert [line["stage"] for line in metrics(run.folder, "eval")] == ["before", "supervised", "after"]
+
+
+def test_a_reward_function_from_a_file_is_a_term_of_the_reward_and_its_source_is_on_record(run: Run) -> None:
+    for line in metrics(run.folder, "rl"):
+        assert line["reward"] == pytest.approx(line["reward/correctness"] + line["reward/brevity"], abs=1e-9)
+    rows = pq.read_table(run.folder / "rollouts" / "step-000001.parquet").to_pylist()
+    credit = {"correct": 1.0, "incorrect": 0.0}
+    for row in rows:
+        own = 0.25 / (row["completion_tokens"] + len(row["completion"]))
+        assert row["reward"] == pytest.approx(credit[row["outcome"]] + own, abs=1e-9)
+    assert len(summary(run.folder)["data"]["reward.functions[0].function"]) == 32
 
 
 @pytest.mark.parametrize("run", ["tensor"], indirect=True)

@@ -93,3 +93,43 @@ def test_the_language_is_that_of_the_letters() -> None:
 def test_a_bad_reward_is_refused(values: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         RewardConfig.model_validate(values)
+
+
+FUNCTIONS = RewardConfig.model_validate(
+    {
+        "functions": [
+            {"function": "mine:brevity", "weight": 0.5},
+            {"function": "dir/own.py:rate", "name": "style", "weight": -2},
+            {"function": "mine:unused", "weight": 0},
+        ]
+    }
+)
+
+
+def test_functions_are_terms_by_their_names_and_weights() -> None:
+    assert FUNCTIONS.user_functions == {"brevity": "mine:brevity", "style": "dir/own.py:rate"}
+    verdict = Verdict(Outcome.correct, terms={"brevity": 0.5, "style": 0.25})
+    reward = reward_of(judged("2", 3, verdict), FUNCTIONS)
+    assert reward.terms == {"correctness": 1.0, "brevity": 0.25, "style": -0.5}
+    assert reward.total == pytest.approx(0.75)
+
+
+def test_a_rollout_of_which_a_function_says_nothing_has_no_reward() -> None:
+    partly = Verdict(Outcome.correct, "reward function style failed", terms={"brevity": 0.5})
+    assert reward_of(judged("2", 3, partly), FUNCTIONS).total is None
+    assert reward_of(judged("2", 3, partly, score=0.5), FUNCTIONS).total is None
+    assert reward_of(judged("2", 3, partly), RewardConfig()).total == 1.0
+
+
+@pytest.mark.parametrize(
+    ("functions", "said"),
+    [
+        ([{"function": "brevity"}], "'brevity' names no function: write module:function, or file.py:function"),
+        ([{"function": "a:f"}, {"function": "b:f"}], "two terms are called f: give a function another name"),
+        ([{"function": "a:length"}], "two terms are called length"),
+        ([{"weight": 1.0}], "Field required"),
+    ],
+)
+def test_functions_without_names_of_their_own_are_refused(functions: list[dict[str, object]], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        RewardConfig.model_validate({"functions": functions})

@@ -4,7 +4,7 @@ import reasoning_gym
 
 from lockstep.data.tasks.code_tests import Case, CodeTests
 from lockstep.data.tasks.problem import entry_text
-from lockstep.rl.types import AnswerKey
+from lockstep.rl.types import AnswerKey, Submission
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.verifiers.judge import Judge
 
@@ -22,7 +22,7 @@ def test_answers_and_programs_are_judged_in_order() -> None:
     ]
     notes: list[str] = []
     with Judge(VerifierConfig(), note=notes.append) as judge:
-        verdicts = judge.grade([(text, key) for text, key, _ in given])
+        verdicts = judge.grade([Submission(text, key) for text, key, _ in given])
         assert judge.grade([]) == []
     assert len(notes) == 1
     assert [str(verdict.outcome) for verdict in verdicts] == [outcome for _, _, outcome in given]
@@ -32,7 +32,9 @@ def test_reasoning_gyms_own_scores_decide_where_the_task_says_so() -> None:
     entry = reasoning_gym.create_dataset("chain_sum", seed=1, size=1)[0]
     key = AnswerKey(entry_text(entry))
     with Judge(VerifierConfig(deadline=20.0), "gym") as judge:
-        right, wrong = judge.grade([(f"<answer>{entry['answer']}</answer>", key), ("<answer>none</answer>", key)])
+        right, wrong = judge.grade(
+            [Submission(f"<answer>{entry['answer']}</answer>", key), Submission("<answer>none</answer>", key)]
+        )
     assert (right.outcome, right.credit) == ("correct", 1.0)
     assert wrong.outcome == "incorrect"
     assert wrong.credit is not None
