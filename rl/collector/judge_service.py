@@ -1,4 +1,7 @@
-"""JudgeService: completions go to the verifier that has the least to do, and verdicts come back."""
+"""JudgeService: completions go to the verifier that has the least to do, and verdicts come back.
+
+A call that raises is made again for each of its completions alone, and one that raises alone, too, is ungradable.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -6,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from lockstep.rl.collector.supervisor import Replacement, Supervisor
-from lockstep.rl.remote import Call, WorkerDied, gather
+from lockstep.rl.remote import Call, WorkerDied, WorkerFailed, gather
 from lockstep.rl.types import Rollout
-from lockstep.rl.verdict import Verdict
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.workers.worker_groups import VerifierGroup
 
 
@@ -19,6 +22,11 @@ class _Judging:
     worker: int
     rollouts: Sequence[Rollout]
     known: Verdict | None
+    is_retry: bool = False
+
+
+FAILURES = 8
+"""How many completions in a row may be ungradable because their verifier raised."""
 
 
 class JudgeService:
@@ -29,6 +37,7 @@ class JudgeService:
         self._judging: dict[Call[list[Verdict]], _Judging] = {}
         self._waiting: list[tuple[Sequence[Rollout], Verdict | None]] = []
         self._lost: dict[int, Replacement] = {}
+        self._failures = 0
 
     @property
     def calls(self) -> Collection[Call[list[Verdict]]]:
@@ -51,16 +60,23 @@ class JudgeService:
         Args:
             known: their environment's verdict, which only lacks the terms of reward functions.
         """
+        self._judge(rollouts, known)
+
+    def _judge(self, rollouts: Sequence[Rollout], known: Verdict | None, *, is_retry: bool = False) -> None:
         living = [number for number in range(len(self._verifiers.workers)) if number not in self._lost]
         if not living:
             self._waiting.append((rollouts, known))
             return
         load = Counter(judging.worker for judging in self._judging.values())
         worker = min(living, key=lambda number: load[number])
-        self._judging[self._verifiers.judge(worker, rollouts, known)] = _Judging(worker, rollouts, known)
+        self._judging[self._verifiers.judge(worker, rollouts, known)] = _Judging(worker, rollouts, known, is_retry)
 
     def take(self, call: Call[list[Verdict]]) -> list[tuple[Rollout, Verdict]]:
-        """Completions and verdicts of a call that has ended; none where the verifier died, which is replaced."""
+        """Completions and verdicts of a call that has ended; none where they are judged again.
+
+        Raises:
+            WorkerFailed: when verifiers raise again and again.
+        """
         judging = self._judging.pop(call)
         name = f"verifier {judging.worker}"
         try:
@@ -71,8 +87,24 @@ class JudgeService:
                 self._lost[judging.worker] = Replacement(name, death, begin, self._supervisor)
             self.judge(judging.rollouts, judging.known)
             return []
+        except WorkerFailed as failure:
+            return self._after_failure(judging, failure)
+        self._failures = 0
         self._supervisor.count_result(name)
         return list(zip(judging.rollouts, verdicts, strict=True))
+
+    def _after_failure(self, judging: _Judging, failure: WorkerFailed) -> list[tuple[Rollout, Verdict]]:
+        """Has completions judged alone after their call raised, and gives them up where they were alone."""
+        if not judging.is_retry:
+            for rollout in judging.rollouts:
+                self._judge([rollout], judging.known, is_retry=True)
+            return []
+        self._failures += 1
+        if self._failures > FAILURES:
+            raise failure
+        words = str(failure).strip().splitlines()
+        reason = f"its verifier raised, twice: {words[-1]}"[:500]
+        return [(rollout, judging.known or Verdict(Outcome.ungradable, reason)) for rollout in judging.rollouts]
 
     def replace(self) -> None:
         """Goes on replacing verifiers that died, as far as that takes no waiting.

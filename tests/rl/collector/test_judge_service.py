@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep.rl.collector.judge_service import JudgeService
+from lockstep.rl.collector.judge_service import FAILURES, JudgeService
 from lockstep.rl.collector.supervisor import Supervisor
-from lockstep.rl.remote import any_of, gather
+from lockstep.rl.remote import WorkerFailed, any_of, gather
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.verdict import Outcome
 from lockstep.rl.verifiers.config import VerifierConfig
@@ -17,8 +17,8 @@ from lockstep.rl.workers.worker_groups import VerifierGroup
 from tests.rl.conftest import Actors
 
 
-def rollout(sample: int, text: str) -> Rollout:
-    prompt = Prompt(index=sample, text="", tokens=(1,), answer="4")
+def rollout(sample: int, text: str, answer: str = "4") -> Rollout:
+    prompt = Prompt(index=sample, text="", tokens=(1,), answer=answer)
     return Rollout(
         prompt=prompt, sample=sample, tokens=(2,), logp=(-1.0,), weight_versions=(0,), text=text, finish_reason="stop"
     )
@@ -50,3 +50,37 @@ def test_what_a_dead_verifier_had_is_judged_again(verifiers: VerifierGroup) -> N
             found |= {judged.sample: verdict.outcome for judged, verdict in service.take(call)}
     assert found == {n: Outcome.correct if n % 2 else Outcome.incorrect for n in range(4)}
     assert supervisor.replaced == 1
+
+
+class Poison(str):
+    """An answer that nobody else can read."""
+
+    def __reduce__(self) -> tuple[type[int], tuple[str]]:
+        return int, ("no number",)
+
+
+def judged(service: JudgeService) -> dict[int, tuple[Outcome, str]]:
+    found: dict[int, tuple[Outcome, str]] = {}
+    while service.calls:
+        for call in any_of(list(service.calls)):
+            found |= {each.sample: (verdict.outcome, verdict.reason) for each, verdict in service.take(call)}
+    return found
+
+
+def test_a_completion_at_which_verifiers_raise_is_ungradable_and_its_neighbours_are_judged(
+    verifiers: VerifierGroup,
+) -> None:
+    service = JudgeService(verifiers, Supervisor(lambda: None, lambda: 0.0))
+    service.judge([rollout(0, "4"), rollout(1, "4", Poison("4")), rollout(2, "5")])
+    found = judged(service)
+    assert (found[0][0], found[2][0]) == (Outcome.correct, Outcome.incorrect)
+    assert found[1][0] is Outcome.ungradable
+    assert found[1][1].startswith("its verifier raised, twice: ")
+    assert "no number" in found[1][1]
+
+
+def test_verifiers_that_only_raise_end_the_run(verifiers: VerifierGroup) -> None:
+    service = JudgeService(verifiers, Supervisor(lambda: None, lambda: 0.0))
+    service.judge([rollout(n, "4", Poison("4")) for n in range(FAILURES + 1)])
+    with pytest.raises(WorkerFailed, match="no number"):
+        judged(service)

@@ -1,0 +1,62 @@
+"""Held-out accuracy is measured between steps of RL; the best checkpoint stays, and RL ends where nothing improves."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from tests.cluster.cli_process import Train, metrics, summary, write_recipe
+from tests.documented import check_run
+
+
+def test_accuracy_between_steps_of_rl_its_best_checkpoint_and_an_early_end(
+    tmp_path: Path, tiny_folder: Path, train: Train
+) -> None:
+    settings = (
+        "rl.steps=9",
+        "rl.flow.mode=asynchronous",
+        "rl.optimizer.learning_rate=1e-9",  # so that no accuracy is better than the first
+        "evaluation.every=2",
+        "evaluation.patience=2",
+        "evaluation.samples=3",
+        "evaluation.pass_at=[1, 3]",
+        "checkpoints.every=1",
+        "checkpoints.keep_last=1",
+    )
+    recipe = write_recipe(tmp_path, tiny_folder)
+    code, output = train(tmp_path / "log", recipe, *settings)
+    assert code == 0, output
+    run = tmp_path / "tiny"
+    lines = metrics(run, "eval")
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        ("before", 0),
+        ("supervised", 16),
+        ("during", 18),
+        ("during", 20),
+        ("during", 22),
+        ("after", 22),
+    ]
+    assert len(metrics(run, "rl")) == 6
+    for line in lines:
+        assert 0 <= line["pass@1"] <= line["pass@3"] <= 1
+    during = [line for line in lines if line["stage"] == "during"]
+    assert len({line["accuracy"] for line in during}) == 1, "equal weights up to rounding answer alike"
+    said = summary(run)["stopped_early"]
+    assert said == "RL ended after 22 steps: no accuracy in 2 measurements was above that of step 18"
+    assert said in output
+    checkpoints = run / "checkpoints"
+    assert (checkpoints / "best").resolve().name == "step-000018"
+    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-000018", "step-000022"]
+    assert pq.read_table(run / "evals" / "step-000020.parquet").num_rows == 4
+    assert [row["stage"] for row in summary(run)["rows"]] == [line["stage"] for line in lines]
+    check_run(run)
+
+    code, output = train(tmp_path / "log", recipe, *settings, options=("--resume",))
+    assert code == 0, output
+    assert len(metrics(run, "rl")) == 6, "it has stopped"
+    patient = [each for each in settings if not each.startswith(("evaluation.p", "evaluation.samples"))]
+    code, output = train(tmp_path / "log", recipe, *patient, options=("--resume",))
+    assert code == 0, output
+    assert len(metrics(run, "rl")) == 9
+    stages = json.loads((run / "summary.json").read_text())["rows"]
+    assert [(row["stage"], row["step"]) for row in stages][-2:] == [("during", 24), ("after", 25)]
