@@ -103,10 +103,20 @@ class Controller:
         self._collector.resume(version)
 
     def evaluate(self, max_new_tokens: int) -> list[Judged]:
-        """Greedy completions of the held-out problems, with their verdicts."""
-        prompts = dict(enumerate(self._held_out))
-        sampling = self._stopped(SamplingParams(temperature=0, max_new_tokens=max_new_tokens))
-        return [judged for group in self._answers(prompts, sampling, samples=1, seed=0) for judged in group]
+        """Greedy completions of the held-out problems, with their verdicts; rollouts of batches go on meanwhile."""
+        greedy = SamplingParams(temperature=0, max_new_tokens=max_new_tokens)
+        return [judged for group in self.sample(greedy, samples=1) for judged in group]
+
+    def sample(self, sampling: SamplingParams, samples: int) -> list[list[Judged]]:
+        """So many completions of each held-out problem, with their verdicts; rollouts of batches go on meanwhile.
+
+        What is drawn depends on the run's seed and the weights: the same random numbers are used each time.
+        """
+        return self._collector.answer(self._held_out, self._stopped(sampling), samples, self._seed)
+
+    def drop(self) -> None:
+        """Forgets rollouts that were asked for, as at the end of a phase."""
+        self._collector.drop()
 
     def _answers(
         self, prompts: Mapping[int, Prompt], sampling: SamplingParams, samples: int, seed: int

@@ -62,12 +62,13 @@ class RunActors:
             gather(self.models.reference.start(kept, model.dtype, None, heat, model.numerics))
             self.models.reference.check_agreement()
 
-    def save(self, said: Mapping[str, Any], at: Position, *, state: bool) -> None:
+    def save(self, said: Mapping[str, Any], at: Position, *, state: bool, best: bool = False) -> None:
         """Begin a checkpoint of the policy, and of the models beside it that have learned, when those before are there.
 
         Args:
             said: what manifests say of the run.
             state: save what a run needs to go on: optimizers, a moving reference, and the models beside the policy.
+            best: let the link `best` point to the policy's.
         """
         step = at.steps
         new = [name for name, place in trained_checkpoints(self.plan, at).items() if place.name == step_name(step)]
@@ -75,7 +76,7 @@ class RunActors:
         for model in (self.policy, *saving):
             model.call(ModelWorker.saved)
         for model in (*saving, self.policy):
-            model.call(ModelWorker.save, step, dict(said), state, False)
+            model.call(ModelWorker.save, step, dict(said), state, best and model is self.policy)
 
     def save_reward_model(self, step: int, said: Mapping[str, Any]) -> None:
         """A checkpoint of the reward model, which `roles.reward.source` of another recipe may name."""

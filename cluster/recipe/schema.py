@@ -28,9 +28,29 @@ class _Section(BaseModel):
 
 
 class EvaluationConfig(_Section):
-    """Greedy exact match on held-out problems, before and after each phase."""
+    """Accuracy on held-out problems, before and after each phase, and between steps of RL."""
 
     max_new_tokens: int = Field(64, ge=1, description="tokens of an answer at most")
+    every: int = Field(0, ge=0, description="steps of RL after which it is measured, too; the best stays as `best`")
+    patience: int = Field(
+        0, ge=0, description="RL ends after so many of these measurements in a row without a new best; 0: it does not"
+    )
+    samples: int = Field(0, ge=0, description="completions of each problem that are drawn beside the greedy one")
+    pass_at: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1,), description="k for which pass@k is estimated from the samples"
+    )
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="at which samples are drawn")
+
+    @model_validator(mode="after")
+    def _measures_what_it_says(self) -> "EvaluationConfig":
+        if self.patience and not self.every:
+            raise ValueError(f"patience={self.patience} counts measurements between steps: give every, too")
+        drawn = [name for name in ("pass_at", "temperature") if name in self.model_fields_set]
+        if drawn and not self.samples:
+            raise ValueError(f"{drawn[0]} is of samples, and samples=0: give it, too")
+        if self.samples and max(self.pass_at, default=0) > self.samples:
+            raise ValueError(f"pass_at={list(self.pass_at)} asks for more than samples={self.samples}: draw as many")
+        return self
 
 
 class RecoveryConfig(_Section):

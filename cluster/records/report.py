@@ -21,7 +21,7 @@ from lockstep.cluster.evaluation.accuracy import wilson
 from lockstep.cluster.records.charts import UPDATES, column, count_of, of_phase, run_charts, value_of
 from lockstep.cluster.records.ending import note_killed
 from lockstep.cluster.records.progress import duration
-from lockstep.cluster.records.run_folder import METRICS, RECIPE, STAGES, RunFolder
+from lockstep.cluster.records.run_folder import DURING, METRICS, RECIPE, STAGES, RunFolder
 from lockstep.cluster.records.svg import number
 from lockstep.cluster.records.tables import Record
 
@@ -160,6 +160,7 @@ def _stages(folder: RunFolder, records: Sequence[Record]) -> list[Stage]:
     """Rows of the summary, and from the metrics what a killed run had not yet summarised."""
     rows = folder.summary().get("rows")
     found = {str(row.get("stage")): row for row in rows or [] if isinstance(row, Mapping)}
+    found.pop(DURING, None)
     for record in of_phase(records, "eval"):
         if record.get("stage") in STAGES:
             found.setdefault(str(record["stage"]), record)

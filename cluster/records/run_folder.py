@@ -34,6 +34,8 @@ from lockstep.cluster.records.tables import (
 RECIPE, SUMMARY, METRICS = "recipe.toml", "summary.json", "metrics.jsonl"
 COMPARISONS = "comparisons.parquet"
 STAGES = ("before", "supervised", "preferred", "after")
+DURING = "during"
+"""The stage of measurements between steps of RL."""
 STATUSES = ("running", "finished", "interrupted", "failed")
 
 
@@ -221,10 +223,11 @@ class RunFolder:
         return list(records.values())
 
     def evaluations(self) -> dict[str, list[Record]]:
-        """Rows of each evaluation by stage: before, supervised, after, then any other by name."""
+        """Rows of each evaluation by stage, in order; those between steps of RL are called by their step."""
+        order = (*STAGES[:-1], "", STAGES[-1])
         stages = {path.stem: path for path in parquet_files(self.path / "evals")}
-        order = sorted(stages, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
-        return {stage: read_rows(stages[stage]) for stage in order}
+        named = sorted(stages, key=lambda stage: (order.index(stage if stage in order else ""), stage))
+        return {stage: read_rows(stages[stage]) for stage in named}
 
     def last_rollouts(self, n: int = 1) -> list[Record]:
         """Rows of the last n steps that have rollouts, oldest step first."""

@@ -1,18 +1,20 @@
 """Runs the phases of a run on problems: supervised, preferences, RL, with held-out accuracy measured between them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lockstep.cluster.evaluation.accuracy import accuracy_row
+from lockstep.cluster.evaluation.accuracy import accuracy_row, mean_pass_at_k, tally
 from lockstep.cluster.launch.actors import RunActors, make_actors, start_actors
 from lockstep.cluster.launch.placement import Placement
 from lockstep.cluster.launch.plan import RunPlan
 from lockstep.cluster.launch.preflight import CheckedRun
 from lockstep.cluster.launch.resume import Position, position_of
+from lockstep.cluster.recipe.schema import EvaluationConfig
 from lockstep.cluster.records.progress import Progress
-from lockstep.cluster.records.run_folder import RunFolder
+from lockstep.cluster.records.run_folder import DURING, RunFolder
 from lockstep.cluster.records.tables import answer_row, rollout_row
 from lockstep.cluster.run.interruption import Interruption
 from lockstep.cluster.run.profiling import traced
@@ -24,6 +26,7 @@ from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.algorithms.preferences import Comparison
 from lockstep.rl.controller import Controller, StepRecord
+from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.types import Judged
 from lockstep.rl.workers.process_watch import ProcessWatch
 
@@ -144,6 +147,8 @@ class _Phases:
     def reinforce(self, config: RLConfig) -> None:
         """The phase of rewards."""
         at = self._at
+        if self._run.summary().get("stopped_early"):
+            self._run.update(stopped_early=None)
         if at.phase != "rl":
             self._actors.keep_reference(at.steps)
         self._actors.load_reference()
@@ -154,8 +159,9 @@ class _Phases:
         """One phase, a record a step."""
         self._progress.begin(name, total)
         with traced(self._actors.policy, self._traces and self._traces / name, self._progress):
-            while self._took_step(name, records):
-                pass
+            while not self._stops_early(name) and self._took_step(name, records):
+                self._measure_between(name, total)
+                self._save_if_due()
 
     def _took_step(self, name: str, records: Iterator[StepRecord]) -> bool:
         """Take the next step of a phase, if there is one; what ends the run waits for it."""
@@ -165,6 +171,31 @@ class _Phases:
                 self._record(name, record)
         return record is not None
 
+    def _measure_between(self, name: str, total: int) -> None:
+        """Held-out accuracy after a step of RL, where the recipe asks for it."""
+        step, every = self._at.phase_step, self._recipe.evaluation.every
+        if name == "rl" and every and (step % every == 0 or step == total):
+            self.measure(DURING if step < total else "after")
+
+    def _stops_early(self, name: str) -> bool:
+        """Whether accuracy has had no new best for as many measurements of RL as the recipe waits for."""
+        patience = self._recipe.evaluation.patience
+        best, during = self._best_step(), [row["step"] for row in self._rows if row["stage"] == DURING]
+        if name != "rl" or not patience or best is None or sum(step > best for step in during) < patience:
+            return False
+        said = (
+            f"RL ended after {self.steps} steps: no accuracy in {patience} measurements was above that of step {best}"
+        )
+        self._progress.say(said)
+        self._run.update(stopped_early=said)
+        self._controller.drop()
+        return True
+
+    def _best_step(self) -> int | None:
+        """Steps after which accuracy during RL was highest, the first of equals."""
+        known = [row for row in self._rows if row["stage"] in (DURING, "after") and math.isfinite(row["accuracy"])]
+        return max(known, key=lambda row: (row["accuracy"], -row["step"]))["step"] if known else None
+
     def _record(self, name: str, record: StepRecord) -> None:
         version = self._controller.version
         self._at = Position(name, record.step, record.position, version, record.kl_beta, self.steps + 1)
@@ -173,23 +204,38 @@ class _Phases:
             rows = [rollout_row(record.step, i, each) for i, each in enumerate(record.completions)]
             self._run.rollouts(record.step, rows)
         self._progress.step(name, record.step, record.metrics)
+
+    def _save_if_due(self) -> None:
+        """A checkpoint after so many steps as the recipe says, and where accuracy is the best so far."""
         every = self._recipe.checkpoints.every
-        if every and self.steps % every == 0:
-            self.save(state=True)
+        if (every and self.steps % every == 0) or (self._recipe.evaluation.every and self._best_step() == self.steps):
+            with self._interruption.deferred():
+                self.save(state=bool(every))
 
     def measure(self, stage: str) -> None:
-        """Greedy accuracy on the held-out problems, if it is not known."""
-        if any(row["stage"] == stage for row in self._rows):
+        """Accuracy on the held-out problems, if it is not known; that of an earlier end of RL is not known now."""
+        if any(row["stage"] == stage and (stage == "before" or row["step"] == self.steps) for row in self._rows):
             return
         self._progress.say(f"measuring held-out accuracy ({stage})")
-        judged = self._controller.evaluate(self._recipe.evaluation.max_new_tokens)
-        row = _evaluation(stage, self.steps, judged)
-        self._rows.append(row)
-        self._run.evaluation(stage, [answer_row(each) for each in judged])
+        config = self._recipe.evaluation
+        judged = self._controller.evaluate(config.max_new_tokens)
+        row = _evaluation(stage, self.steps, judged) | self._pass_at(config)
+        self._rows = [other for other in self._rows if stage == DURING or other["stage"] != stage] + [row]
+        name = f"step-{self.steps:06d}" if stage == DURING else stage
+        self._run.evaluation(name, [answer_row(each) for each in judged])
         self._run.log("eval", self.steps, row)
         self._run.update(rows=self._rows)
         lost = f", {row['ungradable']} ungradable and left out" if row["ungradable"] else ""
         self._progress.say(f"{stage}: {row['correct']} of {row['total'] - row['ungradable']} correct{lost}")
+
+    def _pass_at(self, config: EvaluationConfig) -> dict[str, float]:
+        """pass@k of samples, where the recipe asks for some."""
+        if not config.samples:
+            return {}
+        sampling = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+        groups = self._controller.sample(sampling, config.samples)
+        tallies = [tally([judged.verdict.outcome for judged in group]) for group in groups]
+        return {f"pass@{k}": mean_pass_at_k(tallies, k).value for k in config.pass_at}
 
     def end(self, interruption: Interruption) -> None:
         """Save what the run has learned, if it has the time, and write down how it ended."""
@@ -208,7 +254,9 @@ class _Phases:
             return
         self._saved = self.steps
         position = {key: value for key, value in asdict(self._at).items() if key != "steps"}
-        self._actors.save(self._said() | {"position": position, "rows": self._rows}, self._at, state=state)
+        said = self._said() | {"position": position, "rows": self._rows}
+        best = bool(self._recipe.evaluation.every) and self._best_step() == self.steps
+        self._actors.save(said, self._at, state=state, best=best)
 
     def _said(self) -> dict[str, Any]:
         """What every manifest says of the run."""

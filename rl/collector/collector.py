@@ -23,6 +23,8 @@ from lockstep.rl.workers.stubs import ModelWorker, RolloutWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
 Result = TypeVar("Result")
+BESIDE = 1 << 32
+"""Number of the first group that is no part of a batch."""
 
 
 class Collector:
@@ -62,6 +64,25 @@ class Collector:
         for group, prompt in prompts.items():
             numbers = self._buffer.open(group, prompt, samples)
             self._rollouts.assign([RolloutRequest(number, prompt.tokens, sampling, seed) for number in numbers])
+
+    def answer(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, samples: int, seed: int
+    ) -> list[list[Judged]]:
+        """Judged groups of completions beside those that were asked for before, which go on.
+
+        The groups have numbers of their own, from `BESIDE` on. Where nothing is being written in the end, workers
+        forget what they have computed, so that what comes then has the bits that it has without this.
+
+        Raises:
+            WorkerFailed: as `take`.
+        """
+        numbers = range(BESIDE, BESIDE + len(prompts))
+        self.ask(dict(zip(numbers, prompts, strict=True)), sampling, samples, seed)
+        found = [self.take(number) for number in numbers]
+        if not self._rollouts.has_work:
+            self._rest()
+            self._tell(RolloutWorker.drop)
+        return found
 
     def take(self, group: int) -> list[Judged]:
         """The completions of a group with their verdicts, when all have come; the policy rests meanwhile.

@@ -235,6 +235,34 @@ def test_evaluation_is_greedy_and_in_order(controller: Controller) -> None:
     assert [s.rollout.text for s in first] == [s.rollout.text for s in second]
 
 
+def measuring(records: Iterator[StepRecord], controller: Controller) -> Iterator[StepRecord]:
+    """A run with evaluations between its steps, which agree with each other where no weights came between."""
+    for record in records:
+        drawn = controller.sample(SamplingParams(max_new_tokens=4), samples=3)
+        first, second = controller.evaluate(4), controller.evaluate(4)
+        assert [s.rollout.prompt.index for s in first] == [0, 1, 2, 3] == [g[0].rollout.prompt.index for g in drawn]
+        assert [s.rollout.tokens for s in first] == [s.rollout.tokens for s in second]
+        assert [len(group) for group in drawn] == [3] * 4
+        assert {s.rollout.weight_version for s in first} == {controller.version}
+        yield record
+
+
+def test_evaluation_between_steps_loses_nothing_of_an_asynchronous_run(controller: Controller) -> None:
+    records = list(measuring(controller.reinforce(config(FLOWS["asynchronous"], steps=4)), controller))
+    assert len(records) == 4
+    check_samples(records)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "one_step_off"])
+def test_evaluation_between_steps_changes_no_bit_of_a_run(mode: str, controller: Controller) -> None:
+    still = config(FLOWS[mode], steps=3).model_copy(update={"optimizer": OptimizerConfig(learning_rate=1e-30)})
+    plain = [each.rollout for record in controller.reinforce(still) for each in record.completions]
+    measured = [
+        each.rollout for record in measuring(controller.reinforce(still), controller) for each in record.completions
+    ]
+    assert [(r.sample, r.tokens, r.logp) for r in plain] == [(r.sample, r.tokens, r.logp) for r in measured]
+
+
 @pytest.fixture(scope="module")
 def teams(actors: Actors) -> Iterator[RolloutGroup]:
     """Two teams that get weights by broadcasts."""
