@@ -73,7 +73,7 @@ class Tokenizer:
 
     def with_template_kwargs(self, chat_template_kwargs: Mapping[str, Any]) -> "Tokenizer":
         """The same tokenizer with other variables of its chat template."""
-        return Tokenizer(self.files, chat_template_kwargs)
+        return self if self._variables == chat_template_kwargs else Tokenizer(self.files, chat_template_kwargs)
 
     @property
     def vocabulary(self) -> int:

@@ -4,16 +4,16 @@ A step of RL collects judged groups of rollouts, learns from them and syncs the 
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 
 from lockstep.data.batch import Sample, sample
 from lockstep.data.packing import documents
-from lockstep.data.tasks.task import Split, TaskConfig
+from lockstep.data.tasks.mixture import ProblemSet, shuffled
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.model.objectives.token_loss import nll
 from lockstep.rl.algorithms.aggregation import weighted
@@ -34,7 +34,7 @@ from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
 from lockstep.rl.collector.collector import Collector
 from lockstep.rl.environments.factory import told
 from lockstep.rl.learner import Learned, Learner, Models
-from lockstep.rl.prompts import demonstration_tokens, make_prompt
+from lockstep.rl.prompt_source import PromptSource
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.types import Advantaged, Judged, Prompt, Rewarded, own_logp
@@ -43,7 +43,6 @@ from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
 NO_MODELS = Models()
-Placed = TypeVar("Placed")
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ class Controller:
         verifiers: VerifierGroup,
         *,
         tokenizer: Tokenizer,
-        task: TaskConfig,
-        split: Split,
+        problems: Sequence[ProblemSet],
         seed: int,
         reward: RewardConfig = CORRECTNESS,
         models: Models = NO_MODELS,
@@ -81,17 +79,10 @@ class Controller:
     ) -> None:
         self._policy, self._collector = policy, Collector(policy, rollouts, verifiers, clock, environments)
         self._learner = Learner(policy, models, self._collector.gather, seed, reward)
-        self._stop = tuple(task.stop)
-        self._stop_tokens = tokenizer.chat_stop_tokens if task.chat else ()
         self._reward_model = models.reward
         self._tokenizer, self._seed, self._clock = tokenizer, seed, clock
         rules = told(environments.config) if environments else ""
-        self._train, self._held_out = (
-            [make_prompt(p, task, tokenizer, split.shots, rules) for p in problems]
-            for problems in (split.train, split.held_out)
-        )
-        self._taught = partial(demonstration_tokens, task=task, tokenizer=tokenizer, shots=split.shots, rules=rules)
-        self._problems = split.train
+        self._prompts = PromptSource(problems, tokenizer, seed, rules)
 
     @property
     def version(self) -> int:
@@ -112,7 +103,7 @@ class Controller:
 
         What is drawn depends on the run's seed and the weights: the same random numbers are used each time.
         """
-        return self._collector.answer(self._held_out, self._stopped(sampling), samples, self._seed)
+        return self._collector.answer(self._prompts.held_out, sampling, samples, self._seed)
 
     def drop(self) -> None:
         """Forgets rollouts that were asked for, as at the end of a phase."""
@@ -139,9 +130,8 @@ class Controller:
         for step in range(done + 1, config.steps + 1):
             started = self._clock()
             count = config.problems_per_step
-            pairs = list(zip(self._problems, self._train, strict=True))
-            chosen = [self._place(pairs, n, "sft") for n in range((step - 1) * count, step * count)]
-            samples = weighted([sample(prompt.tokens, self._taught(problem)) for problem, prompt in chosen])
+            pairs = [self._prompts.demonstration(n, "sft") for n in range((step - 1) * count, step * count)]
+            samples = weighted([sample(prompt.tokens, taught) for prompt, taught in pairs])
             rate = config.optimizer.rate(step, config.steps)
             result = gather(self._policy.update(step, samples, nll, rate))[0]
             seconds = self._clock() - started
@@ -169,7 +159,8 @@ class Controller:
         for step in range(done + 1, config.steps + 1):
             started = self._clock()
             count = config.groups_per_step
-            chosen = [self._place(train, n, "preference") for n in range((step - 1) * count, step * count)]
+            numbers = range((step - 1) * count, step * count)
+            chosen = [train[shuffled(n, len(train), self._seed, "preference")] for n in numbers]
             samples = samples_to_compare(chosen, judged=config.judged)
             rate = config.optimizer.rate(step, config.steps)
             result = gather(learns.update(step, samples, config.objective, rate))[0]
@@ -197,10 +188,9 @@ class Controller:
         if config.source:
             found = read_comparisons(config, self._tokenizer, say)
         else:
-            prompts = {n: self._place(self._train, n, "preference") for n in range(config.prompts)}
+            prompts = {n: self._prompts.train(n, "preference") for n in range(config.prompts)}
             seed = int(np.random.default_rng([self._seed, *b"preference"]).integers(1 << 62))
-            sampling = self._stopped(config.sampling)
-            found = by_verdict(self._answers(prompts, sampling, config.completions, seed), config.pairs)
+            found = by_verdict(self._answers(prompts, config.sampling, config.completions, seed), config.pairs)
         if config.judged or not found:
             return found
         self._policy.enter_phase(config.optimizer)
@@ -248,27 +238,16 @@ class Controller:
         """The scheduler of batches of training prompts, one batch a step."""
         return BatchScheduler(
             self._collector,
-            lambda number: self._place(self._train, number, "rl"),
+            lambda number: self._prompts.train(number, "rl"),
             config.flow,
             groups=config.prompts_per_step,
             samples=config.group_size,
-            sampling=self._stopped(config.sampling),
+            sampling=config.sampling,
             seed=int(np.random.default_rng([self._seed, *b"rl"]).integers(1 << 62)),
             reward=partial(self._learner.rewarded, config=config),
             teaches=partial(teaches, config=config),
             first=first,
         )
-
-    def _stopped(self, sampling: SamplingParams) -> SamplingParams:
-        """Sampling whose completions also end where the task and the chat template end them."""
-        stops = {"stop": (*sampling.stop, *self._stop), "stop_tokens": (*sampling.stop_tokens, *self._stop_tokens)}
-        return sampling.model_copy(update=stops)
-
-    def _place(self, things: Sequence[Placed], number: int, phase: str) -> Placed:
-        """The prompt, or comparison, of this number in a phase: epoch after epoch, each shuffled by the seed."""
-        epoch, index = divmod(number, len(things))
-        order = np.random.default_rng([self._seed, *phase.encode(), epoch]).permutation(len(things))
-        return things[order[index]]
 
 
 def _computed(samples: Sequence[Sample]) -> int:
@@ -302,6 +281,7 @@ def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str
     return {
         "reward": float(np.mean(rewards)) if rewards else float("nan"),
         **means([s.reward for s in completions]),
+        **_by_task(completions),
         "entropy": -float(np.mean(logp)),
         "completion_tokens": float(np.mean(lengths)),
         **({"kl_beta": config.kl_beta} if config.kl_target else {}),
@@ -314,3 +294,17 @@ def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str
         "step_seconds": sum(seconds.values()),
         **{f"{name}_seconds": value for name, value in seconds.items()},
     }
+
+
+def _by_task(completions: Sequence[Advantaged]) -> dict[str, float]:
+    """Mean reward and number of completions of each task, where there are several."""
+    found: dict[str, list[Advantaged]] = defaultdict(list)
+    for each in completions:
+        found[each.rollout.prompt.task].append(each)
+    metrics = {}
+    for task, some in found.items():
+        if task:
+            rewards = [reward for each in some if (reward := each.reward.total) is not None]
+            metrics[f"task/{task}/reward"] = float(np.mean(rewards)) if rewards else float("nan")
+            metrics[f"task/{task}/completions"] = float(len(some))
+    return metrics

@@ -19,11 +19,17 @@ Mark = Callable[[str], str]
 
 
 def make_prompt(
-    problem: Problem, task: TaskConfig, tokenizer: Tokenizer, shots: Sequence[Problem] = (), rules: str = ""
+    problem: Problem,
+    task: TaskConfig,
+    tokenizer: Tokenizer,
+    shots: Sequence[Problem] = (),
+    rules: str = "",
+    name: str = "",
 ) -> Prompt:
-    """The prompt of a problem, with its tokens and what its verifier needs.
+    """The prompt of a problem, with its tokens, what ends its completions and what its verifier needs.
 
     Args:
+        name: of the task, where there are several.
         shots: solved problems to show before it, one more than `task.shots`: where it is one of them, the others serve.
         rules: of the environment, at the end of the system message.
 
@@ -37,7 +43,18 @@ def make_prompt(
     tokens = tuple(tokenizer.encode_marked(text, begin=not task.chat))
     scored = problem.entry if task.grader == "gym" else None
     answer = entry_text(scored, task.settings) if scored else problem.answer
-    return Prompt(problem.index, tokenizer.plain(text), tokens, answer, problem.tests)
+    stop_tokens = tokenizer.chat_stop_tokens if task.chat else ()
+    return Prompt(
+        problem.index,
+        tokenizer.plain(text),
+        tokens,
+        answer,
+        problem.tests,
+        grader=task.grader,
+        task=name,
+        stop=tuple(task.stop),
+        stop_tokens=stop_tokens,
+    )
 
 
 def demonstration_tokens(

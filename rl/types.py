@@ -20,6 +20,8 @@ class AnswerKey:
 
     answer: str
     tests: CodeTests | None = None
+    grader: str = "answer"
+    """Compares a completion with the answer; see `lockstep.rl.verifiers.judge.grader_of`."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Submission:
     """Of the completion."""
     finish_reason: str = ""
     """See `Completion`."""
+    task: str = ""
+    """See `Prompt`."""
     verdict: Verdict | None = None
     """What its environment says, where that judges."""
 
@@ -49,11 +53,19 @@ class Prompt:
     answer: str
     tests: CodeTests | None = None
     """Of a program; its verdict is that of the tests and not of the answer."""
+    grader: str = "answer"
+    """Compares a completion with the answer, where there are no tests; see `TaskConfig`."""
+    task: str = ""
+    """The name of its task, where there are several."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion of it, beside those of the sampling."""
+    stop_tokens: tuple[int, ...] = ()
+    """Tokens that do."""
 
     @property
     def answer_key(self) -> AnswerKey:
         """What a verifier has to know of it."""
-        return AnswerKey(self.answer, self.tests)
+        return AnswerKey(self.answer, self.tests, self.grader)
 
 
 @dataclass(frozen=True)
@@ -111,8 +123,9 @@ class Rollout(Completion):
         Args:
             verdict: its environment's, where that judges.
         """
-        key, text = self.prompt.answer_key, self.prompt.text
-        return Submission(self.judged, key, text, len(self.tokens), self.finish_reason, verdict)
+        prompt, length = self.prompt, len(self.tokens)
+        key = prompt.answer_key
+        return Submission(self.judged, key, prompt.text, length, self.finish_reason, prompt.task, verdict)
 
     @property
     def completion(self) -> Completion:

@@ -62,6 +62,10 @@ def evaluate_model(
         raise ValueError("what to answer is missing: give --task or --file")
     with overriding():
         recipe = _recipe(named, file, limit, overrides or [])
+    if recipe.tasks:
+        raise ValueError(
+            f"{named} has {len(recipe.tasks)} tasks, and one is evaluated at a time: name its data by --task"
+        )
     ks = tuple(sorted(set(k or ({1, samples} if samples else ()))))
     if any(each > samples for each in ks):
         raise ValueError(f"pass@{ks[-1]} needs {ks[-1]} samples or more, and these are {samples}: raise --samples")

@@ -91,7 +91,7 @@ def evaluate_checkpoint(work: Evaluation, folder: Path, progress: Callable[[int,
         work = _stopped(work, tokenizer)
         prompts = [make_prompt(problem, work.task, tokenizer, split.shots) for problem in split.held_out]
         answers = AnswerFolder(folder, _settings(work, prompts, engine))
-        with Judge(work.verifier, work.task.grader, note) as judge:
+        with Judge(work.verifier, note) as judge:
             sitting = _Sitting(work, prompts, engine, judge, answers)
             for done in sitting.answer():
                 progress(done, len(prompts) * (1 + work.samples))

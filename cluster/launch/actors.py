@@ -1,6 +1,6 @@
 """The actors of a run on problems, started as its recipe says and, where it goes on, with what they had learned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -12,13 +12,14 @@ from lockstep.cluster.launch.plan import ModelRole, RunPlan
 from lockstep.cluster.launch.preflight import CheckedRun
 from lockstep.cluster.launch.resume import Position, reference_of, trained_checkpoints
 from lockstep.cluster.recipe.schema import Recipe
-from lockstep.data.tasks.task import Split
+from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint, step_name
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.model.formats.lockstep import write_checkpoint
 from lockstep.rl.learner import Models
 from lockstep.rl.remote import ActorHandle, Call, WorkerDied, gather
+from lockstep.rl.verifiers.config import PROGRAMS
 from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
@@ -120,9 +121,7 @@ def make_actors(plan: RunPlan, first: Storage, placement: Placement) -> RunActor
     recipe = plan.recipe
     policy = _model(plan.policy, plan, placement)
     rollouts = RolloutGroup(recipe.rollout, places=placement.of("rollout"))
-    verifiers = VerifierGroup(
-        recipe.verifier, recipe.task.grader, placement.of("verifier"), recipe.reward.user_functions
-    )
+    verifiers = VerifierGroup(recipe.verifier, placement.of("verifier"), recipe.reward.user_functions)
     models = Models(
         **{name: _model(role, plan, placement) for name, role in plan.models.items()},
         critic_optimizer=recipe.roles.critic.optimizer,
@@ -130,7 +129,9 @@ def make_actors(plan: RunPlan, first: Storage, placement: Placement) -> RunActor
     return RunActors(plan, first, policy, rollouts, verifiers, models, _environments(recipe, first, placement))
 
 
-def start_actors(actors: RunActors, run: CheckedRun, last: Checkpoint | None, at: Position, split: Split) -> None:
+def start_actors(
+    actors: RunActors, run: CheckedRun, last: Checkpoint | None, at: Position, problems: Sequence[ProblemSet]
+) -> None:
     """Load the weights of all actors, the first ones or those of a checkpoint; a reference apart loads later.
 
     Args:
@@ -145,7 +146,7 @@ def start_actors(actors: RunActors, run: CheckedRun, last: Checkpoint | None, at
     for name, model in others.items():
         calls += _loading(plan.models[name], model, recipe, saved.get(name) or _first_weights(name, run, first))
     # A rollout worker that replaces one which died loads the same again, and `begun` may have been thinned out by then.
-    calls += rollouts.start(first, dtype, numerics) + verifiers.start(programs=split.has_programs)
+    calls += rollouts.start(first, dtype, numerics) + verifiers.start(graders(problems))
     gather([*calls, *([environments.ready()] if environments else [])])
     for model in (policy, *others.values()):
         model.check_agreement()
@@ -158,12 +159,18 @@ def start_actors(actors: RunActors, run: CheckedRun, last: Checkpoint | None, at
         model.call(ModelWorker.open_checkpoints, plan.checkpoints_of(name), plan.checkpoint_config)
 
 
+def graders(problems: Sequence[ProblemSet]) -> list[str]:
+    """Names of the graders that a run's problems need."""
+    programs = [PROGRAMS for each in problems if each.split.has_programs]
+    return list(dict.fromkeys([*programs, *(each.config.grader for each in problems if each.split.has_answers)]))
+
+
 def _environments(recipe: Recipe, first: Storage, placement: Placement) -> EnvironmentGroup | None:
     """The environments that answer the policy's turns, where the recipe has them."""
     if recipe.environment.kind == "none":
         return None
     files = Tokenizer(Checkpoint(first).files).files
-    task = recipe.task
+    task = recipe.mixture[0]
     return EnvironmentGroup(
         recipe.environment,
         files,

@@ -48,8 +48,10 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
             store = prefix(Path(part.path))
             yield f"pretrain.data.blend[{number}].path", [beside(store, ".idx"), beside(store, ".bin")]
         return
-    yield "task.generator", _rows(recipe.task.generator)
-    yield "task.held_out_from", _rows(recipe.task.held_out_from)
+    for number, task in enumerate(recipe.mixture):
+        key = f"tasks[{number}]" if recipe.tasks else "task"
+        yield f"{key}.generator", _rows(task.generator)
+        yield f"{key}.held_out_from", _rows(task.held_out_from)
     yield "preference.source", _rows(recipe.preference.source if recipe.preference else "")
 
 

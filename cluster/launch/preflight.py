@@ -92,9 +92,9 @@ def _check_model(role: ModelRole, config: ModelConfig, policy: ModelConfig) -> N
 def _check_functions(recipe: Recipe) -> None:
     """Whether the functions that a recipe names can be loaded, and called with the arguments that there are."""
     for key, text in functions(recipe):
-        judges = key == "task.grader" or key.startswith("reward.functions")
+        judges = key.endswith(".grader") or key.startswith("reward.functions")
         try:
-            check_function(text, OFFERED if judges else FILTERED_BY if key == "task.filter" else ())
+            check_function(text, OFFERED if judges else FILTERED_BY if key.endswith(".filter") else ())
         except BadFunction as error:
             raise RecipeError(f"{key}: {error}") from error
 

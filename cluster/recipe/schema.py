@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.cluster.recipe.model_source import SourceConfig
 from lockstep.cluster.recipe.roles import RolesConfig
+from lockstep.data.tasks.mixture import MixedTask
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
 from lockstep.distributed.layout import Layout
-from lockstep.model.training.config import PretrainConfig, TrainerConfig
+from lockstep.model.training.config import PretrainConfig, TrainerConfig, given
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
 from lockstep.rl.algorithms.rewards import RewardConfig
 from lockstep.rl.environments.config import EnvironmentConfig
@@ -45,7 +46,7 @@ class EvaluationConfig(_Section):
     def _measures_what_it_says(self) -> "EvaluationConfig":
         if self.patience and not self.every:
             raise ValueError(f"patience={self.patience} counts measurements between steps: give every, too")
-        drawn = [name for name in ("pass_at", "temperature") if name in self.model_fields_set]
+        drawn = given(self, "pass_at", "temperature")
         if drawn and not self.samples:
             raise ValueError(f"{drawn[0]} is of samples, and samples=0: give it, too")
         if self.samples and max(self.pass_at, default=0) > self.samples:
@@ -81,6 +82,7 @@ class Recipe(_Section):
     checkpoints: CheckpointConfig = CheckpointConfig()
     model: SourceConfig = SourceConfig()
     task: TaskConfig = TaskConfig()
+    tasks: tuple[MixedTask, ...] = ()
     layout: Layout = Layout()
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -102,6 +104,29 @@ class Recipe(_Section):
                 "a recipe trains on text, with [pretrain], or on problems, with [supervised], [preference] and [rl]"
             )
         return self
+
+    @model_validator(mode="after")
+    def _has_one_task_or_several(self) -> "Recipe":
+        if not self.tasks:
+            return self
+        if self.task != TaskConfig():
+            raise ValueError(
+                "a recipe has one task, with [task], or a mixture of several, with [[tasks]]: leave one out"
+            )
+        names = [each.name for each in self.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two of tasks are called {twice}: give each a name of its own")
+        shared = [(each.chat, each.chat_template_kwargs) for each in self.tasks]
+        if self.environment.kind != "none" and any(each != shared[0] for each in shared):
+            raise ValueError(
+                "an environment speaks one template with all tasks: make chat and chat_template_kwargs of tasks equal"
+            )
+        return self
+
+    @property
+    def mixture(self) -> tuple[TaskConfig, ...]:
+        """The tasks that the run learns from: those of the mixture, or the one that there is."""
+        return self.tasks or (self.task,)
 
     @model_validator(mode="after")
     def _has_one_order_of_sums(self) -> "Recipe":
@@ -173,9 +198,10 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _has_entries_to_score(self) -> "Recipe":
-        if self.environment.kind == "gym" and self.task.grader != "gym":
+        other = next((each.grader for each in self.mixture if each.grader != "gym"), None)
+        if self.environment.kind == "gym" and other:
             raise ValueError(
-                f"environment.kind='gym' scores entries of reasoning-gym, and task.grader={self.task.grader!r} gives "
+                f"environment.kind='gym' scores entries of reasoning-gym, and task.grader={other!r} gives "
                 "answers: set task.grader='gym'"
             )
         return self

@@ -14,7 +14,8 @@ from lockstep.rl.types import Advantaged, Judged, turns
 def answer_row(judged: Judged) -> dict[str, Any]:
     """The row of an evaluation's completion, in EVALUATION_COLUMNS."""
     rollout, verdict = judged.rollout, judged.verdict
-    return {
+    task = {"task": rollout.prompt.task} if rollout.prompt.task else {}
+    return task | {
         "problem": rollout.prompt.index,
         "prompt": rollout.prompt.text,
         "answer": rollout.prompt.answer,

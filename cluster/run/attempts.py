@@ -77,10 +77,10 @@ def run_attempts(
     restarts = Restarts(checked.plan.recipe.recovery.restarts)
     while True:
         try:
-            if ready.split is None:
+            if not ready.problems:
                 run_pretraining(checked, run, progress, traces, last, interruption, placement.of("policy"))
             else:
-                run_phases(checked, ready.split, run, progress, traces, placement, last, interruption)
+                run_phases(checked, ready.problems, run, progress, traces, placement, last, interruption)
             return
         except WorkerDied as death:
             if interruption.cause:

@@ -7,12 +7,15 @@ from lockstep.cluster.launch.preflight import CheckedRun, check, check_sandbox
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.run.beginning import Beginning, prepare
+from lockstep.data.tasks.mixture import ProblemSet, problem_sets
 from lockstep.data.tasks.problem import Problem
-from lockstep.data.tasks.task import Split, make_split
+from lockstep.data.tasks.task import Split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.algorithms.preferences import read_comparisons
 from lockstep.rl.environments.factory import told
 from lockstep.rl.prompts import make_prompt
+
+SIDES = ("train", "held_out")
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,15 @@ class ReadyRun:
 
     checked: CheckedRun
     beginning: Beginning
-    split: Split | None
-    """None where it trains on text."""
+    problems: tuple[ProblemSet, ...]
+    """Of each task; none where it trains on text."""
 
     def __str__(self) -> str:
         """Who would work, and on what, in one line."""
-        plan, last, split = self.checked.plan, self.beginning.last, self.split
+        plan, last = self.checked.plan, self.beginning.last
+        train, held_out = (sum(len(getattr(each.split, side)) for each in self.problems) for side in SIDES)
         who = ", ".join(f"{count} {role}" for role, count in plan.processes.items())
-        what = f", on {len(split.train)} problems and {len(split.held_out)} held-out ones" if split else ""
+        what = f", on {train} problems and {held_out} held-out ones" if self.problems else ""
         return f"with processes {who}{what}, into {plan.recipe.folder}{f', after {last.place}' if last else ''}"
 
 
@@ -44,10 +48,10 @@ def make_ready(recipe: Recipe, say: Callable[[str], None], *, resume: bool = Fal
     """
     checked = check(recipe)
     beginning = prepare(checked, say, resume=resume)
-    split = None if recipe.pretrain else make_split(recipe.task, recipe.seed)
-    if split and split.has_programs:
+    problems = () if recipe.pretrain else problem_sets(recipe.mixture, recipe.seed)
+    if any(each.split.has_programs for each in problems):
         say(check_sandbox(recipe.verifier.sandbox))
-    return ReadyRun(checked, beginning, split)
+    return ReadyRun(checked, beginning, problems)
 
 
 def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False) -> ReadyRun:
@@ -57,19 +61,21 @@ def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False)
         ValueError: one sentence on what does not fit.
     """
     ready = make_ready(recipe, say, resume=resume)
-    if ready.split:
-        tokenizer = Tokenizer(ready.checked.start.files, recipe.task.chat_template_kwargs)
-        _check_prompts(recipe, ready.split, tokenizer, ready.checked.start.config.context)
+    if ready.problems:
+        tokenizer = Tokenizer(ready.checked.start.files, recipe.mixture[0].chat_template_kwargs)
+        for each in ready.problems:
+            own = tokenizer.with_template_kwargs(each.config.chat_template_kwargs)
+            _check_prompts(recipe, each, own, ready.checked.start.config.context)
         if recipe.preference and recipe.preference.source:
             read_comparisons(recipe.preference, tokenizer, say)
     return ready
 
 
-def _check_prompts(recipe: Recipe, split: Split, tokenizer: Tokenizer, context: int) -> None:
+def _check_prompts(recipe: Recipe, task: ProblemSet, tokenizer: Tokenizer, context: int) -> None:
     """Whether prompts can be made of all problems, and leave room for completions."""
     length, rules = min(recipe.rollout.length, context), told(recipe.environment)
-    for key, new, problems in _completions(recipe, split):
-        prompts = [make_prompt(each, recipe.task, tokenizer, split.shots, rules) for each in problems]
+    for key, new, problems in _completions(recipe, task.split):
+        prompts = [make_prompt(each, task.config, tokenizer, task.split.shots, rules) for each in problems]
         longest = max(len(prompt.tokens) for prompt in prompts)
         if longest + new > length:
             limit = "rollout.length" if recipe.rollout.length <= context else "the model's context"

@@ -1,6 +1,7 @@
 """Runs the phases of a run on problems: supervised, preferences, RL, with held-out accuracy measured between them."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,7 @@ from lockstep.cluster.records.run_folder import DURING, RunFolder
 from lockstep.cluster.records.tables import answer_row, rollout_row
 from lockstep.cluster.run.interruption import Interruption
 from lockstep.cluster.run.profiling import traced
-from lockstep.data.tasks.task import Split
+from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
@@ -33,7 +34,7 @@ from lockstep.rl.workers.process_watch import ProcessWatch
 
 def run_phases(
     checked: CheckedRun,
-    split: Split,
+    problems: Sequence[ProblemSet],
     run: RunFolder,
     progress: Progress,
     traces: Path | None,
@@ -52,8 +53,8 @@ def run_phases(
     progress.say(f"starting {plan.processes['policy']} policy and {recipe.rollout.workers} rollout workers")
     actors = make_actors(plan, first, placement)
     with ProcessWatch(actors.workers, recipe.recovery.stopped_after, progress.say):
-        start_actors(actors, checked, last, at, split)
-        phases = _Phases(plan, _controller(actors, split, last, at), actors, run, progress, traces, at, interruption)
+        start_actors(actors, checked, last, at, problems)
+        phases = _Phases(plan, _controller(actors, problems, last, at), actors, run, progress, traces, at, interruption)
         if last:
             progress.say(f"going on after step {at.steps}, which {last.place} holds")
         try:
@@ -64,16 +65,15 @@ def run_phases(
         actors.close()
 
 
-def _controller(actors: RunActors, split: Split, last: Checkpoint | None, at: Position) -> Controller:
+def _controller(actors: RunActors, problems: Sequence[ProblemSet], last: Checkpoint | None, at: Position) -> Controller:
     """The controller of actors that have their weights, and go on from a checkpoint where there is one."""
     plan, recipe = actors.plan, actors.plan.recipe
     controller = Controller(
         actors.policy,
         actors.rollouts,
         actors.verifiers,
-        tokenizer=Tokenizer(Checkpoint(actors.first).files, recipe.task.chat_template_kwargs),
-        task=recipe.task,
-        split=split,
+        tokenizer=Tokenizer(Checkpoint(actors.first).files, recipe.mixture[0].chat_template_kwargs),
+        problems=problems,
         seed=recipe.seed,
         reward=recipe.reward,
         models=actors.models,
@@ -264,4 +264,9 @@ class _Phases:
 
 
 def _evaluation(stage: str, step: int, judged: Sequence[Judged]) -> dict[str, Any]:
-    return {"stage": stage, **accuracy_row([s.verdict.outcome for s in judged]), "step": step}
+    """A row of the record of evaluations; of several tasks the accuracy of each is there, too."""
+    by_task: dict[str, list[str]] = defaultdict(list)
+    for each in judged:
+        by_task[each.rollout.prompt.task].append(each.verdict.outcome)
+    parts = {f"accuracy/{task}": accuracy_row(outcomes)["accuracy"] for task, outcomes in by_task.items() if task}
+    return {"stage": stage, **accuracy_row([s.verdict.outcome for s in judged]), **parts, "step": step}

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from lockstep.cluster.run.dry_run import make_ready
 from lockstep.cluster.run.failures import told_in_sentences
 from lockstep.cluster.run.inputs import check_inputs
 from lockstep.cluster.run.interruption import Interruption, deadline
-from lockstep.data.tasks.task import Split
+from lockstep.data.tasks.mixture import ProblemSet
 
 
 def train_recipe(
@@ -70,7 +70,7 @@ def train_recipe(
             run = beginning.open()
             try:
                 with run, Progress(console) as progress, DiskReserve(run.path), told_in_sentences(run.path):
-                    _describe(run, ready.split)
+                    _describe(run, ready.problems)
                     for change in beginning.changes:
                         progress.say(f"from here on, {change}")
                     run_attempts(ready, run, progress, traces, placement, interruption)
@@ -87,19 +87,21 @@ def _report(folder: Path, say: Callable[[str], None]) -> None:
         say(f"{folder}/report.html was not written: {error}")
 
 
-def _describe(run: RunFolder, split: Split | None) -> None:
+def _describe(run: RunFolder, problems: Sequence[ProblemSet]) -> None:
     run.update(ended=None, process=this_process())
     packages = ("torch", "megatron-core", "deepspeed", "ray", "tensorstore")
     run.update(
         software={"python": platform.python_version()} | {p: version(p) for p in packages},
         machine={"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
     )
-    if split is not None:
+    if problems:
+        splits = [each.split for each in problems]
+        methods = [f"{each.name}: {each.split.method}" if each.name else each.split.method for each in problems]
         run.update(
             split={
-                "train": len(split.train),
-                "held_out": len(split.held_out),
-                "overlap": split.overlap,
-                "method": split.method,
+                "train": sum(len(split.train) for split in splits),
+                "held_out": sum(len(split.held_out) for split in splits),
+                "overlap": sum(split.overlap for split in splits),
+                "method": " ".join(methods),
             }
         )

@@ -128,6 +128,11 @@ class Split:
         """Whether a problem of either side has tests."""
         return any(p.tests for p in (*self.train, *self.held_out))
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether a problem of either side has none."""
+        return not all(p.tests for p in (*self.train, *self.held_out))
+
 
 def key(question: str) -> str:
     """A key for deduplication: the question's words and numbers, sorted, so that 1 + 2 and 2 + 1 count as one."""

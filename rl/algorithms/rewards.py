@@ -97,8 +97,8 @@ class FunctionTerm(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     function: Annotated[str, Callable] = Field(
-        description="module:function, or file.py:function; it may take completion, answer, prompt, tokens and "
-        "finish_reason by name"
+        description="module:function, or file.py:function; it may take completion, answer, prompt, tokens, "
+        "finish_reason and task by name"
     )
     weight: float = Field(1.0, allow_inf_nan=False, description="what its value is multiplied by; 0 leaves it out")
     name: str = Field("", description="of the term in metrics; that of the function where it is empty")

@@ -62,8 +62,8 @@ class Collector:
         if self._episodes:
             sampling = self._episodes.sampling(sampling)
         for group, prompt in prompts.items():
-            numbers = self._buffer.open(group, prompt, samples)
-            self._rollouts.assign([RolloutRequest(number, prompt.tokens, sampling, seed) for number in numbers])
+            numbers, stopped = self._buffer.open(group, prompt, samples), _stopped(sampling, prompt)
+            self._rollouts.assign([RolloutRequest(number, prompt.tokens, stopped, seed) for number in numbers])
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, samples: int, seed: int
@@ -200,3 +200,9 @@ class Collector:
             self._judges.judge([answer.rollout], answer.verdict)
         else:
             self._buffer.put(Judged(answer.rollout, answer.verdict))
+
+
+def _stopped(sampling: SamplingParams, prompt: Prompt) -> SamplingParams:
+    """Sampling whose completions also end where those of a prompt's task and of its chat template do."""
+    ends = {"stop": (*sampling.stop, *prompt.stop), "stop_tokens": (*sampling.stop_tokens, *prompt.stop_tokens)}
+    return sampling.model_copy(update=ends)

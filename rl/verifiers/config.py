@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from lockstep.rl.sandbox.distributions import DEFAULT
 from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxLimits
 
+PROGRAMS = "tests"
+"""The name of the grader of problems that have tests."""
+
 Mechanism = Literal["namespaces", "seccomp", "landlock"]
 
 _LIMITS = SandboxLimits()

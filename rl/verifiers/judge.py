@@ -1,22 +1,31 @@
-"""Grades completions by what their problem has: the tests of a program, or else a reference answer."""
+"""Grades completions by what their problem has: the tests of a program, or else a reference answer and a grader."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cached_property
 from threading import Lock
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.types import Submission
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.answer_pool import AnswerPool, Grader
 from lockstep.rl.verifiers.code_pool import CodePool
-from lockstep.rl.verifiers.config import VerifierConfig
+from lockstep.rl.verifiers.config import PROGRAMS, VerifierConfig
 from lockstep.rl.verifiers.math import grader
 from lockstep.rl.verifiers.user_functions import RewardFunctions, UserGrader
 
+BUILT_IN = ("answer", "gym", PROGRAMS)
+"""Graders of the package; any other is the name of a function of the user's."""
+
 Note = Callable[[str], object]
+
+
+class _Pool(Protocol):
+    """Processes that grade pairs of a completion and what it is graded by."""
+
+    def grade(self, pairs: Sequence[tuple[str, Any]]) -> list[Verdict]:
+        """One verdict for each pair, in order."""
 
 
 def grader_of(name: str) -> Grader:
@@ -40,30 +49,27 @@ class Judge:
     """
 
     def __init__(
-        self,
-        config: VerifierConfig,
-        grader: str = "answer",
-        note: Note = print,
-        reward_functions: Mapping[str, str] | None = None,
+        self, config: VerifierConfig, note: Note = print, reward_functions: Mapping[str, str] | None = None
     ) -> None:
         """
         Args:
-            grader: of problems without tests; see `grader_of`.
             note: takes the sentence that says how programs are isolated, when the sandboxes start.
             reward_functions: names of functions that are computed of every completion, by the name of their term.
         """
-        self._config, self._grader, self._note = config, grader_of(grader), note
+        self._config, self._note = config, note
         self._functions = dict(reward_functions or {})
+        self._pools: dict[str, _Pool] = {}
+        self._rewards: AnswerPool | None = None
         self._started, self._starting = ExitStack(), Lock()
 
-    def start(self, *, programs: bool) -> None:
-        """Start the verifiers of programs, or those of answers, before the first one comes.
+    def start(self, graders: Iterable[str]) -> None:
+        """Start graders by name before the first completion comes, `PROGRAMS` for those that have tests.
 
         Raises:
             SandboxError: as `grade`.
         """
-        with self._starting:
-            _ = self._programs if programs else self._answers
+        for name in graders:
+            self._pool(name)
 
     def grade(self, items: Sequence[Submission]) -> list[Verdict]:
         """One verdict for each completion, in order, with the terms of the recipe's own reward functions.
@@ -71,52 +77,42 @@ class Judge:
         Raises:
             SandboxError: where there are programs, and this machine cannot isolate them as required.
         """
-        open_ = [item for item in items if item.verdict is None]
-        answers = [(item.text, self._reference(item)) for item in open_ if item.key.tests is None]
-        programs = [(item.text, item.key.tests) for item in open_ if item.key.tests is not None]
-        of_answers = iter(self._grade_answers(answers) if answers else ())
-        of_programs = iter(self._grade_programs(programs) if programs else ())
-        verdicts = [i.verdict or next(of_answers if i.key.tests is None else of_programs) for i in items]
-        return self._with_terms(items, verdicts) if self._functions and items else verdicts
+        verdicts = {place: item.verdict for place, item in enumerate(items) if item.verdict}
+        places: dict[str, list[int]] = defaultdict(list)
+        for place, item in enumerate(items):
+            if place not in verdicts:
+                places[item.key.grader if item.key.tests is None else PROGRAMS].append(place)
+        for name, some in places.items():
+            pairs = [(items[place].text, _reference(name, items[place])) for place in some]
+            verdicts |= zip(some, self._pool(name).grade(pairs), strict=True)
+        found = [verdicts[place] for place in range(len(items))]
+        return self._with_terms(items, found) if self._functions and items else found
 
     def close(self) -> None:
         """End the verifiers' processes."""
         self._started.close()
 
-    def _reference(self, item: Submission) -> Any:
-        return item if isinstance(self._grader, UserGrader) else item.key.answer
-
     def _with_terms(self, items: Sequence[Submission], verdicts: Sequence[Verdict]) -> list[Verdict]:
         with self._starting:
-            pool = self._rewards
-        found = zip(verdicts, pool.grade([(item.text, item) for item in items]), strict=True)
+            if self._rewards is None:
+                self._rewards = self._answer_pool(RewardFunctions(self._functions))
+        found = zip(verdicts, self._rewards.grade([(item.text, item) for item in items]), strict=True)
         return [replace(v, terms=f.terms, reason="; ".join(filter(None, (v.reason, f.reason)))) for v, f in found]
 
-    def _grade_answers(self, answers: Sequence[tuple[str, Any]]) -> list[Verdict]:
-        self.start(programs=False)
-        return self._answers.grade(answers)
+    def _pool(self, name: str) -> _Pool:
+        with self._starting:
+            if name not in self._pools:
+                self._pools[name] = self._code_pool() if name == PROGRAMS else self._answer_pool(grader_of(name))
+            return self._pools[name]
 
-    def _grade_programs(self, programs: Sequence[tuple[str, CodeTests]]) -> list[Verdict]:
-        self.start(programs=True)
-        return self._programs.grade(programs)
-
-    @cached_property
-    def _answers(self) -> AnswerPool:
-        if not isinstance(self._grader, UserGrader):
-            pool = AnswerPool(self._config.processes, self._config.deadline, self._grader)
-        else:
-            pool = AnswerPool(self._config.processes, self._config.deadline, self._grader, examples=())
+    def _answer_pool(self, grader: Grader) -> AnswerPool:
+        """Processes that grade; what a user's function loads, it loads when it is imported."""
+        workers, deadline = self._config.processes, self._config.deadline
+        own = isinstance(grader, UserGrader | RewardFunctions)
+        pool = AnswerPool(workers, deadline, grader, examples=()) if own else AnswerPool(workers, deadline, grader)
         return self._started.enter_context(pool)
 
-    @cached_property
-    def _rewards(self) -> AnswerPool:
-        functions = RewardFunctions(self._functions)
-        return self._started.enter_context(
-            AnswerPool(self._config.processes, self._config.deadline, functions, examples=())
-        )
-
-    @cached_property
-    def _programs(self) -> CodePool:
+    def _code_pool(self) -> CodePool:
         sandbox = self._config.sandbox
         pool = CodePool(self._config.processes, sandbox.limits, sandbox.required, libraries=sandbox.libraries)
         self._started.enter_context(pool)
@@ -128,3 +124,10 @@ class Judge:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _reference(grader: str, item: Submission) -> Any:
+    """What a grader takes beside the completion."""
+    if grader == PROGRAMS:
+        return item.key.tests
+    return item.key.answer if grader in BUILT_IN else item

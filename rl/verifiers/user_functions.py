@@ -12,9 +12,9 @@ from lockstep.data.tasks.user_function import accepting, load
 from lockstep.rl.types import Submission
 from lockstep.rl.verdict import Outcome, Verdict, of_credit
 
-OFFERED = ("completion", "answer", "prompt", "tokens", "finish_reason")
+OFFERED = ("completion", "answer", "prompt", "tokens", "finish_reason", "task")
 """Arguments that a function may ask for by name: the completion, the reference answer and the prompt as texts, the
-completion's tokens as a number, and `finish_reason` of `Completion`."""
+completion's tokens as a number, `finish_reason` of `Completion`, and the name of the task where there are several."""
 
 Called = Callable[[Mapping[str, Any]], Any]
 
@@ -87,7 +87,8 @@ class RewardFunctions:
 
 
 def _arguments(response: str, submission: Submission) -> dict[str, Any]:
-    values = response, submission.key.answer, submission.prompt, submission.tokens, submission.finish_reason
+    given = submission
+    values = response, given.key.answer, given.prompt, given.tokens, given.finish_reason, given.task
     return dict(zip(OFFERED, values, strict=True))
 
 

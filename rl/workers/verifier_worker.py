@@ -1,6 +1,6 @@
 """VerifierWorker: grades completions in processes that can be killed, without loading torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lockstep.rl.types import Submission
 from lockstep.rl.verdict import Verdict
@@ -14,13 +14,13 @@ class VerifierWorker(Worker):
 
     role = "verifier"
 
-    def __init__(self, rank: int, config: VerifierConfig, grader: str, reward_functions: Mapping[str, str]) -> None:
+    def __init__(self, rank: int, config: VerifierConfig, reward_functions: Mapping[str, str]) -> None:
         super().__init__(rank)
-        self.judge = Judge(config, grader, self.log.info, reward_functions)
+        self.judge = Judge(config, self.log.info, reward_functions)
 
-    def start(self, programs: bool) -> None:
+    def start(self, graders: Sequence[str]) -> None:
         """Starts the grading processes; see `Judge.start`."""
-        self.judge.start(programs=programs)
+        self.judge.start(graders)
 
     def grade(self, items: list[Submission]) -> list[Verdict]:
         """Grades completions; returns a verdict for each, in order."""

@@ -197,22 +197,20 @@ class VerifierGroup:
     def __init__(
         self,
         config: VerifierConfig,
-        grader: str = "answer",
         places: Places = (),
         reward_functions: Mapping[str, str] | None = None,
     ) -> None:
         """
         Args:
-            grader: grades problems that have no tests; see `lockstep.rl.verifiers.judge.grader_of`.
             reward_functions: names of the user's functions that are computed of each completion, by term.
         """
-        self._config, self._grader, self.places = config, grader, places
+        self._config, self.places = config, places
         self.reward_functions = dict(reward_functions or {})
         self.workers = [self._worker(number) for number in range(config.workers)]
 
-    def start(self, *, programs: bool) -> list[Call[None]]:
-        """Calls, to be gathered, that start the graders of programs, or those of answers; others start when needed."""
-        return [w.call(VerifierWorker.start, programs) for w in self.workers]
+    def start(self, graders: Sequence[str] = ("answer",)) -> list[Call[None]]:
+        """Calls, to be gathered, that start graders; others start when needed, see `lockstep.rl.verifiers.judge`."""
+        return [w.call(VerifierWorker.start, graders) for w in self.workers]
 
     def check_agreement(self) -> None:
         """Compares the package that the workers run; see `ModelGroup.check_agreement`."""
@@ -239,7 +237,7 @@ class VerifierGroup:
     def _worker(self, number: int) -> ActorHandle[VerifierWorker]:
         # One answer that takes until its deadline holds up one call, and the others go to the pool's other processes.
         processes = Processes("verifier", [number], 1, self.places, together=self._config.processes + 1)
-        return start(VerifierWorker, processes, self._config, self._grader, self.reward_functions)[0]
+        return start(VerifierWorker, processes, self._config, self.reward_functions)[0]
 
 
 class EnvironmentGroup:

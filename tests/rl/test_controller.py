@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.distributed.layout import Layout
@@ -45,8 +46,7 @@ def controller_of(
         actors.rollouts,
         actors.verifiers,
         tokenizer=actors.tokenizer,
-        task=task or TaskConfig(),
-        split=Split(tuple(problems[4:]), tuple(problems[:4]), ""),
+        problems=[ProblemSet(task or TaskConfig(), Split(tuple(problems[4:]), tuple(problems[:4]), ""))],
         seed=0,
         reward=reward or RewardConfig(),
         models=models,

@@ -195,3 +195,28 @@ def test_a_program_overrides_with_values() -> None:
         resolve("quickstart", {"seed.x": 3})
     with pytest.raises(RecipeError, match="the recipe extends nobody, and there is none"):
         resolve({"extends": "nobody"})
+
+
+TWO = [{"name": "a"}, {"name": "b", "chat": False}]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"tasks": TWO, "task": {"train": 5}}, "one task, with [task], or a mixture of several, with [[tasks]]"),
+        ({"tasks": [{"name": "a"}, {"name": "a"}]}, "two of tasks are called a: give each a name of its own"),
+        ({"tasks": TWO, "environment": {"kind": "tools"}}, "an environment speaks one template with all tasks"),
+        ({"tasks": [{"train": 3}]}, "tasks[0].name"),
+    ],
+)
+def test_mixtures_that_do_not_fit_are_refused(values: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(values)
+    assert said in str(caught.value)
+
+
+def test_a_recipe_has_one_task_or_those_of_its_mixture() -> None:
+    alone, several = parse({"task": {"train": 5}}), parse({"tasks": TWO})
+    assert alone.mixture == (alone.task,)
+    assert [task.name for task in several.tasks] == ["a", "b"]
+    assert several.mixture == several.tasks

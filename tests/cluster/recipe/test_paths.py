@@ -25,6 +25,7 @@ PATHS = {
     "run",
     "checkpoints.at",
     "task.held_out_from",
+    "tasks.held_out_from",
     "preference.source",
     "pretrain.data.blend.path",
 }
@@ -32,6 +33,7 @@ PATHS_OR_NAMES = {
     "model.source",
     "model.tokenizer",
     "task.generator",
+    "tasks.generator",
     "roles.reward.source",
     "roles.teacher.source",
 }
@@ -41,13 +43,17 @@ FUNCTIONS = {
     "task.held_out_from",
     "task.filter",
     "task.grader",
+    "tasks.generator",
+    "tasks.held_out_from",
+    "tasks.filter",
+    "tasks.grader",
     "reward.functions.function",
 }
 CALLED_PATHS = re.compile(
     r"(.*_)?(path|paths|source|sources|folder|folders|file|files|dir|at|from|tokenizer|generator)"
 )
 SAID_TO_BE_PATHS = re.compile(r"\b(folder|file|files|path|checkpoint or|URL)\b")
-NO_PATHS = {"task.fields", "model.config.family"}
+NO_PATHS = {"task.fields", "tasks.fields", "model.config.family"}
 """Whose descriptions speak of files that they do not name."""
 
 

@@ -1,12 +1,42 @@
-"""Held-out accuracy is measured between steps of RL; the best checkpoint stays, and RL ends where nothing improves."""
+"""Accuracy of two tasks is measured between steps of RL; the best checkpoint stays, and RL ends where none improves."""
 
 import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from tests.cluster.cli_process import Train, metrics, summary, write_recipe
 from tests.documented import check_run
+
+OWN = """
+def words(count):
+    for n in range(count):
+        yield {"question": f"Say a word of {n} letters, or more.", "answer": str(n)}
+
+def long_enough(completion, answer, task):
+    assert task == "words"
+    return len(completion) >= int(answer) % 8
+"""
+
+
+def mixed(folder: Path, recipe: Path) -> Path:
+    """The recipe with a second task, of which problems and grader are the user's."""
+    (folder / "own.py").write_text(OWN)
+    second = f"""
+[[tasks]]
+name = "words"
+weight = 0.5
+generator = "{folder}/own.py:words"
+grader = "{folder}/own.py:long_enough"
+settings = {{ count = 40 }}
+train = 10
+held_out = 2
+
+[layout]"""
+    text = recipe.read_text().replace("[task]", '[[tasks]]\nname = "digits"').replace("[layout]", second)
+    recipe.write_text(text)
+    return recipe
 
 
 def test_accuracy_between_steps_of_rl_its_best_checkpoint_and_an_early_end(
@@ -23,7 +53,7 @@ def test_accuracy_between_steps_of_rl_its_best_checkpoint_and_an_early_end(
         "checkpoints.every=1",
         "checkpoints.keep_last=1",
     )
-    recipe = write_recipe(tmp_path, tiny_folder)
+    recipe = mixed(tmp_path, write_recipe(tmp_path, tiny_folder))
     code, output = train(tmp_path / "log", recipe, *settings)
     assert code == 0, output
     run = tmp_path / "tiny"
@@ -39,6 +69,18 @@ def test_accuracy_between_steps_of_rl_its_best_checkpoint_and_an_early_end(
     assert len(metrics(run, "rl")) == 6
     for line in lines:
         assert 0 <= line["pass@1"] <= line["pass@3"] <= 1
+        parts = 4 * line["accuracy/digits"] + 2 * line["accuracy/words"]
+        assert line["accuracy"] == pytest.approx(parts / 6)
+    for line in metrics(run, "rl"):
+        assert line["task/digits/completions"] + line["task/words/completions"] == 16
+    rewards = [line["task/words/reward"] for line in metrics(run, "rl") if "task/words/reward" in line]
+    assert len(rewards) >= 5
+    assert max(rewards) > 0, "the user's grader found nothing right"
+    rows = pq.read_table(run / "rollouts" / "step-000001.parquet").to_pylist()
+    assert {row["task"] for row in rows} == {"digits", "words"}
+    assert all(row["group"] < 32 if row["task"] == "digits" else 32 <= row["group"] < 42 for row in rows)
+    assert summary(run)["data"].keys() == {"tasks[0].generator", "tasks[1].generator", "tasks[1].grader"}
+    assert summary(run)["split"]["train"] == 42
     during = [line for line in lines if line["stage"] == "during"]
     assert len({line["accuracy"] for line in during}) == 1, "equal weights up to rounding answer alike"
     said = summary(run)["stopped_early"]
@@ -47,7 +89,7 @@ def test_accuracy_between_steps_of_rl_its_best_checkpoint_and_an_early_end(
     checkpoints = run / "checkpoints"
     assert (checkpoints / "best").resolve().name == "step-000018"
     assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-000018", "step-000022"]
-    assert pq.read_table(run / "evals" / "step-000020.parquet").num_rows == 4
+    assert pq.read_table(run / "evals" / "step-000020.parquet").num_rows == 6
     assert [row["stage"] for row in summary(run)["rows"]] == [line["stage"] for line in lines]
     check_run(run)
 

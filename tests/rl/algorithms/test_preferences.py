@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.data.preferences import RankedTokens
+from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.distributed.layout import Layout
@@ -81,8 +82,7 @@ def learn(actors: Actors, models: Models, config: PreferenceConfig) -> list[dict
         actors.rollouts,
         actors.verifiers,
         tokenizer=actors.tokenizer,
-        task=TaskConfig(),
-        split=split,
+        problems=[ProblemSet(TaskConfig(), split)],
         seed=0,
         models=models,
     )

@@ -28,7 +28,7 @@ def rollout(sample: int, text: str, answer: str = "4") -> Rollout:
 def verifiers(actors: Actors) -> Iterator[VerifierGroup]:
     """Two verifier workers on the cluster that tests share."""
     group = VerifierGroup(VerifierConfig(workers=2))
-    gather(group.start(programs=False))
+    gather(group.start())
     yield group
     group.close()
     for worker in group.workers:

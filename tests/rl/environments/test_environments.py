@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from lockstep.cluster.checks.mismatch import compare, rescored
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import parse
+from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tasks.problem import Problem, entry_text
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
@@ -363,8 +364,7 @@ def test_two_steps_of_rl_learn_from_what_the_model_wrote(actors: Actors, asking:
         actors.rollouts,
         actors.verifiers,
         tokenizer=actors.tokenizer,
-        task=TaskConfig(chat=False),
-        split=Split(tuple(problems[4:]), tuple(problems[:4]), ""),
+        problems=[ProblemSet(TaskConfig(chat=False), Split(tuple(problems[4:]), tuple(problems[:4]), ""))],
         seed=0,
         environments=asking,
     )

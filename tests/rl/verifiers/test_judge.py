@@ -28,10 +28,20 @@ def test_answers_and_programs_are_judged_in_order() -> None:
     assert [str(verdict.outcome) for verdict in verdicts] == [outcome for _, _, outcome in given]
 
 
+def test_each_problem_has_its_own_grader() -> None:
+    entry = reasoning_gym.create_dataset("chain_sum", seed=1, size=1)[0]
+    gym, plain = AnswerKey(entry_text(entry), grader="gym"), AnswerKey("46")
+    text = f"<answer>{entry['answer']}</answer>"
+    with Judge(VerifierConfig(deadline=20.0)) as judge:
+        judge.start(["answer"])
+        found = judge.grade([Submission("46", plain), Submission(text, gym), Submission("47", plain)])
+    assert [(str(v.outcome), v.credit) for v in found] == [("correct", None), ("correct", 1.0), ("incorrect", None)]
+
+
 def test_reasoning_gyms_own_scores_decide_where_the_task_says_so() -> None:
     entry = reasoning_gym.create_dataset("chain_sum", seed=1, size=1)[0]
-    key = AnswerKey(entry_text(entry))
-    with Judge(VerifierConfig(deadline=20.0), "gym") as judge:
+    key = AnswerKey(entry_text(entry), grader="gym")
+    with Judge(VerifierConfig(deadline=20.0)) as judge:
         right, wrong = judge.grade(
             [Submission(f"<answer>{entry['answer']}</answer>", key), Submission("<answer>none</answer>", key)]
         )

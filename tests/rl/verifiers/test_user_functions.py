@@ -43,13 +43,14 @@ KEY = AnswerKey("2")
 
 
 def submission(text: str, key: AnswerKey = KEY, verdict: Verdict | None = None) -> Submission:
-    return Submission(text, key, "1 + 1", 4, "stop", verdict)
+    return Submission(text, key, "1 + 1", 4, "stop", verdict=verdict)
 
 
 def test_what_a_grader_returns_is_the_verdict(mine: str) -> None:
     texts = ["yes", "no", "half", "asked", "reason", "none", "two", "strange", "hang", "exit", "yes"]
-    with Judge(VerifierConfig(deadline=0.3), f"{mine}:grade") as judge:
-        found = judge.grade([submission(text) for text in texts])
+    key = AnswerKey("2", grader=f"{mine}:grade")
+    with Judge(VerifierConfig(deadline=0.3)) as judge:
+        found = judge.grade([submission(text, key) for text in texts])
     assert found[:5] == [
         Verdict(Outcome.correct),
         Verdict(Outcome.incorrect),
@@ -98,7 +99,7 @@ def test_reward_functions_add_terms_to_every_kind_of_verdict(mine: str) -> None:
 
 def test_a_function_that_cannot_be_loaded_is_named(mine: str) -> None:
     with (
-        Judge(VerifierConfig(), f"{mine}:nothing") as judge,
+        Judge(VerifierConfig()) as judge,
         pytest.raises(AnswerPoolError, match=r"mine.py:nothing cannot be loaded \(AttributeError"),
     ):
-        judge.grade([submission("1")])
+        judge.grade([submission("1", AnswerKey("2", grader=f"{mine}:nothing"))])
