@@ -34,7 +34,7 @@ from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
 from lockstep.rl.collector.collector import Collector
 from lockstep.rl.environments.factory import told
 from lockstep.rl.learner import Learned, Learner, Models
-from lockstep.rl.prompt_source import PromptSource
+from lockstep.rl.prompts import PromptSource
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.types import Advantaged, Judged, Prompt, Rewarded, own_logp

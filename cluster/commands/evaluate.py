@@ -62,10 +62,6 @@ def evaluate_model(
         raise ValueError("what to answer is missing: give --task or --file")
     with overriding():
         recipe = _recipe(named, file, limit, overrides or [])
-    if recipe.tasks:
-        raise ValueError(
-            f"{named} has {len(recipe.tasks)} tasks, and one is evaluated at a time: name its data by --task"
-        )
     ks = tuple(sorted(set(k or ({1, samples} if samples else ()))))
     if any(each > samples for each in ks):
         raise ValueError(f"pass@{ks[-1]} needs {ks[-1]} samples or more, and these are {samples}: raise --samples")
@@ -100,7 +96,10 @@ def _recipe(task: str, file: str | None, limit: int | None, overrides: Sequence[
     given += [] if limit is None else [f"task.held_out={limit}"]
     given += overrides
     if task.endswith(".toml") or task in shipped_recipes():
-        return load_recipe(task, given)
+        recipe = load_recipe(task, given)
+        if recipe.tasks:
+            raise ValueError(f"{task} is a mixture of {len(recipe.tasks)} tasks: name the data of one by --task")
+        return recipe
     if task in PRESETS:
         return parse({"task": {"preset": task}, "evaluation": {"max_new_tokens": KNOWN_TOKENS}}, given)
     if not is_source(task) and task not in DATASETS:

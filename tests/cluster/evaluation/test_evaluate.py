@@ -155,3 +155,10 @@ def test_programs_are_judged_by_their_tests(tiny_folder: Path, tmp_path: Path) -
     (answer,) = lines(tmp_path / "eval" / "completions.jsonl")
     assert answer["outcome"] == "incorrect"
     assert "assert f() == 1" in answer["prompt"]
+
+
+def test_of_a_mixture_one_task_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "mixed.toml"
+    recipe.write_text('[[tasks]]\nname = "a"\n[[tasks]]\nname = "b"\n')
+    said = refused("eval", "nowhere", "--task", str(recipe))
+    assert said.endswith("mixed.toml is a mixture of 2 tasks: name the data of one by --task\n")
