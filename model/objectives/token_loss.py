@@ -1,4 +1,4 @@
-"""Token-level losses: negative log-likelihood (pretraining, SFT) and policy gradients (PPO, GRPO, CISPO and relatives).
+"""Token-level losses: negative log-likelihood (pretraining, SFT) and policy gradients (PPO, GRPO, SAPO, DPPO, CISPO).
 
 Sums run over the predicted tokens of a micro-batch; weights already divide by the size of the global batch. The
 critic's loss is in `value_loss`, those of reward models and DPO in `pair_loss`.
@@ -10,10 +10,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lockstep.model.objectives.importance_ratio import Clip, Correction, Level, bounded, corrected, ratio
+from lockstep.model.objectives.importance_ratio import (
+    Clip,
+    Correction,
+    Divergence,
+    Gate,
+    Level,
+    bounded,
+    corrected,
+    diverged,
+    gated,
+    ratio,
+)
 from lockstep.model.objectives.kl import KL, estimate
 from lockstep.model.objectives.mismatch import largest, mismatch_metrics
 from lockstep.model.objectives.objective import LossInputs, Report, token_mean
+
+Gain = Literal["clipped", "cispo", "sapo", "dppo", "reinforce"]
 
 
 def nll(logp_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
@@ -26,12 +39,15 @@ def nll(logp_K: Tensor, inputs: LossInputs) -> tuple[Tensor, Report]:
 class TokenLoss:
     """The policy-gradient objective, as a value with its settings."""
 
-    gain: Literal["clipped", "cispo", "reinforce"] = "clipped"
+    gain: Gain = "clipped"
     """With ρ = π / π_proximal: min(ρA, clip(ρ)A) of PPO; clip(ρ), a constant to the gradient, times A log π of CISPO
-    (MiniMax-M1, 2025, eq. 4); or A log π."""
+    (MiniMax-M1, 2025, eq. 4); gate(ρ)A of SAPO, see `gated`; ρA, or 0 where `diverged`, of DPPO; or A log π."""
     level: Level = "token"
     """Whether ρ is per token or per sequence; see `ratio`."""
     clip: Clip = field(default_factory=Clip)
+    gate: Gate = field(default_factory=Gate)
+    divergence: Divergence = "tv"
+    """What DPPO's trust region is measured by."""
     kl: KL = field(default_factory=KL)
     correction: Correction | None = None
     entropy: float = 0.0
@@ -48,14 +64,15 @@ class TokenLoss:
 
         Returns:
             The loss, and metrics, which are means over the tokens that are trained on, whatever their weights: kl (k3,
-            nats a token) where there is a reference, clipped (share of tokens whose ratio is out of bounds), entropy
-            and correction where they are used; ratio_max (the largest |ratio − 1|), and `mismatch_metrics` between the
-            policy now and when it was sampled.
+            nats a token) where there is a reference, clipped (share of tokens out of bounds) where there are any,
+            entropy and correction where they are used; ratio_max (the largest |ratio − 1|), and `mismatch_metrics`
+            between the policy now and when it was sampled.
         """
         proximal = inputs.proximal_logp if self.proximal == "column" else logp_K.detach()
         ratio_K = ratio(logp_K - proximal, inputs.samples, self.level)
-        gain = _gain(logp_K, ratio_K, inputs.advantage, self)
-        report: Report = {}
+        outside = _outside(logp_K, proximal, ratio_K, inputs.advantage, self)
+        gain = _gain(logp_K, ratio_K, inputs.advantage, outside, self)
+        report: Report = {} if self.gain == "sapo" else {"clipped": token_mean(outside.to(logp_K.dtype), inputs)}
         if self.correction:
             correction = corrected(inputs.old_logp, proximal, inputs.samples, self.correction)
             gain = correction * gain
@@ -72,20 +89,36 @@ class TokenLoss:
                 report["kl"] = token_mean(estimate(logp_K, inputs.reference_logp, "k3"), inputs)
             report |= {
                 "loss": loss.detach(),
-                "clipped": token_mean((ratio_K != bounded(ratio_K, self.clip)).to(logp_K.dtype), inputs),
                 "ratio_max": largest((ratio_K - 1).abs()[inputs.weight != 0]),
                 **mismatch_metrics(logp_K, inputs),
             }
         return loss, report
 
 
-def _gain(logp_K: Tensor, ratio_K: Tensor, advantage_K: Tensor, rule: TokenLoss) -> Tensor:
-    if rule.gain == "reinforce":
-        return advantage_K * logp_K
-    within = bounded(ratio_K, rule.clip)
-    if rule.gain == "cispo":
-        return within.detach() * advantage_K * logp_K
-    gain = torch.minimum(ratio_K * advantage_K, within * advantage_K)
-    if rule.clip.dual is None:
+@torch.no_grad()
+def _outside(logp_K: Tensor, proximal_K: Tensor, ratio_K: Tensor, advantage_K: Tensor, rule: TokenLoss) -> Tensor:
+    """Which tokens are out of the bounds of the rule, [K]."""
+    if rule.gain == "dppo":
+        return diverged(logp_K, proximal_K, advantage_K, rule.clip, rule.divergence)
+    return ratio_K != bounded(ratio_K, rule.clip)
+
+
+def _gain(logp_K: Tensor, ratio_K: Tensor, advantage_K: Tensor, outside_K: Tensor, rule: TokenLoss) -> Tensor:
+    match rule.gain:
+        case "reinforce":
+            return advantage_K * logp_K
+        case "cispo":
+            return bounded(ratio_K, rule.clip).detach() * advantage_K * logp_K
+        case "sapo":
+            return gated(ratio_K, advantage_K, rule.gate) * advantage_K
+        case "dppo":
+            return torch.where(outside_K, 0.0, ratio_K * advantage_K)
+        case "clipped":
+            return _clipped(ratio_K, advantage_K, rule.clip)
+
+
+def _clipped(ratio_K: Tensor, advantage_K: Tensor, clip: Clip) -> Tensor:
+    gain = torch.minimum(ratio_K * advantage_K, bounded(ratio_K, clip) * advantage_K)
+    if clip.dual is None:
         return gain
-    return torch.where(advantage_K < 0, torch.maximum(gain, rule.clip.dual * advantage_K), gain)
+    return torch.where(advantage_K < 0, torch.maximum(gain, clip.dual * advantage_K), gain)

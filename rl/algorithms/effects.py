@@ -35,7 +35,23 @@ _REQUIREMENTS = (
         "gain='reinforce' has no importance ratio: set gain='clipped' or 'cispo'",
     ),
     _Requirement(("clip_dual",), lambda c: c.gain == "clipped", "it bounds the gain 'clipped' alone"),
-    _Requirement(("clip_low", "clip_high", "clip_dual"), lambda c: not c.ratio_is_one, _RATIO_IS_ONE),
+    _Requirement(
+        ("clip_low", "clip_high"),
+        lambda c: c.gain != "sapo",
+        "gain='sapo' has a gate in the place of bounds: set tau_pos and tau_neg",
+    ),
+    _Requirement(("tau_pos", "tau_neg"), lambda c: c.gain == "sapo", "it is of gain='sapo'"),
+    _Requirement(("divergence",), lambda c: c.gain == "dppo", "it is of gain='dppo'"),
+    _Requirement(
+        ("gain", "ratio"),
+        lambda c: c.gain != "dppo" or c.ratio == "token",
+        "the divergence of gain='dppo' is of a token: set ratio='token'",
+    ),
+    _Requirement(
+        ("clip_low", "clip_high", "clip_dual", "tau_pos", "tau_neg", "divergence"),
+        lambda c: not c.ratio_is_one,
+        _RATIO_IS_ONE,
+    ),
     _Requirement(("gain", "ratio"), lambda c: not c.ratio_is_one or c.advantage in _PER_TOKEN, _RATIO_IS_ONE),
     _Requirement(
         ("proximal",),
@@ -46,6 +62,11 @@ _REQUIREMENTS = (
         ("correction",),
         lambda c: c.proximal == "trainer",
         "it weighs tokens by π_proximal / π_behaviour, which is 1 with proximal='rollout': set proximal='trainer'",
+    ),
+    _Requirement(
+        ("proximal",),
+        lambda c: c.proximal == "trainer" or c.correction is None,
+        "the method's correction is by π_proximal / π_behaviour, which would be 1: leave it out, or set method='grpo'",
     ),
     _Requirement(("accept_above",), lambda c: c.advantage == "best", "it is of advantage='best'"),
     _Requirement(

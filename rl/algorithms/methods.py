@@ -5,10 +5,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lockstep.model.objectives.importance_ratio import Clip, Correction, Level
+from lockstep.model.objectives.importance_ratio import Clip, Correction, Divergence, Gate, Level
 from lockstep.model.objectives.kl import KL, Estimator
 from lockstep.model.objectives.pair_loss import PairLoss
-from lockstep.model.objectives.token_loss import TokenLoss
+from lockstep.model.objectives.token_loss import Gain, TokenLoss
 from lockstep.model.objectives.value_loss import ValueLoss
 
 Aggregation = Literal["tokens", "sequences", "constant"]
@@ -53,13 +53,21 @@ class Method(BaseModel):
     denominator: Literal["batch", "kept"] = Field(
         "batch", description="completions that it is a mean over: all that a step asks for, or those with a signal"
     )
-    gain: Literal["clipped", "cispo", "reinforce"] = Field(
-        "clipped", description="PPO's clipped gain, CISPO's clipped weight, or the plain policy gradient"
+    gain: Gain = Field(
+        "clipped",
+        description="PPO's clipped gain, CISPO's clipped weight, SAPO's gate, DPPO's mask, or plain policy gradient",
     )
     ratio: Level = Field("token", description="what the importance ratio is of")
-    clip_low: float = Field(0.2, gt=0, le=1, description="the ratio is clipped below 1 less this")
-    clip_high: float = Field(0.2, gt=0, description="the ratio is clipped above 1 and this")
+    clip_low: float = Field(
+        0.2, gt=0, le=1, description="the ratio is clipped below 1 less this; of dppo, the divergence of bad tokens"
+    )
+    clip_high: float = Field(
+        0.2, gt=0, description="the ratio is clipped above 1 and this; of dppo, the divergence of good tokens"
+    )
     clip_dual: float | None = Field(None, gt=1, description="bounds the gain of bad tokens from below")
+    tau_pos: float = Field(1.0, gt=0, allow_inf_nan=False, description="temperature of sapo's gate for good tokens")
+    tau_neg: float = Field(1.05, gt=0, allow_inf_nan=False, description="temperature of sapo's gate for bad tokens")
+    divergence: Divergence = Field("tv", description="what dppo bounds: total variation, or KL in nats")
     kl_beta: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="weight of the KL to the policy that RL started from"
     )
@@ -100,6 +108,8 @@ class Method(BaseModel):
             gain=self.gain,
             level=self.ratio,
             clip=Clip(self.clip_low, self.clip_high, self.clip_dual),
+            gate=Gate(self.tau_pos, self.tau_neg),
+            divergence=self.divergence,
             kl=self.kl,
             correction=None if rule is None else rule.value,
             entropy=self.entropy,
@@ -118,6 +128,11 @@ REINFORCE_PP = Method(advantage="reinforce_pp", kl_place="reward", kl_estimator=
 REINFORCE_PP_BASELINE = Method(advantage="reinforce_pp_baseline", kl_estimator="k2")
 GSPO = Method(aggregation="sequences", ratio="sequence", clip_low=3e-4, clip_high=4e-4, proximal="trainer")
 CISPO = Method(gain="cispo", clip_low=1.0, clip_high=4.0)
+SAPO = Method(aggregation="sequences", gain="sapo")
+DPPO = Method(gain="dppo")
+ICEPOP = Method(
+    aggregation="sequences", proximal="trainer", correction=CorrectionConfig(kind="mask", low=0.5, high=5.0)
+)
 DAPO = Method(denominator="kept", clip_high=0.28, overlong_share=0.2)
 PPO = Method(advantage="gae", kl_place="reward", kl_estimator="k1")
 RSFT = Method(advantage="best", denominator="kept", gain="reinforce")
@@ -131,6 +146,9 @@ METHODS = {
     "reinforce_pp_baseline": REINFORCE_PP_BASELINE,
     "gspo": GSPO,
     "cispo": CISPO,
+    "sapo": SAPO,
+    "dppo": DPPO,
+    "icepop": ICEPOP,
     "dapo": DAPO,
     "ppo": PPO,
     "rsft": RSFT,

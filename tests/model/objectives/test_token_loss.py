@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.model.objectives.importance_ratio import Clip, Correction
+from lockstep.model.objectives.importance_ratio import Clip, Correction, Gate, binary_divergence, diverged, gated
 from lockstep.model.objectives.kl import KL
 from lockstep.model.objectives.mismatch import differing_bits, mismatch_metrics
 from lockstep.model.objectives.objective import LossInputs, SampleInputs
@@ -182,3 +182,76 @@ def test_losses_of_micro_batches_add_up(parts: int) -> None:
     ]
     sums = [grpo(0.1)(p, s)[0] for p, s in zip(logp.chunk(parts), split, strict=True)]
     assert math.isclose(sum(s.item() for s in sums), whole.item(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_the_gate_has_the_slope_of_sapo(advantage: float) -> None:
+    """4p(1 − p) at p = σ(τ(ρ − 1)): 1 where the policies agree, and less the further they are apart."""
+    ratio, gate = torch.linspace(0.1, 6.0, 60, dtype=torch.float64).requires_grad_(), Gate(1.0, 2.0)
+    tau = gate.positive if advantage > 0 else gate.negative
+    (slope,) = torch.autograd.grad(gated(ratio, torch.full((60,), advantage), gate).sum(), ratio)
+    p = 1 / (1 + (-tau * (ratio.detach() - 1)).exp())
+    assert torch.allclose(slope, 4 * p * (1 - p), rtol=1e-12)
+    assert slope.argmax() == (ratio - 1).abs().argmin()
+    assert torch.allclose(gated(torch.ones(1), torch.tensor([advantage]), gate), torch.tensor([2 / tau]))
+
+
+LOGP = torch.tensor([0.0, -1e-7, -1e-3, -0.7, -5.0, -60.0, -1e4])
+"""Of tokens that are certain, and of some that no number in fp32 is small enough for."""
+
+
+@pytest.mark.parametrize("kind", ["tv", "kl"])
+def test_divergences_of_certain_and_of_impossible_tokens_are_numbers(kind: str) -> None:
+    now, before = LOGP.repeat(len(LOGP)), LOGP.repeat_interleave(len(LOGP))
+    found = binary_divergence(now, before, kind)  # type: ignore[arg-type]
+    assert not found.isnan().any()
+    assert (found >= -1e-6).all()
+    assert (found[now == before] == 0).all()
+    assert found.isinf().any() == (kind == "kl"), "certain now, and not before"
+    p, mu = now.double(), before.double()
+    plain = torch.isfinite(found) & (before < 0) & (now < 0)
+    others = (-torch.expm1(mu)) * ((-torch.expm1(mu)).log() - (-torch.expm1(p)).log())
+    wanted = (mu.exp() - p.exp()).abs() if kind == "tv" else mu.exp() * (mu - p) + others
+    assert torch.allclose(found[plain].double(), wanted[plain], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tv", "kl"])
+@pytest.mark.parametrize("seed", range(3))
+def test_divergences_of_two_outcomes_are_at_most_those_of_the_vocabulary(kind: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mu, pi = (torch.randn(50, 12, generator=generator).mul(2).log_softmax(1) for _ in range(2))
+    token = torch.randint(12, (50, 1), generator=generator)
+    found = binary_divergence(pi.gather(1, token)[:, 0], mu.gather(1, token)[:, 0], kind)  # type: ignore[arg-type]
+    whole = (mu.exp() - pi.exp()).abs().sum(1) / 2 if kind == "tv" else (mu.exp() * (mu - pi)).sum(1)
+    assert (found <= whole + 1e-5).all()
+    assert (found > 0.01 * whole).any()
+
+
+def test_a_rare_token_may_multiply_its_probability_and_a_likely_one_may_not_lose_it() -> None:
+    """The example of Qi et al. 2026, §4.2: ratios of 100 and 0.81, of which PPO's clip bounds the first alone."""
+    before, now = torch.tensor([1e-4, 0.99]).log(), torch.tensor([1e-2, 0.80]).log()
+    clip = Clip(0.15, 0.15)
+    assert diverged(now, before, torch.tensor([1.0, -1.0]), clip, "tv").tolist() == [False, True]
+    assert diverged(now, before, torch.tensor([1.0, 1.0]), clip, "tv").tolist() == [False, False], "it comes back"
+    assert diverged(now, before, torch.tensor([-1.0, -1.0]), clip, "kl").tolist() == [False, True]
+
+
+def test_dppo_drops_the_gradient_of_what_diverged_and_says_how_much() -> None:
+    logp, c = columns(60, 5, 0.5)
+    rule = TokenLoss(gain="dppo", clip=Clip(0.05, 0.1))
+    c = replace(c, proximal_logp=c.proximal_logp.clamp_max(-1e-3))
+    loss, report = rule(logp, c)
+    masked = diverged(logp.detach(), c.proximal_logp, c.advantage, rule.clip, "tv")
+    (found,) = torch.autograd.grad(loss, logp)
+    wanted = -c.weight * c.advantage * (logp.detach() - c.proximal_logp).exp()
+    assert torch.equal(found[masked], torch.zeros(int(masked.sum())))
+    assert torch.allclose(found[~masked], wanted[~masked], rtol=1e-6)
+    assert 0 < masked.sum() < 60
+    assert metric(report["clipped"]) == pytest.approx(masked.float().mean().item())
+
+
+def test_a_gate_has_no_bounds_to_report() -> None:
+    logp, c = columns(20, 5, 0.5)
+    _, report = TokenLoss(gain="sapo")(logp, c)
+    assert "clipped" not in report
+    assert metric(report["ratio_max"]) > 0.1

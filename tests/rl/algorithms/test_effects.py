@@ -20,11 +20,14 @@ OTHER: dict[str, tuple[Any, ...]] = {
     "advantage": ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "gae", "best", "teacher"),
     "aggregation": ("tokens", "sequences", "constant"),
     "denominator": ("batch", "kept"),
-    "gain": ("clipped", "cispo", "reinforce"),
+    "gain": ("clipped", "cispo", "sapo", "dppo", "reinforce"),
     "ratio": ("token", "sequence", "sequence_token"),
     "clip_low": (0.03,),
     "clip_high": (0.02,),
     "clip_dual": (1.01,),
+    "tau_pos": (2.0,),
+    "tau_neg": (3.0,),
+    "divergence": ("tv", "kl"),
     "kl_beta": (0.0, 0.3),
     "kl_estimator": ("k1", "k2", "k3"),
     "kl_place": ("loss", "reward"),
@@ -46,9 +49,10 @@ OTHER: dict[str, tuple[Any, ...]] = {
 
 CLIPS = {"clip_low", "clip_high", "clip_dual"}
 OF_CRITICS = {"gae_trace", "whiten_rewards", "value_clip"}
+OF_GATES = {"tau_pos", "tau_neg"}
 REFUSED: dict[str, set[str]] = {
-    "grpo": {"correction", "accept_above", "discount", *OF_CRITICS},
-    "dr_grpo": {"correction", "accept_above", "discount", *OF_CRITICS},
+    "grpo": {"correction", "accept_above", "discount", "divergence", *OF_GATES, *OF_CRITICS},
+    "dr_grpo": {"correction", "accept_above", "discount", "divergence", *OF_GATES, *OF_CRITICS},
     "rloo": {
         "correction",
         "accept_above",
@@ -57,17 +61,32 @@ REFUSED: dict[str, set[str]] = {
         "proximal",
         "epochs",
         "minibatches",
+        "divergence",
         *CLIPS,
+        *OF_GATES,
         *OF_CRITICS,
     },
-    "reinforce_pp": {"correction", "accept_above", *OF_CRITICS},
-    "reinforce_pp_baseline": {"correction", "accept_above", "discount", *OF_CRITICS},
-    "gspo": {"accept_above", "discount", "gain", "ratio", *CLIPS, *OF_CRITICS},
-    "cispo": {"correction", "accept_above", "discount", "clip_dual", *OF_CRITICS},
-    "dapo": {"correction", "accept_above", "discount", *OF_CRITICS},
-    "ppo": {"correction", "accept_above"},
-    "rsft": {"correction", "discount", "ratio", "proximal", *CLIPS, *OF_CRITICS},
-    "distill": {"correction", "accept_above", "discount", "overlong_share", *OF_CRITICS},
+    "reinforce_pp": {"correction", "accept_above", "divergence", *OF_GATES, *OF_CRITICS},
+    "reinforce_pp_baseline": {"correction", "accept_above", "discount", "divergence", *OF_GATES, *OF_CRITICS},
+    "gspo": {"accept_above", "discount", "gain", "ratio", "divergence", *CLIPS, *OF_GATES, *OF_CRITICS},
+    "cispo": {"correction", "accept_above", "discount", "clip_dual", "divergence", *OF_GATES, *OF_CRITICS},
+    "sapo": {"correction", "accept_above", "discount", "divergence", *CLIPS, *OF_CRITICS},
+    "dppo": {"correction", "accept_above", "discount", "ratio", "clip_dual", *OF_GATES, *OF_CRITICS},
+    "icepop": {
+        "accept_above",
+        "discount",
+        "gain",
+        "ratio",
+        "proximal",
+        "divergence",
+        *CLIPS,
+        *OF_GATES,
+        *OF_CRITICS,
+    },
+    "dapo": {"correction", "accept_above", "discount", "divergence", *OF_GATES, *OF_CRITICS},
+    "ppo": {"correction", "accept_above", "divergence", *OF_GATES},
+    "rsft": {"correction", "discount", "ratio", "proximal", "divergence", *CLIPS, *OF_GATES, *OF_CRITICS},
+    "distill": {"correction", "accept_above", "discount", "overlong_share", "divergence", *OF_GATES, *OF_CRITICS},
 }
 """Keys that each method has no use for, beside its own defaults."""
 
@@ -136,6 +155,17 @@ def test_a_key_changes_what_is_learned_or_is_refused(method: str) -> None:
 
 
 SENTENCES: dict[str, tuple[dict[str, Any], str]] = {
+    "a gate with bounds": ({"method": "sapo", "clip_high": 0.3}, "clip_high=0.3 has no effect: gain='sapo' has a gate"),
+    "a gate of clips": ({"tau_neg": 2.0}, "tau_neg=2.0 has no effect: it is of gain='sapo'"),
+    "a divergence of ratios": ({"divergence": "kl"}, "divergence='kl' has no effect: it is of gain='dppo'"),
+    "a divergence of sequences": (
+        {"method": "gspo", "gain": "dppo", "epochs": 2},
+        "gain='dppo' has no effect: the divergence of gain='dppo' is of a token",
+    ),
+    "a mask of what is 1": (
+        {"method": "icepop", "proximal": "rollout"},
+        "proximal='rollout' has no effect: the method's correction",
+    ),
     "a correction of nothing": ({"correction": {}}, "correction={…} has no effect: it weighs tokens"),
     "reused samples without a ratio": ({"method": "rloo", "epochs": 2}, "learns from them after an update"),
     "parts without a ratio": ({"gain": "reinforce", "minibatches": 4}, "epochs=1 with minibatches=4"),

@@ -168,6 +168,57 @@ def naive_cispo(groups: Groups, logp: Tensor) -> Tensor:
     return -sum((p - t).exp().clamp(0, 1.3).detach() * a * p / count for each, a in kept for p, _, t, _, _ in each)
 
 
+def naive_sapo(groups: Groups, logp: Tensor) -> Tensor:
+    """Gao et al. 2025, arXiv:2511.20347: 1/G Σ 1/|o_i| Σ of A · 4/τ · σ(τ(ρ − 1)), τ by the sign of A."""
+    count, loss = completions(groups), torch.zeros((), dtype=torch.float64)
+    for s, a in compared(groups, scaled):
+        each, tau = tokens(s, logp), 1.5 if a > 0 else 3.0
+        for p, _, t, _, _ in each:
+            loss = loss - a * 4 / tau / (1 + torch.exp(-tau * (torch.exp(p - t) - 1))) / len(each) / count
+    return loss
+
+
+def outside(p: float, t: float, a: float, delta: float, kind: str) -> bool:
+    """Qi et al. 2026, eq. 12 to 14: a divergence of two outcomes, of tokens that would move further away."""
+    mu, pi = math.exp(t), math.exp(p)
+    distance = abs(mu - pi) if kind == "tv" else mu * math.log(mu / pi) + others_kl(1 - mu, 1 - pi)
+    return distance > delta and (a > 0) == (pi > mu)
+
+
+def others_kl(mu: float, pi: float) -> float:
+    """Of all other tokens together, which are none where the drawn probabilities are 1 or more."""
+    if mu <= 0:
+        return 0.0
+    return mu * math.log(mu / pi) if pi > 0 else math.inf
+
+
+def naive_dppo(kind: str, delta: float) -> Callable[[Groups, Tensor], Tensor]:
+    """Qi et al. 2026, arXiv:2602.04879, eq. 12, as a mean over tokens."""
+
+    def naive(groups: Groups, logp: Tensor) -> Tensor:
+        kept = [(p, t, a) for s, a in compared(groups, scaled) for p, _, t, _, _ in tokens(s, logp)]
+        masked = [outside(p.item(), t, a, delta, kind) for p, t, a in kept]
+        assert 0 < sum(masked) < len(masked)
+        gains = ((p - t).exp() * a * (not out) for (p, t, a), out in zip(kept, masked, strict=True))
+        return -sum(gain / len(every_token(groups, logp)) for gain in gains)
+
+    return naive
+
+
+def naive_icepop(groups: Groups, logp: Tensor) -> Tensor:
+    """Ring-1T 2025, arXiv:2510.18855, eq. 1: the clipped gain to the trainer's policy before the update, times
+    k = π_trainer / π_rollout where 0.9 ≤ k ≤ 1.25, and 0 elsewhere; KL (k3) beside it."""
+    kept, count = [(tokens(s, logp), a) for s, a in compared(groups, scaled)], completions(groups)
+    loss = torch.zeros((), dtype=torch.float64)
+    for each in (tokens(s, logp) for group in groups for s in group):
+        loss = loss + sum(0.04 * k3(p, r) / len(each) / count for p, _, _, r, _ in each)
+    for each, a in kept:
+        for p, b, t, _, _ in each:
+            k = math.exp(t - b)
+            loss = loss - (k if 0.9 <= k <= 1.25 else 0.0) * ppo((p - t).exp(), a, 0.2, 0.2) / len(each) / count
+    return loss
+
+
 def naive_dapo(groups: Groups, logp: Tensor) -> Tensor:
     """Yu et al. 2025, eq. 8 and 13: a higher upper bound, all tokens of groups that differ, long answers punished."""
     kept = []
@@ -224,6 +275,7 @@ def naive_distill(groups: Groups, logp: Tensor) -> Tensor:
     return -sum(ppo((p - t).exp(), r - t, 0.2, 0.2) / count for each in kept for p, _, t, r, _ in each)
 
 
+NARROW = {"kind": "mask", "low": 0.9, "high": 1.25}
 CASES: dict[str, tuple[RLConfig, Callable[[Groups, Tensor], Tensor]]] = {
     "grpo": (config("grpo", kl_beta=0.04), naive_grpo),
     "grpo of the paper": (config("grpo", aggregation="sequences"), naive_grpo_of_the_paper),
@@ -234,6 +286,10 @@ CASES: dict[str, tuple[RLConfig, Callable[[Groups, Tensor], Tensor]]] = {
     "gspo": (config("gspo", clip_low=0.1, clip_high=0.1, epochs=2), naive_gspo),
     "gspo token": (config("gspo", ratio="sequence_token", clip_low=0.1, clip_high=0.1, epochs=2), naive_gspo),
     "cispo": (config("cispo", clip_high=0.3), naive_cispo),
+    "sapo": (config("sapo", tau_pos=1.5, tau_neg=3.0), naive_sapo),
+    "dppo": (config("dppo", clip_low=0.05, clip_high=0.05), naive_dppo("tv", 0.05)),
+    "dppo by kl": (config("dppo", divergence="kl", clip_low=0.02, clip_high=0.02), naive_dppo("kl", 0.02)),
+    "icepop": (config("icepop", kl_beta=0.04, epochs=2, correction=NARROW), naive_icepop),
     "dapo": (config("dapo", overlong_share=1 / 3), naive_dapo),
     "ppo": (config("ppo", kl_beta=0.1, discount=0.99, gae_trace=0.9), naive_ppo),
     "rsft": (config("rsft"), naive_rsft),
@@ -370,6 +426,16 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens() -> None:
     found, wanted = (torch.autograd.grad(value, logp)[0] for value in (loss, expected))
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_icepop_is_grpo_with_its_mask() -> None:
+    """With the constants of Ring-1T (§2.3.4), and with one update a step from the trainer itself."""
+    named = config("icepop")
+    mask = {"kind": "mask", "level": "token", "low": 0.5, "high": 5.0}
+    spelled = config("grpo", aggregation="sequences", proximal="trainer", correction=mask)
+    assert named.objective == spelled.objective
+    assert named.aggregation == spelled.aggregation
+    assert named.scores == frozenset(), "with one update a step no model is asked for log-probabilities"
 
 
 def test_keys_of_a_recipe_override_its_method() -> None:
