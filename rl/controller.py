@@ -251,7 +251,7 @@ class Controller:
 
 
 def _computed(samples: Sequence[Sample]) -> int:
-    """Tokens that a step computes: a prompt counts once, however many samples continue it."""
+    """Tokens of a step's samples: a prompt counts once, however many continue it and rows repeat it."""
     return sum(len(document) for document in documents(samples))
 
 

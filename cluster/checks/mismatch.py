@@ -78,12 +78,12 @@ def compare(rollout: Floats, trainer: Floats) -> Mismatch:
 def rescored(stage: Stage, groups: Groups, rollouts: Sequence[Rollout], temperature: float) -> Floats:
     """The trainer's log-probabilities of all tokens of rollouts [T], one rollout after the other.
 
-    Rows are packed as in training: completions of a prompt share it.
+    Rows are packed as in training: completions of a prompt share it, as far as a row is long enough.
 
     Args:
         temperature: that the rollouts were drawn with.
     """
-    rows = pack(documents(of_tokens(rollouts)), budget=ROW_TOKENS)
+    rows = pack(documents(of_tokens(rollouts), ROW_TOKENS), budget=ROW_TOKENS)
     scores = [logp.numpy(force=True) for logp in score(stage, groups, rows, temperature)]
     return np.concatenate(columns([scores_of(rows, scores)], [len(r.tokens) for r in rollouts]))
 

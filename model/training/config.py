@@ -56,7 +56,9 @@ class TrainerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    row_tokens: int = Field(2048, ge=1, description="tokens of a packed row, which is the micro-batch")
+    row_tokens: int = Field(
+        2048, ge=1, description="tokens of a packed row, which is the micro-batch; longer groups are split"
+    )
     recompute: Recompute = Field("none", description="activations to compute again in the backward pass: less memory")
     compile: bool = Field(False, description="let torch.compile fuse the blocks, where there is an accelerator")
     trainable: TrainableConfig = TrainableConfig()

@@ -113,8 +113,8 @@ def test_ranks_share_all_documents_evenly(samples: list[Sample], parts: int) -> 
     found = documents(samples)
     shares = share(found, parts)
     assert sorted(id(d) for part in shares for d in part) == sorted(map(id, found))
-    loads = [sum(map(len, part)) for part in shares]
-    assert max(loads) - min(loads) <= max(map(len, found))
+    loads = [sum(d.cost for d in part) for part in shares]
+    assert max(loads) - min(loads) <= max(d.cost for d in found)
 
 
 @given(many_samples, st.integers(1, 6), st.booleans())
@@ -149,7 +149,7 @@ def test_nothing_to_pack_gives_no_rows() -> None:
 
 @given(many_samples, st.integers(1, 60), st.integers(1, 4))
 def test_documents_count_the_same_however_they_are_packed(samples: list[Sample], budget: int, ranks: int) -> None:
-    expected = [np.float32(sum(float(s.weight.sum()) for s in d.samples)) for d in documents(samples)]
+    expected = [np.float32(sum(float(s.weight.sum()) for s in d.samples)) for d in documents(samples, budget)]
     found = []
     for row in (row for rows in rows_for_ranks(samples, RowRules(ranks=ranks, budget=budget)) for row in rows):
         document, weight = sequences_of(row)
