@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lockstep.data.batch import COLUMNS, PREDICTED, Sample, TokenBatch, members_of, sample
 
 PAIRS_PER_TOKEN = 8192
-"""Keys to which a token attends at the cost of all its products with weights, for `Document.cost`.
+"""Pairs of query and key that cost as much as the products of a token with weights, for `Document.cost`.
 
 By operations it is weights / (2 · layers · heads · head_dim): 3,900 for SmolLM2-135M, 13,600 for Qwen3-4B, 28,600 for
 Llama 3 8B. With one number for all, the busiest of 16 ranks has at most 1.2 points more work than with each one's own.
@@ -34,10 +34,13 @@ class Document:
 
     @property
     def cost(self) -> int:
-        """Work of training on it, in pairs of query and key: attention's own, and `PAIRS_PER_TOKEN` of each token."""
+        """Work of training on it, in tokens: its own, and one for all `PAIRS_PER_TOKEN` pairs of query and key.
+
+        Pairs of the prompt and of each completion are counted apart, in whole tokens, so that short ones cost none.
+        """
         prompt = len(self.samples[0].prompt)
-        pairs = prompt * (prompt + 1) // 2 + sum(b * prompt + b * (b + 1) // 2 for b in self.branches)
-        return PAIRS_PER_TOKEN * len(self) + pairs
+        pairs = [prompt * (prompt + 1) // 2, *(b * prompt + b * (b + 1) // 2 for b in self.branches)]
+        return len(self) + sum(count // PAIRS_PER_TOKEN for count in pairs)
 
     def __len__(self) -> int:
         return len(self.samples[0].prompt) + sum(self.branches)

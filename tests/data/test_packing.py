@@ -94,26 +94,29 @@ def short_groups() -> list[Sample]:
     return [sample(p, draw.integers(0, 500, draw.integers(5, 65))) for p in prompts for _ in range(8)]
 
 
-def naive_rows(samples: Sequence[Sample], budget: int, multiple: int) -> list[TokenBatch]:
-    """Whole groups, longest first, in a row until the next is too much."""
-    rows: list[list[Document]] = [[]]
+def naive_rows(samples: Sequence[Sample], ranks: int, budget: int, multiple: int) -> list[list[TokenBatch]]:
+    """Whole groups, longest first, each to the rank with the fewest tokens, in its row until the next is too much."""
+    rows: list[list[list[Document]]] = [[[]] for _ in range(ranks)]
     for each in sorted(documents(samples), key=len, reverse=True):
-        if rows[-1] and sum(map(len, rows[-1])) + len(each) > budget:
-            rows.append([])
-        rows[-1].append(each)
-    return [row(members, -(-sum(map(len, members)) // multiple) * multiple) for members in rows]
+        mine = min(rows, key=lambda part: sum(len(d) for chosen in part for d in chosen))
+        if mine[-1] and sum(map(len, mine[-1])) + len(each) > budget:
+            mine.append([])
+        mine[-1].append(each)
+    return [[row(chosen, -(-sum(map(len, chosen)) // multiple) * multiple) for chosen in part] for part in rows]
 
 
-def test_rows_of_short_groups_are_those_of_whole_groups() -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_rows_of_short_groups_are_those_of_whole_groups_shared_by_tokens(ranks: int) -> None:
     """So that runs whose groups fit into rows have the bits that they had before groups could be split."""
     samples = short_groups()
-    expected, (rows,) = naive_rows(samples, 2048, 32), rows_for_ranks(samples, RowRules(budget=2048))
-    assert len(rows) == len(expected) > 3
-    assert documents(samples, 2048) == documents(samples), "nothing is split"
-    for mine, theirs in zip(rows, expected, strict=True):
-        assert mine.documents == theirs.documents
-        for name in ("tokens", "positions", "predictors", *PREDICTED):
-            assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+    expected = naive_rows(samples, ranks, 2048, 32)
+    found = rows_for_ranks(samples, RowRules(ranks, budget=2048))
+    assert sum(map(len, found)) >= 6
+    for mine, theirs in zip(found, expected, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert one.documents == other.documents
+            for name in ("tokens", "positions", "predictors", *PREDICTED):
+                assert np.array_equal(getattr(one, name), getattr(other, name)), name
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -146,7 +149,9 @@ def imbalance(costs: Sequence[float] | np.ndarray) -> float:
 
 
 def test_the_cost_of_a_document_counts_the_pairs_of_attention() -> None:
-    whole = document(3, [3, 1, 5])
-    assert whole.branches == [2, 0, 4]
-    pairs = sum(range(1, 4)) + (4 + 5) + (4 + 5 + 6 + 7)
-    assert whole.cost - document(3, [1]).cost == 8192 * 6 + pairs - 6
+    """In whole tokens of the prompt and of each completion: 8,192 pairs are one token more."""
+    whole = document(300, [201, 1, 1001, 11])
+    pairs = [sum(range(1, 301)), sum(range(301, 501)), 0, sum(range(301, 1301)), sum(range(301, 311))]
+    assert [n // 8192 for n in pairs] == [5, 9, 0, 97, 0]
+    assert whole.cost == len(whole) + 5 + 9 + 97
+    assert document(90, [60] * 8).cost == 90 + 8 * 59, "short ones cost their tokens"
