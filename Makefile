@@ -34,7 +34,7 @@ bench: $(VENV)/installed
 # What kills saves, workers and nodes, or needs clusters of several hosts.
 CHAOS := tests/distributed/checkpoint/test_interrupted_saves.py tests/cluster/jobs tests/cluster/launch \
          tests/cluster/render tests/cluster/run/test_attempts.py tests/cluster/run/test_lost_hosts.py \
-         tests/cluster/test_pages.py
+         tests/cluster/run/test_stopped_workers.py tests/cluster/run/test_evaluation.py tests/cluster/test_pages.py
 
 chaos: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m exhaustive --timeout 3600 $(CHAOS)

@@ -282,7 +282,7 @@ def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str
         "reward": float(np.mean(rewards)) if rewards else float("nan"),
         **means([s.reward for s in completions]),
         **_by_task(completions),
-        "entropy": -float(np.mean(logp)),
+        "entropy": -float(np.mean(logp)) if logp else float("nan"),
         "completion_tokens": float(np.mean(lengths)),
         **({"kl_beta": config.kl_beta} if config.kl_target else {}),
         "ungradable": float(sum(_is_ungradable(s) for s in completions)),

@@ -83,7 +83,8 @@ class Completion:
     """What is judged: without the stop string that ended it, whose tokens are among those above."""
     finish_reason: str
     """`stop` where the model or a stop string ended it, `length` where the limit did, `abort` where a caller did,
-    `turns` where its environment would have gone on after the last turn that it may have."""
+    `turns` where its environment would have gone on after the last turn that it may have, `error` where the engine
+    could not compute it."""
     weight_versions: tuple[int, ...]
     """Of each token: the version of the weights that sampled it."""
     sampling_logp: tuple[float, ...] = ()
@@ -95,6 +96,8 @@ class Completion:
 
     final: str | None = None
     """Of an episode: the model's last turn, which is judged; None where all of the text is."""
+    error: str = ""
+    """Why the engine could not compute it; its tokens end there, and may be none."""
 
     @property
     def judged(self) -> str:

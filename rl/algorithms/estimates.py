@@ -18,11 +18,12 @@ def of_tokens(rollouts: Sequence[Rollout]) -> list[Sample]:
 
 
 def of_completions(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Sample]:
-    """The same for pairs of a prompt and a completion that are no rollouts."""
+    """The same for pairs of a prompt and a completion that are no rollouts; those without tokens have no sample."""
     starts = np.cumsum([0, *(len(tokens) for _, tokens in texts)])
     return [
         sample(prompt, tokens, numbers=np.arange(a, b))
         for (prompt, tokens), a, b in zip(texts, starts, starts[1:], strict=False)
+        if len(tokens)
     ]
 
 

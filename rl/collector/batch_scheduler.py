@@ -113,6 +113,7 @@ class BatchScheduler:
 
     def _staleness(self, taken: Sequence[Sequence[Rewarded]]) -> tuple[int, ...]:
         version = self._source.version
-        found = tuple(version - s.rollout.weight_version for group in taken for s in group)
+        rollouts = [s.rollout for group in taken for s in group]
+        found = tuple(version - rollout.weight_version if rollout.tokens else 0 for rollout in rollouts)
         assert max(found) <= self._flow.staleness
         return found

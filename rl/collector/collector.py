@@ -18,7 +18,8 @@ from lockstep.rl.collector.supervisor import WATCH_S, Supervisor
 from lockstep.rl.remote import Call, any_of, failed, gather
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.types import Completion, Judged, Prompt
+from lockstep.rl.types import Completion, Judged, Prompt, Rollout
+from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.workers.stubs import ModelWorker, RolloutWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
@@ -185,12 +186,18 @@ class Collector:
 
     def _after_writing(self, finished: Sequence[Finished]) -> None:
         """Asks environments for their answers to completions, or verifiers for their verdicts."""
-        rollouts = [each.completion.with_prompt(self._buffer.prompt_of(each.completion.sample)) for each in finished]
-        if self._episodes:
-            for each, rollout in zip(finished, rollouts, strict=True):
+        whole = list[Rollout]()
+        for each in finished:
+            rollout = each.completion.with_prompt(self._buffer.prompt_of(each.completion.sample))
+            if rollout.error:
+                reason = f"it could not be written, twice: {rollout.error}"
+                self._buffer.put(Judged(rollout, Verdict(Outcome.ungradable, reason)))
+            elif self._episodes:
                 self._episodes.begin(each.team, each.request, rollout)
-        elif rollouts:
-            self._judges.judge(rollouts)
+            else:
+                whole.append(rollout)
+        if whole:
+            self._judges.judge(whole)
 
     def _after_answer(self, answer: Continued | Ended) -> None:
         """Has a rollout go on, or judged where its environment has no verdict."""

@@ -1,4 +1,8 @@
-"""EpisodeService: environments answer the turns of rollouts, which then go on or have ended."""
+"""EpisodeService: environments answer the turns of rollouts, which then go on or have ended.
+
+Where the environments' process dies, or hangs, another takes its place and episodes that it had begin again from their
+prompts; one that loses its process twice is ungradable.
+"""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -51,6 +55,7 @@ class EpisodeService:
     def __init__(self, environments: EnvironmentGroup, supervisor: Supervisor, clock: Callable[[], float]) -> None:
         self._environments, self._supervisor, self._clock = environments, supervisor, clock
         self._playing: dict[Call[EnvironmentResponse], _Episode] = {}
+        self._begun_again: set[int] = set()
 
     @property
     def calls(self) -> "Collection[Call[EnvironmentResponse]]":
@@ -69,11 +74,13 @@ class EpisodeService:
 
     def patience(self) -> float | None:
         """Seconds until the first call is overdue; the environments' process is ended where one is."""
-        if not self._playing:
-            return None
-        left = min(episode.due for episode in self._playing.values()) - self._clock()
+        worker = self._environments.worker
+        dues = [episode.due for call, episode in self._playing.items() if call.actor is worker]
+        if not dues:
+            return WATCH_S if self._playing else None  # calls of a process that has ended fail by themselves
+        left = min(dues) - self._clock()
         if left <= 0:
-            self._environments.worker.end()  # its calls end as those of any worker that died
+            worker.end()  # its calls end as those of any worker that died
         return max(left, WATCH_S)
 
     def take(self, call: "Call[EnvironmentResponse]") -> Continued | Ended:
@@ -84,7 +91,9 @@ class EpisodeService:
         except WorkerDied as death:
             if call.actor is self._environments.worker:
                 self._supervisor.replace("environment", death, self._environments.replace)
-            return Ended(episode.rollout, Verdict(Outcome.ungradable, "its environment's process died, or hung"))
+            return self._again(episode, "its environment's process died, or hung, twice")
+        if answer.is_lost:
+            return self._again(episode, "its environment's process died, or hung, twice")
         self._supervisor.count_result("environment")
         if answer.tokens:
             begun = answered(episode.rollout.completion, answer.tokens)
@@ -92,7 +101,15 @@ class EpisodeService:
         reason = answer.finish_reason or episode.rollout.finish_reason
         return Ended(replace(episode.rollout, final=answer.final, finish_reason=reason), answer.verdict)
 
+    def _again(self, episode: _Episode, reason: str) -> Continued | Ended:
+        """An episode that was lost, from its prompt once more; ungradable where it was lost before."""
+        number = episode.rollout.sample
+        if number in self._begun_again:
+            return Ended(episode.rollout, Verdict(Outcome.ungradable, reason))
+        self._begun_again.add(number)
+        return Continued(replace(episode.request, begun=None), episode.team)
+
     def drop(self) -> None:
         """Closes all episodes."""
-        self._playing = {}
+        self._playing, self._begun_again = {}, set()
         self._environments.drop()

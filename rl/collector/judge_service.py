@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lockstep.rl.collector.supervisor import Replacement, Supervisor
+from lockstep.rl.collector.supervisor import FAILURES, Replacement, Supervisor
 from lockstep.rl.remote import Call, WorkerDied, WorkerFailed, gather
 from lockstep.rl.types import Rollout
 from lockstep.rl.verdict import Outcome, Verdict
@@ -23,10 +23,6 @@ class _Judging:
     rollouts: Sequence[Rollout]
     known: Verdict | None
     is_retry: bool = False
-
-
-FAILURES = 8
-"""How many completions in a row may be ungradable because their verifier raised."""
 
 
 class JudgeService:

@@ -1,7 +1,8 @@
 """RolloutService: requests go to teams of rollout workers, and completions come back.
 
 What a team that dies had not handed in goes to the others, which go on without it for as long as there is no place for
-another one. That gets the policy's weights when the policy rests.
+another one. That gets the policy's weights when the policy rests. A completion that an engine cannot compute is asked
+for once more, and handed over with its error then.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,9 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from lockstep.rl.collector.supervisor import Replacement, Supervisor
+from lockstep.rl.collector.supervisor import FAILURES, Replacement, Supervisor
 from lockstep.rl.remote import Call, WorkerDied, gather
-from lockstep.rl.rollout.output_processor import RolloutRequest
+from lockstep.rl.rollout.output_processor import CompletionFailed, RolloutRequest
 from lockstep.rl.types import Completion, last_turn
 from lockstep.rl.workers.stubs import RolloutWorker
 from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
@@ -69,6 +70,8 @@ class RolloutService:
         self._teams = [_Team() for _ in rollouts.teams]
         self._lost: dict[int, Replacement] = {}
         self._production = Production(supervisor.clock)
+        self._failed: set[int] = set()
+        self._failures = 0
 
     @property
     def version(self) -> int:
@@ -133,7 +136,11 @@ class RolloutService:
                 self._teams[number].calls = [member.call(method) for member in members]
 
     def take(self, call: Call[list[Completion] | None]) -> list[Finished]:
-        """What a team's call that has ended brought; nothing where the team died."""
+        """What a team's call that has ended brought; nothing where the team died.
+
+        Raises:
+            CompletionFailed: when engines compute nothing but failures.
+        """
         number = next(n for n, team in enumerate(self._teams) if team.calls and team.calls[0] == call)
         team = self._teams[number]
         calls, team.calls = team.calls, ()
@@ -145,7 +152,22 @@ class RolloutService:
         self._production.note(busy=bool(self.calls), tokens=sum(len(last_turn(each)) for each in completions or ()))
         if completions:
             self._supervisor.count_result(f"rollout {number}")
-        return [Finished(number, team.unwritten.pop(each.sample), each) for each in completions or ()]
+        if any(not each.error for each in completions or ()):
+            self._failures = 0
+        finished = [Finished(number, team.unwritten.pop(each.sample), each) for each in completions or ()]
+        return [each for each in finished if not each.completion.error or self._gives_up(each)]
+
+    def _gives_up(self, failed: Finished) -> bool:
+        """Whether a completion that an engine could not compute has been asked for again; otherwise it is now."""
+        number, error = failed.request.number, failed.completion.error
+        if number not in self._failed:
+            self._failed.add(number)
+            self.assign([failed.request])
+            return False
+        self._failures += 1
+        if self._failures > FAILURES:
+            raise CompletionFailed(f"completion {number} cannot be written, nor can those before it: {error}")
+        return True
 
     def receive(self) -> None:
         """Gives all living teams, which rest, the next version of the policy's weights."""
@@ -184,6 +206,7 @@ class RolloutService:
 
     def drop(self) -> None:
         """Forgets all requests."""
+        self._failed = set()
         for team in self._teams:
             team.waiting, team.unwritten = [], {}
 

@@ -13,6 +13,9 @@ WATCH_S = 1.0
 DEATHS = 3
 """How often a worker may die before anything came of its work."""
 
+FAILURES = 8
+"""How many samples in a row may be ungradable because an engine or a verifier raised."""
+
 PLACE_S = 600.0
 """Seconds that a run waits for a place for a worker where none of its kind is left."""
 

@@ -71,3 +71,5 @@ class EnvironmentResponse:
     """Where the episode has ended: the last turn, for a verifier to judge."""
     finish_reason: str = ""
     """Where a limit ended the episode: `turns`, or `length` of the completion."""
+    is_lost: bool = False
+    """Whether the episode was in a process that died, so that it has to begin again."""

@@ -63,17 +63,15 @@ class OutputProcessor:
         self._requests[request.number], self._parts[request.number] = request, []
 
     def step(self) -> list[Completion]:
-        """Run one forward pass; returns the completions that ended with it or had been cancelled.
-
-        Raises:
-            CompletionFailed: when one of them cannot be computed.
-        """
+        """Run one forward pass; returns the completions that ended with it, had failed or had been cancelled."""
+        errors: dict[str | int, str] = {}
         for output in self._engine.step():
             if isinstance(output, FailedOutput):
-                raise CompletionFailed(f"completion {output.key} cannot be written: {output.reason}")
+                errors[output.key] = output.reason
             if isinstance(output, TokenOutput):
                 self._parts[output.key].append(output)
-        return [self._completed(number) for number in list(self._requests) if not self._engine.holds(number)]
+        ended = [number for number in self._requests if not self._engine.holds(number)]
+        return [self._completed(number, errors.get(number, "")) for number in ended]
 
     def drop(self) -> None:
         """Cancel all requests."""
@@ -81,10 +79,11 @@ class OutputProcessor:
             self._engine.cancel(number)
         self._requests, self._parts = {}, {}
 
-    def _completed(self, number: int) -> Completion:
+    def _completed(self, number: int, error: str) -> Completion:
         request, tokens = self._requests.pop(number), self._parts.pop(number)
         ids = tuple(t.token for t in tokens)
-        text, reason = self._engine.decode(list(ids)), (tokens and tokens[-1].finish_reason) or "abort"
+        reason = "error" if error else (tokens and tokens[-1].finish_reason) or "abort"
+        text = "" if error else self._engine.decode(list(ids))
         written = Completion(
             sample=number,
             tokens=ids,
@@ -94,8 +93,11 @@ class OutputProcessor:
             weight_versions=tuple(t.weight_version for t in tokens),
             sampling_logp=tuple(t.sampling_logp for t in tokens),
             supports=tuple(t.support for t in tokens) if any(t.support for t in tokens) else (),
+            error=error,
         )
-        return written if request.begun is None else continued(request.begun, written, self._engine.decode)
+        if request.begun is None or error:
+            return written
+        return continued(request.begun, written, self._engine.decode)
 
 
 def generate(
@@ -108,6 +110,7 @@ def generate(
 
     Raises:
         PromptTooLong: before anything runs.
+        CompletionFailed: when one of them cannot be computed.
     """
     assert not engine.has_work
     numbered = [(prompt.index * samples + s, prompt) for prompt in prompts for s in range(samples)]
@@ -119,6 +122,12 @@ def generate(
         processor.add(each)
     try:
         while processor.has_work:
-            yield from (each.with_prompt(prompt_of[each.sample]) for each in processor.step())
+            yield from (_whole(each).with_prompt(prompt_of[each.sample]) for each in processor.step())
     finally:
         processor.drop()
+
+
+def _whole(completion: Completion) -> Completion:
+    if completion.error:
+        raise CompletionFailed(f"completion {completion.sample} cannot be written: {completion.error}")
+    return completion

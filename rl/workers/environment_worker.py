@@ -72,6 +72,8 @@ class EnvironmentWorker(Worker):
         """
         try:
             answer = await self._inside(self._answered(rollout, most))
+        except EpisodeLost:
+            return EnvironmentResponse(is_lost=True)
         except TimeoutError:
             answer = _failed(f"the environment did not answer within {self._config.deadline} s")
         except asyncio.CancelledError:

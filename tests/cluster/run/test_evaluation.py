@@ -1,6 +1,5 @@
 """Accuracy of two tasks is measured between steps of RL; the best checkpoint stays, and RL ends where none improves."""
 
-import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -39,22 +38,24 @@ held_out = 2
     return recipe
 
 
+SETTINGS = (
+    "rl.steps=9",
+    "rl.flow.mode=asynchronous",
+    "rl.optimizer.learning_rate=1e-9",  # so that no accuracy is better than the first
+    "evaluation.every=2",
+    "evaluation.patience=2",
+    "evaluation.samples=3",
+    "evaluation.pass_at=[1, 3]",
+    "checkpoints.every=1",
+    "checkpoints.keep_last=1",
+)
+
+
 def test_accuracy_between_steps_of_rl_its_best_checkpoint_and_an_early_end(
     tmp_path: Path, tiny_folder: Path, train: Train
 ) -> None:
-    settings = (
-        "rl.steps=9",
-        "rl.flow.mode=asynchronous",
-        "rl.optimizer.learning_rate=1e-9",  # so that no accuracy is better than the first
-        "evaluation.every=2",
-        "evaluation.patience=2",
-        "evaluation.samples=3",
-        "evaluation.pass_at=[1, 3]",
-        "checkpoints.every=1",
-        "checkpoints.keep_last=1",
-    )
     recipe = mixed(tmp_path, write_recipe(tmp_path, tiny_folder))
-    code, output = train(tmp_path / "log", recipe, *settings)
+    code, output = train(tmp_path / "log", recipe, *SETTINGS)
     assert code == 0, output
     run = tmp_path / "tiny"
     lines = metrics(run, "eval")
@@ -93,12 +94,20 @@ def test_accuracy_between_steps_of_rl_its_best_checkpoint_and_an_early_end(
     assert [row["stage"] for row in summary(run)["rows"]] == [line["stage"] for line in lines]
     check_run(run)
 
-    code, output = train(tmp_path / "log", recipe, *settings, options=("--resume",))
-    assert code == 0, output
-    assert len(metrics(run, "rl")) == 6, "it has stopped"
-    patient = [each for each in settings if not each.startswith(("evaluation.p", "evaluation.samples"))]
+
+@pytest.mark.exhaustive
+def test_a_run_that_ended_early_stays_so_and_goes_on_where_the_recipe_lets_it(
+    tmp_path: Path, tiny_folder: Path, train: Train
+) -> None:
+    recipe, run = mixed(tmp_path, write_recipe(tmp_path, tiny_folder)), tmp_path / "tiny"
+    for options in ((), ("--resume",)):
+        code, output = train(tmp_path / "log", recipe, *SETTINGS, options=options)
+        assert code == 0, output
+        assert len(metrics(run, "rl")) == 6
+        assert summary(run)["stopped_early"]
+    patient = [each for each in SETTINGS if not each.startswith(("evaluation.p", "evaluation.samples"))]
     code, output = train(tmp_path / "log", recipe, *patient, options=("--resume",))
     assert code == 0, output
     assert len(metrics(run, "rl")) == 9
-    stages = json.loads((run / "summary.json").read_text())["rows"]
-    assert [(row["stage"], row["step"]) for row in stages][-2:] == [("during", 24), ("after", 25)]
+    assert summary(run)["stopped_early"] is None
+    assert [(row["stage"], row["step"]) for row in summary(run)["rows"]][-2:] == [("during", 24), ("after", 25)]
