@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lockstep.distributed.checkpoint.tensors import Box, WeightsOnly
-from lockstep.rl.weight_sync.shards import Shard
+from lockstep.rl.weight_sync.protocol import Shard
 
 
 class Assembled(WeightsOnly):

@@ -6,7 +6,6 @@ A sequence that ends makes room at once for one that waits.
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -20,16 +19,27 @@ from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.block_pool import BlockPool
-from lockstep.rl.rollout.config import EngineConfig, with_stop_tokens
-from lockstep.rl.rollout.detokenizer import StopStrings
+from lockstep.rl.rollout.config import EngineConfig
 from lockstep.rl.rollout.model_runner import ModelRunner, block_counts
-from lockstep.rl.rollout.protocol import FailedOutput, Output, PromptTooLong, Request, Score, Statistics, TokenOutput
+from lockstep.rl.rollout.protocol import (
+    Clause,
+    FailedOutput,
+    Output,
+    PromptTooLong,
+    Request,
+    Score,
+    Statistics,
+    TokenOutput,
+)
+from lockstep.rl.rollout.requests import check_request, finish_reason, prepared
 from lockstep.rl.rollout.retry import one_by_one
-from lockstep.rl.rollout.sampling.parallel_sampler import Drawn, ParallelSampler
+from lockstep.rl.rollout.sampling.draws import Drawn
+from lockstep.rl.rollout.sampling.parallel_sampler import ParallelSampler
 from lockstep.rl.rollout.sampling.prompt_scorer import PromptScorer
 from lockstep.rl.rollout.scheduler import Failures, Plan, Scheduler, SequenceState
+from lockstep.rl.weight_sync.parameters import poisoned
+from lockstep.rl.weight_sync.protocol import Shard
 from lockstep.rl.weight_sync.receiver import Receiver
-from lockstep.rl.weight_sync.shards import Shard
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +48,8 @@ DEFAULTS = EngineConfig()
 
 class RolloutEngine:
     """Implements `Engine` on a transformer; each rank of a tensor group has one, and all make the same calls."""
+
+    exceptions: frozenset[Clause] = frozenset()
 
     def __init__(
         self,
@@ -95,7 +107,7 @@ class RolloutEngine:
         for parameter, shape in self._given_back.items():
             parameter.data = parameter.data.new_empty(shape)
         self._given_back = {}
-        self._receiver, self._coming = Receiver(self.transformer), version
+        self._receiver, self._coming = Receiver(poisoned(self.transformer)), version
 
     def take(self, shards: Sequence[Shard]) -> None:
         """Write a part of the new weights; shards may come from any layout, in messages of any size.
@@ -175,29 +187,15 @@ class RolloutEngine:
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never run; raises what `Engine.check` names."""
-        model, new, prompt = self.transformer.model, request.new, len(request.tokens)
-        if not prompt:
-            raise ValueError(
-                "a prompt without tokens has no next token: give at least one, for example the text's begin"
-            )
-        if prompt + new > self.length:
-            raise PromptTooLong(
-                f"a prompt of {prompt} tokens and {new} new ones need a context of {prompt + new}, "
-                f"and rollouts have {self.length}"
-            )
-        lacking = self._scheduler.lacking(prompt + max(0, new - 1))
+        model, prompt = self.transformer.model, len(request.tokens)
+        ends = self._sampler.ends(request.sampling)
+        check_request(request, length=self.length, vocabulary=model.vocabulary, ends=ends)
+        lacking = self._scheduler.lacking(prompt + max(0, request.new - 1))
         if lacking:
             raise PromptTooLong(
-                f"a prompt of {prompt} tokens and {new} new ones need {lacking[0]} blocks of {BLOCK} tokens, and the "
-                f"cache has {lacking[1]}: raise cache_gib, or ask for fewer tokens"
+                f"a prompt of {prompt} tokens and {request.new} new ones need {lacking[0]} blocks of {BLOCK} tokens, "
+                f"and the cache has {lacking[1]}: raise cache_gib, or ask for fewer tokens"
             )
-        named = (*request.tokens, *request.sampling.stop_tokens, *request.sampling.logit_bias)
-        strange = next((t for t in named if not 0 <= t < model.vocabulary), None)
-        if strange is not None:
-            raise ValueError(f"there is no token {strange}: the vocabulary has 0 … {model.vocabulary - 1}")
-
-        if request.sampling.min_new_tokens and len({*self._sampler.ends(request.sampling)}) == model.vocabulary:
-            raise ValueError(f"all {model.vocabulary} tokens end a completion, which then has no first one: name fewer")
 
     def add(self, request: Request) -> None:
         """Queue a request, which runs as soon as there is room.
@@ -207,10 +205,7 @@ class RolloutEngine:
             ValueError: when the prompt is empty, a token is not in the vocabulary, or the key is in use.
         """
         self.check(request)
-        if request.key in self._sequences:
-            raise ValueError(f"a request with the key {request.key!r} is running already: give each a key of its own")
-        request = replace(request, sampling=with_stop_tokens(request.sampling, self._special))
-        stops = StopStrings(request.sampling.stop, self.decode) if request.sampling.stop else None
+        request, stops = prepared(request, self._sequences, self._special, self.decode)
         scores: list[Score] | None = None if request.prompt_logprobs is None else []
         self._sequences[request.key] = sequence = SequenceState(request, stops=stops, scores=scores)
         self._scheduler.waiting.append(sequence)
@@ -297,7 +292,9 @@ class RolloutEngine:
             raise drawn
         sequence.tokens.append(drawn.token)
         said = drawn.token, drawn.logp, drawn.sampling_logp, self.weight_version
-        return TokenOutput(sequence.request.key, *said, self._reason(sequence), drawn.top, drawn.support)
+        ends = self._sampler.ends(sequence.request.sampling)
+        reason = finish_reason(sequence.request, sequence.tokens, sequence.stops, ends)
+        return TokenOutput(sequence.request.key, *said, reason, drawn.top, drawn.support)
 
     def _failed(self, sequence: SequenceState, error: Exception) -> FailedOutput:
         """End a sequence that cannot go on; what it leaves in the cache is overwritten, lest it spread."""
@@ -307,14 +304,3 @@ class RolloutEngine:
         del self._sequences[key]
         self.runner.clear(self._scheduler.discard(sequence))
         return FailedOutput(key, str(error) or type(error).__name__)
-
-    def _reason(self, sequence: SequenceState) -> str | None:
-        """The finish reason of a sequence that ends with its last token; None for one that goes on."""
-        sampling, written = sequence.request.sampling, len(sequence.tokens)
-        if sampling.exact_lengths:
-            wanted = sampling.exact_lengths[sequence.request.sample % len(sampling.exact_lengths)]
-            return "length" if written >= wanted else None
-        stopped = sequence.stops is not None and sequence.stops.found(sequence.tokens)
-        if written >= sampling.min_new_tokens and (stopped or sequence.tokens[-1] in self._sampler.ends(sampling)):
-            return "stop"
-        return "length" if written >= sampling.max_new_tokens else None

@@ -6,12 +6,12 @@ An engine draws completions by continuous batching: requests come at any time, a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from lockstep.rl.rollout.config import SamplingParams
 
 if TYPE_CHECKING:  # torch and megatron-core, which a driver has no use for
-    from lockstep.rl.weight_sync.shards import Shard
+    from lockstep.rl.weight_sync.protocol import Shard
 
 
 class PromptTooLong(ValueError):
@@ -111,6 +111,16 @@ class FailedOutput:
 
 Output = TokenOutput | PromptOutput | FailedOutput
 
+Clause = Literal["exact", "isolated_passes", "frees_memory", "tensor_ranks"]
+"""What an implementation may say that it does not keep:
+
+- `exact`: in exact numerics log-probabilities are the trainer's bits, and in fast ones the trainer's up to rounding of
+  the same operations; importance ratios begin at 1.
+- `isolated_passes`: a request that has a whole pass raise ends alone, with a `FailedOutput`; otherwise `step` raises.
+- `frees_memory`: `release` gives memory back to the device.
+- `tensor_ranks`: one model may be split over several engines.
+"""
+
 
 class Engine(Protocol):
     """A language model that completes prompts, whose weights can be replaced while requests run.
@@ -131,8 +141,12 @@ class Engine(Protocol):
     - Tensor ranks of one model each have an engine; they make the same calls and return the same tokens.
     - One thread uses an engine at a time; only `statistics` may be read from others.
 
-    tests/rl/rollout/test_protocol.py is the suite that every implementation passes.
+    tests/rl/rollout/test_protocol.py is the suite that every implementation passes; `exceptions` says what one of them
+    does not keep.
     """
+
+    exceptions: frozenset[Clause]
+    """Clauses that the implementation does not keep."""
 
     @property
     def weight_version(self) -> int:

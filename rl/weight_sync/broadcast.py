@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from lockstep.distributed.world.groups import meeting_at
-from lockstep.rl.weight_sync.shards import Shard
+from lockstep.rl.weight_sync.protocol import Shard
 
 PATIENCE_S = 60.0
 """Seconds that a message may take, and that the processes of a group wait for each other."""

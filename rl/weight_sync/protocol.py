@@ -1,10 +1,48 @@
-"""Protocols of the workers that weight sync calls: the ranks of a policy, and those of rollout engines."""
+"""What travels from a policy to rollout engines, and the protocols of the workers at both ends.
 
+It loads neither torch nor a model: the driver names these protocols, and an engine in another environment reads shards.
+"""
+
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ml_dtypes import bfloat16
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:  # torch, which the driver does not load
-    from lockstep.rl.weight_sync.shards import Shard
+    from lockstep.distributed.checkpoint.tensors import Box
+
+
+class WeightsDiffer(RuntimeError):
+    """The weights of a rollout worker are not the ones that the policy sent."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a logical tensor with a digest of its bits; bfloat16 is carried as uint16."""
+
+    name: str
+    box: "Box"
+    bits: NDArray[Any]
+    is_bfloat16: bool
+    digest: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the piece."""
+        return tuple(stop - start for start, stop in self.box)
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.bits.dtype.itemsize
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The piece in its own dtype, as a view."""
+        return self.bits.view(bfloat16) if self.is_bfloat16 else self.bits
 
 
 class BroadcastMember(Protocol):
@@ -26,7 +64,7 @@ class WeightSender(BroadcastMember, Protocol):
     def open_weights(self, size: int) -> int:
         """Packs the weights that it owns into messages of at most `size` bytes; returns how many there are."""
 
-    def weights(self, number: int) -> "list[Shard]":
+    def weights(self, number: int) -> list[Shard]:
         """The message of this number, from 0; empty after the last one."""
 
     def close_weights(self) -> None:
@@ -39,7 +77,7 @@ class WeightReceiver(BroadcastMember, Protocol):
     def begin_update(self, version: int) -> None:
         """Begins to take the weights of a version."""
 
-    def take(self, *shards: "list[Shard]") -> None:
+    def take(self, *shards: list[Shard]) -> None:
         """Writes the parts of messages of shards that it holds into its weights."""
 
     def end_update(self) -> None:

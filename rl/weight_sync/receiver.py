@@ -2,17 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from lockstep.distributed.checkpoint.tensors import Box, Piece, digest, overlap, to_numpy, to_torch, within
-from lockstep.model.state_dict import pieces
-from lockstep.model.transformer import Transformer
-from lockstep.model.weights.names import EMBEDDING, HEAD
-from lockstep.rl.weight_sync.shards import Shard, WeightsDiffer
+from lockstep.rl.weight_sync.protocol import Shard, WeightsDiffer
 
 
 @dataclass
@@ -46,24 +42,22 @@ class _Target:
 
 
 class Receiver:
-    """Fills the parameters of a transformer in any layout from messages of shards of any other.
+    """Fills tensors of any layout from messages of shards of any other.
 
-    Every parameter is set to NaN first, so that a tensor that is not filled cannot pass for the old one. What has been
-    written is read back and compared with the sender's digests.
+    What has been written is read back and compared with the sender's digests, and `close` finds what did not come.
     """
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, pieces: Iterable[tuple[Tensor, Piece]]) -> None:
+        """
+        Args:
+            pieces: pieces of logical tensors, with the tensors that hold them.
+        """
         self._targets: dict[str, list[_Target]] = defaultdict(list)
-        with torch.no_grad():
-            for parameter in transformer.parameters():
-                parameter.fill_(float("nan"))
-            for parameter, piece in pieces(transformer):
-                if piece.name in (EMBEDDING, HEAD):
-                    parameter[piece.local[0][1] :] = 0
-                self._targets[piece.name].append(_Target(piece, piece.view(parameter).detach()))
+        for held, piece in pieces:
+            self._targets[piece.name].append(_Target(piece, piece.view(held)))
 
     def take(self, shards: Sequence[Shard]) -> None:
-        """Writes the parts of shards that this rank holds.
+        """Writes the parts of shards that the tensors hold.
 
         Raises:
             WeightsDiffer: when bits differ from the sender's digests, or a part comes twice.
@@ -76,7 +70,7 @@ class Receiver:
                     _write(shard, target, common)
 
     def close(self) -> None:
-        """Checks that every parameter has been filled.
+        """Checks that every tensor has been filled.
 
         Raises:
             WeightsDiffer: names what is missing.
@@ -101,14 +95,3 @@ def _write(shard: Shard, target: _Target, common: Box) -> None:
 
 def _size(box: Box) -> int:
     return math.prod(stop - start for start, stop in box)
-
-
-def receive(transformer: Transformer, shards: Sequence[Shard]) -> None:
-    """Fills a transformer from shards in one message; see `Receiver`.
-
-    Raises:
-        WeightsDiffer: when a tensor is missing or its bits differ.
-    """
-    receiver = Receiver(transformer)
-    receiver.take(shards)
-    receiver.close()

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,36 +11,7 @@ from numpy.typing import NDArray
 from lockstep.distributed.checkpoint.tensors import Box, digest, to_numpy
 from lockstep.model.state_dict import Served, served
 from lockstep.model.transformer import Transformer
-
-
-class WeightsDiffer(RuntimeError):
-    """The weights of a rollout worker are not the ones that the policy sent."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A piece of a logical tensor with a digest of its bits; bfloat16 is carried as uint16."""
-
-    name: str
-    box: Box
-    bits: NDArray[Any]
-    is_bfloat16: bool
-    digest: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the piece."""
-        return tuple(stop - start for start, stop in self.box)
-
-    @property
-    def size(self) -> int:
-        """Size in bytes."""
-        return math.prod(self.shape) * self.bits.dtype.itemsize
-
-    @property
-    def array(self) -> NDArray[Any]:
-        """The piece in its own dtype, as a view."""
-        return self.bits.view(bfloat16) if self.is_bfloat16 else self.bits
+from lockstep.rl.weight_sync.protocol import Shard
 
 
 def shards_of(transformer: Transformer) -> list[Shard]:

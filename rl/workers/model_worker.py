@@ -35,7 +35,8 @@ from lockstep.model.training.pretraining import Pretraining
 from lockstep.model.training.trainer import Trainer
 from lockstep.rl.algorithms.config import ReferenceConfig
 from lockstep.rl.algorithms.estimates import scores_of
-from lockstep.rl.weight_sync.shards import Part, Shard, messages_of, signed
+from lockstep.rl.weight_sync.protocol import Shard
+from lockstep.rl.weight_sync.shards import Part, messages_of, signed
 from lockstep.rl.workers.agreement import Loaded, digest_of, loaded
 from lockstep.rl.workers.rank import RankWorker
 from lockstep.rl.workers.reference_model import ReferenceModel, Saved

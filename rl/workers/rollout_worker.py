@@ -14,7 +14,7 @@ from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
 from lockstep.rl.rollout.protocol import Engine
 from lockstep.rl.types import Completion
 from lockstep.rl.weight_sync.broadcast import Broadcast
-from lockstep.rl.weight_sync.shards import Shard
+from lockstep.rl.weight_sync.protocol import Shard
 from lockstep.rl.workers.agreement import Loaded, digest_of, loaded
 from lockstep.rl.workers.rank import RankWorker
 

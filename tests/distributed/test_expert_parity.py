@@ -34,8 +34,9 @@ from lockstep.model.training.config import OptimizerConfig, row_rules
 from lockstep.model.training.trainer import Trainer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.names import logical_tensors
-from lockstep.rl.weight_sync.receiver import receive
-from lockstep.rl.weight_sync.shards import Shard, shards_of
+from lockstep.rl.weight_sync.parameters import receive
+from lockstep.rl.weight_sync.protocol import Shard
+from lockstep.rl.weight_sync.shards import shards_of
 from tests.distributed.test_parity import ADAMW, assembled, global_batch
 from tests.model.test_transformer import LENGTHS, packed_and_alone, tokens_of
 from tests.parameters import every

@@ -1,7 +1,7 @@
 """Samples next tokens from vocabulary-parallel logits, such that all tensor ranks get the same tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -10,21 +10,10 @@ from torch import Tensor
 from lockstep.model.layers.logprobs import reduced
 from lockstep.model.ops.exact.reductions import gathered
 from lockstep.model.transformer import Transformer
-from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.protocol import Request, Score
-from lockstep.rl.rollout.sampling.sampler import Row, draw_isolated, likeliest, uniforms
+from lockstep.rl.rollout.sampling.draws import Drawn, EndTokens, reported, rows_of
+from lockstep.rl.rollout.sampling.sampler import Row, draw_isolated, likeliest
 from lockstep.rl.rollout.scheduler import SequenceState
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A drawn token, with what `TokenOutput` reports of it."""
-
-    token: int
-    logp: float
-    sampling_logp: float
-    top: tuple[tuple[int, float], ...]
-    support: tuple[int, ...]
 
 
 class ParallelSampler:
@@ -32,26 +21,16 @@ class ParallelSampler:
 
     def __init__(self, transformer: Transformer) -> None:
         self._transformer, self._group = transformer, transformer.groups.tensor
-        model = transformer.model
-        self._eos = tuple(token for token in model.eos_tokens if 0 <= token < model.vocabulary)
+        self.ends = EndTokens(transformer.model)
 
     def __call__(self, sequences: Sequence[SequenceState], local_BV: Tensor) -> list[Drawn | Exception]:
         """Draw a token for each sequence, from one row each of logits [B, V/tensor]; an error where none can be."""
         whole_BV = self._whole(local_BV)
-        requests = [s.request for s in sequences]
-        places = [s.request.begun + len(s.tokens) for s in sequences]
-        numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], places)
-        rows = [self._row(s, number) for s, number in zip(sequences, numbers.tolist(), strict=True)]
+        rows = rows_of([(s.request, s.tokens) for s in sequences], self.ends)
         drawn, failed = draw_isolated(whole_BV, rows)
-        tokens_B = self._agreed(drawn.tokens)
-        logp, log_sums = self._policy(local_BV, tokens_B, [row.policy_temperature for row in rows])
-        sampling_logp = torch.where(drawn.sampling_logp.isnan(), logp, drawn.sampling_logp)
-        top = [
-            likeliest(whole, log_sum, row) if row.sampling.logprobs else ()
-            for whole, log_sum, row in zip(whole_BV, log_sums, rows, strict=True)
-        ]
-        columns = tokens_B.tolist(), logp.tolist(), sampling_logp.tolist(), top, drawn.supports
-        return [failed.get(i) or Drawn(*each) for i, each in enumerate(zip(*columns, strict=True))]
+        drawn = replace(drawn, tokens=self._agreed(drawn.tokens))
+        policy = self._policy(local_BV, drawn.tokens, [row.policy_temperature for row in rows])
+        return reported(rows, drawn, failed, whole_BV, policy)
 
     def scores(self, local_KV: Tensor, targets_K: Sequence[int], request: Request) -> list[Score]:
         """Log-probabilities of given tokens under the policy, from one row each of logits [K, V/tensor]."""
@@ -63,22 +42,10 @@ class ParallelSampler:
             top = [likeliest(*row, asked) for row in zip(self._whole(local_KV), log_sums, strict=True)]
         return [Score(*each) for each in zip(targets_K, logp.tolist(), top, strict=True)]
 
-    def ends(self, sampling: SamplingParams) -> tuple[int, ...]:
-        """Tokens that end a completion: the model's own end tokens, and those of the request."""
-        return (*self._eos, *sampling.stop_tokens)
-
     @property
     def _first_row(self) -> int:
         """Number of the first token of this rank's part of the vocabulary."""
         return self._transformer.groups.tensor_rank * len(self._transformer.head_weight)
-
-    def _row(self, sequence: SequenceState, number: float) -> Row:
-        request = sequence.request
-        early = len(sequence.tokens) < request.sampling.min_new_tokens
-        forbidden = self.ends(request.sampling) if early and not request.sampling.exact_lengths else ()
-        begun = request.tokens[len(request.tokens) - request.begun :]
-        completion = [*begun, *sequence.tokens] if begun else sequence.tokens
-        return Row(request.sampling, number, request.tokens, completion, forbidden)
 
     def _whole(self, local_BV: Tensor) -> Tensor:
         """Logits [B, V] of the whole vocabulary, on all tensor ranks."""

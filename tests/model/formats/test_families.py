@@ -38,7 +38,8 @@ from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import generate
 from lockstep.rl.types import Prompt
-from lockstep.rl.weight_sync.shards import Shard, shards_of
+from lockstep.rl.weight_sync.protocol import Shard
+from lockstep.rl.weight_sync.shards import shards_of
 from tests.parameters import every
 from tests.shards import Assembled
 

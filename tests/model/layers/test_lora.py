@@ -27,7 +27,7 @@ from lockstep.model.training.trainer import Trainer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.lora import merged, with_adapters
 from lockstep.model.weights.names import VALUE, is_adapter
-from lockstep.rl.weight_sync.receiver import receive
+from lockstep.rl.weight_sync.parameters import receive
 from lockstep.rl.weight_sync.shards import messages_of, shards_of, signed
 from tests.distributed.test_parity import assembled, global_batch
 from tests.parameters import every

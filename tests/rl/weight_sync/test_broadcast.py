@@ -17,7 +17,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from lockstep.distributed.checkpoint.tensors import digest
 from lockstep.distributed.world.groups import host_meeting
 from lockstep.rl.weight_sync.broadcast import Broadcast, BroadcastFailed, Broadcasts
-from lockstep.rl.weight_sync.shards import Shard
+from lockstep.rl.weight_sync.protocol import Shard
 
 LONG_S = 60.0
 

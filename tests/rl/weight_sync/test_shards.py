@@ -17,8 +17,9 @@ from lockstep.model.loading import build, transformer_of
 from lockstep.model.transformer import Transformer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.names import logical_tensors
-from lockstep.rl.weight_sync.receiver import receive
-from lockstep.rl.weight_sync.shards import Shard, WeightsDiffer, messages_of, shards_of, signed
+from lockstep.rl.weight_sync.parameters import receive
+from lockstep.rl.weight_sync.protocol import Shard, WeightsDiffer
+from lockstep.rl.weight_sync.shards import messages_of, shards_of, signed
 from tests.parameters import every
 
 

@@ -1,0 +1,73 @@
+"""From requests to rows of the sampler, and from what it draws to what engines report, whoever computed the logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lockstep.model.config import ModelConfig
+from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.protocol import Request
+from lockstep.rl.rollout.sampling.sampler import Draw, Row, likeliest, uniforms
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn token, with what `TokenOutput` reports of it."""
+
+    token: int
+    logp: float
+    sampling_logp: float
+    top: tuple[tuple[int, float], ...]
+    support: tuple[int, ...]
+
+
+class EndTokens:
+    """Tokens that end a completion: the model's own end tokens, and those of the request."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._own = tuple(token for token in model.eos_tokens if 0 <= token < model.vocabulary)
+
+    def __call__(self, sampling: SamplingParams) -> tuple[int, ...]:
+        """The end tokens of a request with this sampling."""
+        return (*self._own, *sampling.stop_tokens)
+
+
+def rows_of(drawing: Sequence[tuple[Request, Sequence[int]]], ends: EndTokens) -> list[Row]:
+    """A row of the sampler for each request and the tokens that it has drawn so far."""
+    requests = [request for request, _ in drawing]
+    places = [request.begun + len(tokens) for request, tokens in drawing]
+    numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], places)
+    return [_row(*each, number, ends) for each, number in zip(drawing, numbers.tolist(), strict=True)]
+
+
+def _row(request: Request, tokens: Sequence[int], number: float, ends: EndTokens) -> Row:
+    early = len(tokens) < request.sampling.min_new_tokens
+    forbidden = ends(request.sampling) if early and not request.sampling.exact_lengths else ()
+    begun = request.tokens[len(request.tokens) - request.begun :]
+    return Row(request.sampling, number, request.tokens, [*begun, *tokens] if begun else tokens, forbidden)
+
+
+def reported(
+    rows: Sequence[Row],
+    draw: Draw,
+    failed: dict[int, Exception],
+    whole_BV: Tensor,
+    policy: tuple[Tensor, Tensor],
+) -> list[Drawn | Exception]:
+    """What each row reports of its draw, or the error that stands in its place.
+
+    Args:
+        failed: as `draw_isolated` returns it.
+        whole_BV: logits of the whole vocabulary.
+        policy: log-probabilities of the drawn tokens under the policy and the log-sum-exp below them, [B] each.
+    """
+    logp, log_sums = policy
+    sampling_logp = torch.where(draw.sampling_logp.isnan(), logp, draw.sampling_logp)
+    top = [
+        likeliest(whole, log_sum, row) if row.sampling.logprobs else ()
+        for whole, log_sum, row in zip(whole_BV, log_sums, rows, strict=True)
+    ]
+    columns = draw.tokens.tolist(), logp.tolist(), sampling_logp.tolist(), top, draw.supports
+    return [failed.get(i) or Drawn(*each) for i, each in enumerate(zip(*columns, strict=True))]
