@@ -28,7 +28,7 @@ test: $(VENV)/installed-dev
 vllm: $(VLLM)/installed
 
 vllm-test: $(VENV)/installed-dev $(VLLM)/installed
-	$(BIN)/python -m pytest -k vllm tests/rl/rollout tests/rl/workers $(ARGS)
+	$(BIN)/python -m pytest -m "" -k vllm tests/rl/rollout tests/rl/workers $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check

@@ -161,6 +161,8 @@ class Processes:
     """Calls that each works on at the same time."""
     event_loop: bool = False
     """Whether methods may be coroutine functions."""
+    python: str = ""
+    """The interpreter that runs them, with what its environment has; empty for that of the cluster."""
 
 
 def start(
@@ -176,8 +178,10 @@ def start(
     started = []
     for rank in processes.ranks:
         place = processes.places[rank] if processes.places else Place()
-        variables = {"env_vars": {**ENVIRONMENT, **place.variables}}
-        options = {"runtime_env": variables, "max_concurrency": processes.together, **place.options}
+        inside: dict[str, Any] = {"env_vars": {**ENVIRONMENT, **place.variables}}
+        if processes.python:
+            inside["py_executable"] = processes.python
+        options = {"runtime_env": inside, "max_concurrency": processes.together, **place.options}
         cores = processes.threads, place.sharing
         handle = made.options(**options).remote(passed_on, cores, kind.__module__, kind.__name__, rank, *args, **named)
         started.append(ActorHandle[Worker](f"{processes.role} {rank}", handle, handle.place.remote()))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lockstep.cluster.launch.plan import ModelRole, RunPlan
 from lockstep.cluster.launch.resume import check_changes, newest
@@ -18,9 +19,11 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.layout import Layout
 from lockstep.model.config import ModelConfig, check_layout, check_numerics
+from lockstep.model.formats.huggingface.tensor_names import stored_names
 from lockstep.model.formats.registry import ModelContents, OpenModel, open_model
 from lockstep.model.training.config import PretrainConfig
 from lockstep.model.weights.lora import with_adapters
+from lockstep.rl.rollout.vllm.interpreter import check_interpreter
 from lockstep.rl.sandbox.distributions import LibraryError
 from lockstep.rl.sandbox.isolation import SandboxError
 from lockstep.rl.verifiers.code_pool import CodePool
@@ -51,6 +54,9 @@ def check(recipe: Recipe) -> CheckedRun:
     recipe.trainer.trainable.check(config)
     check_layout(recipe.layout, config)
     check_layout(Layout(tensor=recipe.rollout.tensor), config)
+    if recipe.rollout.engine == "vllm":
+        check_interpreter(Path(recipe.rollout.python))
+        stored_names(config)
     check_numerics(recipe.model.numerics, recipe.layout, config)
     scorers = {name: _open_scorer(role) for name, role in plan.models.items() if role.source}
     for name, role in plan.models.items():

@@ -18,10 +18,14 @@ from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, sto
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import PretrainConfig, TrainerConfig, given
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.methods import CorrectionConfig
 from lockstep.rl.algorithms.rewards import RewardConfig
 from lockstep.rl.environments.config import EnvironmentConfig
-from lockstep.rl.rollout.config import RolloutConfig
+from lockstep.rl.rollout.config import INEXACT, RolloutConfig
 from lockstep.rl.verifiers.config import VerifierConfig
+
+RATIO_KEYS = frozenset({"proximal", "correction", "gain", "ratio", "clip_low", "clip_high", "clip_dual"})
+"""Keys of [rl] that say what importance ratios are to and how they are bounded."""
 
 
 class _Section(BaseModel):
@@ -127,6 +131,30 @@ class Recipe(_Section):
     def mixture(self) -> tuple[TaskConfig, ...]:
         """The tasks that the run learns from: those of the mixture, or the one that there is."""
         return self.tasks or (self.task,)
+
+    @model_validator(mode="after")
+    def _corrects_for_an_inexact_engine(self) -> "Recipe":
+        """Truncated importance sampling by default where the rollouts' log-probabilities are not the trainer's.
+
+        A recipe that says what its ratios are to, or how they are bounded, is left as it is.
+        """
+        rl = self.rl
+        if self.rollout.engine in INEXACT and rl and rl.method != "rsft" and not RATIO_KEYS & rl.model_fields_set:
+            corrected = {"proximal": "trainer", "correction": CorrectionConfig()}
+            vars(self)["rl"] = rl.model_copy(update=corrected)
+        return self
+
+    @model_validator(mode="after")
+    def _has_an_engine_that_can(self) -> "Recipe":
+        engine = self.rollout.engine
+        if engine in INEXACT and self.model.numerics == "exact":
+            raise ValueError(
+                f"model.numerics='exact' gives rollouts and training the same bits, which rollout.engine={engine!r} "
+                "does not: set one of them otherwise"
+            )
+        if engine == "vllm" and self.rl and self.rl.flow.release:
+            raise ValueError("rl.flow.release=true has no effect on rollout.engine='vllm', which keeps its memory")
+        return self
 
     @model_validator(mode="after")
     def _has_one_order_of_sums(self) -> "Recipe":

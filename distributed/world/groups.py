@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from lockstep.distributed.device import take_device
 from lockstep.distributed.layout import Layout, LayoutError
 from lockstep.distributed.libraries import parallel_state
-from lockstep.distributed.world.network import listening
 
 
 @dataclass(frozen=True)
@@ -67,21 +66,6 @@ class Groups:
     def owns_experts(self) -> bool:
         """Whether this rank is the first of those that hold the same experts."""
         return dist.get_rank(self.expert_replicas) == 0
-
-
-def host_meeting(address: str) -> TCPStore:
-    """Host the rendezvous store of a world on a free port of an address, as long as the returned object lives.
-
-    By itself it would listen at all addresses of the host.
-    """
-    at = listening(address)
-    port = at.getsockname()[1]
-    return TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=at.detach())
-
-
-def meeting_at(address: str, port: int) -> TCPStore:
-    """Connect to the rendezvous store that another process hosts."""
-    return TCPStore(address, port, is_master=False)
 
 
 def join(layout: Layout, *, rank: int, meeting: Store, timeout_s: float = 600.0) -> Groups:

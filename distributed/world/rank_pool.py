@@ -13,7 +13,8 @@ import torch
 
 from lockstep.distributed.device import keep_freed_memory
 from lockstep.distributed.layout import Layout
-from lockstep.distributed.world.groups import host_meeting, join, leave, meeting_at
+from lockstep.distributed.world.groups import join, leave
+from lockstep.distributed.world.meeting import host_meeting, meeting_at
 from lockstep.distributed.world.network import LOOPBACK, use_interface_of
 
 PRELOADED = ["lockstep.distributed.optimizer.zero"]

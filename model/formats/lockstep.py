@@ -1,4 +1,4 @@
-"""Writes our own checkpoints: as the target of a conversion, or whole by `write_checkpoint`."""
+"""Our own checkpoints: read as language models, and written as the target of a conversion or whole."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import arrays, manager
 from lockstep.distributed.checkpoint.manager import step_name
 from lockstep.distributed.checkpoint.reshard import chunks_of
@@ -15,9 +16,23 @@ from lockstep.distributed.checkpoint.saver import Saver
 from lockstep.distributed.checkpoint.storage import Storage, storage_of
 from lockstep.distributed.checkpoint.tensors import Source, to_torch, whole
 from lockstep.distributed.layout import Layout
-from lockstep.model.config import ModelConfig, describe
+from lockstep.model.config import ModelConfig, UnknownModel, describe
 from lockstep.model.formats.target import Part, Wanted, rows_of_part, split
+from lockstep.model.weights.lora import merged
 from lockstep.model.weights.names import logical_tensors
+
+
+def read_language_model(checkpoint: Path | Storage) -> tuple[ModelConfig, Source, Tokenizer]:
+    """The configuration, the weights with adapters merged into them, and the tokenizer of a checkpoint of ours.
+
+    Raises:
+        UnknownModel: when it writes no text.
+    """
+    source = manager.Checkpoint(checkpoint)
+    model = ModelConfig(**source.manifest["model"])
+    if model.head == "value":
+        raise UnknownModel(f"{checkpoint} has a value head and writes no text: give a language model's checkpoint")
+    return *merged(model, source), Tokenizer(source.files)
 
 
 def tensors(source: Source, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:

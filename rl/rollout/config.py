@@ -1,9 +1,10 @@
 """Configuration of rollout engines, of the rollout workers of a recipe, and of sampling."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lockstep.rl.weight_sync.config import WeightSyncConfig
 
@@ -11,6 +12,22 @@ OnUpdate = Literal["finish", "pause", "restart"]
 """What running requests do when new weights come: `finish` under the old weights first, `pause` and go on with the keys
 and values that the old weights made, or `restart`: these are computed again under the new weights. Every token carries
 the version of the weights that drew it."""
+
+
+EngineName = Literal["lockstep", "vllm"]
+
+OPENING: Mapping[EngineName, str] = {
+    "lockstep": "lockstep.rl.rollout.loading",
+    "vllm": "lockstep.rl.rollout.vllm.loading",
+}
+"""The module whose `open_rank` opens an engine. The process that runs the engine imports it by this name: what one of
+them needs is not there in the environment of another."""
+
+INEXACT: frozenset[EngineName] = frozenset({"vllm"})
+"""Engines whose log-probabilities are not the trainer's, even for the very weights that it has."""
+
+Meeting = tuple[str, int]
+"""Address and port of the rendezvous store of a model's tensor ranks."""
 
 
 class EngineConfig(BaseModel):
@@ -30,9 +47,26 @@ class EngineConfig(BaseModel):
 class RolloutConfig(WeightSyncConfig, EngineConfig):
     """The section [rollout] of a recipe: how many engines there are, what each may use, and how weights reach them."""
 
+    engine: EngineName = Field("lockstep", description="what generates: our engine, or vLLM in another environment")
+    python: Annotated[str, Path] = Field(
+        "", description="of engine='vllm': the interpreter of the environment that vLLM is in"
+    )
     workers: int = Field(2, ge=1, description="engines, each with a copy of the model")
     tensor: int = Field(1, ge=1, description="processes that each worker's model is split over")
     length: int = Field(512, ge=2, description="tokens of the longest prompt and completion together")
+
+    @model_validator(mode="after")
+    def _has_what_the_engine_needs(self) -> "RolloutConfig":
+        if self.engine == "lockstep" and self.python:
+            raise ValueError(f"python={self.python} is of engine='vllm', and engine='lockstep': leave it out")
+        if self.engine == "vllm" and not self.python:
+            raise ValueError(
+                "engine='vllm' runs in an environment of its own: name its interpreter in rollout.python, such as "
+                ".venv-vllm/bin/python, which `make vllm` makes"
+            )
+        if self.engine == "vllm" and self.tensor > 1:
+            raise ValueError(f"engine='vllm' has one process for a model, and tensor={self.tensor}: set tensor=1")
+        return self
 
 
 COLDEST, LARGEST = 1e-3, 1e9

@@ -9,15 +9,17 @@ from pathlib import Path
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.distributed.world.groups import Groups, alone, leave
-from lockstep.model.config import ModelConfig, Numerics, UnknownModel
-from lockstep.model.formats.lockstep import write_checkpoint
+from lockstep.distributed.layout import Layout
+from lockstep.distributed.world.groups import Groups, alone, join, leave
+from lockstep.distributed.world.meeting import meeting_at
+from lockstep.model.config import Numerics
+from lockstep.model.formats.lockstep import read_language_model, write_checkpoint
 from lockstep.model.formats.recast import Recast
 from lockstep.model.formats.registry import OpenModel, open_model
 from lockstep.model.loading import DTYPES, build, transformer_of
-from lockstep.model.weights.lora import merged
-from lockstep.rl.rollout.config import EngineConfig
+from lockstep.rl.rollout.config import EngineConfig, Meeting, RolloutConfig
 from lockstep.rl.rollout.engine import RolloutEngine
+from lockstep.rl.rollout.protocol import Engine
 
 
 def load_rollout_engine(
@@ -29,16 +31,19 @@ def load_rollout_engine(
     numerics: Numerics = "fast",
 ) -> tuple[RolloutEngine, Tokenizer]:
     """Load a checkpoint of ours as a rollout engine, in a world of this process alone unless `groups` is given."""
-    source = Checkpoint(checkpoint)
-    tokenizer = Tokenizer(source.files)
-    model = ModelConfig(**source.manifest["model"])
-    if model.head == "value":
-        raise UnknownModel(f"{checkpoint} has a value head and writes no text: give a language model's checkpoint")
-    model, weights = merged(model, source)
+    model, weights, tokenizer = read_language_model(checkpoint)
     stage = build(model, groups or alone(), DTYPES[dtype], weights, numerics)
     gc.freeze()  # weights and libraries, which are no garbage: looking through them takes as long as a forward pass
     transformer = transformer_of(stage)
     return RolloutEngine(transformer, config, decode=tokenizer.decode, special=tokenizer.special), tokenizer
+
+
+def open_rank(
+    checkpoint: Path | Storage, config: RolloutConfig, *, dtype: str, numerics: Numerics, rank: int, meeting: Meeting
+) -> Engine:
+    """Load a checkpoint of ours as the rollout engine of one tensor rank; all ranks of a model call this together."""
+    groups = join(Layout(tensor=config.tensor), rank=rank, meeting=meeting_at(*meeting))
+    return load_rollout_engine(checkpoint, config, dtype=dtype, groups=groups, numerics=numerics)[0]
 
 
 def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from lockstep.distributed.world.groups import meeting_at
+from lockstep.distributed.world.meeting import meeting_at
 from lockstep.rl.weight_sync.protocol import Shard
 
 PATIENCE_S = 60.0

@@ -22,7 +22,8 @@ from lockstep.distributed.layout import Layout
 from lockstep.distributed.pipeline import Stage
 from lockstep.distributed.profiler import Trace
 from lockstep.distributed.step_result import StepResult
-from lockstep.distributed.world.groups import Groups, join, meeting_at
+from lockstep.distributed.world.groups import Groups, join
+from lockstep.distributed.world.meeting import meeting_at
 from lockstep.model.config import Head, ModelConfig, Numerics, describe
 from lockstep.model.formats.recast import Recast
 from lockstep.model.loading import DTYPES, build, transformer_of

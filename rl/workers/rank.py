@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import ray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lockstep.distributed.world.groups import host_meeting
+from lockstep.distributed.world.meeting import host_meeting
 from lockstep.distributed.world.network import use_interface_of
 from lockstep.rl.weight_sync.broadcast import Broadcasts
 from lockstep.rl.workers.base import Worker

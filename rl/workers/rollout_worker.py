@@ -1,15 +1,13 @@
 """RolloutWorker: generates completions with a rollout engine and takes new weights from the policy."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
-from lockstep.distributed.layout import Layout
-from lockstep.distributed.world.groups import join, meeting_at
 from lockstep.model.config import Numerics
-from lockstep.rl.rollout.config import RolloutConfig
-from lockstep.rl.rollout.loading import load_rollout_engine
+from lockstep.rl.rollout.config import OPENING, RolloutConfig
 from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
 from lockstep.rl.rollout.protocol import Engine
 from lockstep.rl.types import Completion
@@ -35,8 +33,10 @@ class RolloutWorker(RankWorker):
         numerics: Numerics = "fast",
     ) -> None:
         """Loads this tensor rank's part of the model as weight version 0."""
-        groups = join(Layout(tensor=limits.tensor), rank=rank, meeting=meeting_at(address, port))
-        self.engine: Engine = load_rollout_engine(checkpoint, limits, dtype=dtype, groups=groups, numerics=numerics)[0]
+        opening = import_module(OPENING[limits.engine])
+        self.engine: Engine = opening.open_rank(
+            checkpoint, limits, dtype=dtype, numerics=numerics, rank=rank, meeting=(address, port)
+        )
         given = digest_of(dtype, limits, numerics)
         weights = {f"the weights of tensor rank {rank}": self.engine.weights_digest()}
         self._loaded = loaded(given, digest_of(Checkpoint(checkpoint).manifest), weights)

@@ -184,7 +184,8 @@ class RolloutGroup:
     def _team(self, number: int) -> list[ActorHandle[RolloutWorker]]:
         size = self._limits.tensor
         ranks = range(number * size, (number + 1) * size)
-        return start(RolloutWorker, Processes("rollout", ranks, self._threads, self._places))
+        processes = Processes("rollout", ranks, self._threads, self._places, python=self._limits.python)
+        return start(RolloutWorker, processes)
 
     def _loading(self, team: list[ActorHandle[RolloutWorker]]) -> list[Call[None]]:
         address, port = hosted(team[0])

@@ -24,6 +24,19 @@ class Actors:
 
 
 @pytest.fixture(scope="session")
+def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with heads of 32, the smallest that vLLM's attention on CPUs has."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_folder, head_dim=32)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def actors(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Actors]:
     """Actors that all tests of a process share, on a cluster of their own."""
     import ray

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lockstep.model.config import ModelConfig, UnknownModel
+from lockstep.model.weights.names import logical_tensors
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -61,3 +64,15 @@ def _in_mixtral(name: str) -> Stored:
 
 STORED: dict[str, Callable[[str], Stored]] = {"gpt2": _in_gpt2, "mixtral": _in_mixtral}
 """By family: where a logical tensor lies, for families that do not store it under its own name."""
+
+
+def stored_names(model: ModelConfig) -> dict[str, str]:
+    """The name in Hugging Face's files of each logical tensor, for families that store them as they are.
+
+    Raises:
+        UnknownModel: for a family that joins or transposes tensors.
+    """
+    places = {name: STORED.get(model.family, Stored)(name) for name in logical_tensors(model)}
+    if any(place.transposed or place.parts > 1 for place in places.values()):
+        raise UnknownModel(f"files of {model.family} join or transpose tensors, and here each is needed as it is")
+    return {name: place.name for name, place in places.items()}

@@ -6,7 +6,6 @@ projections, and on CPUs matrices packed for oneDNN, whose originals are gone) a
 """
 
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -23,9 +22,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from lockstep.distributed.checkpoint.tensors import Source, digest, to_numpy, to_torch, whole
-from lockstep.model.config import ModelConfig, UnknownModel
+from lockstep.model.config import ModelConfig
 from lockstep.model.formats.huggingface.families.registry import to_huggingface
-from lockstep.model.formats.huggingface.tensor_names import STORED, Stored
+from lockstep.model.formats.huggingface.tensor_names import stored_names
 from lockstep.model.formats.recast import Recast
 from lockstep.model.weights.names import logical_tensors
 from lockstep.rl.rollout.config import EngineConfig
@@ -69,7 +68,6 @@ class VllmModel:
 
     def _started(self, config: EngineConfig) -> LLMEngine:
         os.environ.update(ENVIRONMENT)
-        logging.getLogger("vllm").setLevel(logging.WARNING)
         on_cpu = vllm.platforms.current_platform.is_cpu()
         if on_cpu:
             torch._dynamo.config.disable = True  # compiling the ranks of prompts' tokens alone takes half a minute
@@ -89,7 +87,7 @@ class VllmModel:
                 kv_cache_memory_bytes=int(config.cache_gib * 2**30),
                 max_logprobs=-1,
                 logits_processors=[processor_for(self.board)],
-                seed=0,
+                log_level="ERROR",  # warnings are of a processor in general, and of weights that have no tensors
             )
             return LLMEngine.from_engine_args(arguments, stat_loggers=[self.meter])
 
@@ -122,21 +120,6 @@ class VllmModel:
             lacking = sorted(missing or self._stored.keys() - digests.keys())
             raise WeightsDiffer(f"vLLM got no new weights for {len(lacking)} tensors, {lacking[0]} among them")
         self.digest = digest(np.array([digests[name] for name in sorted(digests)]))
-
-
-def stored_names(model: ModelConfig) -> dict[str, str]:
-    """The name that a Hugging Face folder has for each logical tensor.
-
-    Raises:
-        UnknownModel: for families that join or transpose tensors.
-    """
-    places = {name: STORED.get(model.family, Stored)(name) for name in logical_tensors(model)}
-    if any(place.transposed or place.parts > 1 for place in places.values()):
-        raise UnknownModel(
-            f"files of {model.family} join and transpose tensors, which the vLLM engine does not: "
-            'use rollout.engine="lockstep"'
-        )
-    return {name: place.name for name, place in places.items()}
 
 
 def _reload(worker: Any, tensors: Iterable[tuple[str, Tensor]]) -> set[str]:

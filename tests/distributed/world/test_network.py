@@ -7,13 +7,14 @@ import sys
 import psutil
 import pytest
 
-from lockstep.distributed.world.groups import host_meeting, meeting_at
+from lockstep.distributed.world.meeting import host_meeting, meeting_at
 from lockstep.distributed.world.network import LOOPBACK, interface_of, is_loopback, listening, use_interface_of
 
 NOBODYS = "203.0.113.7"
 WORLD = """
 import psutil
-from lockstep.distributed.world.groups import host_meeting, join, meeting_at
+from lockstep.distributed.world.groups import join
+from lockstep.distributed.world.meeting import host_meeting, meeting_at
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.world.network import use_interface_of
 use_interface_of("127.0.0.1")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.world.groups import Groups
@@ -48,17 +47,8 @@ UNEVEN = SAMPLING.model_copy(update={"stop": tuple("aeiounst 123")})
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with heads of 32, the smallest that vLLM's attention on CPUs has."""
-    folder = tmp_path_factory.mktemp("wide") / "model"
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_folder, head_dim=32)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def transformer(folder: Path, groups: Groups) -> Transformer:
-    return model_of(folder, groups)
+def transformer(wide_folder: Path, groups: Groups) -> Transformer:
+    return model_of(wide_folder, groups)
 
 
 @pytest.fixture(scope="module")
@@ -368,15 +358,16 @@ def shards(of: Transformer) -> list[Shard]:
 
 @pytest.mark.parametrize("on_update", ["finish", "pause", "restart"])
 def test_every_token_carries_the_version_that_drew_it(
-    on_update: OnUpdate, make: Make, folder: Path, groups: Groups, tokenizer: Tokenizer
+    on_update: OnUpdate, make: Make, wide_folder: Path, groups: Groups, tokenizer: Tokenizer
 ) -> None:
-    new = model_of(folder, groups, 1.3)
+    new = model_of(wide_folder, groups, 1.3)
     request = Request("running", tuple(range(4, 40)), exactly(12, temperature=0), 0, 0)
     old, renewed = (
-        completed(make(model_of(folder, groups, scale), CONFIG, tokenizer), request)["running"] for scale in (1.0, 1.3)
+        completed(make(model_of(wide_folder, groups, scale), CONFIG, tokenizer), request)["running"]
+        for scale in (1.0, 1.3)
     )
     config = EngineConfig(sequences=1, on_update=on_update)
-    engine = make(model_of(folder, groups), config, tokenizer)
+    engine = make(model_of(wide_folder, groups), config, tokenizer)
     engine.add(request)
     engine.add(replace(request, key="waiting"))
     tokens = [token for _ in range(5) for token in engine.step()]
@@ -410,10 +401,10 @@ def test_every_token_carries_the_version_that_drew_it(
 
 
 def test_released_weights_come_back_with_an_update(
-    make: Make, folder: Path, groups: Groups, tokenizer: Tokenizer
+    make: Make, wide_folder: Path, groups: Groups, tokenizer: Tokenizer
 ) -> None:
-    new = model_of(folder, groups, 1.3)
-    engine, fresh = (make(model, CONFIG, tokenizer) for model in (model_of(folder, groups), new))
+    new = model_of(wide_folder, groups, 1.3)
+    engine, fresh = (make(model, CONFIG, tokenizer) for model in (model_of(wide_folder, groups), new))
     request = Request("it", (5, 6, 7), exactly(9), 0, 0)
     assert engine.weights_digest() != fresh.weights_digest()
     engine.release(weights=True)

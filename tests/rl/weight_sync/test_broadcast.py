@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from lockstep.distributed.checkpoint.tensors import digest
-from lockstep.distributed.world.groups import host_meeting
+from lockstep.distributed.world.meeting import host_meeting
 from lockstep.rl.weight_sync.broadcast import Broadcast, BroadcastFailed, Broadcasts
 from lockstep.rl.weight_sync.protocol import Shard
 
