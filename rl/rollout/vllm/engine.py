@@ -160,9 +160,9 @@ class VllmEngine:
             )
         if self._without_weights:
             raise RuntimeError("the weights have been given back: update them first")
-        while self._admits and self._waiting and len(self._running) < self._places:
-            self._admit(self._waiting.popleft())
         try:
+            while self._admits and self._waiting and len(self._running) < self._places:
+                self._admit(self._waiting.popleft())
             outputs = self._llm.step() if self._running else []
         except BaseException:
             self._restart(list(self._running.values()))

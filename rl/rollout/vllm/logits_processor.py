@@ -2,7 +2,7 @@
 
 vLLM's own sampler has a random generator for each request, so that what it draws depends on how often it was asked, and
 it reports log-probabilities without the temperature. The processor draws from the logits as the model left them, by
-(seed, sample, position), and leaves vLLM nothing to choose: all logits but the drawn token's become −∞.
+(seed, sample, position), and leaves vLLM nothing to choose: the drawn token's logit becomes infinite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class Board:
         """From the processor: what each drew last, or why it could not."""
 
     def draw(self, logits_BV: Tensor, number_of: Mapping[int, int]) -> None:
-        """Draw a token for each row whose request is on the board; in its logits only that token remains.
+        """Draw a token for each row whose request is on the board, and make its logit infinite.
 
         Args:
             number_of: numbers of requests by their rows.
@@ -50,12 +50,11 @@ class Board:
         numbers = [number_of[row] for row in rows]
         drawing = [self.sequences[number] for number in numbers]
         asked = rows_of([(sequence.request, sequence.tokens) for sequence in drawing], self.ends)
-        picked = logits_BV[rows]
+        picked = logits_BV if len(rows) == len(logits_BV) else logits_BV[rows]
         draw, failed = draw_isolated(picked, asked)
         reports = reported(asked, draw, failed, picked, _policy(picked, draw.tokens, asked))
         self.drawn.update(zip(numbers, reports, strict=True))
-        logits_BV[rows] = float("-inf")
-        logits_BV[rows, draw.tokens] = 0.0
+        logits_BV[rows, draw.tokens] = float("inf")
 
 
 def _policy(logits_BV: Tensor, tokens_B: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:

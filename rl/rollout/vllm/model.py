@@ -80,6 +80,7 @@ class VllmModel:
                 load_format="dummy",
                 dtype=self._dtype,
                 enforce_eager=on_cpu,
+                async_scheduling=False,  # a step ends with the tokens that it drew
                 block_size=BLOCK,
                 max_model_len=self.length,
                 max_num_seqs=config.sequences,

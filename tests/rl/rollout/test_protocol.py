@@ -7,7 +7,7 @@ another process, with an interpreter of its own.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import EngineConfig, OnUpdate, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import generate
-from lockstep.rl.rollout.protocol import Engine, FailedOutput, PromptOutput, PromptTooLong, Request, TokenOutput
+from lockstep.rl.rollout.protocol import Clause, Engine, FailedOutput, PromptOutput, PromptTooLong, Request, TokenOutput
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.weight_sync.protocol import Shard
 from lockstep.rl.weight_sync.shards import shards_of
@@ -259,6 +259,12 @@ def test_a_completion_goes_on_where_it_was_left(engine: Engine) -> None:
     begun = (*request.tokens, *ids(whole[:5]))
     rest = replace(request, key="rest", tokens=begun, begun=5, sampling=exactly(7))
     assert ids(completed(engine, rest)["rest"]) == ids(whole[5:])
+
+
+def test_what_an_engine_does_not_keep_is_documented(engine: Engine) -> None:
+    page = Path(__file__).parents[3].joinpath("docs/rollout.md").read_text()
+    assert engine.exceptions <= set(get_args(Clause))
+    assert {clause for clause in engine.exceptions if f"| `{clause}` |" not in page} == set()
 
 
 def test_no_prompts_give_no_completions(engine: Engine) -> None:
