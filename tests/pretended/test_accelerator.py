@@ -298,7 +298,7 @@ OF_DRAWING = {
     "rl.rollout.sampling.sampler._are_numbers: _local_scalar_dense": 2,
     "rl.rollout.sampling.sampler._nucleus: _local_scalar_dense": 1,
     # Tokens and their log-probabilities under policy and sampling.
-    "rl.rollout.sampling.parallel_sampler.ParallelSampler.__call__: copy to the host": 3,
+    "rl.rollout.sampling.draws.reported: copy to the host": 3,
 }
 GATHERED = {"deepspeed.runtime.zero.partition_parameters.Init._allgather_params_coalesced: synchronize": 1}
 OF_SENDING = [GATHERED | {"distributed.checkpoint.tensors.to_numpy: copy to the host": TENSORS}, GATHERED]

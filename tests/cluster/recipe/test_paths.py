@@ -27,6 +27,7 @@ PATHS = {
     "task.held_out_from",
     "tasks.held_out_from",
     "preference.source",
+    "rollout.python",
     "pretrain.data.blend.path",
 }
 PATHS_OR_NAMES = {
