@@ -49,8 +49,8 @@ class Sample:
 
 
 def sample(
-    prompt: Sequence[int],
-    completion: Sequence[int],
+    prompt: Sequence[int] | NDArray[np.integer],
+    completion: Sequence[int] | NDArray[np.integer],
     *,
     weight: float | Floats = 1.0,
     advantage: float | Floats = 1.0,

@@ -20,6 +20,9 @@ from lockstep.data.template_sandbox import TemplateSandbox
 
 Message = Mapping[str, Any]
 
+_BLOCK = ("lockstep_generation_begins", "lockstep_generation_ends")
+"""Variables of which a rendering has the values around each `{% generation %}` block; nothing where they are not given.
+"""
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message may have its reasoning; templates read the first, those of gpt-oss the second."""
 
@@ -57,14 +60,24 @@ class ChatTemplates:
         found = self._settings.get("chat_template")
         return _named(_of_json(self._files.get("chat_template.json", "{}")) if found is None else found)
 
+    @cached_property
+    def marks_generation(self) -> bool:
+        """Whether a template has `{% generation %}` blocks, which say what an assistant wrote."""
+        return any("endgeneration" in source for source in self.sources.values())
+
     def render(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any]
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+        generation: tuple[str, str] | None = None,
     ) -> str:
         """Render a conversation.
 
         Args:
             tools: JSON schemas of functions; None where there are none, which templates distinguish from an empty list.
             variables: what else the template may use.
+            generation: what to write before and behind each `{% generation %}` block.
 
         Raises:
             BadTemplate: when there is no template, or it cannot be read.
@@ -74,6 +87,7 @@ class ChatTemplates:
             raise RefusedChat("a conversation needs at least one message, and has none")
         template = self._template("tool_use" if tools is not None and "tool_use" in self.sources else "default")
         given = {"documents": None, **variables, "tools": tools, "messages": [_completed(m) for m in messages]}
+        given |= zip(_BLOCK, generation or ("", ""), strict=True)
         template_sandbox.begin()
         try:
             return template.render(given)
@@ -143,14 +157,16 @@ def _environment() -> TemplateSandbox:
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what an assistant wrote, for masks: its content is rendered."""
+    """`{% generation %}…{% endgeneration %}` marks what an assistant wrote, for masks."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The block's body, in a scope of its own."""
+        """The block's body, in a scope of its own, between the values of two variables."""
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begins, ends = (nodes.Output([nodes.Name(name, "load")], lineno=line) for name in _BLOCK)
+        return nodes.Scope([begins, *body, ends], lineno=line)
 
 
 def _json(

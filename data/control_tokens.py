@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NewType
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -22,6 +23,9 @@ Marked = NewType("Marked", str)
 _MARK = "\U0010fffd"
 _SPELLED, _NATIVE = _MARK + "1", _MARK + "0"
 """Inside of a spelling, and in the place of the character itself."""
+GENERATION = (_MARK + "2", _MARK + "3")
+"""Where a `{% generation %}` block begins and ends."""
+_GENERATED = re.compile("|".join(GENERATION))
 _FIRST_NAME = 0x100000
 """The twin's control tokens are called by private-use characters from here on."""
 
@@ -70,6 +74,25 @@ class ControlTokens:
         """The first control token of a text that is not only spelled."""
         return self._written.search(marked)
 
+    def encode_all(self, texts: Sequence[Marked]) -> list[list[int]]:
+        """Tokens of several texts, in parallel where they spell no control token; see `encode`."""
+        plain = [self.plain(text) for text in texts if _SPELLED not in text]
+        found = iter(self._fast.encode_batch_fast(plain, add_special_tokens=False))
+        return [self.encode(text) if _SPELLED in text else next(found).ids for text in texts]
+
+    def number(self, name: str) -> int:
+        """The id of a control token."""
+        found = self._fast.token_to_id(name)
+        assert found is not None, f"{name} is no token"
+        return found
+
+    def context(self, marked: Marked) -> Marked:
+        """The end of a text, from its last control token on: what is behind is encoded as behind the whole text."""
+        last = 0
+        for match in self._written.finditer(marked):
+            last = match.start()
+        return Marked(marked[last:])
+
     def _marked(self, text: str) -> str:
         kept = self.verbatim(text)
         found = self._spelling.sub(lambda match: match[0][:1] + _SPELLED + match[0][1:], kept)
@@ -113,6 +136,13 @@ class ControlTokens:
             model["unk_token"] = own.get(model["unk_token"], model["unk_token"])
         if model.get("merges"):
             model["merges"] = [pair for pair in model["merges"] if not _touches(pair, own)]
+
+
+def without_generation(rendered: str) -> tuple[Marked, list[tuple[int, int]]]:
+    """A rendering without the marks of `GENERATION`, and where the blocks were, in characters of what is returned."""
+    pieces = _GENERATED.split(rendered)
+    ends = list(accumulate(map(len, pieces)))
+    return Marked("".join(pieces)), list(zip(ends[::2], ends[1::2], strict=False))
 
 
 def _touches(pair: str | Sequence[str], names: Mapping[str, str]) -> bool:

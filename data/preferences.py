@@ -11,21 +11,15 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+from lockstep.data.conversations.messages import Turn, question, turns_of
 from lockstep.data.row_reader import BadRow, OnBad, Row, read_rows, stop
 from lockstep.data.tokenizer import Tokenizer
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _SCORES = ("overall_score", "score")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message of a conversation."""
-
-    role: str
-    """`system`, `user` or `assistant`."""
-    content: str
+_PROMPTS = ("prompt", "conversations", "instruction")
+"""Fields that hold what is asked: TRL's, ShareGPT's and Alpaca's."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +51,9 @@ def read(source: str, *, on_bad: OnBad = stop) -> list[Preference]:
 
     Recognised are Anthropic's HH (`chosen`, `rejected` as transcripts, arXiv:2204.05862), UltraFeedback (message lists
     in `chosen` and `rejected`; or `instruction` with `completions` and their `overall_score`, arXiv:2310.01377), TRL's
-    `prompt`, `chosen`, `rejected`, as texts or as messages, and rankings: `prompt`, a text or messages, with `ranked`,
-    best first, or with `responses` and `scores`.
+    `prompt`, `chosen`, `rejected`, as texts or as messages, ShareGPT's `conversations` and Alpaca's `instruction`,
+    `input` in the place of `prompt`, and rankings: `prompt`, a text or messages, with `ranked`, best first, or with
+    `responses` and `scores`.
 
     Args:
         on_bad: called with the error of each bad row, which is skipped; the default raises it.
@@ -119,27 +114,33 @@ def _preference(index: int, row: Row) -> Preference:
         return _ranking(index, row, "ranked", _prompt(row), row.texts("ranked"))
     if "responses" in row.values:
         return _scored(index, row, _prompt(row), row.texts("responses"), row.items("scores"))
-    if row.values.get("prompt") is None and not isinstance(row.values.get("chosen"), list):
+    if not _has_prompt(row) and not isinstance(row.values.get("chosen"), list):
         return _compared(index, row, *(_transcript(row, name) for name in ("chosen", "rejected")))
     return _compared(index, row, *(_conversation(row, name) for name in ("chosen", "rejected")))
 
 
+def _has_prompt(row: Row) -> bool:
+    return any(row.values.get(name) is not None for name in _PROMPTS)
+
+
 def _prompt(row: Row) -> tuple[Turn, ...]:
-    """The field `prompt`: a person's text, or messages that end with one's."""
-    if not isinstance(row.values.get("prompt"), list):
-        return (Turn("user", row.text("prompt")),)
-    turns = _messages(row, "prompt")
+    """What is asked: a person's text, or messages that end with one's."""
+    name = next((name for name in _PROMPTS if row.values.get(name) is not None), "prompt")
+    if name == "instruction":
+        turns = [Turn("user", question(row))]
+    else:
+        turns = turns_of(row, name) if isinstance(row.values.get(name), list) else [Turn("user", row.text(name))]
     if turns[-1].role != "user":
-        raise row.bad("prompt", f"must end with a person's turn, and ends with one of {turns[-1].role!r}")
-    return tuple(turns)
+        raise row.bad(name, f"must end with a person's turn, and ends with one of {turns[-1].role!r}")
+    return tuple([Turn("system", row.text("system")), *turns] if name != "prompt" and row.has("system") else turns)
 
 
 def _conversation(row: Row, name: str) -> list[Turn]:
     """A whole conversation: the prompt with an answer behind it, or messages that have the prompt among them."""
-    if not isinstance(row.values.get(name), list):
+    if not isinstance(row.values.get(name), list | dict):
         return [*_prompt(row), Turn("assistant", row.text(name))]
-    said = _messages(row, name)
-    if row.values.get("prompt") is None or (isinstance(row.values["prompt"], str) and _asks(said)):
+    said = turns_of(row, name)
+    if not _has_prompt(row) or (isinstance(row.values.get("prompt"), str) and _asks(said)):
         return said
     prompt = list(_prompt(row))
     return said if said[: len(prompt)] == prompt else prompt + said
@@ -165,21 +166,6 @@ def _compared(index: int, row: Row, chosen: list[Turn], rejected: list[Turn]) ->
     if None not in score and score[0] == score[1]:
         raise row.bad("score_chosen", f"is that of 'rejected', {score[0]}, so that neither is preferred")
     return _ranking(index, row, "rejected", tuple(chosen[:-1]), [chosen[-1].content, rejected[-1].content])
-
-
-def _messages(row: Row, name: str) -> list[Turn]:
-    turns = [Row(row.place, row.checked(name, turn, dict)) for turn in row.items(name)]
-    if not turns:
-        raise row.bad(name, "holds no messages")
-    return [Turn(turn.text("role"), _content(turn)) for turn in turns]
-
-
-def _content(turn: Row) -> str:
-    """What a message says: a text, or parts that are texts."""
-    if not isinstance(turn.values.get("content"), list):
-        return turn.text("content")
-    parts = [Row(turn.place, turn.checked("content", part, dict)) for part in turn.items("content")]
-    return "".join(part.text("text") for part in parts)
 
 
 def _transcript(row: Row, name: str) -> list[Turn]:

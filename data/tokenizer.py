@@ -11,7 +11,6 @@ Which text means control tokens is the question that decides how to encode:
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +18,8 @@ import xxhash
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lockstep.data.chat_template import ChatTemplates, Message, RefusedChat
+from lockstep.data.chat_template import ChatTemplates, Message
+from lockstep.data.chat_turns import ChatRenderer, ChatTurn, Tools, TurnEnd
 from lockstep.data.control_tokens import ControlTokens, Marked
 from lockstep.data.json_text import Bad, parsed_json, whole_characters
 
@@ -32,18 +32,6 @@ _ANCHORS = ("\n", "a", ".", "0")
 
 class BadTokenizer(ValueError):
     """Tokenizer files that cannot be used."""
-
-
-@dataclass(frozen=True)
-class TurnEnd:
-    """How a chat template ends what an assistant says."""
-
-    whole: str
-    """All that follows it in a conversation."""
-    text: str
-    """Of that, what ends in the first control token: what a model writes to end its turn; empty if there is none."""
-    token: int | None
-    """That control token."""
 
 
 class Tokenizer:
@@ -127,9 +115,10 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Encode a text to be continued as it is, no chat: it begins with BOS where the tokenizer adds it, once."""
-        return self._begun(self.encode(text))
+        return self.begun(self.encode(text))
 
-    def _begun(self, tokens: list[int]) -> list[int]:
+    def begun(self, tokens: list[int]) -> list[int]:
+        """Tokens of a text with BOS before them, where the tokenizer adds it and they do not begin with it."""
         return tokens if tokens[: len(self.begin)] == list(self.begin) else [*self.begin, *tokens]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
@@ -144,7 +133,7 @@ class Tokenizer:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools = None,
         add_generation_prompt: bool = True,
         **chat_template_kwargs: Any,
     ) -> Marked:
@@ -161,10 +150,9 @@ class Tokenizer:
             BadTemplate: when there is no template, or it cannot be read.
             RefusedChat: says in the template's words why it refuses the conversation.
         """
-        mark = self._control.mark
-        variables = {**self._names, **self._variables, **mark(chat_template_kwargs)}
-        variables["add_generation_prompt"] = add_generation_prompt
-        return Marked(self._templates.render(mark(list(messages)), mark(tools), variables))
+        return self._chats.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, **chat_template_kwargs
+        )
 
     def chat(self, messages: Sequence[Message], **options: Any) -> str:
         """The text that `render` gives, without marks."""
@@ -193,18 +181,32 @@ class Tokenizer:
             begin: whether it begins with BOS, as `encode_prompt` says; nothing is added otherwise.
         """
         tokens = self._control.encode(marked)
-        return self._begun(tokens) if begin else tokens
+        return self.begun(tokens) if begin else tokens
 
     def continuation(self, before: Marked, text: Marked) -> list[int]:
         """The tokens of a text behind another, whose own tokens are those of `encode_marked(before)`.
 
         Unlike `encode`, no tokenizer adds a space before it, as SentencePiece's do at the begin of a text.
         """
-        for anchor in (before, *map(self.verbatim, _ANCHORS)):
+        for anchor in (self._control.context(before), *map(self.verbatim, _ANCHORS)):
             head, whole = self.encode_marked(anchor), self.encode_marked(Marked(anchor + text))
             if whole[: len(head)] == head:
                 return whole[len(head) :]
         return self.encode_marked(text)
+
+    def continuations(self, pairs: Sequence[tuple[Marked, Marked]]) -> list[list[int]]:
+        """The tokens of several texts, each behind another, as `continuation`; in parallel."""
+        anchors = [self._control.context(before) for before, _ in pairs]
+        heads = {anchor: self.encode_marked(anchor) if anchor else [] for anchor in set(anchors)}
+        wholes = self._control.encode_all([Marked(a + text) for a, (_, text) in zip(anchors, pairs, strict=True)])
+        return [
+            whole[len(heads[anchor]) :] if whole[: len(heads[anchor])] == heads[anchor] else self.continuation(*pair)
+            for anchor, pair, whole in zip(anchors, pairs, wholes, strict=True)
+        ]
+
+    def chat_turns(self, messages: Sequence[Message], places: Iterable[int], tools: Tools = None) -> list[ChatTurn]:
+        """What a model reads and writes at turns of an assistant in a conversation; see `ChatRenderer.turns`."""
+        return self._chats.turns(messages, places, tools)
 
     def chat_answer(self, messages: Sequence[Message], text: str) -> list[int]:
         """The tokens of a model's answer to a conversation, ended as the chat template ends a turn.
@@ -216,11 +218,8 @@ class Tokenizer:
         Raises:
             BadTemplate, RefusedChat: as `render`.
         """
-        prompt, said, end = self.render(messages), self.marked(text), self.turn_end
-        whole = self.render([*messages, {"role": "assistant", "content": text}], add_generation_prompt=False)
-        if whole.startswith(prompt) and whole.endswith(end.whole):
-            said = Marked(whole[len(prompt) : len(whole) - len(end.whole)])
-        return self._ended(prompt, Marked(said + end.text), end.token)
+        [turn] = self.chat_turns([*messages, {"role": "assistant", "content": text}], [len(messages)])
+        return self._ended(turn.prompt, turn.said, self.turn_end.token)
 
     def text_answer(self, prompt: Marked, text: Marked) -> list[int]:
         """The tokens of a text behind a prompt that is continued as it is, ended by the tokenizer's end of text."""
@@ -230,21 +229,14 @@ class Tokenizer:
         tokens = self.continuation(before, text)
         return tokens if end is not None or self.eos is None else [*tokens, self.eos]
 
-    @cached_property
+    @property
     def turn_end(self) -> TurnEnd:
         """How the chat template ends an assistant's turn.
 
         Raises:
             BadTemplate, RefusedChat: as `render`.
         """
-        asked, said = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}
-        _, found, whole = self.render([asked, said], add_generation_prompt=False).rpartition(_SAID)
-        if not found:
-            raise RefusedChat("the chat template leaves out what an assistant says: use another template")
-        written = self._control.written(Marked(whole))
-        if written is None:
-            return TurnEnd(whole, "", None)
-        return TurnEnd(whole, whole[: written.end()], self.token(written[0]))
+        return self._chats.turn_end
 
     @cached_property
     def chat_stop_tokens(self) -> tuple[int, ...]:
@@ -254,6 +246,10 @@ class Tokenizer:
         except ValueError:  # a template that needs more than a question and an answer
             return ()
         return () if end is None else (end,)
+
+    @cached_property
+    def _chats(self) -> ChatRenderer:
+        return ChatRenderer(self._templates, self._control, self._names | self._variables)
 
     @cached_property
     def _control(self) -> ControlTokens:

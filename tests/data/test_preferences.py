@@ -52,6 +52,10 @@ def said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def heard(speaker: str, value: str) -> dict[str, str]:
+    return {"from": speaker, "value": value}
+
+
 ASKED, GOOD, BAD = said("user", "2+2?"), said("assistant", "4"), said("assistant", "5")
 
 
@@ -66,6 +70,18 @@ ASKED, GOOD, BAD = said("user", "2+2?"), said("assistant", "4"), said("assistant
         ({"prompt": None, "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, ()),
         ({"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}, ()),
         ({"prompt": [ASKED], "ranked": ["4", "5"]}, ()),
+        ({"prompt": [ASKED], "chosen": GOOD, "rejected": BAD}, ()),
+        ({"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"}, ()),
+        (
+            {"system": "s", "conversations": [heard("human", "2+2?")]}
+            | {"chosen": heard("gpt", "4"), "rejected": heard("gpt", "5")},
+            (Turn("system", "s"),),
+        ),
+        (
+            {"chosen": [heard("human", "2+2?"), heard("gpt", "4")]}
+            | {"rejected": [heard("human", "2+2?"), heard("gpt", "5")]},
+            (),
+        ),
         ({"prompt": [ASKED], "responses": ["5", "4"], "scores": [0, 1]}, ()),
         (
             {
