@@ -23,7 +23,7 @@ Message = Mapping[str, Any]
 _BLOCK = ("lockstep_generation_begins", "lockstep_generation_ends")
 """Variables of which a rendering has the values around each `{% generation %}` block; nothing where they are not given.
 """
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which a message may have its reasoning; templates read the first, those of gpt-oss the second."""
 
 
@@ -104,7 +104,8 @@ class ChatTemplates:
             raise BadTemplate(
                 f"the tokenizer has the chat templates {known}, and none is called 'default': rename one"
                 if known
-                else "the tokenizer has no chat template: set task.chat=false, or convert a chat model"
+                else "the tokenizer has no chat template: set task.chat=false, and chat=false beside a source, or "
+                "convert a chat model"
             )
         if name not in self._compiled:
             self._compiled[name] = _compiled(self.sources[name])
@@ -135,7 +136,7 @@ def _of_json(text: str) -> Any:
 def _completed(message: Message) -> dict[str, Any]:
     """A message without keys that are null, and with its reasoning under all names that templates use."""
     said = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((said[name] for name in _REASONING if name in said), None)
+    reasoning = next((said[name] for name in REASONING if name in said), None)
     return said if reasoning is None else {"thinking": reasoning, **said, "reasoning_content": reasoning}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lockstep.data.chat_template import ChatTemplates, Message, RefusedChat
+from lockstep.data.chat_template import REASONING, ChatTemplates, Message, RefusedChat
 from lockstep.data.control_tokens import GENERATION, ControlTokens, Marked, without_generation
 
 Tools = Sequence[Mapping[str, Any]] | None
@@ -92,8 +92,8 @@ class ChatRenderer:
 
         Raises:
             BadTemplate: as `render`.
-            RefusedChat: as `render`; also where the template leaves out calls of tools, or writes a turn otherwise than
-                behind its own prompt for one.
+            RefusedChat: as `render`; also where the template leaves out thoughts or calls of tools, or writes a turn
+                otherwise than behind its own prompt for one.
         """
         marked, schemas = self._control.mark(list(messages)), self._control.mark(tools)
         return [self._turn(marked[:place], marked[place], schemas) for place in places]
@@ -103,15 +103,25 @@ class ChatRenderer:
         prompt = Marked(self._templates.render(before, tools, prompts))
         rendered = self._templates.render([*before, message], tools, complete, GENERATION)
         whole, blocks = without_generation(rendered)
-        end = self.turn_end
-        if not (whole.startswith(prompt) and whole.endswith(end.whole)):
-            said = Marked(_content_alone(message) + end.text)
+        end = self._end_of(whole[len(prompt) :]) if whole.startswith(prompt) else None
+        if end is None:
+            said = Marked(_content_alone(message) + self.turn_end.text)
             return ChatTurn(prompt, said, ((0, len(said)),))
         said = Marked(whole[len(prompt) : len(whole) - len(end.whole)] + end.text)
-        _check_calls(message, said)
+        _check_whole(message, said)
         if not self._templates.marks_generation:
             return ChatTurn(prompt, said, ((0, len(said)),))
         return ChatTurn(prompt, said, _clipped(blocks, len(prompt), len(said), len(said) - len(end.text)))
+
+    def _end_of(self, answer: str) -> TurnEnd | None:
+        """How a turn ends: as others do, or in a control token of its own, as one that calls a tool may."""
+        if answer.endswith(self.turn_end.whole):
+            return self.turn_end
+        last = self._control.context(Marked(answer))
+        found = self._control.written(last)
+        if found is None or last[found.end() :].strip():
+            return None
+        return TurnEnd(last, found[0], self._control.number(found[0]))
 
 
 def _content_alone(message: Message) -> str:
@@ -125,13 +135,16 @@ def _content_alone(message: Message) -> str:
     return str(message["content"])
 
 
-def _check_calls(message: Message, said: str) -> None:
-    for call in message.get("tool_calls") or ():
-        name = (call.get("function") or call).get("name", "")
-        if name not in said:
+def _check_whole(message: Message, said: str) -> None:
+    """Whether the template writes what a turn has beside its content: calls of tools by name, and thoughts."""
+    names = [(call.get("function") or call).get("name", "") for call in message.get("tool_calls") or ()]
+    parts = {f"the call of the tool {name!r}": name for name in names}
+    parts |= {f"{key} of the assistant": str(message[key]).strip() for key in REASONING if message.get(key)}
+    for part, text in parts.items():
+        if text not in said:
             raise RefusedChat(
-                f"the chat template leaves out the call of the tool {name!r}, so that nothing of it would be learned: "
-                "use a template that writes tool_calls, or write the call into the content"
+                f"the chat template leaves out {part}, so that it would not be learned: use a template that writes it, "
+                "or write it into the content"
             )
 
 

@@ -7,6 +7,7 @@ Which text means control tokens is the question that decides how to encode:
 - `render` and `chat` put a conversation into the chat template; what messages and tools spell is text, and only what
   the template writes is a control token. `encode_marked` encodes what `render` gives. Templates write BOS themselves.
 - `continuation` encodes a text as it goes on behind another; `chat_answer` and `text_answer` also end it.
+- `chat_turns` has what an assistant says in a conversation, each turn with the prompt that it answers.
 """
 
 import json

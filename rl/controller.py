@@ -8,16 +8,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 
 from lockstep.data.batch import Sample, sample
+from lockstep.data.conversations.token_table import TokenTable
 from lockstep.data.packing import documents
 from lockstep.data.tasks.mixture import ProblemSet, shuffled
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.model.objectives.token_loss import nll
 from lockstep.rl.algorithms.aggregation import weighted
-from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig
 from lockstep.rl.algorithms.estimates import columns, of_completions
 from lockstep.rl.algorithms.preferences import (
     Comparison,
@@ -30,6 +32,7 @@ from lockstep.rl.algorithms.preferences import (
 )
 from lockstep.rl.algorithms.rewards import CORRECTNESS, RewardConfig, means
 from lockstep.rl.algorithms.samples import teaches
+from lockstep.rl.algorithms.supervised import SupervisedConfig, split_conversations
 from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
 from lockstep.rl.collector.collector import Collector
 from lockstep.rl.environments.factory import told
@@ -43,6 +46,8 @@ from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
 NO_MODELS = Models()
+Examples: TypeAlias = tuple[Callable[[int], list[Sample]], list[Sample]]
+"""The samples of the n-th example of a phase, and those that are not learned from."""
 
 
 @dataclass(frozen=True)
@@ -118,26 +123,51 @@ class Controller:
         self._collector.drop()
         return found
 
-    def supervised(self, config: SupervisedConfig, done: int = 0) -> Iterator[StepRecord]:
-        """Fine-tunes the policy on the answers to training problems, then syncs its weights to the rollout workers.
+    def supervised(
+        self, config: SupervisedConfig, done: int = 0, conversations: TokenTable | None = None
+    ) -> Iterator[StepRecord]:
+        """Fine-tunes the policy (SFT), measures held-out conversations, then syncs its weights to rollout workers.
 
         Args:
             done: steps that have been taken before.
+            conversations: to learn from; None for the answers to training problems.
+
+        Raises:
+            TooFewConversations: when there are none to learn from.
         """
+        samples_of, held_out = self._examples(config, conversations)
         self._policy.enter_phase(config.optimizer)
         if not done:
             self._policy.begin_phase()
         for step in range(done + 1, config.steps + 1):
             started = self._clock()
             count = config.problems_per_step
-            pairs = [self._prompts.demonstration(n, "sft") for n in range((step - 1) * count, step * count)]
-            samples = weighted([sample(prompt.tokens, taught) for prompt, taught in pairs])
+            numbers = range((step - 1) * count, step * count)
+            samples = weighted([each for number in numbers for each in samples_of(number)])
             rate = config.optimizer.rate(step, config.steps)
             result = gather(self._policy.update(step, samples, nll, rate))[0]
             seconds = self._clock() - started
-            speed = {"train_tokens_per_second": _computed(samples) / seconds, "step_seconds": seconds}
-            yield StepRecord("sft", step, result.values | {"grad_norm": result.grad_norm} | speed)
+            metrics = result.values | {"grad_norm": result.grad_norm, "step_seconds": seconds}
+            metrics["train_tokens_per_second"] = _computed(samples) / seconds
+            if held_out and config.measures_at(step):
+                metrics["held_out_loss"] = gather(self._policy.measure(weighted(held_out), nll))[0]["loss"]
+            yield StepRecord("sft", step, metrics)
         self._collector.renew()
+
+    def _examples(self, config: SupervisedConfig, conversations: TokenTable | None) -> Examples:
+        if conversations is None:
+            return self._demonstration, []
+        train, held_out = split_conversations(conversations, config.held_out, self._seed)
+
+        def samples_of(number: int) -> list[Sample]:
+            return conversations.samples(train[shuffled(number, len(train), self._seed, "sft")])
+
+        return samples_of, [each for number in held_out for each in conversations.samples(number)]
+
+    def _demonstration(self, number: int) -> list[Sample]:
+        """The n-th prompt of the phase with the answer to its problem, as a sample."""
+        prompt, taught = self._prompts.demonstration(number, "sft")
+        return [sample(prompt.tokens, taught)]
 
     def prefer(
         self, config: PreferenceConfig, comparisons: Sequence[Comparison], done: int = 0

@@ -52,6 +52,7 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
         key = f"tasks[{number}]" if recipe.tasks else "task"
         yield f"{key}.generator", _rows(task.generator)
         yield f"{key}.held_out_from", _rows(task.held_out_from)
+    yield "supervised.source", _rows(recipe.supervised.source if recipe.supervised else "")
     yield "preference.source", _rows(recipe.preference.source if recipe.preference else "")
 
 

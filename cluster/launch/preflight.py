@@ -12,6 +12,7 @@ from lockstep.cluster.recipe.model_source import starting_point
 from lockstep.cluster.recipe.paths import functions
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.corpus.loader import PretrainingData
+from lockstep.data.row_reader import read_rows
 from lockstep.data.tasks.own_problems import FILTERED_BY
 from lockstep.data.tasks.user_function import BadFunction
 from lockstep.data.tasks.user_function import check as check_function
@@ -65,6 +66,11 @@ def check(recipe: Recipe) -> CheckedRun:
         raise RecipeError("a reference that moves is in the policy's own processes: place it together")
     if recipe.pretrain:
         _check_text(recipe.pretrain, recipe.seed, start)
+    if recipe.supervised and recipe.supervised.longest > config.context:
+        raise RecipeError(
+            f"supervised.longest={recipe.supervised.longest} is more than the model's context of {config.context} "
+            "tokens: lower it, or give a model with a longer context"
+        )
     _check_functions(recipe)
     return CheckedRun(plan, start, scorers)
 
@@ -116,6 +122,17 @@ def _check_text(config: PretrainConfig, seed: int, start: ModelContents) -> None
         )
     tokenizer = Tokenizer(start.files).digest if start.files else None
     PretrainingData(config.data, seed=seed, vocabulary=start.config.vocabulary, tokenizer=tokenizer)
+
+
+def check_rows(recipe: Recipe) -> None:
+    """Whether the files of conversations and preferences that a new run learns from are there.
+
+    Raises:
+        BadRow: names one that cannot be read.
+    """
+    for phase in (recipe.supervised, recipe.preference):
+        if phase and phase.steps and phase.source:
+            next(read_rows(phase.source, on_bad=lambda error: None), None)
 
 
 def check_sandbox(config: SandboxConfig) -> str:

@@ -17,9 +17,10 @@ from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import PretrainConfig, TrainerConfig, given
-from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig
 from lockstep.rl.algorithms.methods import CorrectionConfig
 from lockstep.rl.algorithms.rewards import RewardConfig
+from lockstep.rl.algorithms.supervised import SupervisedConfig
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.rollout.config import INEXACT, RolloutConfig
 from lockstep.rl.verifiers.config import VerifierConfig

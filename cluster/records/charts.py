@@ -47,7 +47,9 @@ def run_charts(records: Sequence[Record]) -> list[Chart]:
         note = "Share of pairs that the model has in the right order."
         charts.append(_chart("Preferences", compared, names, "share of pairs", note, x_label="step"))
     if sft:
-        charts.append(_chart("Supervised loss", sft, {"loss": "loss"}, "nats per token", "", x_label="supervised step"))
+        measured = _measured(sft, "held_out_loss")
+        names = {"loss": "in training", "held_out_loss": "held out"} if measured else {"loss": "loss"}
+        charts.append(_chart("Supervised loss", sft, names, "nats per token", "", x_label="supervised step"))
     return charts
 
 

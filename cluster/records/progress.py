@@ -16,6 +16,7 @@ from rich.text import Text
 
 FIELDS: Mapping[str, str] = {
     "loss": "loss {:.3f}",
+    "held_out_loss": "held-out loss {:.3f}",
     "reward": "reward {:.2f}",
     "accuracy": "accuracy {:.1%}",
     "kl": "kl {:.2g}",

@@ -28,11 +28,12 @@ from lockstep.cluster.records.tables import (
     Row,
     parquet_files,
     read_rows,
+    write_arrow,
     write_table,
 )
 
 RECIPE, SUMMARY, METRICS = "recipe.toml", "summary.json", "metrics.jsonl"
-COMPARISONS = "comparisons.parquet"
+COMPARISONS, CONVERSATIONS = "comparisons.parquet", "conversations.parquet"
 STAGES = ("before", "supervised", "preferred", "after")
 DURING = "during"
 """The stage of measurements between steps of RL."""
@@ -161,6 +162,23 @@ class RunFolder:
         except (OSError, pa.ArrowException) as error:
             raise RunError(f"{self.path / COMPARISONS} cannot be read, and a run goes on with it: {error}") from error
         return rows
+
+    def keep_conversations(self, table: pa.Table) -> Path:
+        """Write the tokenized conversations that a phase learns from; see `TokenTable.to_arrow`."""
+        return write_arrow(self.path / CONVERSATIONS, table)
+
+    def conversations(self) -> pa.Table | None:
+        """Read the conversations that `keep_conversations` wrote; None where there are none.
+
+        Raises:
+            RunError: when they cannot be read.
+        """
+        try:
+            return pq.read_table(self.path / CONVERSATIONS)
+        except FileNotFoundError:
+            return None
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(f"{self.path / CONVERSATIONS} cannot be read, and a run goes on with it: {error}") from error
 
     def update(self, **fields: object) -> None:
         """Set fields of summary.json; the others stay."""

@@ -93,7 +93,11 @@ def read_rows(path: Path) -> list[Record]:
 def write_table(path: Path, rows: Sequence[Row], columns: Mapping[str, pa.DataType]) -> Path:
     """Write rows to a Parquet file atomically, with the given columns and those that rows have beyond them."""
     names = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
-    table = pa.table({name: _column((row.get(name) for row in rows), columns.get(name)) for name in names})
+    return write_arrow(path, pa.table({n: _column((row.get(n) for row in rows), columns.get(n)) for n in names}))
+
+
+def write_arrow(path: Path, table: pa.Table) -> Path:
+    """Write an Arrow table to a Parquet file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     pq.write_table(table, temporary, compression="zstd")

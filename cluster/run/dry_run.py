@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lockstep.cluster.launch.preflight import CheckedRun, check, check_sandbox
+from lockstep.cluster.launch.preflight import CheckedRun, check, check_rows, check_sandbox
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.run.beginning import Beginning, prepare
@@ -12,6 +12,7 @@ from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import Split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.algorithms.preferences import read_comparisons
+from lockstep.rl.algorithms.supervised import read_conversations, split_conversations
 from lockstep.rl.environments.factory import told
 from lockstep.rl.prompts import make_prompt
 
@@ -48,6 +49,8 @@ def make_ready(recipe: Recipe, say: Callable[[str], None], *, resume: bool = Fal
     """
     checked = check(recipe)
     beginning = prepare(checked, say, resume=resume)
+    if beginning.last is None:
+        check_rows(recipe)
     problems = () if recipe.pretrain else problem_sets(recipe.mixture, recipe.seed)
     if any(each.split.has_programs for each in problems):
         say(check_sandbox(recipe.verifier.sandbox))
@@ -55,7 +58,7 @@ def make_ready(recipe: Recipe, say: Callable[[str], None], *, resume: bool = Fal
 
 
 def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False) -> ReadyRun:
-    """Check a recipe as `make_ready`, and what a run would find when it has processes: its prompts and comparisons.
+    """Check a recipe as `make_ready`, and what a run would find when it has processes: prompts and rows of files.
 
     Raises:
         ValueError: one sentence on what does not fit.
@@ -63,9 +66,13 @@ def dry_run(recipe: Recipe, say: Callable[[str], None], *, resume: bool = False)
     ready = make_ready(recipe, say, resume=resume)
     if ready.problems:
         tokenizer = Tokenizer(ready.checked.start.files, recipe.mixture[0].chat_template_kwargs)
+        context = ready.checked.start.config.context
         for each in ready.problems:
             own = tokenizer.with_template_kwargs(each.config.chat_template_kwargs)
-            _check_prompts(recipe, each, own, ready.checked.start.config.context)
+            _check_prompts(recipe, each, own, context)
+        if recipe.supervised and recipe.supervised.source:
+            found = read_conversations(recipe.supervised, tokenizer, context, say)
+            split_conversations(found, recipe.supervised.held_out, recipe.seed)
         if recipe.preference and recipe.preference.source:
             read_comparisons(recipe.preference, tokenizer, say)
     return ready

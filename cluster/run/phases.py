@@ -19,13 +19,15 @@ from lockstep.cluster.records.run_folder import DURING, RunFolder
 from lockstep.cluster.records.tables import answer_row, rollout_row
 from lockstep.cluster.run.interruption import Interruption
 from lockstep.cluster.run.profiling import traced
+from lockstep.data.conversations.token_table import TokenTable
 from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.model.formats.lockstep import write_checkpoint
-from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig
 from lockstep.rl.algorithms.preferences import Comparison
+from lockstep.rl.algorithms.supervised import SupervisedConfig, read_conversations
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.types import Judged
@@ -125,9 +127,22 @@ class _Phases:
         self.save(state=bool(recipe.checkpoints.every))  # a run that saves its end only does not go on
 
     def supervise(self, config: SupervisedConfig) -> None:
-        """The phase of demonstrations."""
-        self._run_all("sft", config.steps, self._controller.supervised(config, self._at.done("sft")))
+        """The phase of conversations, or of answers to problems."""
+        done = self._at.done("sft")
+        table = self._conversations(config, done) if config.source else None
+        self._run_all("sft", config.steps, self._controller.supervised(config, done, table))
         self.measure("supervised")
+
+    def _conversations(self, config: SupervisedConfig, done: int) -> TokenTable:
+        """The tokenized conversations of the recipe's file, which a run that goes on has written down."""
+        if done and (kept := self._run.conversations()):
+            return TokenTable.from_arrow(kept)
+        self._progress.say(f"reading conversations from {config.source}")
+        first = Checkpoint(self._actors.first)
+        tokenizer = Tokenizer(first.files, self._recipe.mixture[0].chat_template_kwargs)
+        found = read_conversations(config, tokenizer, int(first.manifest["model"]["context"]), self._progress.say)
+        self._run.keep_conversations(found.to_arrow())
+        return found
 
     def prefer(self, config: PreferenceConfig) -> None:
         """The phase of comparisons, which a run that goes on has written down."""

@@ -16,8 +16,6 @@ from lockstep.data.row_reader import BadRow, OnBad, Row, read_rows, stop
 class Conversation:
     """Messages as a chat template takes them, and which of them are learned from."""
 
-    index: int
-    """Of the row that it came from."""
     messages: tuple[Message, ...]
     taught: tuple[int, ...]
     """Places of messages of the assistant that are learned from, in order; one or more, none the first."""
@@ -48,30 +46,30 @@ def read(source: str, *, on_bad: OnBad = stop) -> Iterator[Conversation]:
     Raises:
         BadRow: names file, line and field.
     """
-    for index, row in enumerate(read_rows(source, on_bad=on_bad)):
+    for row in read_rows(source, on_bad=on_bad):
         try:
-            yield _conversation(index, row)
+            yield _conversation(row)
         except BadRow as error:
             on_bad(error)
 
 
-def _conversation(index: int, row: Row) -> Conversation:
+def _conversation(row: Row) -> Conversation:
     if row.has("messages"):
-        return _taught(index, row, "messages", messages_of(row, "messages"))
+        return _taught(row, "messages", messages_of(row, "messages"))
     if row.has("conversations"):
-        return _taught(index, row, "conversations", _system(row) + messages_of(row, "conversations"))
+        return _taught(row, "conversations", _system(row) + messages_of(row, "conversations"))
     if "instruction" in row.values and "output" in row.values:
-        return _taught(index, row, "output", _system(row) + _alpaca(row))
+        return _taught(row, "output", _system(row) + _alpaca(row))
     if "prompt" in row.values and "completion" in row.values:
         prompt = _said(row, "prompt", "user")
-        return _taught(index, row, "completion", prompt + _said(row, "completion", "assistant"), len(prompt))
+        return _taught(row, "completion", prompt + _said(row, "completion", "assistant"), len(prompt))
     raise BadRow(
         f"{row.place}: no conversation is in the fields {', '.join(map(repr, row.values)) or 'none'}: give 'messages', "
         "'conversations', 'instruction' with 'output', or 'prompt' with 'completion'"
     )
 
 
-def _taught(index: int, row: Row, name: str, messages: list[dict[str, Any]], first: int = 1) -> Conversation:
+def _taught(row: Row, name: str, messages: list[dict[str, Any]], first: int = 1) -> Conversation:
     """The conversation of messages, of which those of the assistant from `first` on are learned from."""
     weights = [message.pop("weight", 1) for message in messages]
     if not all(weight in (0, 1) for weight in weights):
@@ -81,7 +79,7 @@ def _taught(index: int, row: Row, name: str, messages: list[dict[str, Any]], fir
     if not taught:
         raise row.bad(name, "has no message of the assistant to learn from, behind another message")
     tools = tools_of(row)
-    return Conversation(index, tuple(messages), taught, tuple(tools) if tools else None, row.place)
+    return Conversation(tuple(messages), taught, tuple(tools) if tools else None, row.place)
 
 
 def _system(row: Row) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ class TokenTable:
 
     def prompt(self, conversation: int) -> bytes:
         """The tokens before the first that is learned from, as a key to compare conversations by."""
-        return self.samples(conversation)[0].prompt.tobytes()
+        return self._parts(int(np.searchsorted(self.conversations, conversation)))[0].tobytes()
 
     def to_arrow(self) -> pa.Table:
         """A row for each sequence: `conversation`, and lists of `tokens` and `taught`."""
@@ -70,7 +70,12 @@ class TokenTable:
         return cls(flat["tokens"], flat["taught"], ends, table["conversation"].to_numpy())
 
     def _sample(self, number: int) -> Sample:
+        prompt, completion, taught = self._parts(number)
+        return sample(prompt, completion, weight=taught.astype(np.float32))
+
+    def _parts(self, number: int) -> tuple[NDArray[np.int32], NDArray[np.int32], Bools]:
+        """The prompt of a sequence, what is behind it, and which of that is learned from."""
         part = slice(self.ends[number - 1] if number else 0, self.ends[number])
         tokens, taught = self.tokens[part], self.taught[part]
         begun = max(1, int(taught.argmax()))  # nothing predicts the first token
-        return sample(tokens[:begun], tokens[begun:], weight=taught[begun:].astype(np.float32))
+        return tokens[:begun], tokens[begun:], taught[begun:]

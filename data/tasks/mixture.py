@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from pydantic import Field
 
+from lockstep.data.batch import Ints
 from lockstep.data.corpus.blend import Blend
 from lockstep.data.tasks.task import Split, TaskConfig, make_split
 
@@ -62,4 +64,9 @@ class Mixture:
 def shuffled(number: int, size: int, seed: int, phase: str) -> int:
     """The index of the n-th of `size` things in a phase, which come epoch after epoch, each shuffled by the seed."""
     epoch, place = divmod(number, size)
-    return int(np.random.default_rng([seed, *phase.encode(), epoch]).permutation(size)[place])
+    return int(_order(epoch, size, seed, phase)[place])
+
+
+@lru_cache(maxsize=8)
+def _order(epoch: int, size: int, seed: int, phase: str) -> Ints:
+    return np.random.default_rng([seed, *phase.encode(), epoch]).permutation(size)

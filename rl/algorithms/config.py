@@ -1,4 +1,4 @@
-"""Recipe sections of supervised fine-tuning, preference tuning and reinforcement learning, as pydantic models."""
+"""Recipe sections of preference tuning and reinforcement learning, as pydantic models."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from lockstep.model.training.config import OptimizerConfig, given
 from lockstep.rl.algorithms.advantage import overlong
 from lockstep.rl.algorithms.effects import check_effects
 from lockstep.rl.algorithms.methods import DPO, IPO, METHODS, RANKING_MODEL, REWARD_MODEL, Method, Score
+from lockstep.rl.algorithms.supervised import is_due
 from lockstep.rl.rollout.config import SamplingParams
 
 
@@ -63,16 +64,6 @@ class FlowConfig(BaseModel):
     def in_waves(self) -> bool:
         """Whether groups are requested only when all earlier ones are complete, so that no timing changes a result."""
         return self.mode != "asynchronous"
-
-
-class SupervisedConfig(BaseModel):
-    """Supervised fine-tuning (SFT) on the answers to training problems, in the form that task.completion gives."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(10, ge=0, description="updates of the weights")
-    problems_per_step: int = Field(32, ge=1, description="solved problems in a global batch")
-    optimizer: OptimizerConfig = OptimizerConfig()
 
 
 PREFERENCE_KEYS = {"beta": "dpo and ipo", "smoothing": "dpo"}
@@ -127,7 +118,7 @@ class PreferenceConfig(BaseModel):
 
     def measures_at(self, step: int) -> bool:
         """Whether the held-out comparisons are measured after this step."""
-        return step == self.steps or bool(self.evaluate_every and step % self.evaluate_every == 0)
+        return is_due(step, self.steps, self.evaluate_every)
 
     @property
     def judged(self) -> bool:

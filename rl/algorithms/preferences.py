@@ -16,6 +16,7 @@ from lockstep.data.row_reader import BadRow, left_out, stop
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.algorithms.config import PreferenceConfig
 from lockstep.rl.algorithms.samples import preference_samples
+from lockstep.rl.algorithms.supervised import split_by_prompt
 from lockstep.rl.types import Judged
 from lockstep.rl.verdict import Outcome
 
@@ -90,16 +91,13 @@ def apart(comparisons: Sequence[Comparison], held_out: int, seed: int) -> tuple[
     Raises:
         TooFewComparisons: when nothing is left to learn from.
     """
-    order = np.random.default_rng([seed, *b"preference"]).permutation(len(comparisons))
-    shuffled = [comparisons[place] for place in order]
-    kept = {c.ranked.prompt for c in shuffled[:held_out]}
-    train = [c for c in shuffled if c.ranked.prompt not in kept]
+    train, kept = split_by_prompt([c.ranked.prompt for c in comparisons], held_out, seed, "preference")
     if not train:
         raise TooFewComparisons(
             f"{len(comparisons)} comparisons were found and preference.held_out={held_out} keeps all of them to "
             "measure with: lower it, give more of them, or sample more prompts"
         )
-    return train, [c for c in shuffled if c.ranked.prompt in kept]
+    return [comparisons[place] for place in train], [comparisons[place] for place in kept]
 
 
 def samples_to_compare(chosen: Sequence[Comparison], *, judged: bool) -> list[Sample]:

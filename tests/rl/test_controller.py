@@ -12,10 +12,11 @@ from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-from lockstep.rl.algorithms.config import FlowConfig, ReferenceConfig, RLConfig, SupervisedConfig
+from lockstep.rl.algorithms.config import FlowConfig, ReferenceConfig, RLConfig
 from lockstep.rl.algorithms.methods import Signal
 from lockstep.rl.algorithms.rewards import FormatTerm, RewardConfig
 from lockstep.rl.algorithms.samples import teaches
+from lockstep.rl.algorithms.supervised import SupervisedConfig
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.learner import Models
 from lockstep.rl.remote import ActorHandle, gather

@@ -28,6 +28,7 @@ PATHS = {
     "tasks.held_out_from",
     "preference.source",
     "rollout.python",
+    "supervised.source",
     "pretrain.data.blend.path",
 }
 PATHS_OR_NAMES = {

@@ -36,6 +36,11 @@ def test_a_recipe_that_can_run_is_described(tmp_path: Path, tiny_folder: Path) -
         (["rollout.length=9999", "rl.sampling.max_new_tokens=250"], r"where the model's context is 256: lower rl\.sam"),
         (["rl.sampling.max_new_tokens=120"], r"lower rl\.sampling\.max_new_tokens, or raise rollout\.length"),
         (["preference.source=gone.jsonl"], r"gone\.jsonl"),
+        (["supervised.source=gone.jsonl"], r"gone\.jsonl.*there is no such file"),
+        (
+            ["supervised.source=talks.jsonl", "supervised.longest=257"],
+            r"supervised\.longest=257 is more than the model's context of 256 tokens",
+        ),
         (["preference.steps=1", "preference.sampling.max_new_tokens=120"], r"lower preference\.sampling\.max_new"),
     ],
 )
@@ -51,6 +56,29 @@ def test_a_place_that_is_no_runs_is_refused(tmp_path: Path, tiny_folder: Path) -
     (tmp_path / "tiny" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds files that are not a run's"):
         ready(tmp_path, tiny_folder)
+
+
+def test_conversations_that_cannot_be_used_are_named(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talks = tmp_path / "talks.jsonl"
+    rows = [json.dumps({"prompt": f"{n}?", "completion": "12" * n}) + "\n" for n in (1, 4, 100)]
+    source = f"supervised.source={talks}"
+    talks.write_text("".join(rows))
+    with pytest.raises(ValueError, match=r"talks\.jsonl:3: the conversation has 2\d\d tokens, and may have 100"):
+        ready(tmp_path, tiny_folder, source, "supervised.longest=100")
+    talks.write_text("".join([*rows, '{"prompt": "x"}']))
+    with pytest.raises(ValueError, match=r"talks\.jsonl:4: no conversation is in the fields 'prompt'"):
+        ready(tmp_path, tiny_folder, source)
+    skip = ("supervised.longest=100", "supervised.on_long=skip", "supervised.on_bad=skip")
+    with pytest.raises(ValueError, match=r"2 conversations were found and supervised\.held_out=32 keeps all"):
+        ready(tmp_path, tiny_folder, source, *skip)
+    capsys.readouterr()
+    ready(tmp_path, tiny_folder, source, *skip, "supervised.held_out=1")
+    said = capsys.readouterr().out
+    assert "Bad rows left out: 1" in said
+    assert "Conversations of more than 100 tokens: 1 left out" in said
+    assert "2 conversations of" in said
 
 
 def test_a_row_of_preferences_that_cannot_be_used_is_named(tmp_path: Path, tiny_folder: Path) -> None:

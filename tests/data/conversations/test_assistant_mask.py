@@ -30,7 +30,7 @@ def talk(*texts: str, system: str = "") -> list[dict[str, Any]]:
 
 def conversation(messages: list[dict[str, Any]], **more: Any) -> Conversation:
     said = tuple(place for place, message in enumerate(messages) if message["role"] == "assistant")
-    return Conversation(0, tuple(messages), said, place="f:1", **more)
+    return Conversation(tuple(messages), said, place="f:1", **more)
 
 
 def made(template: str, kind: str = "byte level", **settings: Any) -> Tokenizer:
@@ -170,11 +170,27 @@ def test_thoughts_that_a_template_drops_later_are_learned_where_they_are_said() 
     assert own[1] == "two<|im_end|>"
 
 
+def test_a_turn_that_calls_a_tool_may_end_in_a_token_of_its_own() -> None:
+    calling = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}{% endfor %}{{ '<|eot_id|>' if m.tool_calls else '<|im_end|>' }}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    messages = [*talk("q"), call, {"role": "tool", "content": "2"}, *talk("", "two")[1:]]
+    tokenizer = made(calling)
+    [found] = sequences(tokenizer, conversation(messages))
+    own = [tokenizer.decode(each, skip_special=False) for _, each in turns(found)]
+    assert own == ["add<|eot_id|>", "two<|im_end|>"]
+
+
 def test_a_turn_that_a_template_leaves_out_is_refused() -> None:
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
     said = refusal(made(CHATML), conversation([*talk("q"), call]))
     assert said.startswith("f:1: the chat template leaves out the call of the tool 'add'")
     thinking = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    said = refusal(made(CHATML), conversation([*talk("q"), thinking]))
+    assert "leaves out reasoning_content of the assistant, so that it would not be learned" in said
     said = refusal(made(SHAPES["deepseek r1"]), conversation([*talk("q"), thinking]))
     assert "writes a turn that has reasoning_content otherwise than behind its own prompt" in said
     assert "alternate" in refusal(made(SHAPES["llama 2"]), conversation([*talk("q"), *talk("r", "a")]))

@@ -31,7 +31,7 @@ def test_samples_hold_the_tokens_and_the_mask(conversations: list[list[MaskedTok
                 assert sample.prompt.tolist() == sequence.tokens[:begun]
                 assert sample.completion.tolist() == sequence.tokens[begun:]
                 assert sample.weight.tolist() == sequence.taught[begun:]
-            assert table.prompt(number) == found[0].prompt.tobytes()
+            assert table.prompt(number) == found[0].prompt.astype(np.int32).tobytes()
 
 
 def test_a_table_is_read_back_from_parquet(tmp_path: Path) -> None:
