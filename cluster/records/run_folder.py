@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from lockstep.cluster.atomic_files import cut_half_line, replace_file
 from lockstep.cluster.records.scalars import ScalarWriter
 from lockstep.cluster.records.tables import (
-    COMPARISON_COLUMNS,
     EVALUATION_COLUMNS,
     ROLLOUT_COLUMNS,
     Record,
@@ -147,38 +146,22 @@ class RunFolder:
         """Write one evaluation's completions; rows have EVALUATION_COLUMNS, and may have more."""
         return write_table(self.path / "evals" / f"{stage}.parquet", rows, EVALUATION_COLUMNS)
 
-    def keep_comparisons(self, rows: Sequence[Row]) -> Path:
-        """Write the comparisons that a phase learns from; rows have COMPARISON_COLUMNS."""
-        return write_table(self.path / COMPARISONS, rows, COMPARISON_COLUMNS)
+    def keep(self, name: str, table: pa.Table) -> Path:
+        """Write what a phase learns from, COMPARISONS or CONVERSATIONS, which a run that goes on reads again."""
+        return write_arrow(self.path / name, table)
 
-    def comparisons(self) -> list[Record]:
-        """Read the comparisons that `keep_comparisons` wrote.
-
-        Raises:
-            RunError: when there is none.
-        """
-        try:
-            rows: list[Record] = pq.read_table(self.path / COMPARISONS).to_pylist()
-        except (OSError, pa.ArrowException) as error:
-            raise RunError(f"{self.path / COMPARISONS} cannot be read, and a run goes on with it: {error}") from error
-        return rows
-
-    def keep_conversations(self, table: pa.Table) -> Path:
-        """Write the tokenized conversations that a phase learns from; see `TokenTable.to_arrow`."""
-        return write_arrow(self.path / CONVERSATIONS, table)
-
-    def conversations(self) -> pa.Table | None:
-        """Read the conversations that `keep_conversations` wrote; None where there are none.
+    def kept(self, name: str) -> pa.Table | None:
+        """Read what `keep` wrote; None where there is nothing.
 
         Raises:
-            RunError: when they cannot be read.
+            RunError: when it cannot be read.
         """
         try:
-            return pq.read_table(self.path / CONVERSATIONS)
+            return pq.read_table(self.path / name)
         except FileNotFoundError:
             return None
         except (OSError, pa.ArrowException) as error:
-            raise RunError(f"{self.path / CONVERSATIONS} cannot be read, and a run goes on with it: {error}") from error
+            raise RunError(f"{self.path / name} cannot be read, and a run goes on with it: {error}") from error
 
     def update(self, **fields: object) -> None:
         """Set fields of summary.json; the others stay."""

@@ -92,8 +92,13 @@ def read_rows(path: Path) -> list[Record]:
 
 def write_table(path: Path, rows: Sequence[Row], columns: Mapping[str, pa.DataType]) -> Path:
     """Write rows to a Parquet file atomically, with the given columns and those that rows have beyond them."""
+    return write_arrow(path, to_arrow(rows, columns))
+
+
+def to_arrow(rows: Sequence[Row], columns: Mapping[str, pa.DataType]) -> pa.Table:
+    """Rows as an Arrow table, with the given columns and those that rows have beyond them."""
     names = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))
-    return write_arrow(path, pa.table({n: _column((row.get(n) for row in rows), columns.get(n)) for n in names}))
+    return pa.table({n: _column((row.get(n) for row in rows), columns.get(n)) for n in names})
 
 
 def write_arrow(path: Path, table: pa.Table) -> Path:

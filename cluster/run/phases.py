@@ -15,8 +15,8 @@ from lockstep.cluster.launch.preflight import CheckedRun
 from lockstep.cluster.launch.resume import Position, position_of
 from lockstep.cluster.recipe.schema import EvaluationConfig
 from lockstep.cluster.records.progress import Progress
-from lockstep.cluster.records.run_folder import DURING, RunFolder
-from lockstep.cluster.records.tables import answer_row, rollout_row
+from lockstep.cluster.records.run_folder import COMPARISONS, CONVERSATIONS, DURING, RunError, RunFolder
+from lockstep.cluster.records.tables import COMPARISON_COLUMNS, answer_row, rollout_row, to_arrow
 from lockstep.cluster.run.interruption import Interruption
 from lockstep.cluster.run.profiling import traced
 from lockstep.data.conversations.token_table import TokenTable
@@ -135,29 +135,35 @@ class _Phases:
 
     def _conversations(self, config: SupervisedConfig, done: int) -> TokenTable:
         """The tokenized conversations of the recipe's file, which a run that goes on has written down."""
-        if done and (kept := self._run.conversations()):
+        if done and (kept := self._run.kept(CONVERSATIONS)):
             return TokenTable.from_arrow(kept)
         self._progress.say(f"reading conversations from {config.source}")
         first = Checkpoint(self._actors.first)
         tokenizer = Tokenizer(first.files, self._recipe.mixture[0].chat_template_kwargs)
         found = read_conversations(config, tokenizer, int(first.manifest["model"]["context"]), self._progress.say)
-        self._run.keep_conversations(found.to_arrow())
+        self._run.keep(CONVERSATIONS, found.to_arrow())
         return found
 
     def prefer(self, config: PreferenceConfig) -> None:
         """The phase of comparisons, which a run that goes on has written down."""
         done = self._at.done(config.phase)
         if done:
-            comparisons = [Comparison.of(row) for row in self._run.comparisons()]
+            comparisons = self._kept_comparisons()
         else:
             self._progress.say("reading comparisons" if config.source else "writing completions to compare")
             comparisons = self._controller.compare(config, self._progress.say)
-            self._run.keep_comparisons([each.row() for each in comparisons])
+            self._run.keep(COMPARISONS, to_arrow([each.row() for each in comparisons], COMPARISON_COLUMNS))
         self._run_all(config.phase, config.steps, self._controller.prefer(config, comparisons, done))
         if config.judged:
             self._actors.save_reward_model(self.steps, self._said())
         else:
             self.measure("preferred")
+
+    def _kept_comparisons(self) -> list[Comparison]:
+        kept = self._run.kept(COMPARISONS)
+        if kept is None:
+            raise RunError(f"{self._run.path / COMPARISONS} is gone, and a run goes on with it: restore it")
+        return [Comparison.of(row) for row in kept.to_pylist()]
 
     def reinforce(self, config: RLConfig) -> None:
         """The phase of rewards."""
