@@ -1,0 +1,40 @@
+"""The functions that the pages show can be given to a recipe, by the commands that the README shows."""
+
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cli_process import lockstep
+
+ROOT = Path(__file__).parents[3]
+
+
+def shown(page: str, function: str) -> str:
+    """The source of a function that a page shows."""
+    found = re.search(
+        rf"^( +)def {function}\(.*?(?=\n\n(?!\1)|\n(?!\1|\n))", (ROOT / page).read_text(), re.DOTALL | re.M
+    )
+    assert found, f"{page} shows no {function}"
+    return textwrap.dedent(found[0])
+
+
+def test_the_pages_functions_and_the_readmes_commands_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rewards.py").write_text(shown("docs/rl.md", "brevity"))
+    Path("problems.py").write_text(f"from random import Random\n{shown('docs/tasks.md', 'sums')}")
+    command = next(line for line in (ROOT / "README.md").read_text().splitlines() if "rewards.py:brevity" in line)
+    words = shlex.split(command)
+    assert words[:3] == ["lockstep", "train", "quickstart"]
+    given = ["--set", f"model.source={tiny_folder}", "--set", "task.generator=problems.py:sums"]
+    given += ["--set", "task.settings={count = 4000}", "--set", "rollout.length=200"]
+    result = lockstep("recipe", "check", *words[2:], *given)
+    assert result.exit_code == 0, result.output
+    Path("rewards.py").write_text("def brevity(length): ...\n")
+    refused = lockstep("recipe", "check", *words[2:], *given)
+    assert refused.exit_code == 1
+    assert "rewards.py:brevity takes length, and is called with completion, answer, prompt" in refused.output
