@@ -28,7 +28,7 @@ from lockstep.rl.rollout.protocol import Clause, Engine, FailedOutput, PromptOut
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.weight_sync.protocol import Shard
 from lockstep.rl.weight_sync.shards import shards_of
-from tests.rl.rollout.vllm_engines import LEFT_OUT, PYTHON, VllmProcess
+from tests.rl.rollout.vllm_engines import IS_THERE, LEFT_OUT, VllmProcess
 
 Make = Callable[[Transformer, EngineConfig, Tokenizer], Engine]
 
@@ -37,7 +37,7 @@ def ours(transformer: Transformer, config: EngineConfig, tokenizer: Tokenizer) -
     return RolloutEngine(transformer, config, decode=tokenizer.decode)
 
 
-ENGINES = ["lockstep", pytest.param("vllm", marks=pytest.mark.skipif(not PYTHON.exists(), reason=LEFT_OUT))]
+ENGINES = ["lockstep", pytest.param("vllm", marks=pytest.mark.skipif(not IS_THERE, reason=LEFT_OUT))]
 
 LENGTHS = [3, 40, 1, 12, 25, 7, 2]
 CONFIG = EngineConfig(sequences=4, length=100)

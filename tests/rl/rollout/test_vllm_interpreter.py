@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.rl.rollout.vllm.interpreter import WrongInterpreter, check_interpreter, check_version
-from tests.rl.rollout.vllm_engines import LEFT_OUT, PYTHON
+from tests.rl.rollout.vllm_engines import IS_THERE, LEFT_OUT, PYTHON
 
 
 @pytest.mark.parametrize("version", ["0.32", "0.32.0", "0.32.1"])
@@ -28,6 +28,6 @@ def test_an_interpreter_that_lacks_vllm_or_is_none_is_refused(tmp_path: Path) ->
             check_interpreter(missing)
 
 
-@pytest.mark.skipif(not PYTHON.exists(), reason=LEFT_OUT)
+@pytest.mark.skipif(not IS_THERE, reason=LEFT_OUT)
 def test_the_environment_of_make_vllm_is_taken() -> None:
     check_interpreter(PYTHON)

@@ -13,6 +13,7 @@ from lockstep.rl.weight_sync.shards import shards_of
 
 ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / ".venv-vllm/bin/python"
+IS_THERE = (ROOT / ".venv-vllm/installed").exists()
 LEFT_OUT = "tests of the vLLM engine are left out: .venv-vllm is not there, and `make vllm` makes it"
 
 

@@ -20,7 +20,7 @@ from lockstep.rl.weight_sync.config import Transport
 from lockstep.rl.workers.stubs import RolloutWorker
 from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup
 from tests.rl.conftest import Actors
-from tests.rl.rollout.vllm_engines import LEFT_OUT, PYTHON
+from tests.rl.rollout.vllm_engines import IS_THERE, LEFT_OUT, PYTHON
 
 PROMPT, SAMPLING = (5, 6, 7, 8), SamplingParams(max_new_tokens=12, exact_lengths=(12,))
 
@@ -38,7 +38,7 @@ def expected(checkpoint: Path, groups: Groups) -> tuple[int, ...]:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.skipif(not PYTHON.exists(), reason=LEFT_OUT)
+@pytest.mark.skipif(not IS_THERE, reason=LEFT_OUT)
 @pytest.mark.parametrize("transport", ["memory", "broadcast"])
 def test_a_worker_on_vllm_takes_a_policys_weights_and_is_replaced(
     transport: Transport, actors: Actors, wide_folder: Path, groups: Groups, tmp_path: Path
