@@ -18,6 +18,7 @@ from lockstep.data.conversations.assistant_mask import MaskedTokens
 from lockstep.data.conversations.token_table import TokenTable
 from lockstep.data.packing import rows_for_ranks
 from lockstep.data.row_reader import BadRow
+from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
@@ -232,8 +233,7 @@ def controller(actors: Actors) -> Controller:
         actors.rollouts,
         actors.verifiers,
         tokenizer=actors.tokenizer,
-        task=TaskConfig(),
-        split=split,
+        problems=[ProblemSet(TaskConfig(), split)],
         seed=0,
     )
 
