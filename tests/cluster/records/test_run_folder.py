@@ -160,11 +160,11 @@ def test_tables_round_trip_with_fixed_columns(tmp_path: Path) -> None:
 
 def test_evaluations_come_in_the_order_of_the_run(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "one", "", "one")
-    for stage in ("after", "midway", "before", "supervised"):
+    for stage in ("after", "step-000020", "before", "step-000010", "supervised"):
         run.evaluation(stage, [dict.fromkeys(EVALUATION_COLUMNS, 1)])
     (run.path / "evals" / ".later.parquet.7.tmp").write_bytes(b"half")
     found = run.evaluations()
-    assert list(found) == ["before", "supervised", "after", "midway"]
+    assert list(found) == ["before", "supervised", "step-000010", "step-000020", "after"]
     assert found["before"] == [{"problem": 1, **dict.fromkeys(list(EVALUATION_COLUMNS)[1:], "1")}]
 
 
