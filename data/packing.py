@@ -190,6 +190,8 @@ class RowRules:
     """Number of data ranks that share the batch."""
     budget: int = 2048
     """Tokens of a row at most, unless one completion with its prompt is longer; see `split`."""
+    splits: bool = True
+    """Whether documents longer than that are split. Not where a loss is of documents, as the balance of experts is."""
     multiple: int = 32
     """Rows are padded to a multiple of this many tokens."""
     equal: bool = False
@@ -207,7 +209,7 @@ class RowRules:
 def rows_for_ranks(samples: Sequence[Sample], rules: RowRules) -> list[list[TokenBatch]]:
     """Pack a global batch into rows for each data rank; missing rows are filled up with rows of weight 0."""
     silent = Document((sample([0], [0], weight=0.0),))
-    shares = share(documents(samples, rules.budget), rules.ranks)
+    shares = share(documents(samples, rules.budget if rules.splits else None), rules.ranks)
     packed = [
         pack(part or [silent], budget=rules.budget, multiple=rules.multiple, equal=rules.equal) for part in shares
     ]

@@ -204,7 +204,7 @@ def course(groups: Groups, job: Job, baseline: Path, reordered: bool, is_baselin
     stage = build(job.model, groups, DTYPES[job.dtype], manager.Checkpoint(job.start))
     trainer = Trainer(stage, groups, job.pretrain.optimizer, config=job.trainer)
     data = PretrainingData(job.data, seed=job.seed, vocabulary=job.model.vocabulary)
-    rules = row_rules(groups.layout, job.trainer.row_tokens)
+    rules = row_rules(groups.layout, job.trainer.row_tokens, job.model)
     watch = RoutingWatch(trainer.transformer)
     losses, norms, routing = [], [], []
     for step in range(1, job.until + 1):

@@ -8,6 +8,7 @@ from lockstep.data.corpus.loader import PretrainingConfig
 from lockstep.data.corpus.sample_schedule import SampleSchedule
 from lockstep.data.packing import RowRules
 from lockstep.distributed.layout import Layout
+from lockstep.model.config import ModelConfig
 from lockstep.model.layers.recompute import Recompute
 from lockstep.model.training.loss_spikes import SpikeConfig
 from lockstep.model.training.lr_schedule import LearningRateSchedule
@@ -89,11 +90,16 @@ class PretrainConfig(BaseModel):
         return SampleSchedule(self.samples_per_step)
 
 
-def row_rules(layout: Layout, budget: int) -> RowRules:
-    """How a global batch is packed into rows of at most `budget` tokens for a layout."""
+def row_rules(layout: Layout, budget: int, model: ModelConfig | None = None) -> RowRules:
+    """How a global batch is packed into rows of at most `budget` tokens for a layout.
+
+    Args:
+        model: whose experts may have losses of whole documents, which are not split then; None for one without experts.
+    """
     return RowRules(
         ranks=layout.replicas,
         budget=budget,
+        splits=not (model and model.moe and model.moe.has_loss),
         multiple=layout.row_multiple,
         equal=layout.pipeline > 1,
         count=layout.pipeline if layout.virtual > 1 else 1,

@@ -179,7 +179,7 @@ class ModelWorker(RankWorker):
         """
         tokenizer = Tokenizer(self.tokenizer_files).digest if self.tokenizer_files else None
         text = PretrainingData(data, seed=seed, vocabulary=self.model.vocabulary, tokenizer=tokenizer)
-        rules = row_rules(self.layout, self.config.row_tokens)
+        rules = row_rules(self.layout, self.config.row_tokens, self.model)
         self._pretraining = Pretraining(self.trainer, config, text, rules, done, samples)
 
     def pretrain(self, step: int) -> StepResult:

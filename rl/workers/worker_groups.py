@@ -10,7 +10,7 @@ from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.step_result import StepResult
-from lockstep.model.config import Head, Numerics
+from lockstep.model.config import Head, ModelConfig, Numerics
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.remote import GRACE_S, ActorHandle, Call, Places, Processes, gather, start
@@ -65,7 +65,7 @@ class ModelGroup:
         address, port = hosted(self.workers[0])
         given = checkpoint, dtype, optimizer, temperature, numerics, head
         self._settings = digest_of(self.layout, self._config, *given[1:])
-        self._checkpoint = checkpoint
+        self._checkpoint, self._model = checkpoint, ModelConfig(**Checkpoint(checkpoint).manifest["model"])
         return [w.call(ModelWorker.start, address, port, *given) for w in self.workers]
 
     def enter_phase(self, optimizer: OptimizerConfig, temperature: float = 1.0) -> None:
@@ -118,7 +118,7 @@ class ModelGroup:
 
     def _shares(self, samples: Sequence[Sample]) -> list[list[TokenBatch]]:
         """Samples packed into rows, by rank."""
-        rows = rows_for_ranks(samples, row_rules(self.layout, self._config.row_tokens))
+        rows = rows_for_ranks(samples, row_rules(self.layout, self._config.row_tokens, self._model))
         return [rows[self.layout.data_rank(rank)] for rank in range(len(self.workers))]
 
 

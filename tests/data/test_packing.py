@@ -155,3 +155,12 @@ def test_the_cost_of_a_document_counts_the_pairs_of_attention() -> None:
     assert [n // 8192 for n in pairs] == [5, 9, 0, 97, 0]
     assert whole.cost == len(whole) + 5 + 9 + 97
     assert document(90, [60] * 8).cost == 90 + 8 * 59, "short ones cost their tokens"
+
+
+def test_groups_stay_whole_where_a_loss_is_of_documents() -> None:
+    samples = [sample([1, 2, 3], [4] * 5), sample([1, 2, 3], [5] * 5)]
+    whole, parts = (
+        rows_for_ranks(samples, RowRules(budget=8, multiple=1, splits=splits))[0] for splits in (False, True)
+    )
+    assert [row.documents for row in whole] == [((3, 4, 4),)]
+    assert [row.documents for row in parts] == [((3, 4),), ((3, 4),)]

@@ -151,11 +151,12 @@ def train(
 ) -> Any:
     """Losses, norms and the owned pieces of the weights after some steps."""
     source = HuggingFaceFolder(folder)
-    stage = build(with_losses(source.config), groups, dtype, source)
-    trainer = Trainer(stage, groups, optimizer)
+    config = with_losses(source.config)
+    trainer = Trainer(stage := build(config, groups, dtype, source), groups, optimizer)
+    rules = row_rules(groups.layout, row_tokens, config)
     history = []
     for step in range(steps):
-        rows = rows_for_ranks(global_batch(source.config.vocabulary, step % 2), row_rules(groups.layout, row_tokens))
+        rows = rows_for_ranks(global_batch(config.vocabulary, step % 2), rules)
         result = trainer.step(rows[groups.data_rank], nll, optimizer.learning_rate)
         history.append((result.values["loss"], result.grad_norm))
     with trainer.engine.whole_weights():

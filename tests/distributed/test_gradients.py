@@ -42,7 +42,7 @@ def gradients(groups: Groups, model: ModelConfig, row_tokens: int) -> dict[str, 
             found[piece.name] = piece.view(parameter.grad).double().numpy().copy()
 
     hook = register_optimizer_step_pre_hook(keep)
-    rows = rows_for_ranks(global_batch(model.vocabulary, 5), row_rules(groups.layout, row_tokens))
+    rows = rows_for_ranks(global_batch(model.vocabulary, 5), row_rules(groups.layout, row_tokens, model))
     trainer.step(rows[groups.data_rank], nll, 1e-3)
     hook.remove()
     return found

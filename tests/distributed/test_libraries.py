@@ -9,10 +9,13 @@ HEAVY = {"torch._inductor", "torch._dynamo", "torch.utils.tensorboard"}
 """A third of the time that a process takes to start."""
 
 
-@pytest.mark.parametrize("worker", ["model_worker", "rollout_worker"])
-def test_a_worker_loads_no_compiler(worker: str) -> None:
-    lists = f"import sys, lockstep.rl.workers.{worker}; print(*sys.modules)"
+@pytest.mark.parametrize(
+    "loaded", ["rl.workers.model_worker", "rl.workers.rollout_worker, lockstep.rl.rollout.loading"]
+)
+def test_a_worker_loads_no_compiler(loaded: str) -> None:
+    """A rollout worker, together with the engine that it opens."""
+    lists = f"import sys, lockstep.{loaded}; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", lists], capture_output=True, text=True, check=True)
-    loaded = set(found.stdout.split())
-    assert {"megatron.core", "deepspeed"} <= loaded
-    assert not loaded & HEAVY
+    modules = set(found.stdout.split())
+    assert {"megatron.core", "deepspeed"} <= modules
+    assert not modules & HEAVY
