@@ -1,12 +1,13 @@
 """Groups of Ray actors as the controller sees them: the ranks of a model, rollout teams, verifiers, environments."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from lockstep.data.batch import Floats, Ints, Sample, TokenBatch
 from lockstep.data.packing import rows_for_ranks
-from lockstep.distributed.checkpoint.manager import Checkpoint
+from lockstep.distributed.checkpoint.manager import BadCheckpoint, Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.step_result import StepResult
@@ -38,6 +39,9 @@ Result = TypeVar("Result")
 class ModelGroup:
     """All ranks of one model: of the policy or a critic, which learn, or of a reward model or teacher, which score."""
 
+    _model: ModelConfig | None = None
+    """Known from `start` on."""
+
     def __init__(
         self,
         layout: Layout,
@@ -65,7 +69,9 @@ class ModelGroup:
         address, port = hosted(self.workers[0])
         given = checkpoint, dtype, optimizer, temperature, numerics, head
         self._settings = digest_of(self.layout, self._config, *given[1:])
-        self._checkpoint, self._model = checkpoint, ModelConfig(**Checkpoint(checkpoint).manifest["model"])
+        self._checkpoint = checkpoint
+        with suppress(BadCheckpoint):  # which the ranks say in their own words
+            self._model = ModelConfig(**Checkpoint(checkpoint).manifest["model"])
         return [w.call(ModelWorker.start, address, port, *given) for w in self.workers]
 
     def enter_phase(self, optimizer: OptimizerConfig, temperature: float = 1.0) -> None:
