@@ -13,7 +13,7 @@ import lockstep
 from lockstep.cluster.own_modules import BadModule, code_files, own_modules
 from lockstep.cluster.recipe.paths import functions, with_functions
 from lockstep.cluster.recipe.schema import Recipe
-from lockstep.data.tasks.user_function import function_name
+from lockstep.data.tasks.user_function import parse
 
 LARGEST_BYTES = 100 << 20
 """Ray's dashboard refuses more in one package."""
@@ -63,14 +63,12 @@ def copy_functions(recipe: Recipe, folder: Path, search: Sequence[str]) -> tuple
     """
     missing = list[str]()
     for text in dict(functions(recipe)).values():
-        name = function_name(text)
-        assert name
+        name = parse(text)
         if name.is_file:
-            path = Path(name.place)
-            _check_name(path, folder)
-            copy_modules([path.stem], folder, [str(path.parent)])
-        else:
-            missing += copy_modules([name.place.partition(".")[0]], folder, search)
+            _check_name(Path(name.place), folder)
+        top, where = name.top_level(search)
+        found = copy_modules([top], folder, where)
+        missing += [] if name.is_file else found
     return with_functions(recipe, _as_module), missing
 
 
@@ -84,8 +82,8 @@ def _check_name(path: Path, folder: Path) -> None:
 
 
 def _as_module(text: str) -> str:
-    name = function_name(text)
-    return f"{Path(name.place).stem}:{name.function}" if name and name.is_file else text
+    name = parse(text)
+    return f"{name.top_level(())[0]}:{name.function}" if name.is_file else text
 
 
 def check_size(folder: Path, largest: int = LARGEST_BYTES) -> None:

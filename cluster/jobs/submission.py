@@ -22,6 +22,7 @@ from lockstep.cluster.jobs.package import check_size, copy_functions, copy_packa
 from lockstep.cluster.jobs.sealed_environment import seal
 from lockstep.cluster.jobs.spec import METADATA, JobSpec
 from lockstep.cluster.run.interruption import CLEAN_UP_S
+from lockstep.data.tasks.user_function import module_search
 
 SPEC = "job.json"
 """The file in a job's working directory that says what it is to do."""
@@ -44,7 +45,7 @@ def send(jobs: Jobs, spec: JobSpec, say: Callable[[str], object]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         working, package = Path(folder) / "job", copy_package(Path(folder))
         working.mkdir()
-        recipe, missing = copy_functions(spec.recipe, working, [*sys.path, os.getcwd()])
+        recipe, missing = copy_functions(spec.recipe, working, module_search())
         for name in missing:
             say(f"the module {name} is not found here, and has to be installed on the cluster's nodes")
         spec = replace(spec, recipe=recipe)

@@ -4,7 +4,6 @@ Files are read whole up to a size, and beyond it at evenly spaced places: an ind
 token files, and terabytes are not read at each start.
 """
 
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from lockstep.cluster.recipe.paths import functions
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.corpus.indexed_dataset import beside, prefix
 from lockstep.data.row_reader import SUFFIXES
-from lockstep.data.tasks.user_function import function_name
+from lockstep.data.tasks.user_function import module_search, parse
 
 BLOCK, BLOCKS = 1 << 20, 256
 """Bytes of a block, and how many are read of a larger file, the first and the last included."""
@@ -33,12 +32,8 @@ def data_digests(recipe: Recipe) -> dict[str, str]:
 
 def _sources(text: str) -> list[Path]:
     """The files of a function's module, and of the user's modules beside it that it imports."""
-    name = function_name(text)
-    assert name
-    path = Path(name.place)
-    if name.is_file:
-        return list(own_modules([path.stem], [str(path.parent)])[0].values())
-    return list(own_modules([name.place.partition(".")[0]], [*sys.path, str(Path.cwd())])[0].values())
+    top, search = parse(text).top_level(module_search())
+    return list(own_modules([top], search)[0].values())
 
 
 def _data(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:

@@ -38,6 +38,11 @@ class FunctionName:
     def __str__(self) -> str:
         return f"{self.place}:{self.function}"
 
+    def top_level(self, search: Sequence[str]) -> tuple[str, Sequence[str]]:
+        """The top-level module that it is in, and the folders to find that in: a file's own, or those of `search`."""
+        path = Path(self.place)
+        return (path.stem, [str(path.parent)]) if self.is_file else (self.place.partition(".")[0], search)
+
 
 def function_name(text: str) -> FunctionName | None:
     """The parts of `module:function` or `file.py:function`; None for any other text."""
@@ -45,6 +50,23 @@ def function_name(text: str) -> FunctionName | None:
     is_module = all(part.isidentifier() for part in place.split("."))
     is_place = is_module or (place.endswith(_FILE) and "://" not in place)
     return FunctionName(place, function) if separator and function.isidentifier() and is_place else None
+
+
+def parse(text: str) -> FunctionName:
+    """The parts of a function's name.
+
+    Raises:
+        BadFunction: when it is no such name.
+    """
+    name = function_name(text)
+    if name is None:
+        raise BadFunction(f"{text!r} names no function: write module:function, or file.py:function")
+    return name
+
+
+def module_search() -> list[str]:
+    """The folders in which `module:function` is searched: Python's own, then the working directory."""
+    return [*sys.path, str(Path.cwd())]
 
 
 def load(text: str) -> Callable[..., Any]:
@@ -55,9 +77,7 @@ def load(text: str) -> Callable[..., Any]:
     Raises:
         BadFunction: says why it cannot be imported.
     """
-    name = function_name(text)
-    if name is None:
-        raise BadFunction(f"{text!r} names no function: write module:function, or file.py:function")
+    name = parse(text)
     try:
         module = _file_module(Path(name.place)) if name.is_file else _module(name.place)
         found = getattr(module, name.function)

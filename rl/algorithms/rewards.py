@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lockstep.data.tasks.user_function import function_name
+from lockstep.data.tasks.user_function import parse
 from lockstep.rl.algorithms.advantage import overlong
 from lockstep.rl.types import Judged, Reward, Rewarded
 
@@ -111,9 +111,7 @@ class FunctionTerm(BaseModel):
     @field_validator("function")
     @classmethod
     def _names_a_function(cls, function: str) -> str:
-        if function_name(function) is None:
-            raise ValueError(f"{function!r} names no function: write module:function, or file.py:function")
-        return function
+        return str(parse(function))
 
 
 class RewardConfig(BaseModel):

@@ -50,15 +50,13 @@ class JudgeService:
         """Whether verdicts have terms of reward functions, those of environments included."""
         return bool(self._verifiers.reward_functions)
 
-    def judge(self, rollouts: Sequence[Rollout], known: Verdict | None = None) -> None:
+    def judge(self, rollouts: Sequence[Rollout], known: Verdict | None = None, *, is_retry: bool = False) -> None:
         """Gives completions to the verifier that has the fewest calls open; they wait where none is left.
 
         Args:
             known: their environment's verdict, which only lacks the terms of reward functions.
+            is_retry: whether they are given up where their verifier raises.
         """
-        self._judge(rollouts, known)
-
-    def _judge(self, rollouts: Sequence[Rollout], known: Verdict | None, *, is_retry: bool = False) -> None:
         living = [number for number in range(len(self._verifiers.workers)) if number not in self._lost]
         if not living:
             self._waiting.append((rollouts, known))
@@ -93,7 +91,7 @@ class JudgeService:
         """Has completions judged alone after their call raised, and gives them up where they were alone."""
         if not judging.is_retry:
             for rollout in judging.rollouts:
-                self._judge([rollout], judging.known, is_retry=True)
+                self.judge([rollout], judging.known, is_retry=True)
             return []
         self._failures += 1
         if self._failures > FAILURES:

@@ -13,7 +13,7 @@ from lockstep.rl.verifiers.answer_pool import AnswerPool, Grader
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import PROGRAMS, VerifierConfig
 from lockstep.rl.verifiers.math import grader
-from lockstep.rl.verifiers.user_functions import RewardFunctions, UserGrader
+from lockstep.rl.verifiers.user_functions import RewardFunctions, UserFunctions, UserGrader
 
 BUILT_IN = ("answer", "gym", PROGRAMS)
 """Graders of the package; any other is the name of a function of the user's."""
@@ -36,7 +36,7 @@ def grader_of(name: str) -> Grader:
     if name == "answer":
         return grader.grade
     if name != "gym":
-        return UserGrader(name)
+        return UserGrader.of(name)
     from lockstep.rl.verifiers import reasoning_gym  # loads reasoning-gym, which takes a second
 
     return reasoning_gym.grade
@@ -108,7 +108,7 @@ class Judge:
     def _answer_pool(self, grader: Grader) -> AnswerPool:
         """Processes that grade; what a user's function loads, it loads when it is imported."""
         workers, deadline = self._config.processes, self._config.deadline
-        own = isinstance(grader, UserGrader | RewardFunctions)
+        own = isinstance(grader, UserFunctions)
         pool = AnswerPool(workers, deadline, grader, examples=()) if own else AnswerPool(workers, deadline, grader)
         return self._started.enter_context(pool)
 
