@@ -1,14 +1,17 @@
 """What tests of reinforcement learning share: a Ray cluster in this process's care, and actors over the tiny model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from lockstep.data.tasks.problem import Problem
+    from lockstep.data.tasks.task import TaskConfig
     from lockstep.data.tokenizer import Tokenizer
+    from lockstep.rl.controller import Controller
     from lockstep.rl.workers.worker_groups import ModelGroup, RolloutGroup, VerifierGroup
 
 
@@ -21,6 +24,20 @@ class Actors:
     verifiers: "VerifierGroup"
     tokenizer: "Tokenizer"
     checkpoint: Path
+
+    def controller(
+        self, problems: "Sequence[Problem]", held_out: int, task: "TaskConfig | None" = None, **given: Any
+    ) -> "Controller":
+        """A controller over these actors and one task, of whose problems the first ones are held out."""
+        from lockstep.data.tasks.mixture import ProblemSet
+        from lockstep.data.tasks.task import Split, TaskConfig
+        from lockstep.rl.controller import Controller
+
+        split = Split(tuple(problems[held_out:]), tuple(problems[:held_out]), "")
+        sets = [ProblemSet(task or TaskConfig(), split)]
+        return Controller(
+            self.policy, self.rollouts, self.verifiers, tokenizer=self.tokenizer, problems=sets, seed=0, **given
+        )
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tasks.problem import Problem
-from lockstep.data.tasks.task import Split, TaskConfig
+from lockstep.data.tasks.task import TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.algorithms.config import FlowConfig, ReferenceConfig, RLConfig
@@ -42,16 +41,7 @@ def controller_of(
     """Over sums whose answers are one of two digits."""
     pairs = [(a, b) for a in range(8) for b in range(a)]
     problems = [Problem(i, f"What is {a} + {b}?", str(3 + (a + b) % 2)) for i, (a, b) in enumerate(pairs)]
-    return Controller(
-        actors.policy,
-        actors.rollouts,
-        actors.verifiers,
-        tokenizer=actors.tokenizer,
-        problems=[ProblemSet(task or TaskConfig(), Split(tuple(problems[4:]), tuple(problems[:4]), ""))],
-        seed=0,
-        reward=reward or RewardConfig(),
-        models=models,
-    )
+    return actors.controller(problems, held_out=4, task=task, reward=reward or RewardConfig(), models=models)
 
 
 @pytest.fixture(scope="module")

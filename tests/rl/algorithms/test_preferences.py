@@ -9,14 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.data.preferences import RankedTokens
-from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tasks.problem import Problem
-from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.algorithms.config import PreferenceConfig
 from lockstep.rl.algorithms.preferences import Comparison, TooFewComparisons, apart, by_verdict, samples_to_compare
-from lockstep.rl.controller import Controller
 from lockstep.rl.learner import Models
 from lockstep.rl.remote import gather
 from lockstep.rl.rollout.config import SamplingParams
@@ -76,16 +73,7 @@ def likes_fours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def learn(actors: Actors, models: Models, config: PreferenceConfig) -> list[dict[str, float]]:
     problems = [Problem(i, f"What is {i} + 1?", "4") for i in range(8)]
-    split = Split(tuple(problems[2:]), tuple(problems[:2]), "")
-    controller = Controller(
-        actors.policy,
-        actors.rollouts,
-        actors.verifiers,
-        tokenizer=actors.tokenizer,
-        problems=[ProblemSet(TaskConfig(), split)],
-        seed=0,
-        models=models,
-    )
+    controller = actors.controller(problems, held_out=2, models=models)
     return [record.metrics for record in controller.prefer(config, controller.compare(config))]
 
 

@@ -18,9 +18,7 @@ from lockstep.data.conversations.assistant_mask import MaskedTokens
 from lockstep.data.conversations.token_table import TokenTable
 from lockstep.data.packing import rows_for_ranks
 from lockstep.data.row_reader import BadRow
-from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tasks.problem import Problem
-from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.world.groups import Groups, join, leave
@@ -227,15 +225,7 @@ def test_no_prompt_is_on_both_sides(prompts: list[int], held_out: int, seed: int
 
 
 def controller(actors: Actors) -> Controller:
-    split = Split((Problem(0, "1?", "1"),), (Problem(1, "2?", "2"),), "")
-    return Controller(
-        actors.policy,
-        actors.rollouts,
-        actors.verifiers,
-        tokenizer=actors.tokenizer,
-        problems=[ProblemSet(TaskConfig(), split)],
-        seed=0,
-    )
+    return actors.controller([Problem(1, "2?", "2"), Problem(0, "1?", "1")], held_out=1)
 
 
 def test_a_policy_learns_conversations_and_is_measured_on_others(tmp_path: Path, actors: Actors) -> None:

@@ -17,16 +17,14 @@ from pydantic import ValidationError
 from lockstep.cluster.checks.mismatch import compare, rescored
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import parse
-from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tasks.problem import Problem, entry_text
-from lockstep.data.tasks.task import Split, TaskConfig
+from lockstep.data.tasks.task import TaskConfig
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.config import Numerics
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.samples import samples_of, teaches
-from lockstep.rl.controller import Controller
 from lockstep.rl.environments.calculator import NoArithmetic, calculate
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.environments.factory import NoEnvironment, told
@@ -359,15 +357,7 @@ def check_episode(judged: Judged, tokenizer: Tokenizer) -> None:
 
 def test_two_steps_of_rl_learn_from_what_the_model_wrote(actors: Actors, asking: EnvironmentGroup) -> None:
     problems = [Problem(i, f"{i}?", "1") for i in range(12)]
-    controller = Controller(
-        actors.policy,
-        actors.rollouts,
-        actors.verifiers,
-        tokenizer=actors.tokenizer,
-        problems=[ProblemSet(TaskConfig(chat=False), Split(tuple(problems[4:]), tuple(problems[:4]), ""))],
-        seed=0,
-        environments=asking,
-    )
+    controller = actors.controller(problems, held_out=4, task=TaskConfig(chat=False), environments=asking)
     sampling = SamplingParams(max_new_tokens=56)
     config = RLConfig(method="rloo", steps=2, prompts_per_step=4, group_size=4, sampling=sampling)
     records = list(controller.reinforce(config))
