@@ -17,8 +17,8 @@ from lockstep.rl.collector.rollout_service import Finished, RolloutService
 from lockstep.rl.collector.supervisor import WATCH_S, Supervisor
 from lockstep.rl.remote import Call, any_of, failed, gather
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.types import Completion, Judged, Prompt, Rollout
+from lockstep.rl.rollout.output_processor import RolloutRequest, Written
+from lockstep.rl.types import Judged, Prompt, Rollout
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.workers.stubs import ModelWorker, RolloutWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
@@ -65,6 +65,7 @@ class Collector:
         for group, prompt in prompts.items():
             numbers, stopped = self._buffer.open(group, prompt, samples), _stopped(sampling, prompt)
             self._rollouts.assign([RolloutRequest(number, prompt.tokens, stopped, seed) for number in numbers])
+        self._rollouts.advance()
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, samples: int, seed: int
@@ -119,6 +120,7 @@ class Collector:
         self._tell(RolloutWorker.settle)
         self._rollouts.receive()
         self._rollouts.revive()
+        self._rollouts.advance()
 
     def resume(self, version: int) -> None:
         """Gives the workers the weights that the policy has, as this version."""
@@ -142,7 +144,7 @@ class Collector:
         if self._episodes:
             self._episodes.drop()
 
-    def _tell(self, method: Callable[[RolloutWorker], list[Completion] | None]) -> None:
+    def _tell(self, method: Callable[[RolloutWorker], Written | None]) -> None:
         """Calls a method of all teams, which rest, and waits until they rest again."""
         self._rollouts.tell(method)
         self._rest()

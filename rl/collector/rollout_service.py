@@ -1,10 +1,12 @@
 """RolloutService: requests go to teams of rollout workers, and completions come back.
 
+A team's engine writes what it was asked for without waiting for anybody; a call of it only fetches what has ended.
 What a team that dies had not handed in goes to the others, which go on without it for as long as there is no place for
 another one. That gets the policy's weights when the policy rests. A completion that an engine cannot compute is asked
 for once more, and handed over with its error then.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,8 +14,8 @@ from typing import Any
 
 from lockstep.rl.collector.supervisor import FAILURES, Replacement, Supervisor
 from lockstep.rl.remote import Call, WorkerDied, gather
-from lockstep.rl.rollout.output_processor import CompletionFailed, RolloutRequest
-from lockstep.rl.types import Completion, last_turn
+from lockstep.rl.rollout.output_processor import CompletionFailed, RolloutRequest, Written
+from lockstep.rl.types import Completion
 from lockstep.rl.workers.stubs import RolloutWorker
 from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
 
@@ -22,8 +24,8 @@ from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
 class _Team:
     """What a team of rollout workers has to do."""
 
-    calls: Sequence[Call[list[Completion] | None]] = ()
-    """The call that each of its ranks is in; none while it rests."""
+    calls: Sequence[Call[Written | None]] = ()
+    """The call that each of its ranks is in; none while it rests, or goes on writing by itself."""
     waiting: list[RolloutRequest] = field(default_factory=list)
     """Requests that it is told of with the next call."""
     unwritten: dict[int, RolloutRequest] = field(default_factory=dict)
@@ -39,27 +41,36 @@ class Finished:
     completion: Completion
 
 
-class Production:
-    """Tokens that teams wrote, and the seconds in which any of them was writing."""
+class Throughput:
+    """Tokens that teams wrote, and the seconds in which their engines computed."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._since: float | None = None
-        self._tokens, self._seconds, self._rate = 0, 0.0, 0.0
+        self._clock, self._since = clock, clock()
+        self._tokens, self._seconds = defaultdict[int, int](int), defaultdict[int, float](float)
+        self._rate = 0.0
 
-    def note(self, *, busy: bool, tokens: int = 0) -> None:
-        """Notes whether a team is writing from now on, and how many tokens have come."""
+    def note(self, team: int, tokens: int, seconds: float) -> None:
+        """Adds what a team wrote, and the seconds of its engine."""
+        self._tokens[team] += tokens
+        self._seconds[team] += seconds
+
+    def take(self, teams: int) -> tuple[float, float]:
+        """Tokens per second that teams write together, and the share of the time in which they did.
+
+        Both are of what has come since the last call. The rate is the sum of each team's over its own seconds; where
+        none wrote anything it is as before.
+
+        Args:
+            teams: how many there are.
+        """
+        rates = [self._tokens[team] / seconds for team, seconds in self._seconds.items() if seconds]
+        self._rate = sum(rates) or self._rate
         now = self._clock()
-        if self._since is not None:
-            self._seconds += now - self._since
-        self._since = now if busy else None
-        self._tokens += tokens
-
-    def rate(self) -> float:
-        """Tokens per second since this was last asked; as before where none have come."""
-        if self._tokens and self._seconds:
-            self._rate, self._tokens, self._seconds = self._tokens / self._seconds, 0, 0.0
-        return self._rate
+        share = sum(self._seconds.values()) / max(now - self._since, 1e-9) / max(teams, 1)
+        self._since = now
+        self._tokens.clear()
+        self._seconds.clear()
+        return self._rate, share
 
 
 class RolloutService:
@@ -69,7 +80,7 @@ class RolloutService:
         self._rollouts, self._policy, self._supervisor = rollouts, policy, supervisor
         self._teams = [_Team() for _ in rollouts.teams]
         self._lost: dict[int, Replacement] = {}
-        self._production = Production(supervisor.clock)
+        self._throughput = Throughput(supervisor.clock)
         self._failed: set[int] = set()
         self._failures = 0
 
@@ -79,16 +90,18 @@ class RolloutService:
         return self._rollouts.version
 
     @property
-    def calls(self) -> list[Call[list[Completion] | None]]:
+    def calls(self) -> list[Call[Written | None]]:
         """One call of each team that is busy."""
         return [team.calls[0] for team in self._teams if team.calls]
 
     def metrics(self) -> dict[str, float]:
-        """Version of the weights, teams that are there, and tokens per second of the time in which any were writing."""
+        """Version of the weights, teams that are there, and what `Throughput` says of them since the last time."""
+        rate, share = self._throughput.take(self.living)
         return {
             "weight_version": float(self.version),
             "rollout_teams": float(self.living),
-            "rollout_tokens_per_second": self._production.rate(),
+            "rollout_tokens_per_second": rate,
+            "rollout_busy": share,
         }
 
     @property
@@ -127,15 +140,14 @@ class RolloutService:
                 requests, team.waiting = team.waiting, []
                 members = self._rollouts.teams[number]
                 team.calls = [member.call(RolloutWorker.work, requests, PASSES) for member in members]
-        self._production.note(busy=bool(self.calls))
 
-    def tell(self, method: Callable[[RolloutWorker], list[Completion] | None]) -> None:
+    def tell(self, method: Callable[[RolloutWorker], Written | None]) -> None:
         """Calls a method of all living teams, which rest."""
         for number, members in enumerate(self._rollouts.teams):
             if number not in self._lost:
                 self._teams[number].calls = [member.call(method) for member in members]
 
-    def take(self, call: Call[list[Completion] | None]) -> list[Finished]:
+    def take(self, call: Call[Written | None]) -> list[Finished]:
         """What a team's call that has ended brought; nothing where the team died.
 
         Raises:
@@ -145,16 +157,18 @@ class RolloutService:
         team = self._teams[number]
         calls, team.calls = team.calls, ()
         try:
-            completions = gather(calls)[0]
+            written = gather(calls)[0]
         except WorkerDied as death:
             self._lose(number, death)
-            completions = None
-        self._production.note(busy=bool(self.calls), tokens=sum(len(last_turn(each)) for each in completions or ()))
-        if completions:
+            return []
+        if not written:
+            return []
+        self._throughput.note(number, written.tokens, written.seconds)
+        if written.completions:
             self._supervisor.count_result(f"rollout {number}")
-        if any(not each.error for each in completions or ()):
+        if any(not each.error for each in written.completions):
             self._failures = 0
-        finished = [Finished(number, team.unwritten.pop(each.sample), each) for each in completions or ()]
+        finished = [Finished(number, team.unwritten.pop(each.sample), each) for each in written.completions]
         return [each for each in finished if not each.completion.error or self._gives_up(each)]
 
     def _gives_up(self, failed: Finished) -> bool:

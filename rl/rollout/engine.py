@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.distributed.checkpoint.tensors import digest, to_numpy
@@ -90,6 +91,15 @@ class RolloutEngine:
         self.begin_update(version)
         self.take(shards)
         self.end_update()
+
+    def agree(self, number: int) -> int:
+        """The number of the first tensor rank, on all of them, which call this together."""
+        group = self.transformer.groups.tensor
+        if group.size() == 1:
+            return number
+        said = torch.tensor(number)
+        dist.broadcast(said, dist.get_global_rank(group, 0), group)
+        return int(said)
 
     def ready_for_update(self) -> bool:
         """Whether `begin_update` may be called; with `on_update="finish"` waiting requests begin after the update."""

@@ -1,7 +1,7 @@
 """Assembles the tokens that an engine returns, pass by pass, into completions."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import before_stop
@@ -34,6 +34,18 @@ class RolloutRequest:
         }
         tokens = self.tokens + self.begun.tokens
         return Request(self.number, tokens, limits.model_copy(update=left), self.seed, self.number, before)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rollout engine has written since it was last asked."""
+
+    completions: list[Completion] = field(default_factory=list)
+    """Those that have ended."""
+    tokens: int = 0
+    """All that were drawn, of completions that go on, too."""
+    seconds: float = 0.0
+    """In which it computed."""
 
 
 class CompletionFailed(ValueError):

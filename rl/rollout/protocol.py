@@ -197,6 +197,9 @@ class Engine(Protocol):
             RuntimeError: between `begin_update` and `end_update`, or after `release` of the weights.
         """
 
+    def agree(self, number: int) -> int:
+        """The number of the first tensor rank, on all of them, which call this together."""
+
     def ready_for_update(self) -> bool:
         """Whether `begin_update` may be called; where running requests have to end before it (`OnUpdate`), call `step`
         until they have. Requests that wait then begin after the update only."""

@@ -1,20 +1,178 @@
-"""RolloutWorker: generates completions with a rollout engine and takes new weights from the policy."""
+"""RolloutWorker: generates completions with a rollout engine and takes new weights from the policy.
 
-from collections.abc import Sequence
+The engine runs in a thread of its own, `EngineLoop`, which makes one pass after the other for as long as requests are
+there: it does not wait for whoever takes the completions, however long that packs, saves or learns.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from threading import Condition, Thread
+from time import perf_counter
+from typing import Any, TypeVar
 
 from lockstep.distributed.checkpoint.manager import Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.model.config import Numerics
 from lockstep.rl.rollout.config import OPENING, RolloutConfig
-from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
+from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest, Written
 from lockstep.rl.rollout.protocol import Engine
 from lockstep.rl.types import Completion
 from lockstep.rl.weight_sync.broadcast import Broadcast
 from lockstep.rl.weight_sync.protocol import Shard
 from lockstep.rl.workers.agreement import Loaded, digest_of, loaded
 from lockstep.rl.workers.rank import RankWorker
+
+Result = TypeVar("Result")
+
+
+class EngineLoop:
+    """Runs an engine in a thread: passes while there is work, and between two of them what others ask for.
+
+    The engine is opened and used in this thread alone. Tensor ranks of one model are asked for the same in the same
+    order; before each pass the first says how much of it comes before that pass, so that all make the same passes.
+    """
+
+    def __init__(self, open_engine: Callable[[], Engine]) -> None:
+        """Opens the engine; raises what that raises."""
+        self._changed = Condition()
+        self._asked: list[tuple[Callable[[], Any], bool, Future[Any]]] = []
+        self._came = self._done = self._passes = self._until = 0
+        self._writes = False
+        self._written, self._drawn, self._seconds = list[Completion](), 0, 0.0
+        self._error: BaseException | None = None
+        opened = Future[Engine]()
+        Thread(target=self._run, args=(open_engine, opened), daemon=True, name="engine").start()
+        self.engine = opened.result()
+
+    def ask(self, function: Callable[[], Result], *, writes: bool = False) -> Result:
+        """Calls a function in the engine's thread, between two passes; returns its result, or raises its error.
+
+        Args:
+            writes: whether passes go on behind it; otherwise none is made until somebody asks so.
+        """
+        answer = Future[Result]()
+        with self._changed:
+            self._asked.append((function, writes, answer))
+            self._came += 1
+            self._changed.notify_all()
+        return answer.result()
+
+    def add(self, requests: Sequence[RolloutRequest]) -> None:
+        """Begins to write what requests ask for, and goes on with all that was asked for before.
+
+        Raises:
+            PromptTooLong, ValueError: see `Engine.add`.
+        """
+        self.ask(partial(self._add, requests), writes=True)
+
+    def written(self, passes: int) -> Written:
+        """Waits until a completion has ended, for at most so many passes; returns what has come since the last time.
+
+        Raises:
+            Exception: what a pass raised.
+        """
+        with self._changed:
+            self._until = self._passes + passes
+            self._changed.wait_for(self._has_something_to_say)
+            error, self._error = self._error, None
+            if error:
+                raise error
+            return self._taken()
+
+    def settle(self) -> Written:
+        """Makes passes until new weights may come, and none then; returns what has come since the last time."""
+        self.ask(self._settle)
+        with self._changed:
+            return self._taken()
+
+    def drop(self) -> None:
+        """Drops all requests and what has come of them, and the prefix cache."""
+        self.ask(self._drop)
+
+    def _run(self, open_engine: Callable[[], Engine], opened: "Future[Engine]") -> None:
+        try:
+            self._engine = open_engine()
+            self._processor = OutputProcessor(self._engine)
+        except BaseException as error:
+            opened.set_exception(error)
+            return
+        opened.set_result(self._engine)
+        while True:
+            self._answer(self._engine.agree(self._to_be_answered()))
+            if self._writes:
+                self._pass()
+
+    def _to_be_answered(self) -> int:
+        """How much was asked for so far; where there is nothing to write, something that has not been answered."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._writes or self._came > self._done)
+            return self._came
+
+    def _answer(self, count: int) -> None:
+        """Calls what was asked for, until so much has been answered."""
+        while self._done < count:
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked)
+                function, writes, answer = self._asked.pop(0)
+            try:
+                result = function()
+            except BaseException as error:
+                self._note(writes=False)
+                answer.set_exception(error)
+            else:
+                self._note(writes=writes)
+                answer.set_result(result)
+            self._done += 1
+
+    def _pass(self) -> None:
+        try:
+            self._step()
+        except BaseException as error:
+            with self._changed:
+                self._error, self._writes = error, False
+                self._changed.notify_all()
+
+    def _step(self) -> None:
+        began = perf_counter()
+        completions = self._processor.step()
+        with self._changed:
+            self._written += completions
+            self._seconds += perf_counter() - began
+            self._passes += 1
+            self._writes = self._processor.has_work
+            if self._has_something_to_say():
+                self._changed.notify_all()
+
+    def _note(self, *, writes: bool) -> None:
+        with self._changed:
+            self._writes = writes and self._processor.has_work
+            self._changed.notify_all()
+
+    def _has_something_to_say(self) -> bool:
+        return bool(self._written or self._error or not self._writes or self._passes >= self._until)
+
+    def _taken(self) -> Written:
+        drawn = self._engine.statistics.generated_tokens
+        found = Written(self._written, drawn - self._drawn, self._seconds)
+        self._written, self._drawn, self._seconds = [], drawn, 0.0
+        return found
+
+    def _add(self, requests: Sequence[RolloutRequest]) -> None:
+        for request in requests:
+            self._processor.add(request)
+
+    def _settle(self) -> None:
+        while not self._engine.ready_for_update():
+            self._step()
+
+    def _drop(self) -> None:
+        self._processor.drop()
+        self._engine.forget()
+        with self._changed:
+            self._written = []
 
 
 class RolloutWorker(RankWorker):
@@ -33,14 +191,14 @@ class RolloutWorker(RankWorker):
         numerics: Numerics = "fast",
     ) -> None:
         """Loads this tensor rank's part of the model as weight version 0."""
-        opening = import_module(OPENING[limits.engine])
-        self.engine: Engine = opening.open_rank(
-            checkpoint, limits, dtype=dtype, numerics=numerics, rank=rank, meeting=(address, port)
+        opening, at = import_module(OPENING[limits.engine]), (address, port)
+        self._loop = EngineLoop(
+            partial(opening.open_rank, checkpoint, limits, dtype=dtype, numerics=numerics, rank=rank, meeting=at)
         )
+        self._engine, self._speaks = self._loop.engine, rank == 0
         given = digest_of(dtype, limits, numerics)
-        weights = {f"the weights of tensor rank {rank}": self.engine.weights_digest()}
+        weights = {f"the weights of tensor rank {rank}": self._loop.ask(self._engine.weights_digest)}
         self._loaded = loaded(given, digest_of(Checkpoint(checkpoint).manifest), weights)
-        self.processor, self._speaks = OutputProcessor(self.engine), rank == 0
         self.log.info("ready for %d sequences", limits.sequences)
 
     def loaded(self) -> Loaded:
@@ -49,53 +207,49 @@ class RolloutWorker(RankWorker):
 
     def begin_update(self, version: int) -> None:
         """Begins to take the weights of a version; see `Engine.begin_update`."""
-        self.engine.begin_update(version)
+        self._loop.ask(partial(self._engine.begin_update, version))
 
     def take(self, *shards: list[Shard]) -> None:
         """Writes the parts of messages of shards that this rank holds into its weights."""
-        for part in shards:
-            self.engine.take(part)
+        self._loop.ask(partial(self._take, shards))
+
+    def _take(self, messages: Iterable[Sequence[Shard]]) -> None:
+        for shards in messages:
+            self._engine.take(shards)
 
     def broadcast_weights(self) -> bool:
         """Receives all messages of the policy's ranks by broadcasts; returns whether all have come."""
-        return self.broadcasts.use(self._receive)
+        return self._loop.ask(partial(self.broadcasts.use, self._receive))
 
     def _receive(self, links: Sequence[Broadcast]) -> None:
         for link in links:
-            for shards in link.receive():
-                self.engine.take(shards)
+            self._take(link.receive())
 
     def end_update(self) -> None:
         """Goes on under the new weights, checked to be whole; see `Engine.end_update`."""
-        self.engine.end_update()
-        self.step = self.engine.weight_version
+        self._loop.ask(self._engine.end_update)
+        self.step = self._engine.weight_version
 
-    def settle(self) -> list[Completion]:
-        """Runs until new weights may come; returns the completions that ended, where `on_update` lets them end."""
-        ended = []
-        while not self.engine.ready_for_update():
-            ended += self.processor.step()
-        return ended if self._speaks else []
+    def settle(self) -> Written:
+        """Runs until new weights may come; returns what ended, also where `on_update` lets all end."""
+        return self._said(self._loop.settle())
 
-    def work(self, requests: list[RolloutRequest], passes: int) -> list[Completion]:
-        """Adds requests and generates until a completion has ended, for at most so many forward passes.
+    def work(self, requests: list[RolloutRequest], passes: int) -> Written:
+        """Adds requests and waits until a completion has ended, for at most so many passes; the engine goes on then.
 
         Returns:
-            The completions that have ended, on the first rank; nothing on the others.
+            What has been written since the last call, on the first rank; nothing, at once, on the others.
         """
-        for request in requests:
-            self.processor.add(request)
-        for _ in range(passes):
-            ended = self.processor.step()
-            if ended:
-                return ended if self._speaks else []
-        return []
+        self._loop.add(requests)
+        return self._said(self._loop.written(passes if self._speaks else 0))
+
+    def _said(self, written: Written) -> Written:
+        return written if self._speaks else Written()
 
     def drop(self) -> None:
         """Drops all requests, and the prefix cache."""
-        self.processor.drop()
-        self.engine.forget()
+        self._loop.drop()
 
     def release(self) -> None:
         """Frees the KV cache and the weights for other processes on the same device."""
-        self.engine.release(weights=True)
+        self._loop.ask(partial(self._engine.release, weights=True))

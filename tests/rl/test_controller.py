@@ -271,8 +271,8 @@ def written(team: list[ActorHandle[RolloutWorker]]) -> Completion:
     requests = [RolloutRequest(0, tokens, SamplingParams(temperature=0, max_new_tokens=8), 0)]
     while True:
         found = gather([member.call(RolloutWorker.work, requests, PASSES) for member in team])[0]
-        if found:
-            return found[0]
+        if found.completions:
+            return found.completions[0]
         requests = []
 
 
@@ -331,13 +331,3 @@ def test_rollouts_are_compared_by_rewards_less_their_kl(advantage: Signal, contr
             "best": [1.0 if i == net.index(max(net)) and n > 0 else None for i, n in enumerate(net)],
         }[advantage]
         assert [s.advantage for s in group] == pytest.approx(expected, abs=1e-6)
-
-
-def test_rates_of_rollouts_are_over_the_time_in_which_they_were_written(controller: Controller) -> None:
-    """A step that waits for nothing, since others wrote ahead while it learned, has no endless rate."""
-    records = list(controller.reinforce(config(FLOWS["asynchronous"], steps=6)))
-    tokens = sum(len(s.rollout.tokens) for record in records for s in record.completions)
-    written = sum(record.metrics["step_seconds"] for record in records)
-    rates = [record.metrics["rollout_tokens_per_second"] for record in records]
-    assert min(rates) > 0
-    assert max(rates) < 20 * tokens / written

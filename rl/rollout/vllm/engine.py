@@ -169,6 +169,10 @@ class VllmEngine:
             raise
         return [found for output in outputs for found in self._read(output)]
 
+    def agree(self, number: int) -> int:
+        """The number itself: there is one rank."""
+        return number
+
     def ready_for_update(self) -> bool:
         """Whether `begin_update` may be called; with `on_update="finish"` waiting requests begin after the update."""
         self._admits = self._on_update != "finish"

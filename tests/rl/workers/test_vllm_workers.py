@@ -27,7 +27,7 @@ PROMPT, SAMPLING = (5, 6, 7, 8), SamplingParams(max_new_tokens=12, exact_lengths
 
 def drawn(rollouts: RolloutGroup) -> Completion:
     request = RolloutRequest(3, PROMPT, SAMPLING, seed=1)
-    (completion,) = gather([rollouts.teams[0][0].call(RolloutWorker.work, [request], 32)])[0]
+    (completion,) = gather([rollouts.teams[0][0].call(RolloutWorker.work, [request], 32)])[0].completions
     return completion
 
 
