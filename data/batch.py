@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+Tokens = NDArray[np.int32]
 COLUMNS = ("weight", "advantage", "old_logp", "proximal_logp", "reference_logp", "value", "returns")
 """Names of the per-token columns; `Sample` documents each."""
 PREDICTED = ("targets", "samples", "numbers", *COLUMNS)
@@ -22,10 +23,13 @@ PREDICTED = ("targets", "samples", "numbers", *COLUMNS)
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its completion of C tokens; every column has length C."""
+    """A prompt and its completion of C tokens; every column has length C.
 
-    prompt: Ints
-    completion: Ints
+    A column whose numbers are all the same is one number in memory, where it was given as one, and in pickles.
+    """
+
+    prompt: Tokens
+    completion: Tokens
     weight: Floats
     """The token's weight in the loss; 0 for a token that is not trained on."""
     advantage: Floats
@@ -40,12 +44,35 @@ class Sample:
     """The critic's value before the update: expected rewards from this token on."""
     returns: Floats
     """The critic's target: the returns from this token on."""
-    numbers: Ints
-    """Each token's number in the global batch, by which the scores of single tokens are assigned to them."""
+    number: int = 0
+    """Of the completion's first token in the global batch, which the others follow: scores come back by it."""
     group: int = 0
     """Samples with the same number are compared with each other by preference losses."""
     preference: float = 0.0
     """Of two samples of a group, the one with the higher preference is better."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        short = {name: column[0] if is_constant(column) else column for name, column in columns.items()}
+        rest = {"number": self.number, "group": self.group, "preference": self.preference}
+        return _read, (self.prompt, self.completion, short | rest)
+
+
+def is_constant(array: NDArray[Any]) -> bool:
+    """Whether an array, [N], has one number at least, and the bits of all are the same."""
+    if not len(array) or array.strides == (0,):
+        return bool(len(array))
+    bits = array.view(f"u{array.itemsize}")
+    return bool(bits[0] == bits[-1] and (bits == bits[0]).all())
+
+
+def compact(column: Floats) -> Floats:
+    """A column that is one number in memory where all of its numbers are the same."""
+    return np.broadcast_to(column[0], len(column)) if is_constant(column) else column
+
+
+def _read(prompt: Tokens, completion: Tokens, columns: dict[str, Any]) -> Sample:
+    return sample(prompt, completion, **columns)
 
 
 def sample(
@@ -59,7 +86,7 @@ def sample(
     reference_logp: float | Floats = 0.0,
     value: float | Floats = 0.0,
     returns: float | Floats = 0.0,
-    numbers: int | Ints = 0,
+    number: int = 0,
     group: int = 0,
     preference: float = 0.0,
 ) -> Sample:
@@ -72,15 +99,15 @@ def sample(
         raise ValueError(
             f"a sample needs a prompt and a completion, and has {len(prompt)} and {len(completion)} tokens"
         )
-    proximal_logp = old_logp if proximal_logp is None else proximal_logp
     columns = (weight, advantage, old_logp, proximal_logp, reference_logp, value, returns)
     shaped: dict[str, Any] = {
-        name: np.broadcast_to(np.asarray(column, np.float32), len(completion))
+        name: compact(np.broadcast_to(np.asarray(column, np.float32), len(completion)))
         for name, column in zip(COLUMNS, columns, strict=True)
+        if column is not None
     }
-    tokens = np.asarray(prompt, np.int64), np.asarray(completion, np.int64)
-    numbered = np.broadcast_to(np.asarray(numbers, np.int64), len(completion))
-    return Sample(*tokens, **shaped, numbers=numbered, group=group, preference=preference)
+    shaped.setdefault("proximal_logp", shaped["old_logp"])  # one array, which is pickled once
+    tokens = np.asarray(prompt, np.int32), np.asarray(completion, np.int32)
+    return Sample(*tokens, **shaped, number=number, group=group, preference=preference)
 
 
 @dataclass(frozen=True)

@@ -121,13 +121,13 @@ def row(chosen: Sequence[Document], length: int) -> TokenBatch:
         shapes.append((spare,))
     members = [s for d in chosen for s in d.samples]
     batch = TokenBatch(
-        tokens=np.concatenate(tokens),
+        tokens=_joined(tokens, np.int64),
         positions=np.concatenate(positions),
         documents=tuple(shapes),
         predictors=_joined(predictors, np.int64),
         targets=_joined([s.completion for s in members], np.int64),
         samples=np.repeat(np.arange(len(members)), [len(s.completion) for s in members]),
-        numbers=_joined([s.numbers for s in members], np.int64),
+        numbers=_joined([s.number + np.arange(len(s.completion)) for s in members], np.int64),
         members=members_of(members),
         **{c: _joined([getattr(s, c) for s in members], np.float32) for c in COLUMNS},
     )
@@ -144,7 +144,20 @@ def _without_silent(batch: TokenBatch) -> TokenBatch:
     return replace(batch, **{c: getattr(batch, c)[loud] for c in ("predictors", *PREDICTED)})
 
 
-def pack(chosen: Sequence[Document], *, budget: int, multiple: int = 32, equal: bool = False) -> list[TokenBatch]:
+@dataclass(frozen=True)
+class PlannedRow:
+    """The documents of a row, which whoever computes it assembles."""
+
+    documents: tuple[Document, ...]
+    length: int
+    """Tokens, padding included."""
+
+    def assembled(self) -> TokenBatch:
+        """The row."""
+        return row(self.documents, self.length)
+
+
+def plan(chosen: Sequence[Document], *, budget: int, multiple: int = 32, equal: bool = False) -> list[PlannedRow]:
     """Pack documents into rows of at most `budget` tokens (more only for a single longer document), longest first.
 
     `documents` splits what need not be longer.
@@ -164,7 +177,7 @@ def pack(chosen: Sequence[Document], *, budget: int, multiple: int = 32, equal: 
     padded = [-(-n // multiple) * multiple for n in filled]
     if equal and padded:
         padded = [max(padded)] * len(padded)
-    return [row(members, length) for members, length in zip(rows, padded, strict=True)]
+    return [PlannedRow(tuple(members), length) for members, length in zip(rows, padded, strict=True)]
 
 
 def share(chosen: Sequence[Document], parts: int) -> list[list[Document]]:
@@ -208,14 +221,19 @@ class RowRules:
 
 def rows_for_ranks(samples: Sequence[Sample], rules: RowRules) -> list[list[TokenBatch]]:
     """Pack a global batch into rows for each data rank; missing rows are filled up with rows of weight 0."""
+    return [[each.assembled() for each in rows] for rows in plan_for_ranks(samples, rules)]
+
+
+def plan_for_ranks(samples: Sequence[Sample], rules: RowRules) -> list[list[PlannedRow]]:
+    """Say which documents are in which of the rows of `rows_for_ranks`, so that each rank can assemble its own."""
     silent = Document((sample([0], [0], weight=0.0),))
     shares = share(documents(samples, rules.budget if rules.splits else None), rules.ranks)
     packed = [
-        pack(part or [silent], budget=rules.budget, multiple=rules.multiple, equal=rules.equal) for part in shares
+        plan(part or [silent], budget=rules.budget, multiple=rules.multiple, equal=rules.equal) for part in shares
     ]
     most = max(map(len, packed)) if rules.in_step else 0
     for rows in packed:
         wanted = rules.rows(max(most, len(rows)))
-        length = len(rows[0].tokens) if rules.equal else rules.multiple
-        rows += [row([silent], length)] * (wanted - len(rows))
+        length = rows[0].length if rules.equal else rules.multiple
+        rows += [PlannedRow((silent,), length)] * (wanted - len(rows))
     return packed

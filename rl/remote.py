@@ -243,6 +243,14 @@ def _task(function: Callable[..., Any]) -> Any:
     return ray.remote(num_cpus=0, max_retries=0)(function)
 
 
+def put(value: Result) -> Result:
+    """Stores a value in Ray's object store, once for all calls that it is an argument of, and in a host's memory once.
+
+    What is returned is Ray's reference, typed as the value because Ray replaces it by that in calls.
+    """
+    return cast(Result, ray.put(value))
+
+
 class Gather(Protocol):
     """A function that waits for calls as `gather` does; it may do something else meanwhile."""
 

@@ -6,12 +6,24 @@ which is always there. A function says by the types of its arguments which stage
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TypeVar
+
+import numpy as np
 
 from lockstep.data.batch import Floats
 from lockstep.data.tasks.code_tests import CodeTests
+from lockstep.rl.column import Column
 from lockstep.rl.verdict import Verdict
+
+COLUMNS: dict[str, type[np.generic]] = {
+    "tokens": np.int32,
+    "logp": np.float32,
+    "weight_versions": np.int32,
+    "sampling_logp": np.float32,
+    "written": np.bool_,
+}
+"""Columns of a completion, and what their numbers are."""
+NO_NUMBERS, NO_FLAGS = Column[float]((), np.float32), Column[bool]((), np.bool_)
 
 
 @dataclass(frozen=True)
@@ -72,12 +84,12 @@ class Prompt:
 class Completion:
     """A completion: tokens, their log-probabilities under the policy that sampled them, and its weight versions.
 
-    Engines return it: without its prompt, whose tests may be large.
+    Engines return it: without its prompt, whose tests may be large. Its columns may be given as any sequences.
     """
 
     sample: int
-    tokens: tuple[int, ...]
-    logp: tuple[float, ...]
+    tokens: Column[int]
+    logp: Column[float]
     """Of each token under the policy, with the temperature, over the whole vocabulary."""
     text: str
     """What is judged: without the stop string that ended it, whose tokens are among those above."""
@@ -85,11 +97,11 @@ class Completion:
     """`stop` where the model or a stop string ended it, `length` where the limit did, `abort` where a caller did,
     `turns` where its environment would have gone on after the last turn that it may have, `error` where the engine
     could not compute it."""
-    weight_versions: tuple[int, ...]
+    weight_versions: Column[int]
     """Of each token: the version of the weights that sampled it."""
-    sampling_logp: tuple[float, ...] = ()
+    sampling_logp: Column[float] = NO_NUMBERS
     """Of each token under the distribution that it was drawn from, truncation included; training uses `logp`."""
-    written: tuple[bool, ...] = ()
+    written: Column[bool] = NO_FLAGS
     """Of each token: whether the model wrote it, and not its environment; empty where it wrote all."""
     supports: tuple[tuple[int, ...], ...] = ()
     """Of each token the tokens among which it was drawn, where sampling asks for `support`; empty for all."""
@@ -99,6 +111,10 @@ class Completion:
     error: str = ""
     """Why the engine could not compute it; its tokens end there, and may be none."""
 
+    def __post_init__(self) -> None:
+        for name, dtype in COLUMNS.items():
+            object.__setattr__(self, name, Column(getattr(self, name), dtype))
+
     @property
     def judged(self) -> str:
         """The text that a verifier judges."""
@@ -107,7 +123,7 @@ class Completion:
     @property
     def weight_version(self) -> int:
         """The oldest version of the weights that sampled any of its tokens."""
-        return min(self.weight_versions, default=0)
+        return int(self.weight_versions.array.min()) if self.weight_versions else 0
 
     def with_prompt(self, prompt: Prompt) -> "Rollout":
         """The completion as a rollout of this prompt."""
@@ -204,24 +220,22 @@ class Advantaged(Estimated):
     """None for a rollout that is not learned from: an ungradable one, or with best-of-N one that is not the best."""
 
 
-def last_turn(rollout: Completion) -> tuple[int, ...]:
+def last_turn(rollout: Completion) -> Column[int]:
     """Tokens of the model's last turn: those behind the last token of its environment."""
-    if not rollout.written:
-        return rollout.tokens
-    answered = max((place + 1 for place, own in enumerate(rollout.written) if not own), default=0)
-    return rollout.tokens[answered:]
+    foreign = np.flatnonzero(~rollout.written.array)
+    return rollout.tokens[foreign[-1] + 1 :] if len(foreign) else rollout.tokens
 
 
 def turns(rollout: Completion) -> int:
     """Number of turns in which the model wrote something."""
-    begins = [own and not before for before, own in pairwise((False, *rollout.written))]
-    return sum(begins) if rollout.written else int(bool(rollout.tokens))
+    written = rollout.written.array
+    begins = np.count_nonzero(written[1:] & ~written[:-1]) + np.count_nonzero(written[:1])
+    return int(begins) if len(written) else int(bool(rollout.tokens))
 
 
-def own_logp(rollout: Completion) -> tuple[float, ...]:
+def own_logp(rollout: Completion) -> Floats:
     """Log-probabilities of the tokens that the model wrote."""
-    pairs = zip(rollout.logp, rollout.written or (True,) * len(rollout.logp), strict=True)
-    return tuple(logp for logp, own in pairs if own)
+    return rollout.logp.array[rollout.written.array] if rollout.written else rollout.logp.array
 
 
 def answered(rollout: Written, tokens: Sequence[int]) -> Written:
@@ -230,11 +244,11 @@ def answered(rollout: Written, tokens: Sequence[int]) -> Written:
     assert own, "there is nothing to answer"
     return replace(
         rollout,
-        tokens=(*rollout.tokens, *tokens),
+        tokens=rollout.tokens + tokens,
         logp=rollout.logp + (0.0,) * count,
-        weight_versions=rollout.weight_versions + rollout.weight_versions[-1:] * count,
+        weight_versions=rollout.weight_versions + (rollout.weight_versions[-1],) * count,
         sampling_logp=rollout.sampling_logp + (0.0,) * count,
-        written=(rollout.written or (True,) * own) + (False,) * count,
+        written=(rollout.written or Column((True,) * own, np.bool_)) + (False,) * count,
         supports=rollout.supports and rollout.supports + ((),) * count,
     )
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from lockstep.data.batch import Floats
-from lockstep.data.packing import documents, pack
+from lockstep.data.packing import RowRules, rows_for_ranks
 from lockstep.data.tasks.task import TaskConfig, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.manager import Checkpoint
@@ -83,7 +83,7 @@ def rescored(stage: Stage, groups: Groups, rollouts: Sequence[Rollout], temperat
     Args:
         temperature: that the rollouts were drawn with.
     """
-    rows = pack(documents(of_tokens(rollouts), ROW_TOKENS), budget=ROW_TOKENS)
+    (rows,) = rows_for_ranks(of_tokens(rollouts), RowRules(budget=ROW_TOKENS))
     scores = [logp.numpy(force=True) for logp in score(stage, groups, rows, temperature)]
     return np.concatenate(columns([scores_of(rows, scores)], [len(r.tokens) for r in rollouts]))
 

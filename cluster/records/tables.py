@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -34,7 +35,7 @@ def rollout_row(step: int, number: int, completion: Advantaged) -> dict[str, Any
         "sample": number,
         "reward": completion.reward.total,
         "weight_version": rollout.weight_version,
-        "weight_versions": list(rollout.weight_versions),
+        "weight_versions": np.asarray(rollout.weight_versions),
         "finish_reason": rollout.finish_reason,
         "prompt_tokens": len(rollout.prompt.tokens),
         "completion_tokens": len(rollout.tokens),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lockstep.data.batch import Sample
+from lockstep.data.batch import Sample, compact
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.methods import Aggregation
 
@@ -48,7 +48,7 @@ def weighted(
             parts = [len(over) * max(count, 1.0) for count in counts]
         case "constant":
             parts = [float(len(over) * constant)] * len(counts)
-    return [replace(s, weight=mask / np.float32(n)) for s, mask, n in zip(samples, masks, parts, strict=True)]
+    return [replace(s, weight=compact(mask / np.float32(n))) for s, mask, n in zip(samples, masks, parts, strict=True)]
 
 
 def updates_of(groups: Sequence[GroupSamples], config: RLConfig, seed: int) -> Iterator[list[Sample]]:

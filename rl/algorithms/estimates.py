@@ -1,6 +1,6 @@
 """Log-probabilities and values of the tokens of rollouts: rows go to the models as in training, columns come back.
 
-A row does not know whose its tokens are. So each token that is to be scored carries its own number, and a rank returns
+A row does not know whose its tokens are. So each token that is to be scored has a number of its own, and a rank returns
 pairs of a number and a score, in whatever order its rows have.
 """
 
@@ -21,8 +21,8 @@ def of_completions(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list
     """The same for pairs of a prompt and a completion that are no rollouts; those without tokens have no sample."""
     starts = np.cumsum([0, *(len(tokens) for _, tokens in texts)])
     return [
-        sample(prompt, tokens, numbers=np.arange(a, b))
-        for (prompt, tokens), a, b in zip(texts, starts, starts[1:], strict=False)
+        sample(prompt, tokens, number=int(start))
+        for (prompt, tokens), start in zip(texts, starts, strict=False)
         if len(tokens)
     ]
 
@@ -36,7 +36,8 @@ def of_answers(rollouts: Sequence[Rollout]) -> list[Sample]:
     for number, rollout in enumerate(rollouts):
         last = np.zeros(len(rollout.tokens) + 1, np.float32)
         last[-1] = 1
-        found.append(sample(rollout.prompt.tokens, (*rollout.tokens, 0), weight=last, numbers=number))
+        text = np.append(rollout.tokens, 0)
+        found.append(sample(rollout.prompt.tokens, text, weight=last, number=number - len(rollout.tokens)))
     return found
 
 

@@ -129,4 +129,5 @@ def with_reference(comparisons: Sequence[Comparison], logp: Iterable[Floats]) ->
 
 
 def _distinct(group: Sequence[Judged], outcome: Outcome) -> list[tuple[int, ...]]:
-    return list(dict.fromkeys(s.rollout.tokens for s in group if s.verdict.outcome is outcome and s.rollout.tokens))
+    found = (tuple(s.rollout.tokens) for s in group if s.verdict.outcome is outcome)
+    return list(dict.fromkeys(tokens for tokens in found if tokens))

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lockstep.data.batch import Floats, Sample, sample
+from lockstep.data.batch import Floats, Sample, Tokens, sample
 from lockstep.rl.algorithms.advantage import (
     Doubles,
     best,
@@ -103,8 +103,9 @@ def _group_samples(
     group: Sequence[Advantaged], pieces: Sequence[tuple[Doubles, Doubles] | None], config: RLConfig
 ) -> GroupSamples:
     found = [(s, piece) for s, piece in zip(group, pieces, strict=True) if _counts(s, piece is not None, config)]
+    prompt = np.array(group[0].rollout.prompt.tokens, np.int32)  # which all share
     return GroupSamples(
-        tuple(_sample(s, *(piece or _nothing(s))) for s, piece in found if _is_learned(s, piece, config)),
+        tuple(_sample(s, prompt, *(piece or _nothing(s))) for s, piece in found if _is_learned(s, piece, config)),
         tuple(int(_written(s).sum()) for s, _ in found),
     )
 
@@ -257,7 +258,7 @@ def _dropped(estimated: Estimated, config: Method) -> bool:
     return cut or not _written(estimated).any()
 
 
-def _sample(advantaged: Advantaged, advantages: Doubles, goals: Doubles) -> Sample:
+def _sample(advantaged: Advantaged, prompt: Tokens, advantages: Doubles, goals: Doubles) -> Sample:
     rollout, known = advantaged.rollout, advantaged.estimates
     written = _written(advantaged)
 
@@ -267,12 +268,12 @@ def _sample(advantaged: Advantaged, advantages: Doubles, goals: Doubles) -> Samp
         return column
 
     return sample(
-        rollout.prompt.tokens,
+        prompt,
         rollout.tokens,
         weight=written.astype(np.float32),
         advantage=spread(advantages),
         old_logp=np.asarray(rollout.logp, np.float32),
-        proximal_logp=_before(advantaged),
+        proximal_logp=known.proximal_logp,
         reference_logp=0.0 if known.reference_logp is None else known.reference_logp,
         value=0.0 if known.value is None else known.value,
         returns=spread(goals),

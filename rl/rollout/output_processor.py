@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from lockstep.rl.column import Column
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import before_stop
 from lockstep.rl.rollout.protocol import Engine, FailedOutput, Request, TokenOutput
@@ -93,17 +96,17 @@ class OutputProcessor:
 
     def _completed(self, number: int, error: str) -> Completion:
         request, tokens = self._requests.pop(number), self._parts.pop(number)
-        ids = tuple(t.token for t in tokens)
+        ids = [t.token for t in tokens]
         reason = "error" if error else (tokens and tokens[-1].finish_reason) or "abort"
-        text = "" if error else self._engine.decode(list(ids))
+        text = "" if error else self._engine.decode(ids)
         written = Completion(
             sample=number,
-            tokens=ids,
-            logp=tuple(t.logp for t in tokens),
+            tokens=Column(ids, np.int32),
+            logp=Column((t.logp for t in tokens), np.float32),
             text=before_stop(text, request.sampling.stop) if reason == "stop" else text,
             finish_reason=reason,
-            weight_versions=tuple(t.weight_version for t in tokens),
-            sampling_logp=tuple(t.sampling_logp for t in tokens),
+            weight_versions=Column((t.weight_version for t in tokens), np.int32),
+            sampling_logp=Column((t.sampling_logp for t in tokens), np.float32),
             supports=tuple(t.support for t in tokens) if any(t.support for t in tokens) else (),
             error=error,
         )

@@ -12,6 +12,7 @@ import torch
 from lockstep.data.batch import Floats, Ints, TokenBatch
 from lockstep.data.corpus.loader import PretrainingConfig, PretrainingData
 from lockstep.data.corpus.sample_schedule import SampleSchedule
+from lockstep.data.packing import PlannedRow
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint import manager
 from lockstep.distributed.checkpoint.saver import CheckpointConfig, Saver
@@ -134,15 +135,15 @@ class ModelWorker(RankWorker):
         """A model in the policy's layout with the weights of a source."""
         return build(self.model, self.groups, self.trainer.dtype, source, self.trainer.transformer.numerics)
 
-    def update(self, step: int, rows: list[TokenBatch], objective: Objective, learning_rate: float) -> StepResult:
+    def update(self, step: int, rows: list[PlannedRow], objective: Objective, learning_rate: float) -> StepResult:
         """One gradient step on this data rank's rows, which the reference scores, too, where there is one."""
         self.step = step
         stage = self.reference.stage if self.reference else None
-        return self._ended(self.trainer.step(rows, objective, learning_rate, stage))
+        return self._ended(self.trainer.step(_assembled(rows), objective, learning_rate, stage))
 
-    def measure(self, rows: list[TokenBatch], objective: Objective) -> dict[str, float]:
+    def measure(self, rows: list[PlannedRow], objective: Objective) -> dict[str, float]:
         """Metrics of an objective over the rows of all data ranks, without an update."""
-        return self.trainer.measure(rows, objective)
+        return self.trainer.measure(_assembled(rows), objective)
 
     def follow(self, step: int) -> None:
         """Updates a reference model that moves with the weights after a step."""
@@ -154,15 +155,16 @@ class ModelWorker(RankWorker):
         """Frees cached memory of the last step for other processes on the same device."""
         give_back(next(self.stage.module.parameters()).device)
 
-    def score(self, rows: list[TokenBatch], of: Holding) -> tuple[Ints, Floats]:
+    def score(self, rows: list[PlannedRow], of: Holding) -> tuple[Ints, Floats]:
         """Scores the tokens of this data rank's rows with this model or its reference; see `scores_of`."""
         stage = self.stage
         if of == "reference":
             assert self.reference
             stage = self.reference.stage
-        scores = [each.numpy(force=True) for each in score(stage, self.groups, rows, self.temperature)]
+        batches = _assembled(rows)
+        scores = [each.numpy(force=True) for each in score(stage, self.groups, batches, self.temperature)]
         first = self.groups.tensor_rank == self.groups.context_rank == 0
-        return scores_of(rows, scores if first else [])
+        return scores_of(batches, scores if first else [])
 
     def restore(self, checkpoint: Path | Storage) -> None:
         """Loads the optimizer's state from the checkpoint that this rank started from."""
@@ -276,3 +278,7 @@ class ModelWorker(RankWorker):
     def saved(self) -> None:
         """Waits until this rank's part of the last checkpoint is on disk."""
         self.saver.wait()
+
+
+def _assembled(rows: list[PlannedRow]) -> list[TokenBatch]:
+    return [row.assembled() for row in rows]

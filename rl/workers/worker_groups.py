@@ -5,8 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
-from lockstep.data.batch import Floats, Ints, Sample, TokenBatch
-from lockstep.data.packing import rows_for_ranks
+from lockstep.data.batch import Floats, Ints, Sample
+from lockstep.data.packing import PlannedRow, plan_for_ranks
 from lockstep.distributed.checkpoint.manager import BadCheckpoint, Checkpoint
 from lockstep.distributed.checkpoint.storage import Storage
 from lockstep.distributed.layout import Layout
@@ -14,7 +14,7 @@ from lockstep.distributed.step_result import StepResult
 from lockstep.model.config import Head, ModelConfig, Numerics
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.rl.environments.config import EnvironmentConfig
-from lockstep.rl.remote import GRACE_S, ActorHandle, Call, Places, Processes, gather, start
+from lockstep.rl.remote import GRACE_S, ActorHandle, Call, Places, Processes, gather, put, start
 from lockstep.rl.types import Rollout
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.config import VerifierConfig
@@ -122,9 +122,10 @@ class ModelGroup:
         calls = zip(self.workers, self._shares(samples), strict=True)
         return [w.call(ModelWorker.score, rows, of) for w, rows in calls]
 
-    def _shares(self, samples: Sequence[Sample]) -> list[list[TokenBatch]]:
-        """Samples packed into rows, by rank."""
-        rows = rows_for_ranks(samples, row_rules(self.layout, self._config.row_tokens, self._model))
+    def _shares(self, samples: Sequence[Sample]) -> list[list[PlannedRow]]:
+        """References to the rows of each rank, which assembles them; the ranks of one model share theirs on a host."""
+        rules = row_rules(self.layout, self._config.row_tokens, self._model)
+        rows = [put(rows) for rows in plan_for_ranks(samples, rules)]
         return [rows[self.layout.data_rank(rank)] for rank in range(len(self.workers))]
 
 

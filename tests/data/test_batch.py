@@ -1,7 +1,9 @@
 """Packing loses no prediction and repeats none, whatever the prompts, budgets and ranks."""
 
+import pickle
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.data.batch import COLUMNS, Sample, TokenBatch, sample, sequences_of
-from lockstep.data.packing import Document, RowRules, documents, pack, rows_for_ranks, share
+from lockstep.data.packing import Document, RowRules, documents, plan, plan_for_ranks, rows_for_ranks, share
 
 PROMPTS = ([1], [2, 3], [2, 3, 4], [1, 1, 1, 1, 1, 1, 1])
 
@@ -22,8 +24,7 @@ def one_sample(draw: st.DrawFn) -> Sample:
     completion = draw(st.lists(st.integers(0, 9), min_size=1, max_size=7))
     number = st.sampled_from([0.0, 0.25, -1.5, 2.0])
     columns = {c: np.array(draw(st.lists(number, min_size=len(completion), max_size=len(completion)))) for c in COLUMNS}
-    numbers = draw(st.lists(st.integers(0, 1 << 40), min_size=len(completion), max_size=len(completion)))
-    return sample(draw(st.sampled_from(PROMPTS)), completion, numbers=np.array(numbers), **columns)
+    return sample(draw(st.sampled_from(PROMPTS)), completion, number=draw(st.integers(0, 1 << 40)), **columns)
 
 
 many_samples = st.lists(one_sample(), min_size=1, max_size=12)
@@ -32,7 +33,7 @@ many_samples = st.lists(one_sample(), min_size=1, max_size=12)
 def naive_predictions(samples: Sequence[Sample]) -> Counter[Prediction]:
     """(everything read so far → next token, number, columns) for every token that has weight."""
     return Counter(
-        ((*s.prompt.tolist(), *s.completion[:i].tolist()), int(s.completion[i]), int(s.numbers[i]), columns)
+        ((*s.prompt.tolist(), *s.completion[:i].tolist()), int(s.completion[i]), s.number + i, columns)
         for s in samples
         for i in range(len(s.completion))
         if (columns := tuple(float(getattr(s, c)[i]) for c in COLUMNS))[0] != 0
@@ -61,15 +62,19 @@ def predictions(rows: Sequence[TokenBatch]) -> Counter[Prediction]:
     return found
 
 
+def packed(chosen: Sequence[Document], **options: Any) -> list[TokenBatch]:
+    return [planned.assembled() for planned in plan(chosen, **options)]
+
+
 @given(many_samples, st.integers(1, 60), st.sampled_from([1, 8, 32]), st.booleans())
 def test_packing_keeps_every_prediction(samples: list[Sample], budget: int, multiple: int, equal: bool) -> None:
-    rows = pack(documents(samples), budget=budget, multiple=multiple, equal=equal)
+    rows = packed(documents(samples), budget=budget, multiple=multiple, equal=equal)
     assert predictions(rows) == naive_predictions(samples)
 
 
 @given(many_samples, st.integers(1, 60), st.sampled_from([1, 8, 32]), st.booleans())
 def test_rows_keep_to_their_budget_and_shape(samples: list[Sample], budget: int, multiple: int, equal: bool) -> None:
-    rows = pack(documents(samples), budget=budget, multiple=multiple, equal=equal)
+    rows = packed(documents(samples), budget=budget, multiple=multiple, equal=equal)
     for row in rows:
         real = [d for d in row.documents if len(d) > 1]  # padding is the only document without branches
         assert len(real) == 1 or sum(map(sum, real)) <= budget
@@ -84,7 +89,7 @@ def test_rows_keep_to_their_budget_and_shape(samples: list[Sample], budget: int,
 
 
 def test_padding_is_a_document_that_predicts_nothing() -> None:
-    (row,) = pack(documents([sample([7, 8], [9, 10], weight=0.5)]), budget=10, multiple=8)
+    (row,) = packed(documents([sample([7, 8], [9, 10], weight=0.5)]), budget=10, multiple=8)
     assert row.documents == ((2, 1), (5,))
     assert row.tokens.tolist() == [7, 8, 9, 0, 0, 0, 0, 0]
     assert row.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
@@ -93,7 +98,7 @@ def test_padding_is_a_document_that_predicts_nothing() -> None:
 
 
 def test_tokens_of_no_weight_are_read_but_not_predicted() -> None:
-    (row,) = pack(documents([sample([1], [2, 3, 4], weight=np.array([0, 1, 0]))]), budget=9, multiple=1)
+    (row,) = packed(documents([sample([1], [2, 3, 4], weight=np.array([0, 1, 0]))]), budget=9, multiple=1)
     assert row.tokens.tolist() == [1, 2, 3]
     assert (row.predictors.tolist(), row.targets.tolist()) == ([1], [3])
 
@@ -143,7 +148,7 @@ def test_a_column_of_another_length_is_refused() -> None:
 
 
 def test_nothing_to_pack_gives_no_rows() -> None:
-    assert pack([], budget=8, equal=True) == []
+    assert plan([], budget=8, equal=True) == []
     assert Document((sample([1, 2], [3]),)).branches == [0]
 
 
@@ -157,3 +162,22 @@ def test_documents_count_the_same_however_they_are_packed(samples: list[Sample],
         assert (np.diff(document) >= 0).all()
         found += weight[weight != 0].tolist()
     assert sorted(found) == sorted(w for w in expected if w != 0)
+
+
+@given(many_samples, st.sampled_from([RowRules(2, 20, multiple=4), RowRules(3, 9, equal=True, count=2, in_step=True)]))
+def test_a_rank_assembles_the_rows_that_were_planned(samples: list[Sample], rules: RowRules) -> None:
+    read = [pickle.loads(pickle.dumps(planned, protocol=5)) for planned in plan_for_ranks(samples, rules)]
+    for planned, rows in zip(read, rows_for_ranks(samples, rules), strict=True):
+        assert [pickle.dumps(each.assembled()) for each in planned] == [pickle.dumps(row) for row in rows]
+
+
+def test_what_is_the_same_for_all_tokens_takes_no_memory() -> None:
+    length = 100_000
+    logp = np.linspace(-1, 0, length, dtype=np.float32)
+    made = sample([1], range(length), weight=np.full(length, 0.25), advantage=-0.5, old_logp=logp)
+    assert made.weight.strides == made.advantage.strides == made.returns.strides == (0,)
+    assert np.shares_memory(made.old_logp, logp)
+    assert np.shares_memory(made.proximal_logp, logp)
+    assert len(pickle.dumps(made, protocol=5)) == pytest.approx(8 * length, abs=1000), "tokens and log-probabilities"
+    zeros = np.array([0.0, -0.0, 0.0], np.float32)
+    assert sample([1], [2, 3, 4], value=zeros).value.tobytes() == zeros.tobytes(), "signs of zeros are bits"

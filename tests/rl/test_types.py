@@ -50,7 +50,7 @@ def test_tokens_are_those_of_all_turns_and_answers(
     assert {len(column) for column in columns} == {len(said)}
     assert list(whole.tokens) == said
     assert [t for t, mine in zip(whole.tokens, whole.written, strict=True) if mine] == own
-    assert own_logp(whole) == tuple(p for tokens, _, _ in parts for p in turn(tokens, 0, False).logp)
+    assert own_logp(whole).tolist() == [p for tokens, _, _ in parts for p in turn(tokens, 0, False).logp]
     assert whole.weight_version == 0
     assert len(whole.supports) in (0, len(said))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lockstep.data.batch import Sample
-from lockstep.data.packing import documents, pack
+from lockstep.data.packing import documents, plan
 from lockstep.model.objectives.objective import loss_inputs
 from lockstep.model.objectives.pair_loss import PairLoss
 from lockstep.rl.algorithms.samples import preference_samples
@@ -107,7 +107,7 @@ def test_a_reward_model_reads_the_value_at_the_last_token(kind: str) -> None:
 
     for budget in (1, 30, 1000):
         loss = torch.zeros(())
-        for row in pack(documents(samples), budget=budget):
+        for row in (planned.assembled() for planned in plan(documents(samples), budget=budget)):
             last = [int(row.tokens[p]) for p in row.predictors]  # the value is read where the answer ends
             loss = loss + PairLoss(kind)(values[[order[n] for n in last]], loss_inputs(row, torch.device("cpu")))[0]
         scores = [[values[order[span[-1]]].double() for span in spans] for _, spans in described]

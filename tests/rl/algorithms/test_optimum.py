@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lockstep.data.batch import Sample, sample
-from lockstep.data.packing import documents, pack
+from lockstep.data.packing import documents, plan
 from lockstep.model.objectives.kl import KL
 from lockstep.model.objectives.objective import LossInputs, Objective, loss_inputs
 from lockstep.model.objectives.pair_loss import PairLoss
@@ -53,7 +53,7 @@ class Problem:
     def columns(self) -> LossInputs:
         """Of a row of all completions."""
         samples = [sample([0], range(i * 10 + 1, i * 10 + 1 + self.length)) for i in range(len(self.paths))]
-        return loss_inputs(pack(documents(samples), budget=1000)[0], torch.device("cpu"))
+        return loss_inputs(plan(documents(samples), budget=1000)[0].assembled(), torch.device("cpu"))
 
     def tilted(self, beta: float) -> Tensor:
         """π_ref · exp(R/β) / Z."""
@@ -154,7 +154,7 @@ def preferred(problem: Problem, rule: Objective) -> Tensor:
             columns = {"weight": weight, "reference_logp": reference[of].numpy()}
             samples.append(sample([0], range(1, 1 + problem.length), **columns, group=number, preference=place))
             members.append(of)
-    columns = loss_inputs(pack(documents(samples), budget=1000)[0], torch.device("cpu"))
+    columns = loss_inputs(plan(documents(samples), budget=1000)[0].assembled(), torch.device("cpu"))
     return problem.policy(
         descended(problem.reference, lambda table: rule(problem.logp(table)[members].flatten(), columns)[0])
     )
