@@ -26,7 +26,6 @@ PROBLEMS = {
 }
 LAYOUTS = ("{data=2}", "{tensor=2}", "{pipeline=2}", "{data=2,tensor=2,pipeline=2}")
 CASES = [pytest.param(recipe, layout, marks=pytest.mark.exhaustive) for recipe in PROBLEMS for layout in LAYOUTS]
-CASES[len(LAYOUTS)] = pytest.param("grpo-humaneval", LAYOUTS[0])
 LOWER_CASE = 0.5
 
 
@@ -81,6 +80,72 @@ def test_grpo_runs_on_real_problems(name: str, layout: str, tmp_path: Path, tiny
     if "humaneval" in name:
         assert output.startswith("code sandbox: namespaces on, seccomp on")
         assert "[verifier 0 step 0] info: code sandbox: namespaces on" in output
+
+
+MIXTURE = """
+name = "mixture"
+seed = 0
+
+[[tasks]]
+name = "math"
+preset = "gsm8k"
+generator = "{gsm8k}/train.jsonl"
+held_out_from = "{gsm8k}/test.jsonl"
+held_out = 2
+
+[[tasks]]
+name = "code"
+preset = "humaneval"
+generator = "{humaneval}/HumanEval.jsonl.gz"
+held_out = 2
+
+[[reward.functions]]
+name = "small"
+function = "{file}:small"
+weight = 0.5
+"""
+REWARD = """
+def small(completion: str, task: str) -> float:
+    assert task in ("math", "code")
+    return float(any(letter.islower() for letter in completion))
+"""
+
+
+def test_a_mixture_of_real_math_and_code_learns_from_a_users_reward(
+    tmp_path: Path, tiny_folder: Path, train: Train
+) -> None:
+    gsm8k, humaneval = DATASETS / "gsm8k", DATASETS / "humaneval"
+    if not gsm8k.is_dir() or not humaneval.is_dir():
+        pytest.skip("the data sets do not lie in ../shared/datasets beside the repository")
+    recipe, own = tmp_path / "mixture.toml", tmp_path / "own.py"
+    own.write_text(REWARD)
+    recipe.write_text(MIXTURE.format(gsm8k=gsm8k, humaneval=humaneval, file=own))
+    code, output = train(
+        tmp_path / "log",
+        recipe,
+        *(f"{key}={value}" for key, value in tiny(tiny_folder).items()),
+        f"run={tmp_path}/{{name}}",
+        "rollout.length=3500",
+        "trainer.row_tokens=512",
+        "evaluation.max_new_tokens=4",
+        "verifier.deadline=60.0",
+        "rl.steps=2",
+        "rl.prompts_per_step=2",
+        "rl.group_size=6",
+        "rl.sampling.max_new_tokens=4",
+    )
+    assert code == 0, output
+    steps = metrics(tmp_path / "mixture", "rl")
+    assert len(steps) == 2
+    for step in steps:
+        assert step["task/math/completions"] == step["task/code/completions"] == 6
+        rewards = [step["task/math/reward"], step["task/code/reward"]]
+        assert step["reward"] == pytest.approx(sum(rewards) / 2)
+        assert step["reward"] == pytest.approx(step["reward/small"] + step["reward/correctness"])
+        assert 0 < step["reward/small"] < 0.5
+        assert step["grad_norm"] > 0
+        assert step["ungradable"] == 0
+    assert "[verifier 0 step 0] info: code sandbox: namespaces on" in output
 
 
 def test_a_run_is_refused_where_programs_could_not_be_kept_in(tmp_path: Path) -> None:
