@@ -161,6 +161,8 @@ class Processes:
     """Calls that each works on at the same time."""
     event_loop: bool = False
     """Whether methods may be coroutine functions."""
+    variables: Sequence[str] = ()
+    """Names of variables of the driver that they get, beside those of `PASSED_ON` and in the same way."""
     python: str = ""
     """The interpreter that runs them, with what its environment has; empty for that of the cluster."""
 
@@ -174,7 +176,8 @@ def start(
     """Starts actors, each of which makes a worker of this class from its rank and the arguments."""
     actor = type(kind.__name__, (_AsyncActor if processes.event_loop else _Actor,), {})  # the name is in process titles
     made: Any = ray.remote(max_restarts=0, num_cpus=0)(actor)
-    passed_on = {name: os.environ[name] for name in os.environ.get(PASSED_ON, "").split(",") if name in os.environ}
+    names = (*os.environ.get(PASSED_ON, "").split(","), *processes.variables)
+    passed_on = {name: os.environ[name] for name in names if name in os.environ}
     started = []
     for rank in processes.ranks:
         place = processes.places[rank] if processes.places else Place()

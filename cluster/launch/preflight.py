@@ -29,6 +29,9 @@ from lockstep.rl.sandbox.distributions import LibraryError
 from lockstep.rl.sandbox.isolation import SandboxError
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import SandboxConfig
+from lockstep.rl.verifiers.llm_judge.client import EndpointError
+from lockstep.rl.verifiers.llm_judge.config import LLMJudgeConfig
+from lockstep.rl.verifiers.llm_judge.grader import trial
 from lockstep.rl.verifiers.user_functions import OFFERED
 
 
@@ -148,6 +151,18 @@ def check_sandbox(config: SandboxConfig) -> str:
         raise RecipeError(f"verifier.sandbox.libraries={list(config.libraries)}: {error}") from error
     except SandboxError as error:
         raise RecipeError(f"verifier.sandbox.requires={list(config.requires)}: {error}") from error
+
+
+def check_llm_judge(config: LLMJudgeConfig) -> str:
+    """Have an LLM judge score a right answer, and return what it said in one line.
+
+    Raises:
+        RecipeError: where its endpoint does not answer, or refuses the question.
+    """
+    try:
+        return trial(config)
+    except EndpointError as error:
+        raise RecipeError(f"verifier.llm_judge: {error}") from error
 
 
 def check_place(plan: RunPlan) -> None:

@@ -24,6 +24,7 @@ from lockstep.rl.algorithms.supervised import SupervisedConfig
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.rollout.config import INEXACT, RolloutConfig
 from lockstep.rl.verifiers.config import VerifierConfig
+from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE
 
 RATIO_KEYS = frozenset({"proximal", "correction", "gain", "ratio", "clip_low", "clip_high", "clip_dual"})
 """Keys of [rl] that say what importance ratios are to and how they are bounded."""
@@ -232,6 +233,19 @@ class Recipe(_Section):
             raise ValueError(
                 f"environment.kind='gym' scores entries of reasoning-gym, and task.grader={other!r} gives "
                 "answers: set task.grader='gym'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_judge_that_it_asks(self) -> "Recipe":
+        grades = any(each.grader == LLM_JUDGE for each in self.mixture)
+        asked = grades or LLM_JUDGE in self.reward.user_functions.values()
+        if asked and not self.verifier.llm_judge:
+            raise ValueError("llm_judge is asked for scores, and there is none: give verifier.llm_judge url and model")
+        if self.verifier.llm_judge and not asked:
+            raise ValueError(
+                "verifier.llm_judge is asked for nothing: set task.grader='llm_judge', or give [[reward.functions]] "
+                "with function='llm_judge'"
             )
         return self
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lockstep.cluster.launch.preflight import CheckedRun, check, check_rows, check_sandbox
+from lockstep.cluster.launch.preflight import CheckedRun, check, check_llm_judge, check_rows, check_sandbox
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.run.beginning import Beginning, prepare
@@ -54,6 +54,8 @@ def make_ready(recipe: Recipe, say: Callable[[str], None], *, resume: bool = Fal
     problems = () if recipe.pretrain else problem_sets(recipe.mixture, recipe.seed)
     if any(each.split.has_programs for each in problems):
         say(check_sandbox(recipe.verifier.sandbox))
+    if recipe.verifier.llm_judge:
+        say(check_llm_judge(recipe.verifier.llm_judge))
     return ReadyRun(checked, beginning, problems)
 
 

@@ -65,8 +65,8 @@ class TaskConfig(BaseModel):
     )
     grader: Annotated[str, Callable] = Field(
         "answer",
-        description="what decides where there are no tests; gym: reasoning-gym's scores, with partial credit; or "
-        "module:function or file.py:function of your own",
+        description="what decides where there are no tests; gym: reasoning-gym's scores, with partial credit; "
+        "llm_judge: an LLM, by verifier.llm_judge; or module:function or file.py:function of your own",
     )
     chat: bool = Field(True, description="put the prompt into the tokenizer's chat template")
     chat_template_kwargs: dict[str, Any] = Field(
@@ -95,9 +95,10 @@ class TaskConfig(BaseModel):
                 f"task.grader='gym' scores what reasoning-gym made, and these problems come from "
                 f"{'a function' if own else 'files'}"
             )
-        if self.grader not in ("answer", "gym") and function_name(self.grader) is None:
+        if self.grader not in ("answer", "gym", "llm_judge") and function_name(self.grader) is None:
             raise ValueError(
-                f"task.grader={self.grader!r} is not known: use answer, gym, module:function or file.py:function"
+                f"task.grader={self.grader!r} is not known: use answer, gym, llm_judge, module:function or "
+                "file.py:function"
             )
         if self.filter and function_name(self.filter) is None:
             raise ValueError(

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from lockstep.data.tasks.user_function import parse
 from lockstep.rl.algorithms.advantage import overlong
 from lockstep.rl.types import Judged, Reward, Rewarded
+from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE
 
 Script = Literal[
     "latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "hangul", "japanese", "chinese"
@@ -92,13 +93,13 @@ class LanguageTerm(_Term):
 
 
 class FunctionTerm(BaseModel):
-    """A function of the user's that gives a completion a number, in a verifier's process and within its deadline."""
+    """A function of the user's, or an LLM judge, that gives a completion a number, asked by a verifier's process."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     function: Annotated[str, Callable] = Field(
-        description="module:function, or file.py:function; it may take completion, answer, prompt, tokens, "
-        "finish_reason and task by name"
+        description="module:function or file.py:function, which may take completion, answer, prompt, tokens, "
+        "finish_reason and task by name; or llm_judge, from 0 to 1 by verifier.llm_judge"
     )
     weight: float = Field(1.0, allow_inf_nan=False, description="what its value is multiplied by; 0 leaves it out")
     name: str = Field("", description="of the term in metrics; that of the function where it is empty")
@@ -111,7 +112,7 @@ class FunctionTerm(BaseModel):
     @field_validator("function")
     @classmethod
     def _names_a_function(cls, function: str) -> str:
-        return str(parse(function))
+        return function if function == LLM_JUDGE else str(parse(function))
 
 
 class RewardConfig(BaseModel):

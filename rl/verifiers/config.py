@@ -1,4 +1,4 @@
-"""The `[verifier]` section of a recipe: processes, deadlines, and limits and isolation of the sandbox."""
+"""The `[verifier]` section of a recipe: processes, deadlines, the sandbox and its isolation, an LLM judge."""
 
 from typing import Literal, get_args
 
@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lockstep.rl.sandbox.distributions import DEFAULT
 from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxLimits
+from lockstep.rl.verifiers.llm_judge.config import LLMJudgeConfig
 
 PROGRAMS = "tests"
 """The name of the grader of problems that have tests."""
@@ -61,3 +62,4 @@ class VerifierConfig(BaseModel):
     processes: int = Field(1, ge=1, description="grading processes of each worker")
     deadline: float = Field(5.0, gt=0, description="seconds of processor time for one answer")
     sandbox: SandboxConfig = SandboxConfig()
+    llm_judge: LLMJudgeConfig | None = None

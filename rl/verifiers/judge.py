@@ -1,10 +1,10 @@
-"""Grades completions by what their problem has: the tests of a program, or else a reference answer and a grader."""
+"""Grades completions by what their problem has: the tests of a program, or else a grader, which may be an LLM."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from threading import Lock
+from threading import RLock
 from typing import Any, Protocol, Self
 
 from lockstep.rl.types import Submission
@@ -12,6 +12,8 @@ from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.answer_pool import AnswerPool, Grader
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import PROGRAMS, VerifierConfig
+from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE
+from lockstep.rl.verifiers.llm_judge.grader import JudgedTerm, LLMJudge
 from lockstep.rl.verifiers.math import grader
 from lockstep.rl.verifiers.user_functions import RewardFunctions, UserFunctions, UserGrader
 
@@ -59,8 +61,8 @@ class Judge:
         self._config, self._note = config, note
         self._functions = dict(reward_functions or {})
         self._pools: dict[str, _Pool] = {}
-        self._rewards: AnswerPool | None = None
-        self._started, self._starting = ExitStack(), Lock()
+        self._terms: list[_Pool] | None = None
+        self._started, self._starting = ExitStack(), RLock()
 
     def start(self, graders: Iterable[str]) -> None:
         """Start graders by name before the first completion comes, `PROGRAMS` for those that have tests.
@@ -94,16 +96,37 @@ class Judge:
 
     def _with_terms(self, items: Sequence[Submission], verdicts: Sequence[Verdict]) -> list[Verdict]:
         with self._starting:
-            if self._rewards is None:
-                self._rewards = self._answer_pool(RewardFunctions(self._functions))
-        found = zip(verdicts, self._rewards.grade([(item.text, item) for item in items]), strict=True)
-        return [replace(v, terms=f.terms, reason="; ".join(filter(None, (v.reason, f.reason)))) for v, f in found]
+            if self._terms is None:
+                self._terms = self._pools_of_terms()
+        asked, found = [(item.text, item) for item in items], list(verdicts)
+        for pool in self._terms:
+            found = [_joined(verdict, more) for verdict, more in zip(found, pool.grade(asked), strict=True)]
+        return found
+
+    def _pools_of_terms(self) -> list[_Pool]:
+        """What computes the reward functions: processes for those of the user's, and the LLM judge."""
+        own = {term: name for term, name in self._functions.items() if name != LLM_JUDGE}
+        pools: list[_Pool] = [self._answer_pool(RewardFunctions(own))] if own else []
+        return pools + [JudgedTerm(term, self._pool(LLM_JUDGE)) for term in self._functions if term not in own]
 
     def _pool(self, name: str) -> _Pool:
         with self._starting:
             if name not in self._pools:
-                self._pools[name] = self._code_pool() if name == PROGRAMS else self._answer_pool(grader_of(name))
+                self._pools[name] = self._new_pool(name)
             return self._pools[name]
+
+    def _new_pool(self, name: str) -> _Pool:
+        if name == PROGRAMS:
+            return self._code_pool()
+        return self._llm_judge() if name == LLM_JUDGE else self._answer_pool(grader_of(name))
+
+    def _llm_judge(self) -> LLMJudge:
+        """With the part of the budget that each of the verifier workers has."""
+        config = self._config.llm_judge
+        if config is None:
+            raise ValueError("there is no LLM judge: give url and model of one in [verifier.llm_judge]")
+        share = -(-config.budget // self._config.workers)
+        return self._started.enter_context(LLMJudge(config, self._note, share))
 
     def _answer_pool(self, grader: Grader) -> AnswerPool:
         """Processes that grade; what a user's function loads, it loads when it is imported."""
@@ -124,6 +147,12 @@ class Judge:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _joined(verdict: Verdict, more: Verdict) -> Verdict:
+    """A verdict with the terms and the reason of another."""
+    reason = "; ".join(dict.fromkeys(filter(None, (verdict.reason, more.reason))))
+    return replace(verdict, terms={**verdict.terms, **more.terms}, reason=reason)
 
 
 def _reference(grader: str, item: Submission) -> Any:

@@ -93,10 +93,13 @@ class Environment:
 def test_variables_of_the_driver_reach_workers_as_arguments(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PASSED_ON, "TOKEN_OF_TEST,SET_NOWHERE")
     monkeypatch.setenv("TOKEN_OF_TEST", "a-secret")
-    worker = start(Environment, Processes("environment", [0], threads=1))[0]
+    workers = start(Environment, Processes("environment", [0], threads=1))
+    monkeypatch.delenv(PASSED_ON)
+    workers += start(Environment, Processes("environment", [0], threads=1, variables=("TOKEN_OF_TEST",)))
     try:
-        value, process = gather([worker.call(Environment.token)])[0]
+        found = gather([worker.call(Environment.token) for worker in workers])
     finally:
-        worker.end()
-    assert value == "a-secret"
-    assert "a-secret" not in process
+        for worker in workers:
+            worker.end()
+    assert [value for value, _ in found] == ["a-secret"] * 2
+    assert not any("a-secret" in process for _, process in found)

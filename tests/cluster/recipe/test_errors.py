@@ -54,6 +54,21 @@ def refusal(values: dict[str, Any]) -> str:
         ({"task": {"preset": ["x"]}}, "task.preset"),
         ({"task": {"preset": {"x": 1}}}, "task.preset"),
         ({"pretrain": {"steps": 1, "data": {"blend": [{"path": "a", "weight": float("nan")}]}}}, "blend[0].weight=nan"),
+        ({"verifier": {"llm_judge": {"model": "m"}}}, "verifier.llm_judge.url is missing"),
+        (
+            {"verifier": {"llm_judge": {"url": "h", "model": "m"}}},
+            'verifier.llm_judge.url="h" is not allowed: it is no',
+        ),
+        ({"verifier": {"llm_judge": {"url": "http://h/v1", "model": "m"}}}, "verifier.llm_judge is asked for nothing"),
+        (
+            {"task": {"grader": "llm_judge"}},
+            "llm_judge is asked for scores, and there is none: give verifier.llm_judge",
+        ),
+        ({"reward": {"functions": [{"function": "llm_judge"}]}}, "llm_judge is asked for scores, and there is none"),
+        (
+            {"reward": {"functions": [{"function": "llm"}]}},
+            "reward.functions[0].function=\"llm\" is not allowed: 'llm' n",
+        ),
         ({"reward": {"format": {"pattern": "a{99999999999999999999}"}}}, "reward.format.pattern="),
     ],
 )

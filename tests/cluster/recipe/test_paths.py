@@ -55,7 +55,7 @@ CALLED_PATHS = re.compile(
     r"(.*_)?(path|paths|source|sources|folder|folders|file|files|dir|at|from|tokenizer|generator)"
 )
 SAID_TO_BE_PATHS = re.compile(r"\b(folder|file|files|path|checkpoint or|URL)\b")
-NO_PATHS = {"task.fields", "tasks.fields", "model.config.family"}
+NO_PATHS = {"task.fields", "tasks.fields", "model.config.family", "verifier.llm_judge.url"}
 """Whose descriptions speak of files that they do not name."""
 
 

@@ -8,6 +8,7 @@ import pytest
 from lockstep.cluster.recipe.load import load_recipe
 from lockstep.cluster.run.dry_run import ReadyRun, dry_run
 from tests.cluster.cli_process import write_recipe
+from tests.rl.verifiers.llm_judge.scripted_endpoint import Scripted, refuses, says, scripted
 
 
 def ready(folder: Path, model: Path, *settings: str) -> ReadyRun:
@@ -49,6 +50,26 @@ def test_what_a_run_would_be_refused_for_is_said(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         ready(tmp_path, tiny_folder, *settings)
+
+
+def test_an_llm_judge_is_tried_before_a_run_starts(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def settings(server: Scripted) -> list[str]:
+        return ["task.grader=llm_judge", f"verifier.llm_judge.url={server.url}", "verifier.llm_judge.model=judge"]
+
+    with scripted(says("SCORE: 10")) as server:
+        ready(tmp_path, tiny_folder, *settings(server))
+        assert "gave 10, from 0 to 10, to a right answer of 2 + 2" in capsys.readouterr().out
+        with pytest.raises(ValueError, match=r"verifier\.llm_judge: KEY_NOWHERE is not set"):
+            ready(tmp_path, tiny_folder, *settings(server), "verifier.llm_judge.api_key_env=KEY_NOWHERE")
+    for status, words in (
+        (401, "give api_key_env"),
+        (403, "give api_key_env"),
+        (404, "model is a name that it serves"),
+    ):
+        with scripted(refuses(status)) as server, pytest.raises(ValueError, match=rf"verifier\.llm_judge: .*{words}"):
+            ready(tmp_path, tiny_folder, *settings(server))
 
 
 def test_a_place_that_is_no_runs_is_refused(tmp_path: Path, tiny_folder: Path) -> None:

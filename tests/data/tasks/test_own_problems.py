@@ -91,7 +91,7 @@ def test_functions_that_fail_are_named_with_what_they_were_given(mine: str) -> N
     ("values", "said"),
     [
         ({"grader": "gym", "generator": "m:f"}, "these problems come from a function"),
-        ({"grader": "gyms"}, "task.grader='gyms' is not known: use answer, gym, module:function or file.py:function"),
+        ({"grader": "gyms"}, "task.grader='gyms' is not known: use answer, gym, llm_judge, module:function or"),
         ({"filter": "even"}, "task.filter='even' names no function"),
     ],
 )

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -15,6 +16,7 @@ from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.workers.stubs import VerifierWorker
 from lockstep.rl.workers.worker_groups import VerifierGroup
 from tests.rl.conftest import Actors
+from tests.rl.verifiers.llm_judge.scripted_endpoint import says, scripted
 
 
 def rollout(sample: int, text: str, answer: str = "4") -> Rollout:
@@ -77,6 +79,30 @@ def test_a_completion_at_which_verifiers_raise_is_ungradable_and_its_neighbours_
     assert found[1][0] is Outcome.ungradable
     assert found[1][1].startswith("its verifier raised, twice: ")
     assert "no number" in found[1][1]
+
+
+def test_an_llm_judge_that_is_away_makes_completions_ungradable_and_ends_no_run(
+    actors: Actors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEY_OF_TEST", "sk-secret")
+    with scripted(says("SCORE: 5")) as server:
+        config = server.config(api_key_env="KEY_OF_TEST", patience_s=1.0)
+        group = VerifierGroup(VerifierConfig(llm_judge=config), reward_functions={"style": "llm_judge"})
+        service = JudgeService(group, Supervisor(lambda: None, lambda: 0.0))
+        graded = replace(rollout(0, "4"), prompt=replace(rollout(0, "4").prompt, grader="llm_judge"))
+        try:
+            service.judge([graded])
+            (call,) = service.calls
+            assert [dict(verdict.terms) for _, verdict in service.take(call)] == [{"style": 0.5}]
+            assert server.keys == ["Bearer sk-secret"]
+            server.end()
+            service.judge([replace(graded, sample=n, text=f"other {n}") for n in range(FAILURES + 2)])
+            found = judged(service)
+        finally:
+            for worker in group.workers:
+                worker.end()
+    assert [outcome for outcome, _ in found.values()] == [Outcome.ungradable] * (FAILURES + 2)
+    assert all("cannot be reached" in reason for _, reason in found.values())
 
 
 def test_verifiers_that_only_raise_end_the_run(verifiers: VerifierGroup) -> None:
