@@ -3,11 +3,14 @@
 import re
 import shlex
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from lockstep.cluster.recipe.load import parse
 from tests.cluster.cli_process import lockstep
+from tests.rl.verifiers.llm_judge.scripted_endpoint import says, scripted
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,3 +41,22 @@ def test_the_pages_functions_and_the_readmes_commands_are_taken(
     refused = lockstep("recipe", "check", *words[2:], *given)
     assert refused.exit_code == 1
     assert "rewards.py:brevity takes length, and is called with completion, answer, prompt" in refused.output
+
+
+def test_the_pages_llm_judge_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/rl.md").read_text()
+    shown = re.search(r"^    \[verifier\.llm_judge\]\n.*?weight = \S+", page, re.DOTALL | re.M)
+    assert shown
+    recipe = parse(tomllib.loads(textwrap.dedent(shown[0])))
+    assert recipe.verifier.llm_judge is not None
+    assert recipe.verifier.llm_judge.budget == 20000
+    assert recipe.reward.user_functions == {"llm_judge": "llm_judge"}
+    command = re.search(r"^    (lockstep train quickstart --set verifier\.llm_judge.*?)\n\n", page, re.DOTALL | re.M)
+    assert command
+    with scripted(says("SCORE: 9")) as server:
+        words = shlex.split(command[1].replace("\\\n", " ").replace("http://127.0.0.1:8000/v1", server.url))
+        given = ["--set", f"model.source={tiny_folder}", "--set", "rollout.length=200"]
+        result = lockstep("recipe", "check", *words[2:], *given)
+    assert result.exit_code == 0, result.output
+    assert "gave 9, from 0 to 10, to a right answer of 2 + 2" in result.stderr
