@@ -58,6 +58,7 @@ def evaluate_model(
     from lockstep.cluster.generation import sampling_of
     from lockstep.cluster.launch.preflight import check_llm_judge
     from lockstep.rl.sandbox.isolation import SandboxError
+    from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE
 
     if not (named := task or file):
         raise ValueError("what to answer is missing: give --task or --file")
@@ -70,8 +71,8 @@ def evaluate_model(
     stop = tuple(recipe.task.stop)
     sampling = sampling_of(temperature=temperature, top_p=top_p, max_new_tokens=longest, stop=stop)
     verifier = recipe.verifier.model_copy(update={"processes": workers} if workers else {})
-    if verifier.llm_judge:
-        err.print(check_llm_judge(verifier.llm_judge))
+    if verifier.llm_judge and recipe.task.grader == LLM_JUDGE:
+        err.print(check_llm_judge(verifier.llm_judge), highlight=False)
     work = Evaluation(checkpoint, recipe.task, recipe.seed, sampling, verifier, samples, ks, dtype, cache_gib)
     folder = output or _folder(checkpoint, *filter(None, (task, file)))
     try:

@@ -20,7 +20,7 @@ from lockstep.rl.rollout.protocol import Engine
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.verifiers.judge import Judge, Note
-from lockstep.rl.verifiers.llm_judge.config import SCORING
+from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE, SCORING
 
 GREEDY, SAMPLED = "greedy", "sampled"
 TOGETHER = 16
@@ -187,12 +187,12 @@ def _settings(work: Evaluation, prompts: Sequence[Prompt], engine: Engine) -> di
         "seed": work.seed,
         "samples": work.samples,
         "sampling": work.sampling.model_dump(mode="json"),
-    } | _judge_settings(work.verifier)
+    } | _judge_settings(work)
 
 
-def _judge_settings(config: VerifierConfig) -> dict[str, Any]:
-    """What the verdicts of an LLM judge depend on, where there is one."""
-    judge = config.llm_judge
+def _judge_settings(work: Evaluation) -> dict[str, Any]:
+    """What verdicts depend on where an LLM gives them."""
+    judge = work.verifier.llm_judge if work.task.grader == LLM_JUDGE else None
     return {"llm_judge": judge.model_dump(mode="json", include=set(SCORING))} if judge else {}
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.rl.sandbox.distributions import DEFAULT
 from lockstep.rl.sandbox.isolation import USUAL, Isolation, SandboxLimits
@@ -63,3 +63,12 @@ class VerifierConfig(BaseModel):
     deadline: float = Field(5.0, gt=0, description="seconds of processor time for one answer")
     sandbox: SandboxConfig = SandboxConfig()
     llm_judge: LLMJudgeConfig | None = None
+
+    @model_validator(mode="after")
+    def _has_a_budget_to_share(self) -> "VerifierConfig":
+        budget = self.llm_judge.budget if self.llm_judge else 0
+        if 0 < budget < self.workers:
+            raise ValueError(
+                f"llm_judge.budget={budget} is less than the {self.workers} workers that share it: raise it, or set 0"
+            )
+        return self

@@ -125,7 +125,7 @@ class Judge:
         config = self._config.llm_judge
         if config is None:
             raise ValueError("there is no LLM judge: give url and model of one in [verifier.llm_judge]")
-        share = -(-config.budget // self._config.workers)
+        share = config.budget // self._config.workers
         return self._started.enter_context(LLMJudge(config, self._note, share))
 
     def _answer_pool(self, grader: Grader) -> AnswerPool:

@@ -244,8 +244,9 @@ class VerifierGroup:
 
     def _worker(self, number: int) -> ActorHandle[VerifierWorker]:
         # One answer that takes until its deadline holds up one call, and the others go to the pool's other processes.
-        judge, together = self._config.llm_judge, self._config.processes + 1
-        together, keys = (together + judge.concurrent, (judge.api_key_env,)) if judge else (together, ())
+        judge = self._config.llm_judge
+        together = self._config.processes + 1 + (judge.concurrent if judge else 0)
+        keys = (judge.api_key_env,) if judge else ()
         processes = Processes("verifier", [number], 1, self.places, together, variables=keys)
         return start(VerifierWorker, processes, self._config, self.reward_functions)[0]
 

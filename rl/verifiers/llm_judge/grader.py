@@ -1,6 +1,6 @@
 """Grades completions by an LLM: one question each, equal ones asked once, those without a score ungradable.
 
-All requests share one event loop in a thread of its own, so that waiting for an endpoint takes no thread of a worker.
+All requests share one event loop in a thread of its own, however many threads wait for verdicts.
 """
 
 import asyncio
@@ -146,12 +146,9 @@ class LLMJudge:
             return self._read(await self._endpoint.complete(messages))
 
     def _read(self, reply: Reply) -> Score:
-        try:
-            return read_score(self._config, reply.text)
-        except NoScore as error:
-            if reply.finish_reason != "length":
-                raise
-            raise NoScore(f"its answer was cut off ({error}): raise verifier.llm_judge.max_tokens") from error
+        if reply.finish_reason == "length":  # what looks like SCORE: 1 may be the beginning of SCORE: 10
+            raise NoScore(f"its answer was cut off, at {reply.text[-80:]!r}: raise verifier.llm_judge.max_tokens")
+        return read_score(self._config, reply.text)
 
 
 def trial(config: LLMJudgeConfig) -> str:

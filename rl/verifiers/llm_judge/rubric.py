@@ -69,12 +69,12 @@ def response_format() -> dict[str, Any]:
 
 
 def read_score(config: LLMJudgeConfig, answer: str) -> Score:
-    """The score in a judge's answer: of its last line, or of its JSON; thoughts before the answer do not count.
+    """The score in a judge's answer: of its last line, or of its JSON.
 
     Raises:
         NoScore: where there is none from `low` to `high`.
     """
-    said = (after_thoughts(answer) or "").strip()
+    said = answer.strip()
     found = _of_json(said) if config.structured else _of_last_line(said)
     if not config.low <= found.value <= config.high:
         raise NoScore(f"its score of {found.value:g} is not from {config.low:g} to {config.high:g}")
@@ -86,7 +86,7 @@ def _of_last_line(said: str) -> Score:
     found = _SCORE.fullmatch(last.strip())
     if not found:
         raise NoScore(f"its last line is no SCORE: n, but {last[:80]!r}")
-    return Score(_finite(float(found[1])), reasons.strip())
+    return Score(_finite(float(found[1])), (after_thoughts(reasons) or reasons).strip())
 
 
 def _of_json(said: str) -> Score:

@@ -9,6 +9,7 @@ import pytest
 from lockstep.cluster.evaluation.accuracy import pass_at_k
 from lockstep.data.preferences import from_verdicts
 from tests.cluster.cli_process import Command, lockstep, refused
+from tests.rl.verifiers.llm_judge.scripted_endpoint import says, scripted
 
 SHORT = ["--dtype", "float32", "--max-new-tokens", "40", "--samples", "12", "--temperature", "2"]
 
@@ -138,6 +139,22 @@ def test_gym_tasks_are_scored_with_partial_credit(tiny_folder: Path, tmp_path: P
     rows = lines(tmp_path / "eval" / "completions.jsonl")
     assert [row["outcome"] for row in rows] == ["incorrect"] * 3
     assert all(0 <= row["reward"] < 1 and "source_dataset" in row["answer"] for row in rows)
+
+
+def test_an_llm_judge_scores_by_one_rubric(tiny_folder: Path, problems: Path, tmp_path: Path) -> None:
+    with scripted(says("SCORE: 10"), says("SCORE: 10"), says("Half.\nSCORE: 5")) as server:
+        given = ["--set", "task.grader=llm_judge", "--set", "verifier.llm_judge.model=judge"]
+        given += ["--set", f"verifier.llm_judge.url={server.url}", "--limit", "3", "--file", str(problems)]
+        given += ["--dtype", "float32", "--max-new-tokens", "4", "--output", str(tmp_path / "eval")]
+        result = lockstep("eval", str(tiny_folder), *given)
+        assert result.exit_code == 0, result.output
+        assert "gave 10, from 0 to 10, to a right answer of 2 + 2" in result.stderr
+        other = lockstep("eval", str(tiny_folder), *given, "--set", "verifier.llm_judge.rubric=Is {completion} short?")
+    rows = lines(tmp_path / "eval" / "completions.jsonl")
+    assert sorted(row["reward"] for row in rows) == [0.5, 0.5, 1.0]
+    assert {row["reason"] for row in rows} == {"", "LLM judge: Half."}
+    assert other.exit_code == 2
+    assert "was begun with llm_judge.rubric=" in other.stderr
 
 
 def test_programs_are_judged_by_their_tests(tiny_folder: Path, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_no_completion_ends_its_own_marks_or_takes_the_place_of_another_text(tex
         ("It is fine.\n\nSCORE: 7.5\n", 7.5),
         ("SCORE: 2\nNo, better:\n**SCORE: 9**", 9),
         ("<think>SCORE: 1</think>\nSCORE: 10", 10),
+        ("Its <think> never ends.\nSCORE: 4", 4),
         ("ok\n**SCORE:** 0", 0),
     ],
 )
