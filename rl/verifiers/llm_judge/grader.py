@@ -163,7 +163,7 @@ def trial(config: LLMJudgeConfig) -> str:
         try:
             score = judge.score(right.text, right)
         except NoScore as error:
-            return f"{name} answers, and gave no score to a right answer of 2 + 2: {error}"
+            return f"{name} gave no score to a right answer of 2 + 2 ({error}): completions may stay ungradable"
     return f"{name} gave {score.value:g}, from {config.low:g} to {config.high:g}, to a right answer of 2 + 2"
 
 

@@ -143,6 +143,6 @@ def test_a_trial_says_what_a_judge_answers_or_what_to_change() -> None:
     with scripted(CLOSE, says("SCORE: 9")) as server:
         assert trial(server.config()).endswith("gave 9, from 0 to 10, to a right answer of 2 + 2")
     with scripted(says("yes")) as server:
-        assert "gave no score to a right answer of 2 + 2: its last line is no SCORE: n" in trial(server.config())
+        assert "gave no score to a right answer of 2 + 2 (its last line is no SCORE: n" in trial(server.config())
     with scripted(refuses(401)) as server, pytest.raises(EndpointError, match="give api_key_env"):
         trial(server.config())
