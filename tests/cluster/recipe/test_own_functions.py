@@ -57,6 +57,7 @@ def test_the_pages_llm_judge_is_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     with scripted(says("SCORE: 9")) as server:
         words = shlex.split(command[1].replace("\\\n", " ").replace("http://127.0.0.1:8000/v1", server.url))
         given = ["--set", f"model.source={tiny_folder}", "--set", "rollout.length=200"]
+        given += ["--set", "task.train=32", "--set", "task.held_out=8"]
         result = lockstep("recipe", "check", *words[2:], *given)
     assert result.exit_code == 0, result.output
     assert "gave 9, from 0 to 10, to a right answer of 2 + 2" in result.stderr
