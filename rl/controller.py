@@ -87,7 +87,8 @@ class Controller:
         self._reward_model = models.reward
         self._tokenizer, self._seed, self._clock = tokenizer, seed, clock
         rules = told(environments.config) if environments else ""
-        self._prompts = PromptSource(problems, tokenizer, seed, rules)
+        observed = environments is not None and environments.speaks_first
+        self._prompts = PromptSource(problems, tokenizer, seed, rules, observed=observed)
 
     @property
     def version(self) -> int:

@@ -13,6 +13,7 @@ from lockstep.data.tasks.mixture import Mixture, ProblemSet
 from lockstep.data.tasks.problem import Problem, entry_text
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.environments.chat_form import ChatForm
 from lockstep.rl.types import Prompt
 
 _PLACE = re.compile(r"\{([a-z]+)\}")
@@ -27,6 +28,8 @@ def make_prompt(
     shots: Sequence[Problem] = (),
     rules: str = "",
     name: str = "",
+    *,
+    observed: bool = False,
 ) -> Prompt:
     """The prompt of a problem, with its tokens, what ends its completions and what its verifier needs.
 
@@ -34,12 +37,14 @@ def make_prompt(
         name: of the task, where there are several.
         shots: solved problems to show before it, one more than `task.shots`: where it is one of them, the others serve.
         rules: of the environment, at the end of the system message.
+        observed: whether its environment speaks first, so that a chat ends before the assistant's turn begins.
 
     Raises:
         BadTemplate, RefusedChat: when there is no chat template, or it refuses the messages.
     """
     if task.chat:
-        text = tokenizer.render(_messages(problem, task, shots, rules))
+        messages = _messages(problem, task, shots, rules)
+        text = ChatForm(tokenizer, chat=True).prompt(messages) if observed else tokenizer.render(messages)
     else:
         text = _plain(problem, task, tokenizer, shots, rules)
     tokens = tuple(tokenizer.encode_marked(text, begin=not task.chat))
@@ -72,12 +77,21 @@ def demonstration_tokens(
 class PromptSource:
     """Prompts of training problems in an endless order, and those of held-out problems, task after task."""
 
-    def __init__(self, problems: Sequence[ProblemSet], tokenizer: Tokenizer, seed: int, rules: str = "") -> None:
+    def __init__(
+        self,
+        problems: Sequence[ProblemSet],
+        tokenizer: Tokenizer,
+        seed: int,
+        rules: str = "",
+        *,
+        observed: bool = False,
+    ) -> None:
         """
         Args:
             rules: of the environment, at the end of each system message.
+            observed: see `make_prompt`; demonstrations have no environment.
         """
-        self._problems, self._rules = tuple(problems), rules
+        self._problems, self._rules, self._observed = tuple(problems), rules, observed
         self._tokenizers = [tokenizer.with_template_kwargs(each.config.chat_template_kwargs) for each in problems]
         self._mixture = Mixture([each.weight for each in problems], [len(each.split.train) for each in problems], seed)
         self._train = _numbered([self._made(task, "train") for task in range(len(problems))])
@@ -97,15 +111,16 @@ class PromptSource:
         """The n-th prompt of a phase, and the tokens that supervised tuning teaches behind it."""
         task, index = self._mixture.place(number, phase)
         problems = self._problems[task]
-        tokens = demonstration_tokens(
-            problems.split.train[index], problems.config, self._tokenizers[task], problems.split.shots, self._rules
-        )
-        return self._train[task][index], tokens
+        given = problems.config, self._tokenizers[task], problems.split.shots, self._rules
+        problem, prompt = problems.split.train[index], self._train[task][index]
+        if self._observed:
+            prompt = replace(prompt, tokens=make_prompt(problem, *given).tokens)
+        return prompt, demonstration_tokens(problem, *given)
 
     def _made(self, task: int, side: str) -> list[Prompt]:
         problems, tokenizer = self._problems[task], self._tokenizers[task]
         given = problems.config, tokenizer, problems.split.shots, self._rules, problems.name
-        return [make_prompt(problem, *given) for problem in getattr(problems.split, side)]
+        return [make_prompt(problem, *given, observed=self._observed) for problem in getattr(problems.split, side)]
 
 
 def asked(problem: Problem, task: TaskConfig, mark: Mark = str) -> str:

@@ -94,9 +94,9 @@ class Completion:
     text: str
     """What is judged: without the stop string that ended it, whose tokens are among those above."""
     finish_reason: str
-    """`stop` where the model or a stop string ended it, `length` where the limit did, `abort` where a caller did,
-    `turns` where its environment would have gone on after the last turn that it may have, `error` where the engine
-    could not compute it."""
+    """`stop` where the model or a stop string ended it, or its environment before it had begun, `length` where the
+    limit did, `abort` where a caller did, `turns` where its environment would have gone on after the last turn that it
+    may have, `error` where the engine could not compute it."""
     weight_versions: Column[int]
     """Of each token: the version of the weights that sampled it."""
     sampling_logp: Column[float] = NO_NUMBERS
@@ -239,14 +239,18 @@ def own_logp(rollout: Completion) -> Floats:
 
 
 def answered(rollout: Written, tokens: Sequence[int]) -> Written:
-    """Appends the environment's tokens to a rollout, with log-probabilities of 0; the text stays as it is."""
+    """Appends the environment's tokens to a rollout, with log-probabilities of 0; the text stays as it is.
+
+    They have the weight version of the token before them, or, where the environment speaks first, of that behind them,
+    which `continued` gives them.
+    """
     count, own = len(tokens), len(rollout.tokens)
-    assert own, "there is nothing to answer"
+    last = rollout.weight_versions[-1] if rollout.weight_versions else 0
     return replace(
         rollout,
         tokens=rollout.tokens + tokens,
         logp=rollout.logp + (0.0,) * count,
-        weight_versions=rollout.weight_versions + (rollout.weight_versions[-1],) * count,
+        weight_versions=rollout.weight_versions + (last,) * count,
         sampling_logp=rollout.sampling_logp + (0.0,) * count,
         written=(rollout.written or Column((True,) * own, np.bool_)) + (False,) * count,
         supports=rollout.supports and rollout.supports + ((),) * count,
@@ -257,12 +261,14 @@ def continued(before: Completion, after: Written, decode: Callable[[list[int]], 
     """Joins a rollout and the model's next turn into one rollout."""
     tokens = before.tokens + after.tokens
     supports = _supports(before) + _supports(after) if before.supports or after.supports else ()
+    first = after.weight_versions[0] if after.weight_versions else 0
+    versions = before.weight_versions if turns(before) else Column((first,) * len(before.tokens), np.int32)
     return replace(
         after,
         tokens=tokens,
         logp=before.logp + after.logp,
         text=decode(list(tokens)),
-        weight_versions=before.weight_versions + after.weight_versions,
+        weight_versions=versions + after.weight_versions,
         sampling_logp=before.sampling_logp + after.sampling_logp,
         written=before.written + (True,) * len(after.tokens),
         supports=supports,

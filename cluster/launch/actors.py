@@ -45,7 +45,7 @@ class RunActors:
     def workers(self) -> list[ActorHandle[Any]]:
         """All that work at present."""
         models = [self.policy, *self.models.by_role.values()]
-        environments = [self.environments.worker] if self.environments else []
+        environments = self.environments.workers if self.environments else []
         return [*chain(*(m.workers for m in models), *self.rollouts.teams), *self.verifiers.workers, *environments]
 
     def keep_reference(self, step: int) -> None:
@@ -147,7 +147,7 @@ def start_actors(
         calls += _loading(plan.models[name], model, recipe, saved.get(name) or _first_weights(name, run, first))
     # A rollout worker that replaces one which died loads the same again, and `begun` may have been thinned out by then.
     calls += rollouts.start(first, dtype, numerics) + verifiers.start(graders(problems))
-    gather([*calls, *([environments.ready()] if environments else [])])
+    gather([*calls, *(environments.ready() if environments else [])])
     for model in (policy, *others.values()):
         model.check_agreement()
     rollouts.check_agreement()

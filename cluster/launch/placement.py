@@ -102,7 +102,7 @@ def _groups(
     run: RunPlan, role: str, size: int, cpus: float, gpus: float | None, devices: bool
 ) -> Iterator[TensorGroup]:
     """A role's processes in groups of a size; the last one has those that are left."""
-    count, each = run.processes[role], float(devices and role != "verifier") if gpus is None else gpus
+    count, each = run.processes[role], float(devices and run.has_model(role)) if gpus is None else gpus
     reserves = {kind: amount for kind, amount in zip(KINDS, (cpus, each), strict=True) if amount}
     for start in range(0, count, size):
         yield TensorGroup(role, range(start, min(start + size, count)), reserves)

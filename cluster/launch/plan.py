@@ -57,14 +57,20 @@ class RunPlan:
         if recipe.pretrain:
             return policy
         workers = {"rollout": recipe.rollout.workers * recipe.rollout.tensor, "verifier": recipe.verifier.workers}
+        if recipe.environment.kind != "none":
+            workers["environment"] = recipe.environment.workers
         return policy | workers | {name: role.layout.processes for name, role in self.models.items()}
+
+    def has_model(self, role: str) -> bool:
+        """Whether the processes of a role have a model, or a part of one."""
+        return role not in ("verifier", "environment")
 
     def computing_with(self, role: str) -> tuple[str, ...]:
         """Roles whose processes compute while those of a role do, its own among them.
 
         CPU threads are shared out over them: with more, threads that wait take the time of those that work.
         """
-        training = tuple(name for name in self.processes if name not in ("rollout", "verifier"))
+        training = tuple(name for name in self.processes if name != "rollout" and self.has_model(name))
         if self._overlaps:
             return (*training, "rollout")
         return (role,) if role == "rollout" else training

@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "verifier.llm_judge.patience_s",
     "verifier.llm_judge.concurrent",
     "verifier.llm_judge.budget",
+    "environment.workers",
     "environment.processes",
     "evaluation.*",
     "*.evaluate_every",

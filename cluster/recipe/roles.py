@@ -69,6 +69,7 @@ class RolesConfig(BaseModel):
     policy: PolicyRoleConfig = PolicyRoleConfig()
     rollout: RoleConfig = RoleConfig()
     verifier: RoleConfig = RoleConfig()
+    environment: RoleConfig = RoleConfig()
     reference: ReferenceRoleConfig = ReferenceRoleConfig()
     critic: CriticConfig = CriticConfig()
     reward: ScorerConfig = ScorerConfig()
@@ -77,7 +78,7 @@ class RolesConfig(BaseModel):
         3600.0, ge=0, description="seconds to wait for devices that are in use, or that an autoscaler brings"
     )
 
-    def check_uses(self, rl: RLConfig, *, trains_reward: bool) -> None:
+    def check_uses(self, rl: RLConfig, *, trains_reward: bool, has_environment: bool) -> None:
         """Raises where RL has no use for a role that is configured, or lacks one that it needs.
 
         Raises:
@@ -89,6 +90,7 @@ class RolesConfig(BaseModel):
             "teacher": (teaches, "rl.advantage is 'teacher', as of method='distill'"),
             "reference": (rl.reference.kind != "none", "rl.kl_beta is above 0"),
             "reward": (trains_reward or bool(self.reward.source), "it has a source, or [preference] trains one"),
+            "environment": (has_environment, "[environment] has a kind"),
         }
         for name, (used, when) in uses.items():
             given = getattr(self, name)

@@ -223,7 +223,9 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _has_no_idle_role(self) -> "Recipe":
         if self.rl:
-            self.roles.check_uses(self.rl, trains_reward=bool(self.preference and self.preference.judged))
+            trains_reward = bool(self.preference and self.preference.judged)
+            has_environment = self.environment.kind != "none"
+            self.roles.check_uses(self.rl, trains_reward=trains_reward, has_environment=has_environment)
         return self
 
     @model_validator(mode="after")

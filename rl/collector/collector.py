@@ -6,6 +6,7 @@ what it had handed in is kept, so that nothing is lost and nothing comes twice.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -58,13 +59,22 @@ class Collector:
         """Asks for groups of so many completions each, by their numbers.
 
         Sample s of group g has the number g · samples + s; what is drawn depends on (seed, that number, position) only.
-        A group is written by the team that has the least to do, so that its prompt is computed once.
+        A group is written by the team that has the least to do, so that its prompt is computed once. Where environments
+        speak first, they are asked before.
         """
         if self._episodes:
             sampling = self._episodes.sampling(sampling)
+        first = self._episodes if self._episodes and self._episodes.speak_first else None
+        coming = first.coming if first else Counter[int]()
         for group, prompt in prompts.items():
             numbers, stopped = self._buffer.open(group, prompt, samples), _stopped(sampling, prompt)
-            self._rollouts.assign([RolloutRequest(number, prompt.tokens, stopped, seed) for number in numbers])
+            requests = [RolloutRequest(number, prompt.tokens, stopped, seed) for number in numbers]
+            team = self._rollouts.least_busy(coming)
+            if first:
+                first.begin(team, requests, prompt)
+                coming[team] += samples
+            else:
+                self._rollouts.assign(requests, team)
         self._rollouts.advance()
 
     def answer(
@@ -151,7 +161,7 @@ class Collector:
 
     def _finish(self) -> None:
         """Has all that living teams were asked for written, under the weights that they have."""
-        while self._rollouts.has_work or (self._episodes and self._episodes.calls):
+        while self._rollouts.has_work or (self._episodes and self._episodes.has_work):
             self._await_any()
 
     def _rest(self) -> None:
@@ -163,6 +173,8 @@ class Collector:
         """Waits for one event at least and does what follows; returns those of the other calls that have ended."""
         self._rollouts.replace()
         self._judges.replace()
+        if self._episodes:
+            self._episodes.replace()
         if write:
             self._rollouts.advance()
         writing, judging = self._rollouts.calls, self._judges.calls
@@ -192,17 +204,25 @@ class Collector:
         for each in finished:
             rollout = each.completion.with_prompt(self._buffer.prompt_of(each.completion.sample))
             if rollout.error:
-                reason = f"it could not be written, twice: {rollout.error}"
-                self._buffer.put(Judged(rollout, Verdict(Outcome.ungradable, reason)))
+                self._give_up(rollout)
             elif self._episodes:
-                self._episodes.begin(each.team, each.request, rollout)
+                self._after_answer(self._episodes.answer(each.team, each.request, rollout))
             else:
                 whole.append(rollout)
         if whole:
             self._judges.judge(whole)
 
-    def _after_answer(self, answer: Continued | Ended) -> None:
-        """Has a rollout go on, or judged where its environment has no verdict."""
+    def _give_up(self, rollout: Rollout) -> None:
+        """Counts a rollout that an engine could not compute as ungradable."""
+        if self._episodes:
+            self._episodes.end(rollout.sample)
+        reason = f"it could not be written, twice: {rollout.error}"
+        self._buffer.put(Judged(rollout, Verdict(Outcome.ungradable, reason)))
+
+    def _after_answer(self, answer: Continued | Ended | None) -> None:
+        """Has a rollout go on, or judged where its environment has no verdict; None where that is to come."""
+        if answer is None:
+            return
         if isinstance(answer, Continued):
             self._rollouts.assign([answer.request], answer.team)
         elif answer.verdict is None or self._judges.adds_terms:

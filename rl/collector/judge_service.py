@@ -6,9 +6,8 @@ A call that raises is made again for each of its completions alone, and one that
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from lockstep.rl.collector.supervisor import FAILURES, Replacement, Supervisor
+from lockstep.rl.collector.supervisor import FAILURES, LostWorkers, Supervisor
 from lockstep.rl.remote import Call, WorkerDied, WorkerFailed, gather
 from lockstep.rl.types import Rollout
 from lockstep.rl.verdict import Outcome, Verdict
@@ -32,7 +31,7 @@ class JudgeService:
         self._verifiers, self._supervisor = verifiers, supervisor
         self._judging: dict[Call[list[Verdict]], _Judging] = {}
         self._waiting: list[tuple[Sequence[Rollout], Verdict | None]] = []
-        self._lost: dict[int, Replacement] = {}
+        self._lost = LostWorkers("verifier", len(verifiers.workers), verifiers.replacing, supervisor)
         self._failures = 0
 
     @property
@@ -57,12 +56,11 @@ class JudgeService:
             known: their environment's verdict, which only lacks the terms of reward functions.
             is_retry: whether they are given up where their verifier raises.
         """
-        living = [number for number in range(len(self._verifiers.workers)) if number not in self._lost]
-        if not living:
+        if not self._lost.living:
             self._waiting.append((rollouts, known))
             return
         load = Counter(judging.worker for judging in self._judging.values())
-        worker = min(living, key=lambda number: load[number])
+        worker = min(self._lost.living, key=lambda number: load[number])
         self._judging[self._verifiers.judge(worker, rollouts, known)] = _Judging(worker, rollouts, known, is_retry)
 
     def take(self, call: Call[list[Verdict]]) -> list[tuple[Rollout, Verdict]]:
@@ -77,8 +75,7 @@ class JudgeService:
             verdicts = gather([call])[0]
         except WorkerDied as death:
             if call.actor is self._verifiers.workers[judging.worker] and judging.worker not in self._lost:
-                begin = partial(self._verifiers.replacing, judging.worker)
-                self._lost[judging.worker] = Replacement(name, death, begin, self._supervisor)
+                self._lost.add(judging.worker, death)
             self.judge(judging.rollouts, judging.known)
             return []
         except WorkerFailed as failure:
@@ -106,14 +103,8 @@ class JudgeService:
         Raises:
             WorkerFailed: when one died too often, or none is left and none finds a place.
         """
-        for number, replacement in list(self._lost.items()):
-            replacement.proceed()
-            if replacement.is_ready:
-                del self._lost[number]
-                self._supervisor.replaced += 1
-            elif len(self._lost) == len(self._verifiers.workers):
-                replacement.check_place()
-        if self._waiting and len(self._lost) < len(self._verifiers.workers):
+        self._lost.proceed()
+        if self._waiting and self._lost.living:
             waiting, self._waiting = self._waiting, []
             for rollouts, known in waiting:
                 self.judge(rollouts, known)

@@ -7,9 +7,10 @@ for once more, and handed over with its error then.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from lockstep.rl.collector.supervisor import FAILURES, Replacement, Supervisor
@@ -18,6 +19,8 @@ from lockstep.rl.rollout.output_processor import CompletionFailed, RolloutReques
 from lockstep.rl.types import Completion
 from lockstep.rl.workers.stubs import RolloutWorker
 from lockstep.rl.workers.worker_groups import PASSES, ModelGroup, RolloutGroup
+
+NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass
@@ -126,12 +129,19 @@ class RolloutService:
 
     def assign(self, requests: Sequence[RolloutRequest], number: int | None = None) -> None:
         """Gives requests to the team of this number, if it lives, or to the one that has the least to do."""
-        living = [team for number, team in enumerate(self._teams) if number not in self._lost]
-        team = min(living or self._teams, key=lambda team: len(team.unwritten))
-        if number is not None and number not in self._lost:
-            team = self._teams[number]
+        team = self._teams[self.least_busy() if number is None or number in self._lost else number]
         team.waiting += requests
         team.unwritten |= {request.number: request for request in requests}
+
+    def least_busy(self, coming: Mapping[int, int] = NOTHING) -> int:
+        """The number of the living team that has the least to do.
+
+        Args:
+            coming: requests that it will be given later, by its number.
+        """
+        living = [number for number in range(len(self._teams)) if number not in self._lost]
+        numbers = living or range(len(self._teams))
+        return min(numbers, key=lambda number: len(self._teams[number].unwritten) + coming.get(number, 0))
 
     def advance(self) -> None:
         """Has teams that rest and have something to do go on writing."""

@@ -1,8 +1,8 @@
 """Supervisor: counts how often workers die and are replaced, and notices when the policy dies."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from lockstep.rl.remote import Call, WorkerDied, WorkerFailed, gather, have_ended
@@ -59,22 +59,6 @@ class Supervisor:
     def count_result(self, worker: str) -> None:
         """Notes that something came of a worker's work, so that its earlier deaths count no more."""
         self._deaths.pop(worker, None)
-
-    def replace(self, worker: str, death: WorkerDied, start: Callable[[], object]) -> None:
-        """Starts a worker in the place of one that died, again where the new one dies before it is ready.
-
-        Raises:
-            WorkerFailed: when it died too often.
-        """
-        while True:
-            time.sleep(self.pause_after(worker, death))
-            try:
-                start()
-            except WorkerDied as next_death:
-                death = next_death
-                continue
-            self.replaced += 1
-            return
 
     def pause_after(self, worker: str, death: WorkerDied) -> float:
         """Counts a death; returns seconds to wait before a replacement, since Ray may not know of a lost node yet.
@@ -146,3 +130,56 @@ class Replacement:
                 f"{self._worker} died, no other is left, and for {PLACE_S:.0f} s the cluster had no place for one: add "
                 "a node, and resume"
             )
+
+
+class LostWorkers:
+    """Workers of a role that died, by number, until others have taken their places; those that live go on meanwhile."""
+
+    def __init__(
+        self,
+        role: str,
+        count: int,
+        replacing: Callable[[int], Iterator[Sequence[Call[Any]]]],
+        supervisor: Supervisor,
+    ) -> None:
+        """
+        Args:
+            count: workers that the role has.
+            replacing: starts the worker of a number; see `Replacement`.
+        """
+        self._role, self._count, self._replacing, self._supervisor = role, count, replacing, supervisor
+        self._replacements: dict[int, Replacement] = {}
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._replacements
+
+    def __len__(self) -> int:
+        return len(self._replacements)
+
+    @property
+    def living(self) -> list[int]:
+        """Numbers of the workers that have not died."""
+        return [number for number in range(self._count) if number not in self]
+
+    def add(self, number: int, death: WorkerDied) -> None:
+        """Begins to replace a worker.
+
+        Raises:
+            WorkerFailed: when it died too often.
+        """
+        worker, begin = f"{self._role} {number}", partial(self._replacing, number)
+        self._replacements[number] = Replacement(worker, death, begin, self._supervisor)
+
+    def proceed(self) -> None:
+        """Goes on replacing workers, as far as that takes no waiting.
+
+        Raises:
+            WorkerFailed: when one died too often, or none is left and none finds a place.
+        """
+        for number, replacement in list(self._replacements.items()):
+            replacement.proceed()
+            if replacement.is_ready:
+                del self._replacements[number]
+                self._supervisor.replaced += 1
+            elif not self.living:
+                replacement.check_place()

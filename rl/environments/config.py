@@ -20,10 +20,13 @@ class EnvironmentConfig(BaseModel):
     )
     tools: tuple[str, ...] = Field(TOOLS, description="of kind tools: what the model may call")
     settings: dict[str, Any] = Field({}, description="arguments of your own class")
+    workers: int = Field(1, ge=1, description="processes that episodes are shared out to; each stays where it began")
     turns: int = Field(4, ge=1, description="turns of the model at most")
     deadline: float = Field(20.0, gt=0, description="seconds for one answer; a rollout that waits longer is ungradable")
     stop: tuple[str, ...] = Field((), description="texts that end a turn, beside the recipe's")
-    processes: int = Field(1, ge=1, description="that run programs or score answers; more wait, within the deadline")
+    processes: int = Field(
+        1, ge=1, description="of each worker, that run programs or score answers; more wait, within the deadline"
+    )
 
     @model_validator(mode="after")
     def _is_known(self) -> "EnvironmentConfig":

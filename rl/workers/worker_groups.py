@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -252,10 +253,10 @@ class VerifierGroup:
 
 
 class EnvironmentGroup:
-    """One process that plays the environments' side of all rollouts."""
+    """Processes that play the environments' side of rollouts, each that of the episodes that began in it."""
 
     TOGETHER = 4096
-    """Calls that the process works on at the same time."""
+    """Calls that a process works on at the same time."""
 
     def __init__(
         self,
@@ -272,42 +273,56 @@ class EnvironmentGroup:
             chat: whether prompts are in the tokenizer's chat template.
             chat_template_kwargs: variables of that template.
         """
-        self._given, self.config, self._places = (config, files, chat, chat_template_kwargs), config, places
-        self.worker = self._start()
+        self._given, self.config, self.places = (config, files, chat, chat_template_kwargs), config, places
+        self.workers = [self._worker(number) for number in range(config.workers)]
 
     @property
     def patience(self) -> float:
         """Seconds within which a process that keeps its deadlines answers a call."""
         return 2 * self.config.deadline + 2 * GRACE_S
 
-    def ready(self) -> Call[int]:
-        """A call, to be gathered, that ends when episodes can begin."""
-        return self.worker.call(EnvironmentWorker.pid)
+    def ready(self) -> list[Call[int]]:
+        """Calls, to be gathered, that end when episodes can begin."""
+        return [w.call(EnvironmentWorker.pid) for w in self.workers]
 
     def check_agreement(self) -> None:
-        """Compares the package that the process runs; see `ModelGroup.check_agreement`."""
-        _compare([self.worker], gather([self.worker.call(EnvironmentWorker.loaded)]))
+        """Compares the package that the processes run; see `ModelGroup.check_agreement`."""
+        _compare(self.workers, gather([w.call(EnvironmentWorker.loaded) for w in self.workers]))
 
-    def answer(self, rollout: Rollout, most: int) -> "Call[EnvironmentResponse]":
-        """A call that steps a rollout's environment with its last turn; see `EnvironmentWorker.answer`."""
-        return self.worker.call(EnvironmentWorker.answer, rollout, most)
+    @cached_property
+    def speaks_first(self) -> bool:
+        """Whether environments have a first observation, which the model reads before its first turn."""
+        return gather([self.workers[0].call(EnvironmentWorker.speaks_first)])[0]
 
-    def replace(self) -> None:
-        """Starts a process in the place of one that died or hangs."""
-        self.worker.end()
-        self.worker = self._start()
-        gather([self.ready()])
+    def begin(self, number: int, rollout: Rollout, seed: int, most: int) -> "Call[EnvironmentResponse]":
+        """A call of this worker that opens a rollout's environment, for its first observation."""
+        return self.workers[number].call(EnvironmentWorker.begin, rollout, seed, most)
 
-    def drop(self) -> None:
-        """Closes all episodes."""
-        gather([self.worker.call(EnvironmentWorker.drop)])
+    def answer(self, number: int, rollout: Rollout, most: int) -> "Call[EnvironmentResponse]":
+        """A call of this worker that steps a rollout's environment with its last turn."""
+        return self.workers[number].call(EnvironmentWorker.answer, rollout, most)
+
+    def replacing(self, number: int) -> Iterator[Sequence[Call[Any]]]:
+        """Starts a process in the place of one that died or hangs; yields calls to be gathered before it is asked."""
+        self.workers[number].end()
+        self.workers[number] = worker = self._worker(number)
+        yield [worker.place()]
+        yield [worker.call(EnvironmentWorker.pid)]
+
+    def end(self, number: int, sample: int) -> Call[None]:
+        """A call of this worker that closes an episode."""
+        return self.workers[number].call(EnvironmentWorker.end, sample)
+
+    def drop(self, number: int) -> Call[None]:
+        """A call of this worker that closes all its episodes."""
+        return self.workers[number].call(EnvironmentWorker.drop)
 
     def close(self) -> None:
         """Closes all episodes and what they share."""
-        gather([self.worker.call(EnvironmentWorker.close)])
+        gather([w.call(EnvironmentWorker.close) for w in self.workers])
 
-    def _start(self) -> ActorHandle[EnvironmentWorker]:
-        processes = Processes("environment", [0], 1, self._places, together=self.TOGETHER, event_loop=True)
+    def _worker(self, number: int) -> ActorHandle[EnvironmentWorker]:
+        processes = Processes("environment", [number], 1, self.places, together=self.TOGETHER, event_loop=True)
         return start(EnvironmentWorker, processes, *self._given)[0]
 
 

@@ -15,8 +15,8 @@ from lockstep.data.preferences import Preference, Turn, tokenized
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.environments.chat_form import ChatForm
 from lockstep.rl.environments.protocol import Message
-from lockstep.rl.environments.tool_calls import ChatForm
 from lockstep.rl.prompts import demonstration_tokens, make_prompt
 from tests.data.template_shapes import SHAPES
 from tests.data.tokenizers import CHATML, KINDS, files_of

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.data.tokenizer import Tokenizer
+from lockstep.rl.environments.chat_form import ChatForm
 from lockstep.rl.environments.protocol import Message
-from lockstep.rl.environments.tool_calls import ChatForm, calls_of
+from lockstep.rl.environments.tool_calls import calls_of
 from lockstep.rl.types import Completion, answered, continued, last_turn, own_logp, turns
 
 TOKENS = st.lists(st.integers(0, 299), min_size=1, max_size=12)

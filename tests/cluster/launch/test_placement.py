@@ -48,6 +48,13 @@ def test_where_there_are_devices_each_process_with_a_model_has_one() -> None:
     plan = planned(True, layout={"data": 2}, roles={"rollout": APART, "verifier": APART})
     assert plan.needs("GPU") == {"policy": 2, "rollout": 2}
     assert planned(True, roles={"policy": {"gpus": 0}}).reserved == []
+    games = planned(
+        True,
+        layout={"data": 2},
+        environment={"kind": "tools", "workers": 3},
+        roles={"environment": APART | {"cpus": 2}},
+    )
+    assert (games.needs("GPU"), games.needs("CPU")) == ({"policy": 2}, {"environment": 6})
     assert planned(True, layout={"data": 3, "tensor": 2}, roles={"policy": {"gpus": 0.5}}).needs("GPU") == {"policy": 3}
 
 

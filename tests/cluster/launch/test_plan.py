@@ -40,6 +40,9 @@ def test_every_model_has_its_layout_optimizer_and_head() -> None:
         "policy": 2, "rollout": 6, "verifier": 2, "critic": 4, "reference": 2, "reward": 2
     }  # fmt: skip
     assert plan.computing_with("reward") == ("policy", "critic", "reference", "reward")
+    played = plan_of(rl={"steps": 1}, environment={"kind": "tools", "workers": 3})
+    assert played.processes == {"policy": 1, "rollout": 2, "verifier": 1, "environment": 3}
+    assert played.computing_with("policy") == ("policy",)
     assert [plan.tensor_degree(role) for role in plan.processes] == [1, 2, 1, 2, 1, 1]
     with pytest.raises(FrozenInstanceError):
         plan.policy = plan.models["critic"]  # type: ignore[misc]
@@ -68,6 +71,7 @@ def test_without_kl_nobody_holds_a_reference(method: str) -> None:
         ({"rl": {"kl_beta": 0.1}, "roles": {"teacher": {"source": "m"}}}, "roles.teacher has no effect"),
         ({"rl": {}, "roles": {"reference": {"place": "apart"}}}, "roles.reference has no effect"),
         ({"rl": {}, "roles": {"reward": {"layout": {"data": 2}}}}, "roles.reward has no effect"),
+        ({"rl": {}, "roles": {"environment": {"place": "apart"}}}, "roles.environment has no effect"),
         ({"rl": {"method": "distill"}}, "set roles.teacher.source"),
         (
             {

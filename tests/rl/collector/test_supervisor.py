@@ -1,11 +1,12 @@
 """A worker that dies again and again ends the run, one whose work came to something in between does not."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 
-from lockstep.rl.collector.supervisor import DEATHS, PLACE_S, WATCH_S, Replacement, Supervisor
-from lockstep.rl.remote import Place, WorkerDied, WorkerFailed, any_of, gather
+from lockstep.rl.collector.supervisor import DEATHS, PLACE_S, WATCH_S, LostWorkers, Replacement, Supervisor
+from lockstep.rl.remote import Call, Place, WorkerDied, WorkerFailed, any_of, gather
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.workers.stubs import VerifierWorker
 from lockstep.rl.workers.worker_groups import VerifierGroup
@@ -25,20 +26,28 @@ def test_deaths_count_until_something_comes_of_the_work() -> None:
 
 
 def test_a_replacement_that_dies_is_one_more_death() -> None:
-    supervisor = Supervisor(lambda: None, lambda: 0.0)
-    tries = []
+    now, tries = [0.0], list[int]()
+    supervisor = Supervisor(lambda: None, lambda: now[0])
 
-    def start() -> None:
-        tries.append(1)
+    def replacing(number: int) -> Iterator[Sequence[Call[Any]]]:
+        tries.append(number)
         if len(tries) == 1:
             raise WorkerDied("never ran")
+        yield []
 
-    supervisor.replace("environment", WorkerDied("first"), start)
-    assert (len(tries), supervisor.replaced) == (2, 1)
+    lost = LostWorkers("environment", 2, replacing, supervisor)
+    lost.add(1, WorkerDied("first"))
+    lost.proceed()
+    assert (tries, supervisor.replaced, lost.living) == ([1], 0, [0]), "the other goes on meanwhile"
+    lost.proceed()
+    assert tries == [1], "and there is a pause after the second death"
+    now[0] += WATCH_S
+    lost.proceed()
+    assert (tries, supervisor.replaced, lost.living) == ([1, 1], 1, [0, 1])
     for _ in range(DEATHS - 2):
-        supervisor.count_death("environment", WorkerDied("later"))
+        supervisor.count_death("environment 1", WorkerDied("later"))
     with pytest.raises(WorkerFailed, match="last"):
-        supervisor.count_death("environment", WorkerDied("last"))
+        lost.add(1, WorkerDied("last"))
 
 
 @pytest.fixture

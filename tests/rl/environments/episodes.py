@@ -33,6 +33,17 @@ class Asking:
             (Path(self._folder) / f"{self._index}-{what}").touch()
 
 
+class Greeting(Asking):
+    """Speaks first: a number of the sample's own, of which those that divide by 3 end the episode at once."""
+
+    async def first_observation(self, seed: int) -> Reply:
+        if self._index == 4:
+            raise OSError("the disk is full")
+        if seed % 3 == 0:
+            return Reply(verdict=Verdict(Outcome.incorrect, credit=0.5))
+        return Reply((Message("user", f"Round {seed % 1000}."),))
+
+
 class Troubled(Asking):
     """As its prompt's answer says: "slow", "blocking" or "failing", or well behaved; one turn else."""
 

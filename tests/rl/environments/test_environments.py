@@ -1,7 +1,11 @@
 """Episodes of several turns: what the model writes keeps its bits, and an environment harms its own rollouts only."""
 
 import asyncio
-from collections.abc import Iterator
+import os
+import re
+import signal
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -25,23 +29,25 @@ from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.config import Numerics
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.samples import samples_of, teaches
+from lockstep.rl.collector.collector import Collector
 from lockstep.rl.environments.calculator import NoArithmetic, calculate
+from lockstep.rl.environments.chat_form import ChatForm
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.environments.factory import NoEnvironment, told
 from lockstep.rl.environments.protocol import EnvironmentResponse, Message, Reply, Turn
 from lockstep.rl.environments.python_tool import python_tool
-from lockstep.rl.environments.tool_calls import ChatForm
 from lockstep.rl.environments.tools import CALCULATOR, ToolEnvironment
-from lockstep.rl.remote import gather
-from lockstep.rl.rollout.config import EngineConfig, SamplingParams
+from lockstep.rl.remote import WorkerDied, gather
+from lockstep.rl.rollout.config import EngineConfig, RolloutConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest
 from lockstep.rl.sandbox.isolation import NOTHING, SandboxLimits
-from lockstep.rl.types import Judged, Prompt, Rollout, answered, own_logp, turns
+from lockstep.rl.types import Judged, Prompt, Rollout, answered, continued, last_turn, own_logp, turns
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.workers.environment_worker import EnvironmentWorker
-from lockstep.rl.workers.worker_groups import EnvironmentGroup
+from lockstep.rl.workers.worker_groups import EnvironmentGroup, RolloutGroup
+from tests.cluster.cli_process import lockstep
 from tests.model.exact_rollouts import transformer as random_transformer
 from tests.rl.conftest import Actors
 
@@ -232,6 +238,81 @@ def test_episodes_end_where_turns_or_tokens_do(tokenizer: Tokenizer) -> None:
     assert (full.tokens, full.finish_reason, full.verdict) == ((), "length", None)
 
 
+def test_an_environment_that_speaks_first_depends_on_the_sample_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    kind, settings = "tests.rl.environments.episodes:Greeting", {"folder": str(tmp_path)}
+    first, other = (worker_of(tokenizer, kind=kind, settings=settings, turns=2) for _ in range(2))
+    assert first.speaks_first()
+    assert not worker_of(tokenizer, kind="tools", tools=("calculator",)).speaks_first()
+
+    async def began(worker: EnvironmentWorker, samples: list[int], most: int = 100) -> list[EnvironmentResponse]:
+        nothing = [replace(rollout([], sample, reason="stop"), final="") for sample in samples]
+        return [await worker.begin(each, 11, most) for each in nothing]
+
+    samples = [number for number in range(12) if number != 4]
+    answers = asyncio.run(began(first, samples))
+    assert answers == asyncio.run(began(other, samples[::-1]))[::-1]
+    at_once = [sample for sample, answer in zip(samples, answers, strict=True) if not answer.tokens]
+    assert 0 < len(at_once) < 8
+    assert {verdict(answer).credit for answer in answers if not answer.tokens} == {0.5}
+    assert len({answer.tokens for answer in answers}) > 5
+    assert [name for name in notes(tmp_path) if "ended" in name] == sorted(f"{sample}-ended" for sample in at_once)
+    [failed] = asyncio.run(began(first, [4]))
+    assert reason(failed) == "the environment raised OSError: the disk is full"
+    going = next(sample for sample in samples if sample not in at_once)
+    [full] = asyncio.run(began(first, [going], most=5))
+    assert (full.tokens, full.finish_reason) == ((), "length")
+
+
+def test_a_first_observation_begins_the_completion_and_its_episode_goes_on(tokenizer: Tokenizer) -> None:
+    worker = worker_of(tokenizer, kind="tests.rl.environments.episodes:Greeting", turns=2)
+
+    async def play() -> list[EnvironmentResponse]:
+        opening = await worker.begin(rollout([], 3), 11, 100)
+        before = answered(rollout([], 3).completion, opening.tokens)
+        assert turns(before) == 0
+        grown = continued(before, rollout([7], 3).completion, tokenizer.decode)
+        assert grown.written == (False,) * len(opening.tokens) + (True,)
+        assert grown.weight_versions == (0,) * len(grown.tokens)
+        assert continued(before, replace(rollout([7], 3), weight_versions=(3,)), tokenizer.decode).weight_version == 3
+        assert (last_turn(grown), turns(grown), own_logp(grown)) == ((7,), 1, (-1.0,))
+        second = await worker.answer(grown.with_prompt(rollout([7], 3).prompt), 100)
+        await worker.end(3)
+        return [opening, second, await worker.answer(grown.with_prompt(rollout([7], 3).prompt), 100)]
+
+    opening, second, lost = asyncio.run(play())
+    assert tokenizer.decode(opening.tokens).startswith("user\nRound ")
+    assert tokenizer.decode(second.tokens).endswith("And 1?\nassistant\n")
+    assert lost == EnvironmentResponse(is_lost=True)
+
+
+def test_the_game_of_the_page_is_played(
+    tokenizer: Tokenizer, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[3].joinpath("docs/environments.md").read_text()
+    shown = re.findall(r"\n\n((?:    .*\n|\n(?=    ))+)", page)
+    for name, begin in (("guess.py", "from random"), ("guess.toml", 'name = "guess"')):
+        Path(name).write_text(next(text for text in map(textwrap.dedent, shown) if text.startswith(begin)))
+    check = next(line.split() for line in page.splitlines() if line.startswith("    lockstep recipe check"))
+    result = lockstep(*check[1:], "--set", f"model.source={tiny_folder}")
+    assert result.exit_code == 0, result.output
+    worker = worker_of(tokenizer, kind="guess.py:GuessTheNumber", turns=3)
+
+    async def played() -> list[EnvironmentResponse]:
+        found = [await worker.begin(rollout([], 0, "70"), 5, 400)]
+        grown = answered(rollout([], 0, "70"), found[0].tokens)
+        for guess in ("50", "70"):
+            grown = continued(grown, rollout(tokenizer.encode(guess), 0, "70"), tokenizer.decode)
+            found.append(await worker.answer(grown, 400))
+            grown = answered(grown, found[-1].tokens)
+        return found
+
+    first, hint, right = asyncio.run(played())
+    assert re.search(r"user\nIt is (above|at most) \d+\.\nassistant", tokenizer.decode(first.tokens))
+    assert "It is above 50." in tokenizer.decode(hint.tokens)
+    assert verdict(right).reward == 1
+
+
 def test_an_environment_of_verifiers_shape_plays(tokenizer: Tokenizer) -> None:
     worker = worker_of(tokenizer, kind="tests.rl.environments.episodes:load_guessing")
 
@@ -329,23 +410,36 @@ def test_log_probabilities_of_all_turns_are_the_trainers(
 
 
 @pytest.fixture
-def asking(actors: Actors) -> Iterator[EnvironmentGroup]:
-    """Environments in a process of their own."""
-    config = EnvironmentConfig(kind="tests.rl.environments.episodes:Asking", turns=3, stop=tuple("0123456789aeiou"))
-    environments = EnvironmentGroup(config, actors.tokenizer.files, chat=False)
-    gather([environments.ready()])
-    yield environments
-    environments.close()
-    environments.worker.end()
+def start(actors: Actors) -> Iterator[Callable[..., EnvironmentGroup]]:
+    """Starts environments in processes of their own."""
+    groups = list[EnvironmentGroup]()
+
+    def started(kind: str, workers: int = 1) -> EnvironmentGroup:
+        config = EnvironmentConfig(
+            kind=f"tests.rl.environments.episodes:{kind}", workers=workers, turns=3, stop=tuple("0123456789aeiou")
+        )
+        groups.append(EnvironmentGroup(config, actors.tokenizer.files, chat=False))
+        gather(groups[-1].ready())
+        return groups[-1]
+
+    yield started
+    for group in groups:
+        with suppress(WorkerDied):
+            group.close()
+        for worker in group.workers:
+            worker.end()
 
 
-def check_episode(judged: Judged, tokenizer: Tokenizer) -> None:
+def check_episode(judged: Judged, tokenizer: Tokenizer, first: str = "") -> None:
     """Answers stand where they should, and nothing else was not written by the model."""
     rollout = judged.rollout
     assert len(rollout.tokens) <= 56
     assert rollout.final is not None
     if rollout.written:
         form, place = ChatForm(tokenizer, chat=False), 0
+        if first:
+            place = rollout.written.index(True)
+            assert tokenizer.decode(rollout.tokens[:place]).startswith(first)
         for number in range(1, turns(rollout)):
             begin = rollout.written.index(False, place)
             expected = form.answer(rollout.tokens[:begin], [Message("user", f"And {number}?")])
@@ -355,9 +449,38 @@ def check_episode(judged: Judged, tokenizer: Tokenizer) -> None:
         assert all(rollout.written[place:])
 
 
-def test_two_steps_of_rl_learn_from_what_the_model_wrote(actors: Actors, asking: EnvironmentGroup) -> None:
+def test_rollouts_have_the_same_bits_with_any_number_of_environment_workers(
+    actors: Actors, start: Callable[..., EnvironmentGroup]
+) -> None:
+    exact = RolloutGroup(RolloutConfig(workers=1, sequences=4, length=64), threads=1)
+    gather(exact.start(actors.checkpoint, "float32", "exact"))
+    prompts = {n: Prompt(n, f"{n}?", tuple(actors.tokenizer.encode(f"{n}?")), "1") for n in range(3)}
+
+    def played(environments: EnvironmentGroup, lost: int | None = None) -> list[tuple[object, ...]]:
+        collector = Collector(actors.policy, exact, actors.verifiers, environments=environments)
+        collector.ask(prompts, SamplingParams(max_new_tokens=50), samples=4, seed=5)
+        if lost is not None:
+            os.kill(gather(environments.ready())[lost], signal.SIGKILL)
+        found = [judged for number in prompts for judged in collector.take(number)]
+        collector.drop()
+        columns = [(each.rollout.tokens, each.rollout.logp, each.rollout.written) for each in found]
+        return [(*map(tuple, three), each.verdict) for three, each in zip(columns, found, strict=True)]
+
+    alone, three = played(start("Greeting")), start("Greeting", workers=3)
+    assert len({tokens for tokens, *_ in alone}) > 6
+    assert {written[:1] for _, _, written, _ in alone} == {(), (False,)}, "some end at once"  # type: ignore[index]
+    assert played(three) == alone
+    assert played(three, lost=1) == alone, "what a process had that died begins again, alike"
+    exact.end(0)
+
+
+@pytest.mark.parametrize(("kind", "workers", "first"), [("Asking", 1, ""), ("Greeting", 2, "\nRound ")])
+def test_two_steps_of_rl_learn_from_what_the_model_wrote(
+    kind: str, workers: int, first: str, actors: Actors, start: Callable[..., EnvironmentGroup]
+) -> None:
     problems = [Problem(i, f"{i}?", "1") for i in range(12)]
-    controller = actors.controller(problems, held_out=4, task=TaskConfig(chat=False), environments=asking)
+    environments = start(kind, workers)
+    controller = actors.controller(problems, held_out=4, task=TaskConfig(chat=False), environments=environments)
     sampling = SamplingParams(max_new_tokens=56)
     config = RLConfig(method="rloo", steps=2, prompts_per_step=4, group_size=4, sampling=sampling)
     records = list(controller.reinforce(config))
@@ -365,7 +488,7 @@ def test_two_steps_of_rl_learn_from_what_the_model_wrote(actors: Actors, asking:
         assert record.metrics["grad_norm"] > 0
         assert record.metrics["mismatch_max"] < 1e-4
         for completion in record.completions:
-            check_episode(completion, actors.tokenizer)
+            check_episode(completion, actors.tokenizer, first)
     found = [s for record in records for s in record.completions]
     assert sum(turns(s.rollout) > 1 for s in found) > 8
     groups = [found[i : i + 4] for i in range(0, len(found), 4)]
