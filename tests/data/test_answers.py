@@ -26,6 +26,8 @@ ZEPHYR = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 USER = [{"role": "user", "content": "Who?"}]
+ONE_MESSAGE = ("llama 2", "mistral v0.3", "phi 3", "phi 4 mini, roles from messages")
+"""Templates that have no two messages of the user's, one after the other."""
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -170,6 +172,16 @@ def test_a_result_goes_on_where_the_turn_ended(kind: str, shape: str) -> None:
     assert [*made.encode_chat(USER), *said, *behind] == made.encode_chat(talk)
     assert behind[0] != end
     assert form.answer([], [Message("user", EVIL)]).count(end) == behind.count(end) + 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_first_observation_is_a_message_of_the_user(shape: str) -> None:
+    """Its tokens and those of the prompt are those of one conversation, and what it spells is text."""
+    made = Tokenizer(files_of(KINDS["byte level"], SHAPES[shape]))
+    form = ChatForm(made, chat=True)
+    found = [*made.encode_marked(form.prompt(USER)), *form.first_observation([Message("user", EVIL)])]
+    further = made.encode_chat([*USER, {"role": "user", "content": EVIL}]) if shape not in ONE_MESSAGE else None
+    assert found == (further or made.encode_chat([{"role": "user", "content": f"Who?\n\n{EVIL}"}]))
 
 
 def test_variables_of_the_template_come_from_the_recipe_and_the_caller() -> None:
