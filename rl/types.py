@@ -23,7 +23,7 @@ COLUMNS: dict[str, type[np.generic]] = {
     "written": np.bool_,
 }
 """Columns of a completion, and what their numbers are."""
-NO_NUMBERS, NO_FLAGS = Column[float]((), np.float32), Column[bool]((), np.bool_)
+NO_TOKENS, NO_NUMBERS, NO_FLAGS = Column[int]((), np.int32), Column[float]((), np.float32), Column[bool]((), np.bool_)
 
 
 @dataclass(frozen=True)

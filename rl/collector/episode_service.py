@@ -14,7 +14,7 @@ from lockstep.rl.collector.supervisor import WATCH_S, LostWorkers, Supervisor
 from lockstep.rl.remote import Call, WorkerDied, any_of, gather
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.output_processor import RolloutRequest
-from lockstep.rl.types import Completion, Prompt, Rollout, answered, turns
+from lockstep.rl.types import NO_NUMBERS, NO_TOKENS, Completion, Prompt, Rollout, answered, turns
 from lockstep.rl.verdict import Outcome, Verdict
 from lockstep.rl.workers.worker_groups import EnvironmentGroup
 
@@ -96,7 +96,7 @@ class EpisodeService:
     def begin(self, team: int, requests: Sequence[RolloutRequest], prompt: Prompt) -> None:
         """Asks for first observations, behind which this team is going to write."""
         for request in requests:
-            nothing = Completion(request.number, (), (), "", "stop", (), final="")
+            nothing = Completion(request.number, NO_TOKENS, NO_NUMBERS, "", "stop", NO_TOKENS, final="")
             self._ask(_Episode(team, request, nothing.with_prompt(prompt)))
 
     def answer(self, team: int, request: RolloutRequest, rollout: Rollout) -> Continued | Ended | None:
