@@ -80,7 +80,7 @@ class CpuDecoder:
         """Logits [B, V] of the tokens behind these, valid until the next call.
 
         Args:
-            attend: over spans of one token each, in place.
+            attend: over short spans, in place.
         """
         count = len(tokens_B)
         torch.index_select(self._transformer.embedding.weight, 0, tokens_B, out=self._x[:count])

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from lockstep.cluster.commands.console import err, sentences
-from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype
+from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, Speculate
 
 if TYPE_CHECKING:
     from lockstep.cluster.generation import Answerer, Question
@@ -48,6 +48,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     dtype: Dtype = "bfloat16",
     cache_gib: CacheGib = 1.0,
+    speculate: Speculate = 0,
 ) -> None:
     """Answer a prompt as it is drawn, a file of prompts, or turn by turn.
 
@@ -72,7 +73,8 @@ def generate(
         stop_tokens=tuple(stop_token or ()),
     )
     questions = _questions(prompt, input_file, chat=chat, raw=raw, system=system)
-    with _answerer(checkpoint, dtype, 1 if chat else 64, cache_gib, sampling, seed) as answerer:
+    limits = {"sequences": 1 if chat else 64, "cache_gib": cache_gib, "speculate": speculate}
+    with _answerer(checkpoint, dtype, limits, sampling, seed) as answerer:
         if chat:
             _chat(answerer, system)
         elif prompt is not None and samples == 1 and output is None:
@@ -94,6 +96,7 @@ def serve(
     cache_gib: CacheGib = 1.0,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a prompt with its completion.")] = 1 << 20,
     sequences: Annotated[int, typer.Option(min=1, help="Completions that are computed at the same time.")] = 64,
+    speculate: Speculate = 0,
     waiting: Annotated[int, typer.Option(min=0, help="Completions that may wait; more are told to come again.")] = 512,
     grace: Annotated[float, typer.Option(min=0.0, help="Seconds that completions have when the server ends.")] = 10.0,
 ) -> None:
@@ -113,7 +116,7 @@ def serve(
         from lockstep.rl.rollout.loading import open_engine
 
         settings = Settings(name or Path(checkpoint).resolve().name, api_key or None, sequences + waiting, grace)
-        config = EngineConfig(sequences=sequences, length=length, cache_gib=cache_gib)
+        config = EngineConfig(sequences=sequences, length=length, cache_gib=cache_gib, speculate=speculate)
         with open_engine(checkpoint, dtype, config) as (engine, tokenizer):
             serve(engine, tokenizer, listener, settings, lambda line: err.print(line, highlight=False))
 
@@ -143,15 +146,14 @@ def _questions(
 
 @contextmanager
 def _answerer(
-    checkpoint: str, dtype: str, sequences: int, cache_gib: float, sampling: "SamplingParams", seed: int
+    checkpoint: str, dtype: str, limits: dict[str, Any], sampling: "SamplingParams", seed: int
 ) -> "Iterator[Answerer]":
     """A checkpoint's engine, with how to sample from it."""
     from lockstep.cluster.generation import Answerer
     from lockstep.rl.rollout.config import EngineConfig
     from lockstep.rl.rollout.loading import open_engine
 
-    config = EngineConfig(sequences=sequences, cache_gib=cache_gib)
-    with open_engine(checkpoint, dtype, config) as (engine, tokenizer):
+    with open_engine(checkpoint, dtype, EngineConfig(**limits)) as (engine, tokenizer):
         yield Answerer(engine, tokenizer, sampling, seed)
 
 

@@ -79,3 +79,6 @@ def check_choice(option: str, given: str | None, known: Iterable[str | None]) ->
 Checkpoint = Annotated[str, typer.Argument(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16 or float32.")]
 CacheGib = Annotated[float, typer.Option(min=0.001, help="GiB for keys and values, taken as they are needed.")]
+Speculate = Annotated[
+    int, typer.Option(min=0, max=15, help="Tokens that a pass computes on trial, as they followed in the text before.")
+]

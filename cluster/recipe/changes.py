@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "rollout.sequences",
     "rollout.cache_gib",
     "rollout.budget",
+    "rollout.speculate",
     "rollout.bucket_mib",
     "rollout.transport",
     "recovery.*",

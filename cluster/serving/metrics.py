@@ -19,6 +19,8 @@ COUNTERS = {
     "cached_prompt_tokens": "Tokens of prompts that were found in the cache.",
     "generated_tokens": "Tokens of completions.",
     "preemptions": "Completions that were put back because blocks ran out.",
+    "proposed_tokens": "Tokens that were computed on trial (prompt-lookup speculation).",
+    "accepted_tokens": "Tokens on trial that the model then drew.",
 }
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 

@@ -152,8 +152,9 @@ class PagedAttention:
         return mixed
 
     def jobs(self, heads: int) -> list[jobs.AttentionJob]:
-        """The C structs for spans of one token each: what the attention of each kind of layer has in common."""
+        """The C structs for short spans: what the attention of each kind of layer has in common."""
         of_kinds = [each.jobs(heads) for each in self._by_row if isinstance(each, _ByKernel)]
+        assert not self._long
         assert all(len(jobs) == 1 for jobs in of_kinds)
         return [job for (job,) in of_kinds]
 

@@ -41,6 +41,12 @@ class EngineConfig(BaseModel):
         1.0, gt=0, allow_inf_nan=False, description="memory for keys and values of each process, at most"
     )
     budget: int = Field(2048, ge=1, description="tokens of one forward pass, of prompts and completions together")
+    speculate: int = Field(
+        0,
+        ge=0,
+        le=15,
+        description="tokens of a completion that a pass computes on trial, as they followed before; 0: none",
+    )
     on_update: OnUpdate = Field("restart", description="what completions that are being written do at new weights")
 
 
@@ -66,6 +72,11 @@ class RolloutConfig(WeightSyncConfig, EngineConfig):
             )
         if self.engine == "vllm" and self.tensor > 1:
             raise ValueError(f"engine='vllm' has one process for a model, and tensor={self.tensor}: set tensor=1")
+        if self.engine == "vllm" and self.speculate:
+            raise ValueError(
+                f"engine='vllm' draws by our sampler, which vLLM does not combine with speculation, and "
+                f"speculate={self.speculate}: set speculate=0, or engine='lockstep'"
+            )
         return self
 
 

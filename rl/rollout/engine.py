@@ -6,6 +6,7 @@ A sequence that ends makes room at once for one that waits.
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice, zip_longest
 from types import MappingProxyType
 
 import numpy as np
@@ -19,7 +20,6 @@ from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
-from lockstep.rl.rollout.block_pool import BlockPool
 from lockstep.rl.rollout.config import EngineConfig
 from lockstep.rl.rollout.model_runner import ModelRunner, block_counts
 from lockstep.rl.rollout.protocol import (
@@ -30,14 +30,15 @@ from lockstep.rl.rollout.protocol import (
     Request,
     Score,
     Statistics,
-    TokenOutput,
 )
-from lockstep.rl.rollout.requests import check_request, finish_reason, prepared
+from lockstep.rl.rollout.requests import check_request, prepared
 from lockstep.rl.rollout.retry import one_by_one
-from lockstep.rl.rollout.sampling.draws import Drawn
+from lockstep.rl.rollout.sampling.draws import Drawn, next_token
 from lockstep.rl.rollout.sampling.parallel_sampler import ParallelSampler
 from lockstep.rl.rollout.sampling.prompt_scorer import PromptScorer
-from lockstep.rl.rollout.scheduler import Failures, Plan, Scheduler, SequenceState
+from lockstep.rl.rollout.scheduling.block_pool import BlockPool
+from lockstep.rl.rollout.scheduling.plan import Failures, Plan, SequenceState
+from lockstep.rl.rollout.scheduling.scheduler import Scheduler
 from lockstep.rl.weight_sync.parameters import poisoned
 from lockstep.rl.weight_sync.protocol import Shard
 from lockstep.rl.weight_sync.receiver import Receiver
@@ -74,7 +75,8 @@ class RolloutEngine:
         self.runner, self._sampler = ModelRunner(transformer, counts), ParallelSampler(transformer)
         self._scorer = PromptScorer(self.runner, self._sampler)
         pools = [BlockPool(count) for count in counts]
-        self._scheduler = Scheduler(kinds(transformer.model), pools, sequences=config.sequences, budget=config.budget)
+        limits = {"sequences": config.sequences, "budget": config.budget, "speculate": config.speculate}
+        self._scheduler = Scheduler(kinds(transformer.model), pools, **limits)
         self._sequences: dict[str | int, SequenceState] = {}
         self.weight_version = 0
         self._receiver: Receiver | None = None
@@ -187,6 +189,8 @@ class RolloutEngine:
             cached_prompt_tokens=scheduler.found,
             generated_tokens=self._generated_tokens,
             preemptions=scheduler.preemptions,
+            proposed_tokens=scheduler.proposed,
+            accepted_tokens=scheduler.accepted,
         )
 
     @property
@@ -232,8 +236,9 @@ class RolloutEngine:
         return key in self._sequences
 
     def step(self) -> list[Output]:
-        """Run one forward pass; returns the tokens that it drew, at most one of each request, prompts and failures.
+        """Run one forward pass; returns the tokens that it drew, prompts and failures.
 
+        Several tokens of one request stand in the order of their places.
         After an error no request is lost: the next step computes again what was running.
 
         Raises:
@@ -268,7 +273,7 @@ class RolloutEngine:
         if not plan.chunks:
             return None, []
         computed = self.runner.run(plan)
-        drawn = [] if computed.logits_BV is None else self._sampler(plan.drawing, computed.logits_BV)
+        drawn = [] if computed.logits_BV is None else self._sampler(plan.rows, computed.logits_BV)
         return computed.hidden_TD, drawn
 
     def _outputs(self, plan: Plan, hidden_TD: Tensor | None, drawn: Sequence[Drawn | Exception]) -> list[Output]:
@@ -276,35 +281,41 @@ class RolloutEngine:
         failures, found = Failures(), list[Output]()
         if hidden_TD is not None:
             found += self._scorer(plan.chunks, hidden_TD, failures)
-        found += self._extended(plan.drawing, drawn, failures)
+        found += self._extended(plan, drawn, failures)
         for output in found:
             if output.finish_reason:
                 self._scheduler.finish(self._sequences.pop(output.key))
         return found + [self._failed(*failure) for failure in failures.items()]
 
-    def _extended(
-        self, sequences: Sequence[SequenceState], drawn: Sequence[Drawn | Exception], failures: Failures
-    ) -> list[Output]:
-        """Add a drawn token to each sequence."""
-        found: list[Output] = []
-        for sequence, each in zip(sequences, drawn, strict=True):
+    def _extended(self, plan: Plan, drawn: Sequence[Drawn | Exception], failures: Failures) -> list[Output]:
+        """Add drawn tokens to each sequence; one that fails with tokens on trial is computed again without them."""
+        found, rows = list[Output](), iter(drawn)
+        for sequence, proposed in plan.drawing:
+            own = list(islice(rows, len(proposed) + 1))
+            if proposed and (sequence in failures or any(isinstance(each, Exception) for each in own)):
+                failures.pop(sequence, None)
+                self.runner.clear(self._scheduler.redo(sequence))
+                continue
             try:
                 if sequence not in failures:
-                    found.append(self._token(sequence, each))
+                    self._extend(sequence, proposed, own, found)
             except Exception as error:
                 failures[sequence] = error
         self._generated_tokens += len(found)
         return found
 
-    def _token(self, sequence: SequenceState, drawn: Drawn | Exception) -> TokenOutput:
-        """Add a drawn token to its sequence; raises what stands in its place."""
-        if isinstance(drawn, Exception):
-            raise drawn
-        sequence.tokens.append(drawn.token)
-        said = drawn.token, drawn.logp, drawn.sampling_logp, self.weight_version
+    def _extend(
+        self, sequence: SequenceState, proposed: Sequence[int], drawn: Sequence[Drawn | Exception], found: list[Output]
+    ) -> None:
+        """Add drawn tokens to a sequence, up to the first that is not the one on trial in its place, or ends it."""
         ends = self._sampler.ends(sequence.request.sampling)
-        reason = finish_reason(sequence.request, sequence.tokens, sequence.stops, ends)
-        return TokenOutput(sequence.request.key, *said, reason, drawn.top, drawn.support)
+        for each, trial in zip_longest(drawn, proposed):
+            output = next_token(sequence, each, ends, self.weight_version)
+            found.append(output)
+            if output.finish_reason or output.token != trial:
+                break
+        if proposed:
+            self._scheduler.settle(sequence, len(proposed))
 
     def _failed(self, sequence: SequenceState, error: Exception) -> FailedOutput:
         """End a sequence that cannot go on; what it leaves in the cache is overwritten, lest it spread."""

@@ -1,7 +1,7 @@
 """Forward passes of a transformer with a KV cache: the tokens of a plan in, logits out.
 
-Passes that compute one token of each sequence go through the CPU decoder where it serves the model; others go module
-by module.
+Passes that compute one token of each sequence, and what may follow it, go through the CPU decoder where it serves the
+model; others go module by module.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from lockstep.model.attention.exact_kv_cache import exact_cache
 from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.layers.logprobs import local_logits
 from lockstep.model.transformer import Transformer
-from lockstep.rl.rollout.block_pool import pool_sizes
 from lockstep.rl.rollout.config import EngineConfig
-from lockstep.rl.rollout.scheduler import Chunk, Plan
+from lockstep.rl.rollout.scheduling.block_pool import pool_sizes
+from lockstep.rl.rollout.scheduling.plan import Chunk, Plan
 
 
 def block_counts(transformer: Transformer, config: EngineConfig) -> list[int]:
@@ -41,7 +41,7 @@ class PassOutput:
     """What a forward pass computed."""
 
     logits_BV: Tensor | None
-    """This tensor rank's, [B, V/tensor], of `Plan.drawing`; None where no sequence draws."""
+    """This tensor rank's, [B, V/tensor], of `Plan.rows`; None where no sequence draws."""
     hidden_TD: Tensor | None
     """Activations of all tokens, [T, width]; None of the decoder, whose sequences all draw."""
 
@@ -101,21 +101,17 @@ class ModelRunner:
 
     def _hidden(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
         """Activations [T, width] of all tokens of a pass."""
-        tokens = np.concatenate([c.sequence.part(c.start, c.start + c.count) for c in chunks])
-        positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
         attend = cache.attention(_spans(chunks))
-        tokens_T, positions_T = (sent(torch.from_numpy(x), self.device) for x in (tokens, positions))
+        tokens_T, positions_T = (sent(x, self.device) for x in _tokens(chunks))
         hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
         return hidden[:, 0]
 
     def _decoded(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
-        """Logits [B, V] behind chunks of one token each."""
+        """Logits [B, V] behind all tokens of chunks."""
         self.decoder = self.decoder or cpu_decoder.CpuDecoder(self.transformer, cache)
-        tokens = torch.tensor([c.sequence.part(c.start, c.start + 1)[0] for c in chunks])
-        positions = torch.tensor([c.start for c in chunks])
         attend = cache.attention(_spans(chunks))
         assert isinstance(attend, PagedAttention)
-        return self.decoder(tokens, positions, attend)
+        return self.decoder(*_tokens(chunks), attend)
 
     def _logits(self, hidden_TD: Tensor, rows: list[int]) -> Tensor:
         """Logits [B, V/tensor] behind some rows; those of a row that several sequences share are computed once."""
@@ -141,17 +137,24 @@ def _kv_heads(transformer: Transformer) -> int:
 
 
 def _rows(plan: Plan) -> list[int]:
-    """For each sequence of `plan.drawing` the row of its last token among all tokens of the pass."""
-    ends = np.cumsum([chunk.count for chunk in plan.chunks]) - 1
-    row = {id(chunk): int(end) for chunk, end in zip(plan.chunks, ends, strict=True)}
-    sources = [chunk for chunk in plan.chunks if chunk.draws] + [fork.source for fork in plan.forks]
-    return [row[id(chunk)] for chunk in sources]
+    """For each of `Plan.rows` the row of the token before it among all tokens of the pass."""
+    ends = np.cumsum([chunk.length for chunk in plan.chunks])
+    row = {id(chunk): int(end) - 1 - len(chunk.proposed) for chunk, end in zip(plan.chunks, ends, strict=True)}
+    own = [row[id(chunk)] + n for chunk in plan.chunks if chunk.draws for n in range(len(chunk.proposed) + 1)]
+    return own + [row[id(fork.source)] for fork in plan.forks]
 
 
 def _decodes(chunks: Sequence[Chunk]) -> bool:
-    """Whether a decoder can run a pass: one token of each sequence, all of which draw the next."""
-    return len(chunks) <= cpu_decoder.ROWS and all(c.draws and c.count == 1 for c in chunks)
+    """Whether a decoder can run a pass: one known token of each sequence, all of which draw the next."""
+    return sum(c.length for c in chunks) <= cpu_decoder.ROWS and all(c.draws and c.count == 1 for c in chunks)
+
+
+def _tokens(chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
+    """All tokens [T] of a pass, and their positions [T]."""
+    tokens = np.concatenate([c.tokens for c in chunks])
+    positions = np.concatenate([np.arange(c.start, c.start + c.length) for c in chunks])
+    return torch.from_numpy(tokens), torch.from_numpy(positions)
 
 
 def _spans(chunks: Sequence[Chunk]) -> list[Span]:
-    return [Span(c.sequence.tables, c.start, c.count) for c in chunks]
+    return [Span(c.sequence.tables, c.start, c.length) for c in chunks]

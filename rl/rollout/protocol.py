@@ -32,6 +32,10 @@ class Statistics:
     """Those of them that another request had left in the cache."""
     generated_tokens: int
     preemptions: int
+    proposed_tokens: int = 0
+    """Tokens that were computed on trial, by prompt-lookup speculation."""
+    accepted_tokens: int = 0
+    """Those of them that the model then drew."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,9 @@ class Engine(Protocol):
         """Whether a request was added and has neither ended nor been cancelled."""
 
     def step(self) -> list[Output]:
-        """Run one forward pass; returns the tokens that it drew, at most one of each request, prompts and failures.
+        """Run one forward pass; returns the tokens that it drew, prompts and failures.
+
+        Several tokens of one request stand in the order of their places.
 
         After an error no request is lost: the next step computes again what was running.
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.model_runner import ModelRunner
 from lockstep.rl.rollout.protocol import Output, Request
-from lockstep.rl.rollout.scheduler import Plan, Scheduler, SequenceState
+from lockstep.rl.rollout.scheduling.plan import Plan, SequenceState
+from lockstep.rl.rollout.scheduling.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 

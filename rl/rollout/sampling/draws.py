@@ -1,6 +1,6 @@
 """From requests to rows of the sampler, and from what it draws to what engines report, whoever computed the logits."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,10 @@ from torch import Tensor
 
 from lockstep.model.config import ModelConfig
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.rollout.protocol import Request
+from lockstep.rl.rollout.protocol import Request, TokenOutput
+from lockstep.rl.rollout.requests import finish_reason
 from lockstep.rl.rollout.sampling.sampler import Draw, Row, likeliest, uniforms
+from lockstep.rl.rollout.scheduling.plan import SequenceState
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,19 @@ def reported(
     ]
     columns = draw.tokens.tolist(), logp.tolist(), sampling_logp.tolist(), top, draw.supports
     return [failed.get(i) or Drawn(*each) for i, each in enumerate(zip(*columns, strict=True))]
+
+
+def next_token(
+    sequence: SequenceState, drawn: Drawn | Exception, ends: Collection[int], weight_version: int
+) -> TokenOutput:
+    """Add a drawn token to its sequence; raises what stands in its place.
+
+    Args:
+        ends: tokens that end the completion.
+    """
+    if isinstance(drawn, Exception):
+        raise drawn
+    sequence.tokens.append(drawn.token)
+    said = drawn.token, drawn.logp, drawn.sampling_logp, weight_version
+    reason = finish_reason(sequence.request, sequence.tokens, sequence.stops, ends)
+    return TokenOutput(sequence.request.key, *said, reason, drawn.top, drawn.support)

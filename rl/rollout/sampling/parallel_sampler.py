@@ -13,7 +13,6 @@ from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.protocol import Request, Score
 from lockstep.rl.rollout.sampling.draws import Drawn, EndTokens, reported, rows_of
 from lockstep.rl.rollout.sampling.sampler import Row, draw_isolated, likeliest
-from lockstep.rl.rollout.scheduler import SequenceState
 
 
 class ParallelSampler:
@@ -23,10 +22,14 @@ class ParallelSampler:
         self._transformer, self._group = transformer, transformer.groups.tensor
         self.ends = EndTokens(transformer.model)
 
-    def __call__(self, sequences: Sequence[SequenceState], local_BV: Tensor) -> list[Drawn | Exception]:
-        """Draw a token for each sequence, from one row each of logits [B, V/tensor]; an error where none can be."""
+    def __call__(self, drawing: Sequence[tuple[Request, Sequence[int]]], local_BV: Tensor) -> list[Drawn | Exception]:
+        """Draw a token for each request behind the tokens that it has, from one row each of logits [B, V/tensor].
+
+        Returns:
+            What was drawn, or an error where nothing can be.
+        """
         whole_BV = self._whole(local_BV)
-        rows = rows_of([(s.request, s.tokens) for s in sequences], self.ends)
+        rows = rows_of(drawing, self.ends)
         drawn, failed = draw_isolated(whole_BV, rows)
         drawn = replace(drawn, tokens=self._agreed(drawn.tokens))
         policy = self._policy(local_BV, drawn.tokens, [row.policy_temperature for row in rows])

@@ -12,7 +12,7 @@ from lockstep.model.layers.logprobs import CHUNKS
 from lockstep.rl.rollout.model_runner import ModelRunner
 from lockstep.rl.rollout.protocol import PromptOutput, Score
 from lockstep.rl.rollout.sampling.parallel_sampler import ParallelSampler
-from lockstep.rl.rollout.scheduler import Chunk, Failures
+from lockstep.rl.rollout.scheduling.plan import Chunk, Failures
 
 
 class PromptScorer:
@@ -27,11 +27,11 @@ class PromptScorer:
         Args:
             failures: sequences are added whose activations are not numbers, or that cannot be scored.
         """
-        found, counts = [], [chunk.count for chunk in chunks]
+        found, lengths = [], [chunk.length for chunk in chunks]
         finite_T = hidden_TD.isfinite().all(-1).cpu()  # all at once: an accelerator would be waited for each time
-        for chunk, hidden_LD, finite_L in zip(chunks, hidden_TD.split(counts), finite_T.split(counts), strict=True):
+        for chunk, hidden_LD, finite_L in zip(chunks, hidden_TD.split(lengths), finite_T.split(lengths), strict=True):
             try:
-                self._read(chunk, hidden_LD, bool(finite_L.all()))
+                self._read(chunk, hidden_LD[: chunk.count], bool(finite_L[: chunk.count].all()))
             except Exception as error:
                 failures[chunk.sequence] = error
             else:

@@ -45,6 +45,7 @@ def test_a_resolved_recipe_is_the_same_when_it_is_read_again() -> None:
         ({"rollout": {"engine": "vllm"}}, "name its interpreter in rollout.python"),
         ({"rollout": {"python": "python3"}}, "python=python3 is of engine='vllm'"),
         ({"rollout": {**VLLM, "tensor": 2}}, "tensor=2: set tensor=1"),
+        ({"rollout": {**VLLM, "speculate": 4}}, "speculate=4: set speculate=0, or engine='lockstep'"),
         ({"rollout": VLLM, "model": {"numerics": "exact"}}, "the same bits, which rollout.engine='vllm' does not"),
         ({"rollout": VLLM, "rl": {"flow": {"release": True}}}, "rl.flow.release=true has no effect"),
     ],

@@ -21,7 +21,7 @@ from lockstep.rl.rollout.model_runner import PassOutput
 from lockstep.rl.rollout.output_processor import CompletionFailed, generate
 from lockstep.rl.rollout.protocol import FailedOutput, Output, Request
 from lockstep.rl.rollout.sampling.sampler import Row, draw, draw_isolated
-from lockstep.rl.rollout.scheduler import Plan
+from lockstep.rl.rollout.scheduling.plan import Plan
 from lockstep.rl.types import Prompt
 from tests.model.exact_rollouts import WAYS, by_way
 

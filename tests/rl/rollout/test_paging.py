@@ -210,16 +210,16 @@ def test_a_completion_that_is_cancelled_is_handed_out_as_it_is(models: dict[str,
     assert 2 <= len(rollouts[1].tokens) == len(rollouts[1].logp) < 30
 
 
-def rank_answers(groups: Groups, kind: str) -> dict[str | int, list[tuple[int, float]]]:
+def rank_answers(groups: Groups, kind: str, speculate: int = 0) -> dict[str | int, list[tuple[int, float]]]:
     model = transformer(groups, MODELS[kind])
-    engine = engine_of(model, blocks=[12] * (2 if kind == "both" else 1))
+    engine = engine_of(model, blocks=[12] * (2 if kind == "both" else 1), speculate=speculate)
     return {key: [(t.token, t.logp) for t in tokens] for key, tokens in answers(engine, workload(11, 20)).items()}
 
 
 def test_tensor_ranks_say_what_one_process_says(worlds: RankPool) -> None:
     for kind in ("all", "both"):
         (expected,) = worlds.run(Layout(), rank_answers, kind)
-        first, second = worlds.run(Layout(tensor=2), rank_answers, kind)
+        first, second = worlds.run(Layout(tensor=2), rank_answers, kind, 4)
         assert first == second
         for key, tokens in expected.items():
             assert [t for t, _ in first[key]] == [t for t, _ in tokens]

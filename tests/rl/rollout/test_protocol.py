@@ -37,7 +37,12 @@ def ours(transformer: Transformer, config: EngineConfig, tokenizer: Tokenizer) -
     return RolloutEngine(transformer, config, decode=tokenizer.decode)
 
 
-ENGINES = ["lockstep", pytest.param("vllm", marks=pytest.mark.skipif(not IS_THERE, reason=LEFT_OUT))]
+def speculating(transformer: Transformer, config: EngineConfig, tokenizer: Tokenizer) -> Engine:
+    return ours(transformer, config.model_copy(update={"speculate": 4}), tokenizer)
+
+
+OURS = {"lockstep": ours, "speculating": speculating}
+ENGINES = [*OURS, pytest.param("vllm", marks=pytest.mark.skipif(not IS_THERE, reason=LEFT_OUT))]
 
 LENGTHS = [3, 40, 1, 12, 25, 7, 2]
 CONFIG = EngineConfig(sequences=4, length=100)
@@ -60,7 +65,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmProcess]:
 
 @pytest.fixture(params=ENGINES)
 def make(request: pytest.FixtureRequest, vllm: VllmProcess) -> Iterator[Make]:
-    yield ours if request.param == "lockstep" else vllm.make
+    yield OURS.get(request.param, vllm.make)
     vllm.free()
 
 

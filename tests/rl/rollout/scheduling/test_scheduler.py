@@ -7,13 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.model.attention.paged_kernel import BLOCK
-from lockstep.rl.rollout.block_pool import BlockPool, blocks_alone, chained, pool_sizes
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.protocol import Request
-from lockstep.rl.rollout.scheduler import Chunk, Plan, Scheduler, SequenceState
+from lockstep.rl.rollout.scheduling.block_pool import BlockPool, blocks_alone, chained, pool_sizes
+from lockstep.rl.rollout.scheduling.plan import Chunk, Plan, SequenceState
+from lockstep.rl.rollout.scheduling.scheduler import Scheduler
 
 Cell = tuple[int, int]
 """A block and a place in it."""
+
+
+def texts(chunk: Chunk) -> list[tuple[int, tuple[int, ...]]]:
+    """The position of each token of a chunk, those on trial included, and the text up to it."""
+    whole = chunk.sequence.part(0, chunk.start) + chunk.tokens
+    return [(position, whole[: position + 1]) for position in range(chunk.start, len(whole))]
+
+
+def follower(text: tuple[int, ...], sample: int) -> int:
+    """The token behind a text, which often repeats itself."""
+    return hash((text[-2:], len(text) % 23 == 0, sample)) % 7
 
 
 class Memory:
@@ -25,18 +37,16 @@ class Memory:
 
     def write(self, chunk: Chunk, kind: int) -> None:
         table = chunk.sequence.tables[kind]
-        for position in range(chunk.start, chunk.start + chunk.count):
-            text = chunk.sequence.part(0, position + 1)
+        for position, text in texts(chunk):
             self.cells[table[position // BLOCK], position % BLOCK] = text
 
     def check(self, chunk: Chunk, kind: int) -> None:
         """Each token sees the keys and values of its own text, as far as its window."""
         table = chunk.sequence.tables[kind]
-        for position in range(chunk.start, chunk.start + chunk.count):
+        for position, text in texts(chunk):
             first = 0 if self.window is None else max(0, position - self.window + 1)
             for seen in range(first, position + 1):
-                found = self.cells[table[seen // BLOCK], seen % BLOCK]
-                assert found == chunk.sequence.part(0, seen + 1)
+                assert self.cells[table[seen // BLOCK], seen % BLOCK] == text[: seen + 1]
 
     def copy(self, source: int, target: int) -> None:
         for place in range(BLOCK):
@@ -45,7 +55,7 @@ class Memory:
 
 
 def run_pass(scheduler: Scheduler, memories: list[Memory], plan: Plan) -> list[SequenceState]:
-    """Carry out a plan and append a token, which depends on the text alone, to each sequence that draws."""
+    """Carry out a plan and append tokens, which depend on the text alone, to each sequence that draws."""
     for kind, memory in enumerate(memories):
         for chunk in plan.chunks:
             memory.write(chunk, kind)
@@ -55,9 +65,19 @@ def run_pass(scheduler: Scheduler, memories: list[Memory], plan: Plan) -> list[S
             copied = fork.copies[kind]
             if copied:
                 memory.copy(*copied)
-    for sequence in plan.drawing:
-        sequence.tokens.append(hash((sequence.part(0, sequence.known), sequence.request.sample)) % 7)
-    return plan.drawing
+    for sequence, proposed in plan.drawing:
+        extend(scheduler, sequence, proposed)
+    return [sequence for sequence, _ in plan.drawing]
+
+
+def extend(scheduler: Scheduler, sequence: SequenceState, proposed: tuple[int, ...]) -> None:
+    """Append the token behind the text, and behind those on trial as long as they are right."""
+    for trial in (*proposed, None):
+        sequence.tokens.append(follower(sequence.part(0, sequence.known), sequence.request.sample))
+        if sequence.tokens[-1] != trial or len(sequence.tokens) == sequence.request.sampling.max_new_tokens:
+            break
+    if proposed:
+        scheduler.settle(sequence, len(proposed))
 
 
 def begun(text: int, length: int) -> tuple[int, ...]:
@@ -68,7 +88,7 @@ def begun(text: int, length: int) -> tuple[int, ...]:
 def expected(request: Request) -> list[int]:
     text, tokens = list(request.tokens), []
     for _ in range(request.sampling.max_new_tokens):
-        tokens.append(hash((tuple(text + tokens), request.sample)) % 7)
+        tokens.append(follower(tuple(text + tokens), request.sample))
     return tokens
 
 
@@ -84,6 +104,7 @@ REQUESTS = st.lists(
     st.sampled_from([(None,), (20,), (None, 5), (None, 33)]),
     st.integers(0, 12),
     st.integers(1, 90),
+    st.sampled_from([0, 3, 15]),
     st.data(),
 )
 def test_any_workload_ends_with_the_right_tokens_and_no_block_held(
@@ -91,6 +112,7 @@ def test_any_workload_ends_with_the_right_tokens_and_no_block_held(
     windows: tuple[int | None, ...],
     spare: int,
     budget: int,
+    speculate: int,
     data: st.DataObject,
 ) -> None:
     requests = [
@@ -100,7 +122,7 @@ def test_any_workload_ends_with_the_right_tokens_and_no_block_held(
     ]
     most = max(len(r.tokens) + r.sampling.max_new_tokens - 1 for r in requests)
     pools = [BlockPool(blocks_alone(most, window) + spare) for window in windows]
-    scheduler = Scheduler(windows, pools, sequences=5, budget=budget)
+    scheduler = Scheduler(windows, pools, sequences=5, budget=budget, speculate=speculate)
     memories = [Memory(window) for window in windows]
     sequences = [SequenceState(r) for r in requests]
     arriving, cancelled = list(sequences), set()
@@ -113,7 +135,7 @@ def test_any_workload_ends_with_the_right_tokens_and_no_block_held(
             scheduler.waiting.append(arriving.pop(0))
         plan = scheduler.plan()
         assert plan.chunks, "a pass without work"
-        assert sum(chunk.count for chunk in plan.chunks) <= max(budget, 5)
+        assert sum(chunk.length for chunk in plan.chunks) <= max(budget, 5)
         for sequence in run_pass(scheduler, memories, plan):
             if len(sequence.tokens) == sequence.request.sampling.max_new_tokens:
                 scheduler.finish(sequence)
@@ -134,9 +156,10 @@ def finished(scheduler: Scheduler, *sequences: SequenceState) -> list[Plan]:
     plans = []
     while scheduler.running or scheduler.waiting:
         plans.append(scheduler.plan())
-        drawing = plans[-1].drawing
-        for sequence in drawing:
-            sequence.tokens.append(1)
+        for sequence, proposed in plans[-1].drawing:
+            sequence.tokens += [1] * (len(proposed) + 1)
+            if proposed:
+                scheduler.settle(sequence, len(proposed))
             if len(sequence.tokens) == sequence.request.sampling.max_new_tokens:
                 scheduler.finish(sequence)
     return plans
@@ -158,6 +181,33 @@ def test_a_prompt_is_computed_once_for_its_group_and_found_by_later_turns() -> N
     assert computed(finished(scheduler, sequence(turn, 1))) == len(turn) - 48, "the first turn's three full blocks"
     scheduler.forget()
     assert computed(finished(scheduler, sequence(turn, 1))) == len(turn)
+
+
+def test_what_was_right_on_trial_is_computed_once_and_found_by_others() -> None:
+    scheduler = Scheduler((None,), (BlockPool(100),), sequences=1, budget=2048, speculate=15)
+    prompt = (1,) * 20
+    plans = finished(scheduler, sequence(prompt, 100))
+    assert [chunk.length for plan in plans for chunk in plan.chunks] == [20, *[16] * 6, 3], (
+        "one token, then 16 at a time"
+    )
+    assert (scheduler.proposed, scheduler.accepted) == (92, 92)
+    assert scheduler.pools[0].free == 100
+    assert computed(finished(scheduler, sequence((*prompt, *[1] * 100), 1))) == 120 - 112, "seven full blocks"
+
+
+def test_tokens_are_on_trial_only_where_rows_and_blocks_are_left() -> None:
+    for sequences, blocks, budget, expected in [
+        (3, 100, 2048, (10, 10, 9)),  # up to 32 rows
+        (3, 100, 8, (5, 0, 0)),  # up to the budget
+        (40, 100, 2048, (0,) * 40),
+        (3, 6, 2048, (9, 9, 9)),  # up to the block's end: each may need one of the three that are free
+    ]:
+        scheduler = Scheduler((None,), (BlockPool(blocks),), sequences=sequences, budget=budget, speculate=10)
+        scheduler.waiting.extend(sequence((1,) * 6, 80, s) for s in range(sequences))
+        while not all(s.tokens for s in scheduler.running) or scheduler.waiting:
+            for each, _ in scheduler.plan().drawing:
+                each.tokens.append(1)
+        assert tuple(len(chunk.proposed) for chunk in scheduler.plan().chunks) == expected
 
 
 def test_layers_with_a_window_hold_no_more_than_it_needs() -> None:

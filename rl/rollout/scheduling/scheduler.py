@@ -7,105 +7,38 @@ see a window give back the blocks behind it, so each kind of layer (window or no
 
 from collections import deque
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 from lockstep.model.attention.paged_kernel import BLOCK, first_seen
-from lockstep.rl.rollout.block_pool import ROOT, BlockPool, blocks_alone, chained
-from lockstep.rl.rollout.detokenizer import StopStrings
-from lockstep.rl.rollout.protocol import Request, Score
+from lockstep.rl.rollout.scheduling.block_pool import ROOT, BlockPool, blocks_alone, chained
+from lockstep.rl.rollout.scheduling.plan import Chunk, Fork, Plan, SequenceState
 
-
-@dataclass(eq=False)
-class SequenceState:
-    """A request while it waits or runs: its tokens so far, and its blocks of the KV cache."""
-
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    """Of the completion."""
-    cached: int = 0
-    """Tokens, from the prompt's first on, whose keys and values are in the cache."""
-    tables: list[list[int]] = field(default_factory=list)
-    """For each kind of layer the block of each BLOCK tokens; −1 where it has been given back."""
-    names: list[bytes] = field(default_factory=list)
-    """Hashes of the text's full blocks (see `block_pool.chained`), as far as they have been needed."""
-    stops: StopStrings | None = None
-    scores: list[Score] | None = None
-    """Of the prompt's tokens that have been computed; None where none are asked for, or all have been reported."""
-
-    @property
-    def known(self) -> int:
-        """Number of tokens of prompt and completion."""
-        return len(self.request.tokens) + len(self.tokens)
-
-    def part(self, start: int, stop: int) -> tuple[int, ...]:
-        """Tokens start … stop−1 of prompt and completion."""
-        prompt = self.request.tokens
-        if stop <= len(prompt):
-            return prompt[start:stop]
-        return (*prompt[start:], *self.tokens[max(0, start - len(prompt)) : stop - len(prompt)])
-
-
-Failures = dict[SequenceState, Exception]
-"""Sequences that cannot go on, and why."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens start … start+count−1 of a sequence, which one pass computes."""
-
-    sequence: SequenceState
-    start: int
-    count: int
-    ends: bool
-    """Whether it is computed with all tokens of the sequence, so that the next one can be drawn."""
-
-    @property
-    def draws(self) -> bool:
-        """Whether the next token is drawn after it."""
-        return self.ends and self.sequence.request.draws
-
-
-@dataclass(frozen=True)
-class Fork:
-    """A sequence that shares the prompt of another in the same pass, and draws its first token from the same logits."""
-
-    sequence: SequenceState
-    source: Chunk
-    copies: tuple[tuple[int, int] | None, ...]
-    """For each kind of layer the block to be copied after the pass, and where to; None where blocks end together."""
-
-
-@dataclass
-class Plan:
-    """The work of one forward pass."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-    forks: list[Fork] = field(default_factory=list)
-
-    @property
-    def drawing(self) -> list[SequenceState]:
-        """Sequences whose next token is drawn after the pass, those of chunks before those of forks."""
-        return [chunk.sequence for chunk in self.chunks if chunk.draws] + [fork.sequence for fork in self.forks]
+TRIAL_ROWS = 32
+"""Tokens of a pass up to which it takes tokens on trial. Up to there a pass of a small model on a CPU waits for its
+weights, and trials cost little; beyond it each costs about what it may save."""
 
 
 class Scheduler:
     """The running and the waiting sequences, and the blocks that they hold."""
 
-    def __init__(self, windows: Many[int | None], pools: Many[BlockPool], *, sequences: int, budget: int) -> None:
+    def __init__(
+        self, windows: Many[int | None], pools: Many[BlockPool], *, sequences: int, budget: int, speculate: int = 0
+    ) -> None:
         """
         Args:
             windows: of each kind of layer, in tokens.
             pools: of each kind of layer.
             sequences: that may run at the same time.
             budget: tokens of one forward pass.
+            speculate: tokens that a sequence may have computed on trial in one pass.
         """
         self._windows, self.pools = tuple(windows), tuple(pools)
-        self._sequences, self._budget = sequences, max(budget, sequences)
+        self._sequences, self._budget, self._speculate = sequences, max(budget, sequences), speculate
         self.waiting: deque[SequenceState] = deque()
         self.running: list[SequenceState] = []
         self.admits = True
         """Whether sequences that wait may begin."""
-        self.preemptions = self.found = 0
+        self.preemptions = self.found = self.proposed = self.accepted = 0
 
     def lacking(self, tokens: int) -> tuple[int, int] | None:
         """Blocks that a sequence of this many tokens needs and the pool has, where that is too few; else None."""
@@ -145,7 +78,18 @@ class Scheduler:
                 if chunk.draws and not sequence.tokens:
                     ends[sequence.request.tokens] = chunk
             self.running.append(self.waiting.popleft())
+        if self._speculate:
+            self._add_trials(plan, min(left, TRIAL_ROWS - (self._budget - left)))
         return plan
+
+    def settle(self, sequence: SequenceState, proposed: int) -> None:
+        """Count as cached which of so many tokens that a sequence had on trial have been added to it since."""
+        start, accepted = sequence.cached, sequence.known - sequence.cached - 1
+        sequence.cached += accepted
+        self._name_full(sequence, start)
+        sequence.lookup.verified(accepted)
+        self.proposed += proposed
+        self.accepted += accepted
 
     def plan_alone(self, sequence: SequenceState) -> Plan | None:
         """Plan a pass of one sequence that runs or waits; None where it finds no room, and waits."""
@@ -173,6 +117,13 @@ class Scheduler:
         alone = [[block for block in table if block >= 0 and pool.drop(block)] for pool, table in pairs]
         sequence.tables, sequence.cached = [], 0
         self._remove(sequence)
+        return alone
+
+    def redo(self, sequence: SequenceState) -> list[list[int]]:
+        """Have a running sequence wait, to be computed again without tokens on trial; returns what `discard` does."""
+        alone = self.discard(sequence)
+        self.waiting.appendleft(sequence)
+        sequence.lookup.verified(0)
         return alone
 
     def _remove(self, sequence: SequenceState) -> None:
@@ -270,16 +221,45 @@ class Scheduler:
     def _computed(self, sequence: SequenceState, count: int) -> Chunk:
         """Take blocks for a sequence's next tokens; those that become full can be found, in this very pass."""
         start, stop = sequence.cached, sequence.cached + count
+        self._take_up_to(sequence, stop)
+        sequence.cached = stop
+        self._name_full(sequence, start)
+        return Chunk(sequence, start, count, stop == sequence.known)
+
+    def _add_trials(self, plan: Plan, room: int) -> None:
+        """Add what sequences propose to the chunks that decode, in blocks that no running sequence may need soon."""
+        for i, chunk in enumerate(plan.chunks):
+            if room <= 0:
+                break
+            sequence = chunk.sequence
+            left = sequence.request.new - len(sequence.tokens) - 1  # one more is drawn behind those on trial
+            most = min(self._speculate, room, left, self._spare(sequence))
+            if chunk.decodes and most > 0:
+                new = sequence.part(sequence.lookup.read, sequence.known)
+                proposed = sequence.lookup.propose(new, most)
+                self._take_up_to(sequence, sequence.cached + len(proposed))
+                plan.chunks[i] = replace(chunk, proposed=proposed)
+                room -= len(proposed)
+
+    def _spare(self, sequence: SequenceState) -> int:
+        """Tokens for which a sequence could have blocks, where each running sequence may need one more."""
+        pairs = zip(self.pools, sequence.tables, strict=True)
+        blocks = min(len(table) + max(0, pool.free - len(self.running)) for pool, table in pairs)
+        return blocks * BLOCK - sequence.cached
+
+    def _take_up_to(self, sequence: SequenceState, stop: int) -> None:
+        """Take blocks for the tokens of a sequence before this one."""
         for pool, table in zip(self.pools, sequence.tables, strict=True):
             while len(table) * BLOCK < stop:
                 table.append(pool.take())
-        full = stop // BLOCK
+
+    def _name_full(self, sequence: SequenceState, start: int) -> None:
+        """Have the blocks of a sequence be found that its cached tokens from this one on have filled."""
+        full = sequence.cached // BLOCK
         self._name_up_to(sequence, full)
         for i in range(start // BLOCK, full):
             for pool, table in zip(self.pools, sequence.tables, strict=True):
                 pool.name(table[i], sequence.names[i])
-        sequence.cached = stop
-        return Chunk(sequence, start, count, stop == sequence.known)
 
     def _forked(self, sequence: SequenceState, source: Chunk) -> Fork | None:
         """Share a prompt's full blocks and take one for the rest of it."""
