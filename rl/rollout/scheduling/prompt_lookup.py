@@ -9,8 +9,8 @@ drawn alone, and a proposal counts only where it is that very token.
 from collections.abc import Sequence
 
 NGRAM = 3
-"""Tokens that have to occur again. Two propose twice as often on answers to word problems, and are right half as often;
-four find less to copy where a text is copied with changes (docs/log.md, 2026-11-30)."""
+"""Tokens that have to occur again. Two find more in answers to word problems, with twice as many tokens on trial, and
+lose their place more often where a text is copied; four find less (docs/log.md, 2026-11-30)."""
 
 LONGEST_PAUSE = 32
 """Lookups that are left out at most after proposals of which nothing was right."""

@@ -231,9 +231,9 @@ class Scheduler:
         for i, chunk in enumerate(plan.chunks):
             if room <= 0:
                 break
-            sequence = chunk.sequence
+            sequence, share = chunk.sequence, -(-room // (len(plan.chunks) - i))
             left = sequence.request.new - len(sequence.tokens) - 1  # one more is drawn behind those on trial
-            most = min(self._speculate, room, left, self._spare(sequence))
+            most = min(self._speculate, share, left, self._spare(sequence))
             if chunk.decodes and most > 0:
                 new = sequence.part(sequence.lookup.read, sequence.known)
                 proposed = sequence.lookup.propose(new, most)

@@ -198,7 +198,7 @@ def test_what_was_right_on_trial_is_computed_once_and_found_by_others() -> None:
 def test_tokens_are_on_trial_only_where_rows_and_blocks_are_left() -> None:
     for sequences, blocks, budget, expected in [
         (3, 100, 2048, (10, 10, 9)),  # up to 32 rows
-        (3, 100, 8, (5, 0, 0)),  # up to the budget
+        (3, 100, 8, (2, 2, 1)),  # up to the budget
         (40, 100, 2048, (0,) * 40),
         (3, 6, 2048, (9, 9, 9)),  # up to the block's end: each may need one of the three that are free
     ]:
