@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -31,6 +31,10 @@ def evaluate_model(
     file: Annotated[
         str | None, typer.Option(help="Problems to answer, all of them: a file, a folder, or hf://datasets/….")
     ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the task, where the recipe has several.")] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Answer the training problems, for task.pass_rates; needs --samples.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Problems at most.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Completions of each to draw, beside the greedy one.")] = 0,
     k: Annotated[
@@ -62,8 +66,12 @@ def evaluate_model(
 
     if not (named := task or file):
         raise ValueError("what to answer is missing: give --task or --file")
+    if train and file:
+        raise ValueError("--train answers the training problems of a task, and --file names others: give one of them")
+    if train and not samples:
+        raise ValueError("--train measures pass rates, which are of samples: give --samples 8, for example")
     with overriding():
-        recipe = _recipe(named, file, limit, overrides or [])
+        recipe = _recipe(named, name, [*_problems(file, limit, train=train), *(overrides or [])])
     ks = tuple(sorted(set(k or ({1, samples} if samples else ()))))
     if any(each > samples for each in ks):
         raise ValueError(f"pass@{ks[-1]} needs {ks[-1]} samples or more, and these are {samples}: raise --samples")
@@ -73,8 +81,8 @@ def evaluate_model(
     verifier = recipe.verifier.model_copy(update={"processes": workers} if workers else {})
     if verifier.llm_judge and recipe.task.grader == LLM_JUDGE:
         err.print(check_llm_judge(verifier.llm_judge), highlight=False)
-    work = Evaluation(checkpoint, recipe.task, recipe.seed, sampling, verifier, samples, ks, dtype, cache_gib)
-    folder = output or _folder(checkpoint, *filter(None, (task, file)))
+    work = Evaluation(checkpoint, recipe.task, recipe.seed, sampling, verifier, samples, ks, dtype, cache_gib, train)
+    folder = output or _folder(checkpoint, *filter(None, (task, file, name, "train" if train else None)))
     try:
         with progress("answering") as advance:
             findings = evaluate_checkpoint(work, folder, advance, err.print)
@@ -87,8 +95,19 @@ def evaluate_model(
     out.print(f"completions and verdicts: {folder}", highlight=False)
 
 
-def _recipe(task: str, file: str | None, limit: int | None, overrides: Sequence[str]) -> "Recipe":
-    """The task as a recipe has it, with the seed and what evaluations take from there."""
+def _problems(file: str | None, limit: int | None, *, train: bool) -> list[str]:
+    """Overrides of the task that say which problems are answered, and how many."""
+    given = [] if file is None else [f"task.held_out_from={file}", f"task.held_out={EVERYTHING}"]
+    return given if limit is None else [*given, f"task.{'train' if train else 'held_out'}={limit}"]
+
+
+def _recipe(task: str, name: str | None, given: Sequence[str]) -> "Recipe":
+    """The task as a recipe has it, with the seed and what evaluations take from there.
+
+    Args:
+        name: of one of a recipe's tasks.
+        given: overrides.
+    """
     from reasoning_gym.factory import DATASETS
 
     from lockstep.cluster.recipe.catalog import shipped_recipes
@@ -96,14 +115,14 @@ def _recipe(task: str, file: str | None, limit: int | None, overrides: Sequence[
     from lockstep.data.row_reader import is_source
     from lockstep.data.tasks.presets import PRESETS
 
-    given = [] if file is None else [f"task.held_out_from={file}", f"task.held_out={EVERYTHING}"]
-    given += [] if limit is None else [f"task.held_out={limit}"]
-    given += overrides
     if task.endswith(".toml") or task in shipped_recipes():
-        recipe = load_recipe(task, given)
+        recipe = load_recipe(task)
         if recipe.tasks:
-            raise ValueError(f"{task} is a mixture of {len(recipe.tasks)} tasks: name the data of one by --task")
-        return recipe
+            return parse(_one_task(recipe, task, name), given)
+    if name:
+        raise ValueError(f"--name {name} is of a recipe with several tasks, which {task} is not: leave it out")
+    if task.endswith(".toml") or task in shipped_recipes():
+        return load_recipe(task, given)
     if task in PRESETS:
         return parse({"task": {"preset": task}, "evaluation": {"max_new_tokens": KNOWN_TOKENS}}, given)
     if not is_source(task) and task not in DATASETS:
@@ -112,6 +131,16 @@ def _recipe(task: str, file: str | None, limit: int | None, overrides: Sequence[
             "files of problems"
         )
     return parse({"task": {"generator": task}}, given)
+
+
+def _one_task(recipe: "Recipe", file: str, name: str | None) -> dict[str, Any]:
+    """A mixture's values with one of its tasks in the place of all."""
+    tasks = {each.name: each for each in recipe.tasks}
+    if name not in tasks:
+        raise ValueError(f"{file} is a mixture of {len(tasks)} tasks: give --name with one of {', '.join(tasks)}")
+    values = recipe.model_dump(mode="json", exclude_unset=True, include={"seed", "verifier", "evaluation"})
+    task = tasks[name].model_dump(mode="json", exclude_unset=True, exclude={"name", "weight"})
+    return values | {"task": task}
 
 
 def _folder(checkpoint: str, *names: str) -> Path:

@@ -12,8 +12,9 @@ from typing import Any
 
 from lockstep.cluster.atomic_files import cut_half_line, replace_file
 from lockstep.data.row_reader import read_rows
+from lockstep.data.tasks.difficulty.pass_rates import COUNTS
 
-SETTINGS, COMPLETIONS, COUNTS, SUMMARY = "settings.json", "completions.jsonl", "problems.jsonl", "summary.json"
+SETTINGS, COMPLETIONS, SUMMARY = "settings.json", "completions.jsonl", "summary.json"
 
 Answer = Mapping[str, Any]
 """A line: `mode`, `problem` and `sample` say which completion it is."""

@@ -1,4 +1,4 @@
-"""Evaluates a model on held-out problems: greedy and sampled completions, judged, resumable; behind `lockstep eval`."""
+"""Evaluates a model on problems: greedy and sampled completions, judged, resumable; behind `lockstep eval`."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,8 +9,9 @@ import xxhash
 
 from lockstep.cluster.evaluation.accuracy import Estimate, Tally, estimate_accuracy, mean_pass_at_k, tally
 from lockstep.cluster.evaluation.answer_folder import Answer, AnswerFolder
-from lockstep.data.row_reader import BadRow, left_out
-from lockstep.data.tasks.task import Split, TaskConfig, held_out_problems, make_split
+from lockstep.data.row_reader import left_out
+from lockstep.data.tasks.problem import Problem
+from lockstep.data.tasks.task import Split, TaskConfig, held_out_split, make_split
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.prompts import make_prompt
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams
@@ -44,6 +45,16 @@ class Evaluation:
     """For which pass@k is estimated, each at most `samples`."""
     dtype: str = "bfloat16"
     cache_gib: float = 1.0
+    train: bool = False
+    """Whether the training problems are answered, in the place of the held-out ones, to know their pass rates."""
+
+    def problems(self, split: Split) -> tuple[Problem, ...]:
+        """The problems of a split that are answered."""
+        return split.train if self.train else split.held_out
+
+
+UNSEEN = {"pass_rates", "pass_rate"}
+"""Keys of a task that choose what is trained on, and change no completion."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +94,21 @@ def evaluate_checkpoint(work: Evaluation, folder: Path, progress: Callable[[int,
     Raises:
         ValueError: one sentence on what does not fit, before anything is written.
     """
-    split = _problems(work.task, work.seed)
+    split = (make_split if work.train else held_out_split)(work.task, work.seed)
     if split.skipped:
         note(left_out(split.skipped))
     config = EngineConfig(cache_gib=work.cache_gib)
     with open_engine(work.checkpoint, work.dtype, config) as (engine, tokenizer):
         tokenizer = tokenizer.with_template_kwargs(work.task.chat_template_kwargs)
         work = _stopped(work, tokenizer)
-        prompts = [make_prompt(problem, work.task, tokenizer, split.shots) for problem in split.held_out]
+        prompts = [make_prompt(problem, work.task, tokenizer, split.shots) for problem in work.problems(split)]
         answers = AnswerFolder(folder, _settings(work, prompts, engine))
         with Judge(work.verifier, note) as judge:
             sitting = _Sitting(work, prompts, engine, judge, answers)
             for done in sitting.answer():
                 progress(done, len(prompts) * (1 + work.samples))
     findings = _findings(work, split, answers)
-    answers.finish(_counts(answers), _summary(findings))
+    answers.finish(_counts(answers, work.problems(split)), _summary(findings))
     return findings
 
 
@@ -161,14 +172,6 @@ def _bundles(rollouts: Iterable[Rollout]) -> Iterator[list[Rollout]]:
         yield some
 
 
-def _problems(task: TaskConfig, seed: int) -> Split:
-    """Training problems are read only where the task needs them."""
-    if task.shots or not task.held_out_from:
-        return make_split(task, seed)
-    skipped: list[BadRow] = []
-    return Split((), held_out_problems(task, seed, skipped), "", skipped=tuple(skipped))
-
-
 def _stopped(work: Evaluation, tokenizer: Tokenizer) -> Evaluation:
     """The evaluation, whose completions also end where the chat template ends a turn."""
     ends = tokenizer.chat_stop_tokens if work.task.chat else ()
@@ -182,7 +185,7 @@ def _settings(work: Evaluation, prompts: Sequence[Prompt], engine: Engine) -> di
         "checkpoint": work.checkpoint,
         "weights": engine.weights_digest(),
         "dtype": work.dtype,
-        "task": work.task.model_dump(mode="json"),
+        "task": work.task.model_dump(mode="json", exclude=UNSEEN),
         "problems": xxhash.xxh3_64_hexdigest(asked.encode("utf-8", "surrogatepass")),
         "seed": work.seed,
         "samples": work.samples,
@@ -201,11 +204,11 @@ def _findings(work: Evaluation, split: Split, answers: AnswerFolder) -> Findings
     return Findings(
         greedy=estimate_accuracy(tallies[GREEDY]),
         correct=sum(t.correct for t in tallies[GREEDY]),
-        problems=len(split.held_out),
+        problems=len(work.problems(split)),
         pass_at={k: mean_pass_at_k(tallies[SAMPLED], k, work.seed) for k in work.ks},
         samples=work.samples,
         ungradable=sum(t.ungradable for some in tallies.values() for t in some),
-        overlap=split.overlap if split.train else None,
+        overlap=split.overlap if split.train and not work.train else None,
     )
 
 
@@ -213,12 +216,13 @@ def _tally(answers: Sequence[Answer]) -> Tally:
     return tally([answer["outcome"] for answer in answers])
 
 
-def _counts(answers: AnswerFolder) -> list[Answer]:
-    """Verdicts of each problem, counted."""
+def _counts(answers: AnswerFolder, problems: Sequence[Problem]) -> list[Answer]:
+    """Verdicts of each problem, counted; `task.pass_rates` finds a problem by its digest."""
     found: dict[int, dict[str, Any]] = {}
     for mode in (GREEDY, SAMPLED):
-        for problem, some in answers.of(mode):
-            found.setdefault(problem, {"problem": problem})[mode] = asdict(_tally(some))
+        for number, some in answers.of(mode):
+            counted = found.setdefault(number, {"problem": number, "digest": problems[number].digest})
+            counted[mode] = asdict(_tally(some))
     return list(found.values())
 
 

@@ -15,6 +15,7 @@ from lockstep.cluster.recipe.paths import functions
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.corpus.indexed_dataset import beside, prefix
 from lockstep.data.row_reader import SUFFIXES
+from lockstep.data.tasks.difficulty.pass_rates import counts_file
 from lockstep.data.tasks.user_function import module_search, parse
 
 BLOCK, BLOCKS = 1 << 20, 256
@@ -47,6 +48,7 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
         key = f"tasks[{number}]" if recipe.tasks else "task"
         yield f"{key}.generator", _rows(task.generator)
         yield f"{key}.held_out_from", _rows(task.held_out_from)
+        yield f"{key}.pass_rates", _rows(counts_file(task.pass_rates))
     yield "supervised.source", _rows(recipe.supervised.source if recipe.supervised else "")
     yield "preference.source", _rows(recipe.preference.source if recipe.preference else "")
 

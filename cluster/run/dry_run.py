@@ -52,6 +52,9 @@ def make_ready(recipe: Recipe, say: Callable[[str], None], *, resume: bool = Fal
     if beginning.last is None:
         check_rows(recipe)
     problems = () if recipe.pretrain else problem_sets(recipe.mixture, recipe.seed)
+    for each in problems:
+        if each.split.filtered:
+            say(f"{each.name}: {each.split.filtered}" if each.name else each.split.filtered)
     if any(each.split.has_programs for each in problems):
         say(check_sandbox(recipe.verifier.sandbox))
     if recipe.verifier.llm_judge:

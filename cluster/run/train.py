@@ -96,7 +96,7 @@ def _describe(run: RunFolder, problems: Sequence[ProblemSet]) -> None:
     )
     if problems:
         splits = [each.split for each in problems]
-        methods = [f"{each.name}: {each.split.method}" if each.name else each.split.method for each in problems]
+        methods = [f"{each.name}: {said}" if each.name else said for each in problems if (said := each.split.said)]
         run.update(
             split={
                 "train": sum(len(split.train) for split in splits),

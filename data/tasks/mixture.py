@@ -9,6 +9,7 @@ from pydantic import Field
 
 from lockstep.data.batch import Ints
 from lockstep.data.corpus.blend import Blend
+from lockstep.data.tasks.difficulty.pass_rates import filter_by_pass_rate
 from lockstep.data.tasks.task import Split, TaskConfig, make_split
 
 
@@ -31,13 +32,19 @@ class ProblemSet:
 
 
 def problem_sets(tasks: Sequence[TaskConfig], seed: int) -> tuple[ProblemSet, ...]:
-    """The problems of tasks, a pure function of (tasks, seed); raises as `make_split`."""
+    """The problems of tasks, a pure function of (tasks, seed); raises as `make_split` and `filter_by_pass_rate`."""
     return tuple(
-        ProblemSet(task, make_split(task, seed), task.name, task.weight)
+        ProblemSet(task, training_split(task, seed), task.name, task.weight)
         if isinstance(task, MixedTask)
-        else ProblemSet(task, make_split(task, seed))
+        else ProblemSet(task, training_split(task, seed))
         for task in tasks
     )
+
+
+def training_split(task: TaskConfig, seed: int) -> Split:
+    """The split of a task that is trained on: its problems, or those whose measured pass rate it asks for."""
+    split = make_split(task, seed)
+    return filter_by_pass_rate(split, task) if task.pass_rates else split
 
 
 class Mixture:

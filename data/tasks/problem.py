@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import xxhash
+
 from lockstep.data.tasks.code_tests import CodeTests
 
 
@@ -25,6 +27,19 @@ class Problem:
     """What stands before the question in the data."""
     entry: Mapping[str, Any] | None = field(default=None, compare=False)
     """reasoning-gym's own form of it, by which its graders give partial credit."""
+
+    pass_rate: float | None = field(default=None, compare=False)
+    """The share of completions that were correct when it was measured; None where it was not, NaN where none could be
+    graded."""
+
+    @property
+    def digest(self) -> str:
+        """A digest of what is asked and what is right, 32 hex digits, by which measurements find a problem again."""
+        parts = [self.system, self.question, self.answer]
+        if tests := self.tests:
+            parts += [tests.program, tests.entry_point, tests.prefix]
+            parts += [text for case in tests.cases for text in (case.stdin, case.stdout)]
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
     @property
     def program(self) -> str:

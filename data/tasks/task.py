@@ -23,6 +23,7 @@ from lockstep.data.tasks.user_function import function_name
 HELD_OUT_SHARE = 5
 """One problem in this many belongs to the held-out side."""
 
+_Share = Annotated[float, Field(ge=0, le=1)]
 _BETWEEN_SEEDS = 1_000_003
 _ROUNDS = 4
 
@@ -45,6 +46,14 @@ class TaskConfig(BaseModel):
     )
     filter: Annotated[str, Callable] = Field(
         "", description="module:function or file.py:function that says by question, answer, … which problems are kept"
+    )
+    pass_rates: Annotated[str, Path] = Field(
+        "",
+        description="measured pass rates of the training problems: the folder of a lockstep eval --train, or a file of "
+        "problems with pass_rate",
+    )
+    pass_rate: tuple[_Share, ...] = Field(
+        (0.0, 1.0), min_length=2, max_length=2, description="with pass_rates: lowest and highest that is trained on"
     )
     fields: dict[str, str] = Field({}, description="where files have question, answer, …, if not under known names")
     settings: dict[str, Any] = Field(
@@ -106,6 +115,15 @@ class TaskConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_measured_what_it_filters_by(self) -> "TaskConfig":
+        low, high = self.pass_rate
+        if low > high:
+            raise ValueError(f"task.pass_rate=[{low}, {high}] begins above its end: exchange them")
+        if (low, high) != (0, 1) and not self.pass_rates:
+            raise ValueError(f"task.pass_rate=[{low}, {high}] needs measured pass rates: give task.pass_rates, too")
+        return self
+
 
 @dataclass(frozen=True)
 class Split:
@@ -118,6 +136,13 @@ class Split:
     """Training problems to show solved, one more than the task asks for, so that none has to show itself."""
     skipped: tuple[BadRow, ...] = ()
     """Rows of the files that were read and could not be used, where the task skips them."""
+    filtered: str = ""
+    """A sentence on training problems that were left out by their pass rates; empty where none were measured."""
+
+    @property
+    def said(self) -> str:
+        """How training and held-out problems were separated, and what was left out."""
+        return f"{self.method} {self.filtered}".strip()
 
     @property
     def overlap(self) -> int:
@@ -165,6 +190,18 @@ def make_split(task: TaskConfig, seed: int) -> Split:
             )
     method = " ".join(filter(None, (method, left_out(skipped))))
     return Split(train, held_out, method, draw_shots(task, train, seed), tuple(skipped))
+
+
+def held_out_split(task: TaskConfig, seed: int) -> Split:
+    """The split of a task that is evaluated on; training problems are read only where held-out ones depend on them.
+
+    Raises:
+        ValueError: as `make_split`.
+    """
+    if task.shots or not task.held_out_from:
+        return make_split(task, seed)
+    skipped: list[BadRow] = []
+    return Split((), held_out_problems(task, seed, skipped), "", skipped=tuple(skipped))
 
 
 def held_out_problems(task: TaskConfig, seed: int, skipped: list[BadRow]) -> tuple[Problem, ...]:

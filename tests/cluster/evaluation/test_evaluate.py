@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 
 from lockstep.cluster.evaluation.accuracy import pass_at_k
+from lockstep.cluster.recipe.load import load_recipe
 from lockstep.data.preferences import from_verdicts
+from lockstep.data.tasks.difficulty.pass_rates import read_pass_rates
+from lockstep.data.tasks.mixture import problem_sets
+from lockstep.data.tasks.task import make_split
 from tests.cluster.cli_process import Command, lockstep, refused
 from tests.rl.verifiers.llm_judge.scripted_endpoint import says, scripted
 
@@ -110,6 +114,40 @@ def test_other_settings_are_refused(whole: Path, tiny_folder: Path, problems: Pa
     assert "give --task or --file" in refused("eval", str(tiny_folder))
 
 
+def test_training_problems_are_measured_for_a_mixtures_filter_by_pass_rate(
+    tiny_folder: Path, problems: Path, tmp_path: Path
+) -> None:
+    recipe, folder = tmp_path / "mixed.toml", tmp_path / "rates"
+    text = f"""
+[evaluation]
+max_new_tokens = 8
+[[tasks]]
+name = "sums"
+generator = "{problems}"
+held_out_from = "{problems}"
+chat = false
+[[tasks]]
+name = "others"
+"""
+    recipe.write_text(text)
+    short = ["--name", "sums", "--dtype", "float32", "--output", str(folder)]
+    command = ["eval", str(tiny_folder), "--task", str(recipe), "--train", *short]
+    assert "give --samples 8, for example" in refused(*command)
+    result = lockstep(*command, "--samples", "4", "--temperature", "2")
+    assert result.exit_code == 0, result.output
+    mixed = load_recipe(recipe)
+    train = make_split(mixed.tasks[0], mixed.seed).train
+    counts = lines(folder / "problems.jsonl")
+    assert [row["digest"] for row in counts] == [problem.digest for problem in train]
+    rates = read_pass_rates(str(folder), {})
+    assert rates == {row["digest"]: row["sampled"]["correct"] / 4 for row in counts}
+    recipe.write_text(text.replace("chat =", f'pass_rates = "{folder}"\nchat ='))
+    again = lockstep(*command, "--samples", "4", "--temperature", "2")
+    assert again.exit_code == 0, "a recipe that uses the measurement measures the same problems"
+    found = problem_sets(load_recipe(recipe).tasks[:1], 0)[0].split
+    assert [problem.pass_rate for problem in found.train] == [rates[problem.digest] for problem in train]
+
+
 def test_completions_become_preference_pairs(whole: Path) -> None:
     rows = lines(whole / "completions.jsonl")
     both = {row["prompt"] for row in rows if row["outcome"] == "correct"}
@@ -178,4 +216,6 @@ def test_of_a_mixture_one_task_is_named(tmp_path: Path) -> None:
     recipe = tmp_path / "mixed.toml"
     recipe.write_text('[[tasks]]\nname = "a"\n[[tasks]]\nname = "b"\n')
     said = refused("eval", "nowhere", "--task", str(recipe))
-    assert said.endswith("mixed.toml is a mixture of 2 tasks: name the data of one by --task\n")
+    assert said.endswith("mixed.toml is a mixture of 2 tasks: give --name with one of a, b\n")
+    said = refused("eval", "nowhere", "--task", "quickstart", "--name", "a")
+    assert said.endswith("--name a is of a recipe with several tasks, which quickstart is not: leave it out\n")
