@@ -269,7 +269,7 @@ class Controller:
         """The scheduler of batches of training prompts, one batch a step."""
         return BatchScheduler(
             self._collector,
-            lambda number: self._prompts.train(number, "rl"),
+            self._prompts.in_steps("rl", config.prompts_per_step, config.steps),
             config.flow,
             groups=config.prompts_per_step,
             samples=config.group_size,

@@ -7,9 +7,10 @@ what comes from the data is text.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from lockstep.data.control_tokens import Marked
-from lockstep.data.tasks.mixture import Mixture, ProblemSet
+from lockstep.data.tasks.mixture import Mixture, ProblemSet, curriculum_of
 from lockstep.data.tasks.problem import Problem, entry_text
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.data.tokenizer import Tokenizer
@@ -92,6 +93,7 @@ class PromptSource:
             observed: see `make_prompt`; demonstrations have no environment.
         """
         self._problems, self._rules, self._observed = tuple(problems), rules, observed
+        self._seed = seed
         self._tokenizers = [tokenizer.with_template_kwargs(each.config.chat_template_kwargs) for each in problems]
         self._mixture = Mixture([each.weight for each in problems], [len(each.split.train) for each in problems], seed)
         self._train = _numbered([self._made(task, "train") for task in range(len(problems))])
@@ -106,6 +108,21 @@ class PromptSource:
         """The n-th prompt of a phase; see `Mixture.place`."""
         task, index = self._mixture.place(number, phase)
         return self._train[task][index]
+
+    def in_steps(self, phase: str, prompts: int, steps: int) -> Callable[[int], Prompt]:
+        """The prompt of each number in a phase of so many steps, of so many prompts each.
+
+        It is that of `train`, or, where tasks have a curriculum, that of `Curriculum.place`.
+        """
+        curriculum = curriculum_of(self._problems, self._seed, phase, prompts, steps)
+        if curriculum is None:
+            return partial(self.train, phase=phase)
+
+        def prompt(number: int) -> Prompt:
+            task, index = curriculum.place(number)
+            return self._train[task][index]
+
+        return prompt
 
     def demonstration(self, number: int, phase: str) -> tuple[Prompt, list[int]]:
         """The n-th prompt of a phase, and the tokens that supervised tuning teaches behind it."""

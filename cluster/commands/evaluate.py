@@ -139,7 +139,7 @@ def _one_task(recipe: "Recipe", file: str, name: str | None) -> dict[str, Any]:
     if name not in tasks:
         raise ValueError(f"{file} is a mixture of {len(tasks)} tasks: give --name with one of {', '.join(tasks)}")
     values = recipe.model_dump(mode="json", exclude_unset=True, include={"seed", "verifier", "evaluation"})
-    task = tasks[name].model_dump(mode="json", exclude_unset=True, exclude={"name", "weight"})
+    task = tasks[name].model_dump(mode="json", exclude_unset=True, exclude={"name", "weight", "curriculum"})
     return values | {"task": task}
 
 

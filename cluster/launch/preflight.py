@@ -13,6 +13,7 @@ from lockstep.cluster.recipe.paths import functions
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.data.corpus.loader import PretrainingData
 from lockstep.data.row_reader import read_rows
+from lockstep.data.tasks.difficulty.curriculum import WEIGHED_BY
 from lockstep.data.tasks.own_problems import FILTERED_BY
 from lockstep.data.tasks.user_function import BadFunction
 from lockstep.data.tasks.user_function import check as check_function
@@ -104,12 +105,20 @@ def _check_model(role: ModelRole, config: ModelConfig, policy: ModelConfig) -> N
         )
 
 
+_ARGUMENTS = {
+    ".grader": OFFERED,
+    ".reward.functions": OFFERED,
+    ".filter": FILTERED_BY,
+    ".curriculum": WEIGHED_BY,
+}
+"""What functions of the user's are called with, by a part of their key; generators have arguments of their own."""
+
+
 def _check_functions(recipe: Recipe) -> None:
     """Whether the functions that a recipe names can be loaded, and called with the arguments that there are."""
     for key, text in functions(recipe):
-        judges = key.endswith(".grader") or key.startswith("reward.functions")
         try:
-            check_function(text, OFFERED if judges else FILTERED_BY if key.endswith(".filter") else ())
+            check_function(text, next((given for part, given in _ARGUMENTS.items() if part in f".{key}"), ()))
         except BadFunction as error:
             raise RecipeError(f"{key}: {error}") from error
 

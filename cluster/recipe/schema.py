@@ -129,6 +129,15 @@ class Recipe(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_steps_for_its_curricula(self) -> "Recipe":
+        name = next((each.curriculum for each in self.mixture if each.curriculum), "")
+        if name and not self.rl:
+            raise ValueError(
+                f"task.curriculum={name!r} weighs problems in the steps of [rl], which is not there: add it"
+            )
+        return self
+
     @property
     def mixture(self) -> tuple[TaskConfig, ...]:
         """The tasks that the run learns from: those of the mixture, or the one that there is."""

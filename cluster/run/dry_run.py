@@ -7,7 +7,8 @@ from lockstep.cluster.launch.preflight import CheckedRun, check, check_llm_judge
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.cluster.run.beginning import Beginning, prepare
-from lockstep.data.tasks.mixture import ProblemSet, problem_sets
+from lockstep.data.tasks.difficulty.curriculum import check_curriculum
+from lockstep.data.tasks.mixture import ProblemSet, curriculum_of, problem_sets
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import Split
 from lockstep.data.tokenizer import Tokenizer
@@ -55,6 +56,8 @@ def make_ready(recipe: Recipe, say: Callable[[str], None], *, resume: bool = Fal
     for each in problems:
         if each.split.filtered:
             say(f"{each.name}: {each.split.filtered}" if each.name else each.split.filtered)
+    if rl := recipe.rl:
+        check_curriculum(curriculum_of(problems, recipe.seed, "rl", rl.prompts_per_step, rl.steps), rl.steps)
     if any(each.split.has_programs for each in problems):
         say(check_sandbox(recipe.verifier.sandbox))
     if recipe.verifier.llm_judge:

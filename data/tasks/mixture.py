@@ -9,6 +9,7 @@ from pydantic import Field
 
 from lockstep.data.batch import Ints
 from lockstep.data.corpus.blend import Blend
+from lockstep.data.tasks.difficulty.curriculum import Curriculum, ProblemWeights
 from lockstep.data.tasks.difficulty.pass_rates import filter_by_pass_rate
 from lockstep.data.tasks.task import Split, TaskConfig, make_split
 
@@ -45,6 +46,18 @@ def training_split(task: TaskConfig, seed: int) -> Split:
     """The split of a task that is trained on: its problems, or those whose measured pass rate it asks for."""
     split = make_split(task, seed)
     return filter_by_pass_rate(split, task) if task.pass_rates else split
+
+
+def curriculum_of(problems: Sequence[ProblemSet], seed: int, phase: str, prompts: int, steps: int) -> Curriculum | None:
+    """The curriculum of a phase of so many steps, of so many prompts each; None where no task has one.
+
+    Raises:
+        BadFunction: when a function cannot be loaded.
+    """
+    if not any(each.config.curriculum for each in problems):
+        return None
+    weighed = [ProblemWeights(each.config.curriculum, each.split.train, each.name, steps) for each in problems]
+    return Curriculum([each.weight for each in problems], weighed, seed, phase, prompts)
 
 
 class Mixture:

@@ -47,12 +47,17 @@ def filtered(problems: Iterable[Problem], name: str) -> Iterator[Problem]:
     keeps = accepting(load(name), FILTERED_BY, name)
     for problem in problems:
         try:
-            kept = keeps({field: getattr(problem, field) for field in FILTERED_BY})
+            kept = keeps(fields_of(problem))
         except Exception as error:
             question = problem.question[:80]
             raise BadFunction(f"{name} failed on {question!r} ({type(error).__name__}: {error})") from error
         if kept:
             yield problem
+
+
+def fields_of(problem: Problem) -> dict[str, str]:
+    """What functions of the user's may ask of a problem, by `FILTERED_BY`."""
+    return {field: getattr(problem, field) for field in FILTERED_BY}
 
 
 def _rows(name: str, settings: Mapping[str, Any], seed: int) -> Iterator[Any]:

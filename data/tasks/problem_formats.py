@@ -4,10 +4,10 @@ Fields of other names are named in the recipe, as in `fields = { question = "que
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from lockstep.data.row_reader import BadRow, Row
+from lockstep.data.row_reader import BadRow, OnBad, Row, read_rows, stop
 from lockstep.data.tasks import code_formats
 from lockstep.data.tasks.boxed import last_boxed
 from lockstep.data.tasks.problem import Problem
@@ -79,6 +79,24 @@ FORMATS: Mapping[str, RowFormat] = {
     "marked": RowFormat(("question", "answer"), marked),
 }
 """The first format whose fields a row has is taken."""
+
+
+def read_problems(source: str, fields: Mapping[str, str], *, on_bad: OnBad = stop) -> Iterator[Problem]:
+    """Read the problems of a file, a folder or files on the Hub, in order; see `FORMATS`.
+
+    Args:
+        on_bad: called with the error of each bad row, which is skipped; the default raises it.
+
+    Raises:
+        BadRow: names file, line and field.
+    """
+    for index, row in enumerate(read_rows(source, on_bad=on_bad)):
+        try:
+            problem = read_problem(index, row, fields)
+        except BadRow as error:
+            on_bad(error)
+        else:
+            yield problem
 
 
 def read_problem(index: int, row: Row, fields: Mapping[str, str]) -> Problem:

@@ -4,7 +4,7 @@ Where a data set has no files of its own for both sides, training and held-out p
 hash of the problem, blind to the order of its numbers, says which side it belongs to, and duplicates are dropped.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lockstep.data.row_reader import BadRow, OnBad, is_source, left_out, read_rows, stop
+from lockstep.data.row_reader import BadRow, is_source, left_out, stop
 from lockstep.data.tasks.own_problems import filtered, own_problems
 from lockstep.data.tasks.presets import PRESETS
 from lockstep.data.tasks.problem import Problem
-from lockstep.data.tasks.problem_formats import read_problem
+from lockstep.data.tasks.problem_formats import read_problems
 from lockstep.data.tasks.user_function import function_name
 
 HELD_OUT_SHARE = 5
@@ -52,8 +52,12 @@ class TaskConfig(BaseModel):
         description="measured pass rates of the training problems: the folder of a lockstep eval --train, or a file of "
         "problems with pass_rate",
     )
-    pass_rate: tuple[_Share, ...] = Field(
-        (0.0, 1.0), min_length=2, max_length=2, description="with pass_rates: lowest and highest that is trained on"
+    pass_rate: list[_Share] = Field(
+        [0.0, 1.0], min_length=2, max_length=2, description="with pass_rates: lowest and highest that is trained on"
+    )
+    curriculum: Annotated[str, Callable] = Field(
+        "",
+        description="module:function or file.py:function that weighs each problem in each step of RL, by pass_rate, …",
     )
     fields: dict[str, str] = Field({}, description="where files have question, answer, …, if not under known names")
     settings: dict[str, Any] = Field(
@@ -109,10 +113,9 @@ class TaskConfig(BaseModel):
                 f"task.grader={self.grader!r} is not known: use answer, gym, llm_judge, module:function or "
                 "file.py:function"
             )
-        if self.filter and function_name(self.filter) is None:
-            raise ValueError(
-                f"task.filter={self.filter!r} names no function: write module:function or file.py:function"
-            )
+        for key, name in (("filter", self.filter), ("curriculum", self.curriculum)):
+            if name and function_name(name) is None:
+                raise ValueError(f"task.{key}={name!r} names no function: write module:function or file.py:function")
         return self
 
     @model_validator(mode="after")
@@ -120,7 +123,7 @@ class TaskConfig(BaseModel):
         low, high = self.pass_rate
         if low > high:
             raise ValueError(f"task.pass_rate=[{low}, {high}] begins above its end: exchange them")
-        if (low, high) != (0, 1) and not self.pass_rates:
+        if self.pass_rate != [0, 1] and not self.pass_rates:
             raise ValueError(f"task.pass_rate=[{low}, {high}] needs measured pass rates: give task.pass_rates, too")
         return self
 
@@ -218,24 +221,6 @@ def held_out_problems(task: TaskConfig, seed: int, skipped: list[BadRow]) -> tup
         skipped += split.skipped
         return split.held_out
     return tuple(_numbered(islice(_read(task, task.held_out_from, seed, skipped), task.held_out)))
-
-
-def read_problems(source: str, fields: Mapping[str, str], *, on_bad: OnBad = stop) -> Iterator[Problem]:
-    """Read the problems of a file, a folder or files on the Hub, in order; see `problem_formats`.
-
-    Args:
-        on_bad: called with the error of each bad row, which is skipped; the default raises it.
-
-    Raises:
-        BadRow: names file, line and field.
-    """
-    for index, row in enumerate(read_rows(source, on_bad=on_bad)):
-        try:
-            problem = read_problem(index, row, fields)
-        except BadRow as error:
-            on_bad(error)
-        else:
-            yield problem
 
 
 def draw_shots(task: TaskConfig, train: Sequence[Problem], seed: int) -> tuple[Problem, ...]:

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 
 from lockstep.data.tasks.code_tests import CodeTests
+from lockstep.data.tasks.mixture import ProblemSet, curriculum_of
 from lockstep.data.tasks.presets import PRESETS
 from lockstep.data.tasks.problem import Problem
-from lockstep.data.tasks.task import TaskConfig, draw_shots, make_split
+from lockstep.data.tasks.task import Split, TaskConfig, draw_shots, make_split
 from lockstep.data.tokenizer import Tokenizer, train_tokenizer
-from lockstep.rl.prompts import demonstration, make_prompt
+from lockstep.rl.prompts import PromptSource, demonstration, make_prompt
 from lockstep.rl.verifiers import reasoning_gym
 from tests.conftest import TEMPLATE
 
@@ -78,6 +79,25 @@ def test_gym_scores_need_the_whole_entry(words: Tokenizer) -> None:
         assert reasoning_gym.grade("<answer>no number</answer>", prompt.answer).reward != 1.0
     with pytest.raises(ValueError, match="scores what reasoning-gym made"):
         TaskConfig(generator="sums.jsonl", grader="gym")
+
+
+def test_prompts_come_as_the_curricula_of_their_tasks_say(words: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "curricula.py").write_text("def first(answer, step, steps): return int(answer) == step\n")
+    config = TaskConfig(curriculum=f"{tmp_path}/curricula.py:first")
+    sets = [
+        ProblemSet(TaskConfig(), Split(tuple(SUMS), (), ""), "all"),
+        ProblemSet(config, Split(tuple(SUMS), (), ""), "one"),
+    ]
+    curriculum = curriculum_of(sets, 3, "rl", 14, 6)
+    assert curriculum
+    prompt = PromptSource(sets, words, 3).in_steps("rl", 14, 6)
+    for number in range(6 * 14):
+        task, index = curriculum.place(number)
+        found = prompt(number)
+        assert (found.task, found.answer, found.index) == (("all", "one")[task], SUMS[index].answer, 6 * task + index)
+        assert task == 0 or int(found.answer) == 1 + number // 14
+    source = PromptSource(sets[:1], words, 3)
+    assert [source.in_steps("rl", 4, 9)(n) for n in range(20)] == [source.train(n, "rl") for n in range(20)]
 
 
 @absent

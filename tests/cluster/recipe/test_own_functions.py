@@ -35,8 +35,13 @@ def test_the_pages_functions_and_the_readmes_commands_are_taken(
     assert words[:3] == ["lockstep", "train", "quickstart"]
     given = ["--set", f"model.source={tiny_folder}", "--set", "task.generator=problems.py:sums"]
     given += ["--set", "task.settings={count = 4000}", "--set", "rollout.length=200"]
+    Path("curricula.py").write_text(shown("docs/tasks.md", "short_first"))
+    given += ["--set", "task.curriculum=curricula.py:short_first"]
     result = lockstep("recipe", "check", *words[2:], *given)
     assert result.exit_code == 0, result.output
+    Path("nothing.py").write_text("def never(step): return 0\n")
+    refused = lockstep("recipe", "check", *words[2:], *given, "--set", "task.curriculum=nothing.py:never")
+    assert "the curriculum gives every problem the weight 0 in step 1" in refused.output
     Path("rewards.py").write_text("def brevity(length): ...\n")
     refused = lockstep("recipe", "check", *words[2:], *given)
     assert refused.exit_code == 1

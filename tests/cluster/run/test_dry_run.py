@@ -33,6 +33,8 @@ def test_a_recipe_that_can_run_is_described(tmp_path: Path, tiny_folder: Path) -
         (["layout.tensor=5"], r"layout\.tensor=5 does not divide the model's 6 query heads"),
         (["model.source=gone.gguf"], r"there is no file .*gone\.gguf"),
         (["task.generator=chain_sums"], "chain_sums"),
+        (["task.curriculum=easy"], r"task\.curriculum='easy' names no function"),
+        (["task.pass_rates=gone.jsonl"], r"gone\.jsonl.*there is no such file"),
         (["rollout.length=20"], r"with evaluation\.max_new_tokens=4 it needs \d+, where rollout\.length is 20"),
         (["rollout.length=9999", "rl.sampling.max_new_tokens=250"], r"where the model's context is 256: lower rl\.sam"),
         (["rl.sampling.max_new_tokens=120"], r"lower rl\.sampling\.max_new_tokens, or raise rollout\.length"),

@@ -16,8 +16,7 @@ from lockstep.data.row_reader import BadRow, Row
 from lockstep.data.tasks.boxed import last_boxed
 from lockstep.data.tasks.code_tests import Case, CodeTests
 from lockstep.data.tasks.problem import Problem
-from lockstep.data.tasks.problem_formats import read_problem
-from lockstep.data.tasks.task import read_problems
+from lockstep.data.tasks.problem_formats import read_problem, read_problems
 
 DATASETS = Path(__file__).parents[4] / "shared" / "datasets"
 HUMANEVAL = DATASETS / "humaneval" / "HumanEval.jsonl.gz"

@@ -38,7 +38,7 @@ def test_problems_within_bounds_are_kept_and_held_out_ones_untouched(data: str, 
     rows = [counts(problem, index % 9, 8 - index % 9) for index, problem in enumerate(whole.train)]
     random.Random(0).shuffle(rows)
     measured = write(tmp_path / "rates.jsonl", rows)
-    [found] = problem_sets([task.model_copy(update={"pass_rates": measured, "pass_rate": (0.125, 0.75)})], 0)
+    [found] = problem_sets([task.model_copy(update={"pass_rates": measured, "pass_rate": [0.125, 0.75]})], 0)
     kept = [problem for problem in whole.train if 1 <= rates[problem.digest] <= 6]
     assert [problem.question for problem in found.split.train] == [problem.question for problem in kept]
     assert [problem.index for problem in found.split.train] == list(range(len(kept)))
@@ -58,7 +58,7 @@ def test_a_problem_that_was_not_measured_is_refused(data: str, tmp_path: Path) -
     some = task.model_copy(update={"pass_rates": write(tmp_path / "some.jsonl", rows[:-1])})
     with pytest.raises(BadProblems, match=r"1 of \d+ training problems have no pass rate in .* lower task\.train"):
         filter_by_pass_rate(split, some)
-    hard = {"pass_rates": write(tmp_path / "all.jsonl", rows), "pass_rate": (0.5, 1.0)}
+    hard = {"pass_rates": write(tmp_path / "all.jsonl", rows), "pass_rate": [0.5, 1.0]}
     with pytest.raises(BadProblems, match=r"leaves none of \d+ .* whose pass rates are 0\.125 to 0\.125: widen it"):
         filter_by_pass_rate(split, task.model_copy(update=hard))
     ungraded = write(tmp_path / "none.jsonl", [counts(problem, 0, 0) for problem in split.train])
@@ -70,7 +70,7 @@ def test_data_sets_that_have_a_pass_rate_of_their_own_are_their_own_measurement(
     rows = [{"question": f"{i} + 1?", "answer": str(i + 1), "solve_rate": i / 40} for i in range(40)]
     data = write(tmp_path / "data.jsonl", list(rows))
     fields = {"pass_rate": "solve_rate"}
-    task = TaskConfig(generator=data, pass_rates=data, pass_rate=(0.25, 0.5), fields=fields)
+    task = TaskConfig(generator=data, pass_rates=data, pass_rate=[0.25, 0.5], fields=fields)
     [found] = problem_sets([task], 0)
     assert found.split.train
     assert all(problem.pass_rate == (int(problem.answer) - 1) / 40 for problem in found.split.train)
@@ -124,7 +124,7 @@ def test_digests_differ_where_anything_asked_or_right_does() -> None:
         assert replace(problem, index=3, solution="x", examples="y", pass_rate=0.5).digest == problem.digest
 
 
-@pytest.mark.parametrize("values", [{"pass_rate": (0.1, 0.9)}, {"pass_rates": "x", "pass_rate": (0.9, 0.1)}])
+@pytest.mark.parametrize("values", [{"pass_rate": [0.1, 0.9]}, {"pass_rates": "x", "pass_rate": [0.9, 0.1]}])
 def test_bounds_need_a_measurement_and_an_order(values: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match="pass_rate"):
         TaskConfig.model_validate(values)
