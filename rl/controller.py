@@ -30,7 +30,7 @@ from lockstep.rl.algorithms.preferences import (
     samples_to_compare,
     with_reference,
 )
-from lockstep.rl.algorithms.rewards import CORRECTNESS, RewardConfig, means
+from lockstep.rl.algorithms.rewards import Rewards, means
 from lockstep.rl.algorithms.samples import teaches
 from lockstep.rl.algorithms.supervised import SupervisedConfig, split_conversations
 from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
@@ -45,7 +45,7 @@ from lockstep.rl.verdict import Outcome
 from lockstep.rl.workers.stubs import ModelWorker
 from lockstep.rl.workers.worker_groups import EnvironmentGroup, ModelGroup, RolloutGroup, VerifierGroup
 
-NO_MODELS = Models()
+NO_MODELS, VERDICTS = Models(), Rewards()
 Examples: TypeAlias = tuple[Callable[[int], list[Sample]], list[Sample]]
 """The samples of the n-th example of a phase, and those that are not learned from."""
 
@@ -77,13 +77,13 @@ class Controller:
         tokenizer: Tokenizer,
         problems: Sequence[ProblemSet],
         seed: int,
-        reward: RewardConfig = CORRECTNESS,
+        rewards: Rewards = VERDICTS,
         models: Models = NO_MODELS,
         environments: EnvironmentGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy, self._collector = policy, Collector(policy, rollouts, verifiers, clock, environments)
-        self._learner = Learner(policy, models, self._collector.gather, seed, reward)
+        self._learner = Learner(policy, models, self._collector.gather, seed, rewards)
         self._reward_model = models.reward
         self._tokenizer, self._seed, self._clock = tokenizer, seed, clock
         rules = told(environments.config) if environments else ""
@@ -328,7 +328,7 @@ def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str
 
 
 def _by_task(completions: Sequence[Advantaged]) -> dict[str, float]:
-    """Mean reward and number of completions of each task, where there are several."""
+    """Mean reward and its terms, and number of completions, of each task, where there are several."""
     found: dict[str, list[Advantaged]] = defaultdict(list)
     for each in completions:
         found[each.rollout.prompt.task].append(each)
@@ -337,5 +337,7 @@ def _by_task(completions: Sequence[Advantaged]) -> dict[str, float]:
         if task:
             rewards = [reward for each in some if (reward := each.reward.total) is not None]
             metrics[f"task/{task}/reward"] = float(np.mean(rewards)) if rewards else float("nan")
+            terms = means([each.reward for each in some])
+            metrics |= {f"task/{task}/{name}": value for name, value in terms.items()}
             metrics[f"task/{task}/completions"] = float(len(some))
     return metrics

@@ -10,7 +10,7 @@ from lockstep.model.training.config import OptimizerConfig
 from lockstep.rl.algorithms.aggregation import updates_of
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.estimates import columns, of_answers, of_tokens
-from lockstep.rl.algorithms.rewards import RewardConfig, rewarded
+from lockstep.rl.algorithms.rewards import Rewards, rewarded
 from lockstep.rl.algorithms.samples import asked_for, samples_of, with_advantages
 from lockstep.rl.remote import Call, Gather
 from lockstep.rl.types import Advantaged, Estimated, Estimates, Judged, Rewarded
@@ -57,16 +57,16 @@ class Learner:
         models: Models,
         gather: Gather,
         seed: int,
-        reward: RewardConfig,
+        rewards: Rewards,
     ) -> None:
         """
         Args:
             gather: waits for calls, while rollouts may go on.
             seed: of the order of samples in epochs of several updates.
-            reward: the terms of a rollout's reward.
+            rewards: the terms of a rollout's reward, by task.
         """
         self._policy, self._models, self._gather, self._seed = policy, models, gather, seed
-        self._reward = reward
+        self._rewards = rewards
 
     def enter(self, config: RLConfig) -> None:
         """Sets what a phase trains with, whether it begins or is resumed."""
@@ -114,7 +114,9 @@ class Learner:
 
     def rewarded(self, groups: Sequence[Sequence[Judged]], config: RLConfig) -> list[tuple[Rewarded, ...]]:
         """The groups with their rewards; where there is a reward model, by the scores that it gives them."""
-        return [rewarded(group, self._reward, config.punishment) for group in self._scored(groups)]
+        tasks = [group[0].rollout.prompt.task for group in groups]
+        scored = zip(self._scored(groups), tasks, strict=True)
+        return [rewarded(group, self._rewards.of(task), config.punishment) for group, task in scored]
 
     def _scored(self, groups: Sequence[Sequence[Judged]]) -> Sequence[Sequence[Judged]]:
         """The groups with the reward model's scores, where there is one."""

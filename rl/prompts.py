@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from lockstep.data.control_tokens import Marked
-from lockstep.data.tasks.mixture import Mixture, ProblemSet, curriculum_of
+from lockstep.data.tasks.mixture import Mixture, ProblemSet, curriculum_of, trained_on
 from lockstep.data.tasks.problem import Problem, entry_text
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.data.tokenizer import Tokenizer
@@ -89,14 +89,16 @@ class PromptSource:
     ) -> None:
         """
         Args:
+            problems: those that are evaluated alone come last.
             rules: of the environment, at the end of each system message.
             observed: see `make_prompt`; demonstrations have no environment.
         """
         self._problems, self._rules, self._observed = tuple(problems), rules, observed
         self._seed = seed
         self._tokenizers = [tokenizer.with_template_kwargs(each.config.chat_template_kwargs) for each in problems]
-        self._mixture = Mixture([each.weight for each in problems], [len(each.split.train) for each in problems], seed)
-        self._train = _numbered([self._made(task, "train") for task in range(len(problems))])
+        trained = trained_on(problems)
+        self._mixture = Mixture([each.weight for each in trained], [len(each.split.train) for each in trained], seed)
+        self._train = _numbered([self._made(task, "train") for task in range(len(trained))])
         self.held_out = [
             prompt
             for prompts in _numbered([self._made(task, "held_out") for task in range(len(problems))])

@@ -117,7 +117,7 @@ def _recipe(task: str, name: str | None, given: Sequence[str]) -> "Recipe":
 
     if task.endswith(".toml") or task in shipped_recipes():
         recipe = load_recipe(task)
-        if recipe.tasks:
+        if recipe.tasks or (name and recipe.evaluation.tasks):
             return parse(_one_task(recipe, task, name), given)
     if name:
         raise ValueError(f"--name {name} is of a recipe with several tasks, which {task} is not: leave it out")
@@ -135,11 +135,12 @@ def _recipe(task: str, name: str | None, given: Sequence[str]) -> "Recipe":
 
 def _one_task(recipe: "Recipe", file: str, name: str | None) -> dict[str, Any]:
     """A mixture's values with one of its tasks in the place of all."""
-    tasks = {each.name: each for each in recipe.tasks}
+    tasks = {each.name: each for each in (*recipe.tasks, *recipe.evaluation.tasks)}
     if name not in tasks:
         raise ValueError(f"{file} is a mixture of {len(tasks)} tasks: give --name with one of {', '.join(tasks)}")
-    values = recipe.model_dump(mode="json", exclude_unset=True, include={"seed", "verifier", "evaluation"})
-    task = tasks[name].model_dump(mode="json", exclude_unset=True, exclude={"name", "weight", "curriculum"})
+    values = recipe.model_dump(mode="json", exclude_unset=True, include={"seed", "verifier"})
+    values["evaluation"] = {"max_new_tokens": recipe.evaluation.max_new_tokens}
+    task = tasks[name].model_dump(mode="json", exclude_unset=True, exclude={"name", "weight", "curriculum", "reward"})
     return values | {"task": task}
 
 

@@ -53,7 +53,7 @@ class Evaluation:
         return split.train if self.train else split.held_out
 
 
-UNSEEN = {"pass_rates", "pass_rate", "curriculum"}
+UNSEEN = {"pass_rates", "pass_rate", "curriculum", "reward"}
 """Keys of a task that choose what is trained on, and change no completion."""
 
 

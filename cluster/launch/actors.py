@@ -121,7 +121,7 @@ def make_actors(plan: RunPlan, first: Storage, placement: Placement) -> RunActor
     recipe = plan.recipe
     policy = _model(plan.policy, plan, placement)
     rollouts = RolloutGroup(recipe.rollout, places=placement.of("rollout"))
-    verifiers = VerifierGroup(recipe.verifier, placement.of("verifier"), recipe.reward.user_functions)
+    verifiers = VerifierGroup(recipe.verifier, placement.of("verifier"), recipe.rewards.user_functions)
     models = Models(
         **{name: _model(role, plan, placement) for name, role in plan.models.items()},
         critic_optimizer=recipe.roles.critic.optimizer,

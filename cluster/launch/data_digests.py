@@ -44,6 +44,8 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
             store = prefix(Path(part.path))
             yield f"pretrain.data.blend[{number}].path", [beside(store, ".idx"), beside(store, ".bin")]
         return
+    for number, evaluated in enumerate(recipe.evaluation.tasks):
+        yield f"evaluation.tasks[{number}].held_out_from", _rows(evaluated.held_out_from or evaluated.generator)
     for number, task in enumerate(recipe.mixture):
         key = f"tasks[{number}]" if recipe.tasks else "task"
         yield f"{key}.generator", _rows(task.generator)

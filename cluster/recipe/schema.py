@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lockstep.cluster.recipe.model_source import SourceConfig
 from lockstep.cluster.recipe.roles import RolesConfig
-from lockstep.data.tasks.mixture import MixedTask
+from lockstep.data.tasks.mixture import MixedTask, NamedTask
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
@@ -19,7 +19,7 @@ from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import PretrainConfig, TrainerConfig, given
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig
 from lockstep.rl.algorithms.methods import CorrectionConfig
-from lockstep.rl.algorithms.rewards import RewardConfig
+from lockstep.rl.algorithms.rewards import OverlongTerm, RewardConfig, Rewards
 from lockstep.rl.algorithms.supervised import SupervisedConfig
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.rollout.config import INEXACT, RolloutConfig
@@ -47,6 +47,19 @@ class EvaluationConfig(_Section):
         (1,), description="k for which pass@k is estimated from the samples"
     )
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="at which samples are drawn")
+    tasks: tuple[NamedTask, ...] = ()
+    best: str = Field(
+        "",
+        description="the task whose accuracy says which checkpoint is the best, and when RL ends; empty for the "
+        "accuracy over all that is trained on",
+    )
+
+    @model_validator(mode="after")
+    def _trains_on_no_task_of_its_own(self) -> "EvaluationConfig":
+        for each in self.tasks:
+            if found := given(each, "pass_rates", "pass_rate", "curriculum"):
+                raise ValueError(f"{found[0]} is of problems that are trained on, and {each.name} is not: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _measures_what_it_says(self) -> "EvaluationConfig":
@@ -58,6 +71,12 @@ class EvaluationConfig(_Section):
         if self.samples and max(self.pass_at, default=0) > self.samples:
             raise ValueError(f"pass_at={list(self.pass_at)} asks for more than samples={self.samples}: draw as many")
         return self
+
+
+class RecipeTask(MixedTask):
+    """One task of several, with a name, a weight and perhaps a reward of its own, in the place of [reward]."""
+
+    reward: RewardConfig | None = None
 
 
 class RecoveryConfig(_Section):
@@ -87,15 +106,15 @@ class Recipe(_Section):
     )
     checkpoints: CheckpointConfig = CheckpointConfig()
     model: SourceConfig = SourceConfig()
+    reward: RewardConfig = RewardConfig()
     task: TaskConfig = TaskConfig()
-    tasks: tuple[MixedTask, ...] = ()
+    tasks: tuple[RecipeTask, ...] = ()
     layout: Layout = Layout()
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutConfig = RolloutConfig()
     roles: RolesConfig = RolesConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     verifier: VerifierConfig = VerifierConfig()
-    reward: RewardConfig = RewardConfig()
     environment: EnvironmentConfig = EnvironmentConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     pretrain: PretrainConfig | None = None
@@ -113,16 +132,17 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _has_one_task_or_several(self) -> "Recipe":
-        if not self.tasks:
-            return self
-        if self.task != TaskConfig():
+        if self.tasks and self.task != TaskConfig():
             raise ValueError(
                 "a recipe has one task, with [task], or a mixture of several, with [[tasks]]: leave one out"
             )
-        names = [each.name for each in self.tasks]
+        names = [each.name for each in (*self.tasks, *self.evaluation.tasks)]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two of tasks are called {twice}: give each a name of its own")
-        shared = [(each.chat, each.chat_template_kwargs) for each in self.tasks]
+        if (best := self.evaluation.best) and best not in names:
+            known = f"of {', '.join(names)}" if names else "where there are [[tasks]] or [[evaluation.tasks]]"
+            raise ValueError(f"evaluation.best={best!r} is no task: name one {known}, or leave it out")
+        shared = [(each.chat, each.chat_template_kwargs) for each in self.all_tasks]
         if self.environment.kind != "none" and any(each != shared[0] for each in shared):
             raise ValueError(
                 "an environment speaks one template with all tasks: make chat and chat_template_kwargs of tasks equal"
@@ -142,6 +162,16 @@ class Recipe(_Section):
     def mixture(self) -> tuple[TaskConfig, ...]:
         """The tasks that the run learns from: those of the mixture, or the one that there is."""
         return self.tasks or (self.task,)
+
+    @property
+    def all_tasks(self) -> tuple[TaskConfig, ...]:
+        """These, and those that are evaluated alone."""
+        return (*self.mixture, *self.evaluation.tasks)
+
+    @property
+    def rewards(self) -> Rewards:
+        """The rewards of the run's tasks."""
+        return Rewards(self.reward, {each.name: each.reward for each in self.tasks if each.reward})
 
     @model_validator(mode="after")
     def _corrects_for_an_inexact_engine(self) -> "Recipe":
@@ -183,23 +213,31 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _punishes_length_once(self) -> "Recipe":
-        if self.rl and self.rl.overlong_share and self.reward.overlong.weight:
-            raise ValueError(
-                f"rl.overlong_share={self.rl.overlong_share} and reward.overlong.weight="
-                f"{self.reward.overlong.weight} punish the same length twice: make one of them 0"
-            )
+        for punished in self._overlong_terms:
+            if self.rl and self.rl.overlong_share and punished.weight:
+                raise ValueError(
+                    f"rl.overlong_share={self.rl.overlong_share} and reward.overlong.weight={punished.weight} punish "
+                    "the same length twice: make one of them 0"
+                )
         return self
+
+    @property
+    def _overlong_terms(self) -> list[OverlongTerm]:
+        rewards = self.rewards
+        return [each.overlong for each in (rewards.run, *rewards.own.values())]
 
     @model_validator(mode="after")
     def _punishes_lengths_that_occur(self) -> "Recipe":
-        punished, rl = self.reward.overlong, self.rl
-        if not rl or not punished.weight or self.environment.kind != "none":
+        rl = self.rl
+        if not rl or self.environment.kind != "none":
             return self
-        if (free := punished.maximum - punished.cache) >= rl.sampling.max_new_tokens:
-            raise ValueError(
-                f"reward.overlong begins behind {free} tokens, maximum less cache, and rl.sampling.max_new_tokens="
-                f"{rl.sampling.max_new_tokens}: lower reward.overlong.maximum"
-            )
+        for punished in self._overlong_terms:
+            free = punished.maximum - punished.cache
+            if punished.weight and free >= rl.sampling.max_new_tokens:
+                raise ValueError(
+                    f"reward.overlong begins behind {free} tokens, maximum less cache, and rl.sampling.max_new_tokens="
+                    f"{rl.sampling.max_new_tokens}: lower reward.overlong.maximum"
+                )
         return self
 
     @model_validator(mode="after")
@@ -239,7 +277,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _has_entries_to_score(self) -> "Recipe":
-        other = next((each.grader for each in self.mixture if each.grader != "gym"), None)
+        other = next((each.grader for each in self.all_tasks if each.grader != "gym"), None)
         if self.environment.kind == "gym" and other:
             raise ValueError(
                 f"environment.kind='gym' scores entries of reasoning-gym, and task.grader={other!r} gives "

@@ -33,6 +33,7 @@ def run_charts(records: Sequence[Record]) -> list[Chart]:
         return _pretrain_charts(text, of_phase(records, "held_out"))
     charts = [
         _accuracy_chart(records),
+        *_task_charts(of_phase(records, "eval")),
         _chart("Reward", rl, {"reward": "reward"}, "mean reward", "Mean over the completions of each step."),
         _chart("KL to the reference", rl, {"kl": "KL"}, "nats per token", "How far the policy moved from its start."),
         _chart("Entropy", rl, {"entropy": "entropy"}, "nats per token", "Falls as the policy grows sure of its words."),
@@ -125,6 +126,21 @@ def _accuracy_chart(records: Sequence[Record]) -> Chart:
     title, x_label = "Held-out accuracy", "updates of all phases" if supervised else "RL step"
     svg = point_chart(title, points, x_label, "percent correct", marks)
     return Chart(title, Markup(svg), "Bars are 95% Wilson intervals.")
+
+
+def _task_charts(evaluations: Sequence[Record]) -> list[Chart]:
+    """Held-out accuracy of each task over all steps, where there are several."""
+    unit, step = "share correct", "step of all phases"
+    return [
+        _chart(f"Held-out accuracy: {task}", evaluations, {f"accuracy/{task}": task}, unit, "", True, step)
+        for task in task_names(evaluations)
+    ]
+
+
+def task_names(evaluations: Iterable[Mapping[str, object]]) -> list[str]:
+    """Names of the tasks whose accuracy evaluations have."""
+    keys = dict.fromkeys(key for each in evaluations for key in each if key.startswith("accuracy/"))
+    return [key.removeprefix("accuracy/") for key in keys]
 
 
 def of_phase(records: Iterable[Record], phase: str) -> list[Record]:

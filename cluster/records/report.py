@@ -17,11 +17,11 @@ from jinja2 import Environment, StrictUndefined
 from rich.table import Table
 
 from lockstep.cluster.atomic_files import replace_file
-from lockstep.cluster.evaluation.accuracy import wilson
 from lockstep.cluster.records.charts import UPDATES, column, count_of, of_phase, run_charts, value_of
 from lockstep.cluster.records.ending import note_killed
 from lockstep.cluster.records.progress import duration
-from lockstep.cluster.records.run_folder import DURING, METRICS, RECIPE, STAGES, RunFolder
+from lockstep.cluster.records.run_folder import METRICS, RECIPE, STAGES, RunFolder
+from lockstep.cluster.records.stages import Stage, held_out_stages
 from lockstep.cluster.records.svg import number
 from lockstep.cluster.records.tables import Record
 
@@ -35,23 +35,6 @@ STATUS_WORDS = {
     "killed": "killed: the numbers below stop where the run did",
     "running": "still running, or on a host that is not this one and killed",
 }
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One held-out measurement; gain is in points over the stage before it."""
-
-    name: str
-    accuracy: float
-    correct: int
-    total: int
-    ungradable: int
-    gain: float | None
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% Wilson interval of the accuracy, which leaves out what is ungradable."""
-        return wilson(self.correct, self.total - self.ungradable)
 
 
 @dataclass(frozen=True)
@@ -112,11 +95,13 @@ def summary_table(run: Path) -> Table:
     table.add_column("held-out")
     for heading in ("accuracy", "95% interval", "correct", "ungradable", "gain"):
         table.add_column(heading, justify="right")
-    for stage in _stages(folder, records):
+    for stage in held_out_stages(folder, records):
         low, high = stage.interval
         interval, gain = f"{low:.1%} – {high:.1%}", "" if stage.gain is None else f"{_gained(stage.gain)} points"
         correct = f"{stage.correct}/{stage.total}"
         table.add_row(stage.name, _percent(stage.accuracy), interval, correct, str(stage.ungradable), gain)
+        for task, share in stage.tasks.items():
+            table.add_row(f"  {task}", _percent(share))
     return table
 
 
@@ -131,7 +116,7 @@ def _loss_rows(table: Table, records: Sequence[Record]) -> Table:
 
 def _page(folder: RunFolder) -> dict[str, object]:
     summary, records, evaluations = folder.summary(), folder.metrics(), folder.evaluations()
-    stages, recipe = _stages(folder, records), folder.recipe()
+    stages, recipe = held_out_stages(folder, records), folder.recipe()
     first, last = _first_and_last(list(evaluations))
     pairs = _pairs(evaluations.get(first, []), evaluations.get(last, [])) if first != last else []
     return {
@@ -154,25 +139,6 @@ def _page(folder: RunFolder) -> dict[str, object]:
         "recipe": recipe,
         "setup": {name: _mapping(summary.get(name)) for name in ("software", "machine")},
     }
-
-
-def _stages(folder: RunFolder, records: Sequence[Record]) -> list[Stage]:
-    """Rows of the summary, and from the metrics what a killed run had not yet summarised."""
-    rows = folder.summary().get("rows")
-    found = {str(row.get("stage")): row for row in rows or [] if isinstance(row, Mapping)}
-    found.pop(DURING, None)
-    for record in of_phase(records, "eval"):
-        if record.get("stage") in STAGES:
-            found.setdefault(str(record["stage"]), record)
-    order = sorted(found, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
-    stages: list[Stage] = []
-    for name in order:
-        correct, total, ungradable = (count_of(found[name], key) for key in ("correct", "total", "ungradable"))
-        accuracy = value_of(found[name], "accuracy")
-        accuracy = accuracy if math.isfinite(accuracy) else correct / max(1, total - ungradable)
-        gain = accuracy - stages[-1].accuracy if stages else None
-        stages.append(Stage(name, accuracy, correct, total, ungradable, gain))
-    return stages
 
 
 def _facts(folder: RunFolder, records: Sequence[Record]) -> dict[str, str]:

@@ -52,7 +52,7 @@ def make_ready(recipe: Recipe, say: Callable[[str], None], *, resume: bool = Fal
     beginning = prepare(checked, say, resume=resume)
     if beginning.last is None:
         check_rows(recipe)
-    problems = () if recipe.pretrain else problem_sets(recipe.mixture, recipe.seed)
+    problems = () if recipe.pretrain else problem_sets(recipe.mixture, recipe.seed, recipe.evaluation.tasks)
     for each in problems:
         if each.split.filtered:
             say(f"{each.name}: {each.split.filtered}" if each.name else each.split.filtered)
@@ -103,6 +103,8 @@ def _check_prompts(recipe: Recipe, task: ProblemSet, tokenizer: Tokenizer, conte
 def _completions(recipe: Recipe, split: Split) -> Iterator[tuple[str, int, Sequence[Problem]]]:
     """Of each kind of completions that a run draws: the key of its bound, the bound, and the problems."""
     yield "evaluation.max_new_tokens", recipe.evaluation.max_new_tokens, split.held_out
+    if not split.train:
+        return
     if recipe.rl and recipe.rl.steps:
         yield "rl.sampling.max_new_tokens", recipe.rl.sampling.longest, split.train
     if recipe.preference and recipe.preference.steps and not recipe.preference.source:

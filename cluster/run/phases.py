@@ -1,13 +1,12 @@
 """Runs the phases of a run on problems: supervised, preferences, RL, with held-out accuracy measured between them."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lockstep.cluster.evaluation.accuracy import accuracy_row, mean_pass_at_k, tally
+from lockstep.cluster.evaluation.held_out import accuracy_line, pass_at_line
 from lockstep.cluster.launch.actors import RunActors, make_actors, start_actors
 from lockstep.cluster.launch.placement import Placement
 from lockstep.cluster.launch.plan import RunPlan
@@ -30,7 +29,6 @@ from lockstep.rl.algorithms.preferences import Comparison
 from lockstep.rl.algorithms.supervised import SupervisedConfig, read_conversations
 from lockstep.rl.controller import Controller, StepRecord
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Judged
 from lockstep.rl.workers.process_watch import ProcessWatch
 
 
@@ -77,7 +75,7 @@ def _controller(actors: RunActors, problems: Sequence[ProblemSet], last: Checkpo
         tokenizer=Tokenizer(Checkpoint(actors.first).files, recipe.mixture[0].chat_template_kwargs),
         problems=problems,
         seed=recipe.seed,
-        reward=recipe.reward,
+        rewards=recipe.rewards,
         models=actors.models,
         environments=actors.environments,
     )
@@ -108,6 +106,7 @@ class _Phases:
         self._at, self._interruption = at, interruption
         self._rows = [row for row in run.summary().get("rows") or [] if row["step"] <= at.steps]
         self._saved: int | None = at.steps or None
+        self._beside = {each.name for each in self._recipe.evaluation.tasks}
 
     @property
     def steps(self) -> int:
@@ -205,17 +204,26 @@ class _Phases:
         if name != "rl" or not patience or best is None or sum(step > best for step in during) < patience:
             return False
         said = (
-            f"RL ended after {self.steps} steps: no accuracy in {patience} measurements was above that of step {best}"
+            f"RL ended after {self.steps} steps: no accuracy{self._of_best} in {patience} measurements was above that "
+            f"of step {best}"
         )
         self._progress.say(said)
         self._run.update(stopped_early=said)
         self._controller.drop()
         return True
 
+    @property
+    def _of_best(self) -> str:
+        best = self._recipe.evaluation.best
+        return f" of {best}" if best else ""
+
     def _best_step(self) -> int | None:
         """Steps after which accuracy during RL was highest, the first of equals."""
-        known = [row for row in self._rows if row["stage"] in (DURING, "after") and math.isfinite(row["accuracy"])]
-        return max(known, key=lambda row: (row["accuracy"], -row["step"]))["step"] if known else None
+        best = self._recipe.evaluation.best
+        rows = [row for row in self._rows if row["stage"] in (DURING, "after")]
+        found = [(row.get(f"accuracy/{best}" if best else "accuracy", math.nan), -row["step"]) for row in rows]
+        known = [each for each in found if math.isfinite(each[0])]
+        return -max(known)[1] if known else None
 
     def _record(self, name: str, record: StepRecord) -> None:
         version = self._controller.version
@@ -240,14 +248,16 @@ class _Phases:
         self._progress.say(f"measuring held-out accuracy ({stage})")
         config = self._recipe.evaluation
         judged = self._controller.evaluate(config.max_new_tokens)
-        row = _evaluation(stage, self.steps, judged) | self._pass_at(config)
+        row: dict[str, Any] = {"stage": stage, **accuracy_line(judged, self._beside), "step": self.steps}
+        row |= self._pass_at(config)
         self._rows = [other for other in self._rows if stage == DURING or other["stage"] != stage] + [row]
         name = f"step-{self.steps:06d}" if stage == DURING else stage
         self._run.evaluation(name, [answer_row(each) for each in judged])
         self._run.log("eval", self.steps, row)
         self._run.update(rows=self._rows)
         lost = f", {row['ungradable']} ungradable and left out" if row["ungradable"] else ""
-        self._progress.say(f"{stage}: {row['correct']} of {row['total'] - row['ungradable']} correct{lost}")
+        parts = "".join(f", {key.partition('/')[2]} {row[key]:.1%}" for key in row if key.startswith("accuracy/"))
+        self._progress.say(f"{stage}: {row['correct']} of {row['total'] - row['ungradable']} correct{lost}{parts}")
 
     def _pass_at(self, config: EvaluationConfig) -> dict[str, float]:
         """pass@k of samples, where the recipe asks for some."""
@@ -255,8 +265,7 @@ class _Phases:
             return {}
         sampling = SamplingParams(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
         groups = self._controller.sample(sampling, config.samples)
-        tallies = [tally([judged.verdict.outcome for judged in group]) for group in groups]
-        return {f"pass@{k}": mean_pass_at_k(tallies, k).value for k in config.pass_at}
+        return pass_at_line(groups, config.pass_at, self._beside)
 
     def end(self, interruption: Interruption) -> None:
         """Save what the run has learned, if it has the time, and write down how it ended."""
@@ -282,12 +291,3 @@ class _Phases:
     def _said(self) -> dict[str, Any]:
         """What every manifest says of the run."""
         return self._plan.manifest(self._run.id)
-
-
-def _evaluation(stage: str, step: int, judged: Sequence[Judged]) -> dict[str, Any]:
-    """A row of the record of evaluations; of several tasks the accuracy of each is there, too."""
-    by_task: dict[str, list[str]] = defaultdict(list)
-    for each in judged:
-        by_task[each.rollout.prompt.task].append(each.verdict.outcome)
-    parts = {f"accuracy/{task}": accuracy_row(outcomes)["accuracy"] for task, outcomes in by_task.items() if task}
-    return {"stage": stage, **accuracy_row([s.verdict.outcome for s in judged]), **parts, "step": step}

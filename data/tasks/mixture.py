@@ -1,7 +1,7 @@
 """Mixtures of tasks: which task gives the n-th prompt, and which of its problems, follows from weights and seed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -11,13 +11,18 @@ from lockstep.data.batch import Ints
 from lockstep.data.corpus.blend import Blend
 from lockstep.data.tasks.difficulty.curriculum import Curriculum, ProblemWeights
 from lockstep.data.tasks.difficulty.pass_rates import filter_by_pass_rate
-from lockstep.data.tasks.task import Split, TaskConfig, make_split
+from lockstep.data.tasks.task import Split, TaskConfig, held_out_split, make_split
 
 
-class MixedTask(TaskConfig):
-    """One task of several, with a name and a weight."""
+class NamedTask(TaskConfig):
+    """One task of several, with a name."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", description="of the task, in metrics and tables")
+
+
+class MixedTask(NamedTask):
+    """One task of several that are trained on, with a name and a weight."""
+
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="its share of prompts, relative to the others'")
 
 
@@ -30,16 +35,28 @@ class ProblemSet:
     name: str = ""
     """Empty where there is one task alone."""
     weight: float = 1.0
+    """0 where held-out problems are evaluated, and none is trained on."""
 
 
-def problem_sets(tasks: Sequence[TaskConfig], seed: int) -> tuple[ProblemSet, ...]:
-    """The problems of tasks, a pure function of (tasks, seed); raises as `make_split` and `filter_by_pass_rate`."""
-    return tuple(
+def problem_sets(tasks: Sequence[TaskConfig], seed: int, evaluated: Sequence[NamedTask] = ()) -> tuple[ProblemSet, ...]:
+    """The problems of tasks, a pure function of them and the seed; raises as `make_split` and `filter_by_pass_rate`.
+
+    Args:
+        evaluated: tasks that are not trained on, which come last.
+    """
+    trained = tuple(
         ProblemSet(task, training_split(task, seed), task.name, task.weight)
         if isinstance(task, MixedTask)
         else ProblemSet(task, training_split(task, seed))
         for task in tasks
     )
+    beside = ((task, replace(held_out_split(task, seed), train=(), method="")) for task in evaluated)
+    return (*trained, *(ProblemSet(task, split, task.name, 0.0) for task, split in beside))
+
+
+def trained_on(problems: Sequence[ProblemSet]) -> tuple[ProblemSet, ...]:
+    """Those of the tasks that are trained on."""
+    return tuple(each for each in problems if each.weight)
 
 
 def training_split(task: TaskConfig, seed: int) -> Split:
@@ -54,10 +71,11 @@ def curriculum_of(problems: Sequence[ProblemSet], seed: int, phase: str, prompts
     Raises:
         BadFunction: when a function cannot be loaded.
     """
-    if not any(each.config.curriculum for each in problems):
+    trained = trained_on(problems)
+    if not any(each.config.curriculum for each in trained):
         return None
-    weighed = [ProblemWeights(each.config.curriculum, each.split.train, each.name, steps) for each in problems]
-    return Curriculum([each.weight for each in problems], weighed, seed, phase, prompts)
+    weighed = [ProblemWeights(each.config.curriculum, each.split.train, each.name, steps) for each in trained]
+    return Curriculum([each.weight for each in trained], weighed, seed, phase, prompts)
 
 
 class Mixture:

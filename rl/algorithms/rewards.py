@@ -7,9 +7,9 @@ its language. A rollout whose verdict is ungradable has no reward, whatever its 
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -129,6 +129,12 @@ class RewardConfig(BaseModel):
     language: LanguageTerm = LanguageTerm()
     functions: tuple[FunctionTerm, ...] = ()
 
+    @field_validator("functions", mode="before")
+    @classmethod
+    def _takes_a_list(cls, functions: Any) -> Any:
+        """A task's reward comes out of validators that have read JSON into lists by then."""
+        return tuple(functions) if isinstance(functions, list) else functions
+
     @model_validator(mode="after")
     def _has_terms_of_different_names(self) -> "RewardConfig":
         names = ["correctness", "score", "format", "overlong", "length", "language"]
@@ -146,6 +152,24 @@ class RewardConfig(BaseModel):
 
 CORRECTNESS = RewardConfig()
 """The verdict's reward alone."""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The reward of each task: its own where it has one, which takes the place of the run's as a whole."""
+
+    run: RewardConfig = CORRECTNESS
+    own: Mapping[str, RewardConfig] = field(default_factory=dict)
+    """By the name of the task."""
+
+    def of(self, task: str) -> RewardConfig:
+        """The reward of completions of a task."""
+        return self.own.get(task, self.run)
+
+    @property
+    def user_functions(self) -> dict[str, dict[str, str]]:
+        """Functions of the user's by the name of their term, by task; under an empty name those of all other tasks."""
+        return {"": self.run.user_functions} | {task: config.user_functions for task, config in self.own.items()}
 
 
 def rewarded(
@@ -186,10 +210,10 @@ def reward_of(judged: Judged, config: RewardConfig) -> Reward:
 
 
 def means(rewards: Sequence[Reward]) -> dict[str, float]:
-    """The mean of each term over the rewards that have a total, as metrics: `reward/format` and so on."""
+    """The mean of each term over the rewards that have it and a total, as metrics: `reward/format` and so on."""
     graded = [reward.terms for reward in rewards if reward.total is not None]
     names = dict.fromkeys(name for terms in graded for name in terms)
-    return {f"reward/{name}": float(np.mean([terms[name] for terms in graded])) for name in names}
+    return {f"reward/{name}": float(np.mean([terms[name] for terms in graded if name in terms])) for name in names}
 
 
 def share_of_script(text: str, script: Script) -> float:

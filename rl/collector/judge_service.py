@@ -47,7 +47,7 @@ class JudgeService:
     @property
     def adds_terms(self) -> bool:
         """Whether verdicts have terms of reward functions, those of environments included."""
-        return bool(self._verifiers.reward_functions)
+        return any(self._verifiers.reward_functions.values())
 
     def judge(self, rollouts: Sequence[Rollout], known: Verdict | None = None, *, is_retry: bool = False) -> None:
         """Gives completions to the verifier that has the fewest calls open; they wait where none is left.

@@ -51,12 +51,15 @@ class Judge:
     """
 
     def __init__(
-        self, config: VerifierConfig, note: Note = print, reward_functions: Mapping[str, str] | None = None
+        self,
+        config: VerifierConfig,
+        note: Note = print,
+        reward_functions: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """
         Args:
             note: takes the sentence that says how programs are isolated, when the sandboxes start.
-            reward_functions: names of functions that are computed of every completion, by the name of their term.
+            reward_functions: names of functions that are computed of every completion; see `RewardFunctions`.
         """
         self._config, self._note = config, note
         self._functions = dict(reward_functions or {})
@@ -88,7 +91,7 @@ class Judge:
             pairs = [(items[place].text, _reference(name, items[place])) for place in some]
             verdicts |= zip(some, self._pool(name).grade(pairs), strict=True)
         found = [verdicts[place] for place in range(len(items))]
-        return self._with_terms(items, found) if self._functions and items else found
+        return self._with_terms(items, found) if any(self._functions.values()) and items else found
 
     def close(self) -> None:
         """End the verifiers' processes."""

@@ -36,7 +36,7 @@ class UserFunctions:
         return _imported, (type(self), self._names)
 
 
-def _imported(kind: type[UserFunctions], names: Mapping[str, str]) -> UserFunctions:
+def _imported(kind: Callable[[Any], UserFunctions], names: Mapping[str, Any]) -> UserFunctions:
     made = kind(names)
     _ = made.functions
     return made
@@ -65,12 +65,24 @@ class UserGrader(UserFunctions):
 class RewardFunctions(UserFunctions):
     """Computes the recipe's own reward functions: a verdict with `terms`, and a reason for those that are missing."""
 
+    def __init__(self, by_task: Mapping[str, Mapping[str, str]]) -> None:
+        """
+        Args:
+            by_task: names of functions by their term, by task; under an empty name those of all other tasks.
+        """
+        super().__init__({name: name for terms in by_task.values() for name in terms.values()})
+        self._by_task = by_task
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _imported, (type(self), self._by_task)
+
     def __call__(self, response: str, submission: Submission) -> Verdict:
-        """The terms of a response."""
+        """The terms of a response, those of its task."""
         terms, reasons = dict[str, float](), list[str]()
-        for term, function in self.functions.items():
+        names = self._by_task.get(submission.task, self._by_task.get("", {}))
+        for term, name in names.items():
             try:
-                terms[term] = _number(function(_arguments(response, submission)))
+                terms[term] = _number(self.functions[name](_arguments(response, submission)))
             except Exception as error:
                 reasons.append(f"reward function {term} failed with {type(error).__name__}: {error}"[:500])
         return Verdict(Outcome.ungradable if reasons else Outcome.correct, "; ".join(reasons), terms=terms)

@@ -14,7 +14,7 @@ class VerifierWorker(Worker):
 
     role = "verifier"
 
-    def __init__(self, rank: int, config: VerifierConfig, reward_functions: Mapping[str, str]) -> None:
+    def __init__(self, rank: int, config: VerifierConfig, reward_functions: Mapping[str, Mapping[str, str]]) -> None:
         super().__init__(rank)
         self.judge = Judge(config, self.log.info, reward_functions)
 

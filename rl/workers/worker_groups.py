@@ -207,11 +207,11 @@ class VerifierGroup:
         self,
         config: VerifierConfig,
         places: Places = (),
-        reward_functions: Mapping[str, str] | None = None,
+        reward_functions: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         """
         Args:
-            reward_functions: names of the user's functions that are computed of each completion, by term.
+            reward_functions: names of the user's functions that are computed of each completion, by task and term.
         """
         self._config, self.places = config, places
         self.reward_functions = dict(reward_functions or {})

@@ -13,7 +13,7 @@ from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.algorithms.config import FlowConfig, ReferenceConfig, RLConfig
 from lockstep.rl.algorithms.methods import Signal
-from lockstep.rl.algorithms.rewards import FormatTerm, RewardConfig
+from lockstep.rl.algorithms.rewards import CORRECTNESS, FormatTerm, RewardConfig, Rewards
 from lockstep.rl.algorithms.samples import teaches
 from lockstep.rl.algorithms.supervised import SupervisedConfig
 from lockstep.rl.controller import Controller, StepRecord
@@ -41,7 +41,7 @@ def controller_of(
     """Over sums whose answers are one of two digits."""
     pairs = [(a, b) for a in range(8) for b in range(a)]
     problems = [Problem(i, f"What is {a} + {b}?", str(3 + (a + b) % 2)) for i, (a, b) in enumerate(pairs)]
-    return actors.controller(problems, held_out=4, task=task, reward=reward or RewardConfig(), models=models)
+    return actors.controller(problems, held_out=4, task=task, rewards=Rewards(reward or CORRECTNESS), models=models)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from lockstep.model.layers.value_head import ValueHead
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.methods import METHODS, Signal
-from lockstep.rl.algorithms.rewards import CORRECTNESS
+from lockstep.rl.algorithms.rewards import Rewards
 from lockstep.rl.algorithms.samples import teaches
 from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
 from lockstep.rl.learner import Learned, Learner, Models
@@ -232,7 +232,7 @@ def step(world: World, chosen: RLConfig) -> tuple[Batch, Learned]:
         critic_optimizer=chosen.optimizer,
         teacher=LocalGroup(world.teacher) if chosen.advantage == "teacher" else None,
     )
-    learner = Learner(LocalGroup(world.policy), models, ended, 0, CORRECTNESS)
+    learner = Learner(LocalGroup(world.policy), models, ended, 0, Rewards())
     load(world.policy, world.start)
     load(world.critic, world.critic_start)
     learner.enter(chosen)

@@ -100,6 +100,22 @@ def test_prompts_come_as_the_curricula_of_their_tasks_say(words: Tokenizer, tmp_
     assert [source.in_steps("rl", 4, 9)(n) for n in range(20)] == [source.train(n, "rl") for n in range(20)]
 
 
+def test_problems_that_are_evaluated_alone_are_asked_behind_the_others(words: Tokenizer) -> None:
+    held_out = [Problem(i, f"{i} − 1 =", str(i - 1)) for i in range(2)]
+    split, late = Split(tuple(SUMS), tuple(held_out), ""), Split((), tuple(held_out), "")
+    sets = [ProblemSet(TaskConfig(), split, "sums"), ProblemSet(TaskConfig(system="Late."), late, "late", 0.0)]
+    with_late, without = (PromptSource(some, words, 0) for some in (sets, sets[:1]))
+    assert [(prompt.task, prompt.index) for prompt in with_late.held_out] == [
+        ("sums", 0),
+        ("sums", 1),
+        ("late", 2),
+        ("late", 3),
+    ]
+    assert "Late." in with_late.held_out[2].text
+    assert with_late.held_out[:2] == without.held_out
+    assert [with_late.train(n, "rl") for n in range(9)] == [without.train(n, "rl") for n in range(9)]
+
+
 @absent
 @pytest.mark.parametrize("name", ["gsm8k", "gsm8k-plain"])
 def test_gsm8k_is_asked_as_its_preset_says(name: str, words: Tokenizer) -> None:

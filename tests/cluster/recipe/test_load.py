@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lockstep.cluster.recipe.catalog import shipped_recipes
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import load_recipe, parse, resolve, to_toml
-from lockstep.cluster.recipe.paths import with_absolute_paths
+from lockstep.cluster.recipe.paths import functions, with_absolute_paths
 from lockstep.cluster.recipe.schema import Recipe
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart.toml"
@@ -197,6 +197,8 @@ def test_a_program_overrides_with_values() -> None:
         resolve({"extends": "nobody"})
 
 
+PUNISHED = {"overlong": {"weight": 1.0, "maximum": 9, "cache": 4}}
+SHORT = {"sampling": {"max_new_tokens": 5}}
 TWO = [{"name": "a"}, {"name": "b", "chat": False}]
 
 
@@ -207,6 +209,14 @@ TWO = [{"name": "a"}, {"name": "b", "chat": False}]
         ({"tasks": [{"name": "a"}, {"name": "a"}]}, "two of tasks are called a: give each a name of its own"),
         ({"tasks": TWO, "environment": {"kind": "tools"}}, "an environment speaks one template with all tasks"),
         ({"tasks": [{"train": 3}]}, "tasks[0].name"),
+        ({"tasks": [{"name": "a", "reward": {"functions": [{"function": "f"}]}}]}, "tasks[0].reward.functions[0].fun"),
+        ({"tasks": [{"name": "a", "reward": PUNISHED}], "rl": SHORT}, "reward.overlong begins behind 5 tokens"),
+        ({"tasks": TWO, "evaluation": {"tasks": [{"name": "b"}]}}, "two of tasks are called b"),
+        ({"tasks": TWO, "evaluation": {"best": "c"}}, "evaluation.best='c' is no task: name one of a, b, or leave"),
+        ({"evaluation": {"best": "c"}}, "name one where there are [[tasks]] or [[evaluation.tasks]]"),
+        ({"evaluation": {"tasks": [{"name": "c", "curriculum": "a:f"}]}}, "curriculum is of problems that are trained"),
+        ({"evaluation": {"tasks": [{"name": "c", "weight": 2}]}}, "evaluation.tasks[0].weight is not a key"),
+        ({"tasks": [{"name": "a", "curriculum": "a:f"}]}, "weighs problems in the steps of [rl], which is not there"),
     ],
 )
 def test_mixtures_that_do_not_fit_are_refused(values: dict[str, object], said: str) -> None:
@@ -220,3 +230,13 @@ def test_a_recipe_has_one_task_or_those_of_its_mixture() -> None:
     assert alone.mixture == (alone.task,)
     assert [task.name for task in several.tasks] == ["a", "b"]
     assert several.mixture == several.tasks
+
+
+def test_a_task_of_a_mixture_may_have_a_reward_of_its_own(tmp_path: Path) -> None:
+    own = {"correctness": 2, "functions": [{"function": "mine.py:brief", "weight": 1}]}
+    recipe = with_absolute_paths(parse({"tasks": [TWO[0] | {"reward": own}, TWO[1]], "reward": {"correctness": 3}}))
+    assert [recipe.rewards.of(name).correctness for name in ("a", "b", "")] == [2, 3, 3]
+    key = "tasks[0].reward.functions[0].function"
+    assert dict(functions(recipe)) == {key: f"{Path.cwd()}/mine.py:brief"}
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    assert load_recipe(tmp_path / "recipe.toml") == recipe

@@ -21,11 +21,11 @@ from lockstep.cluster.recipe.paths import (
 )
 from lockstep.cluster.recipe.schema import Recipe
 
+TASKS = ("task", "tasks", "evaluation.tasks")
 PATHS = {
     "run",
     "checkpoints.at",
-    "task.held_out_from",
-    "tasks.held_out_from",
+    *(f"{section}.{key}" for section in TASKS for key in ("held_out_from", "pass_rates")),
     "preference.source",
     "rollout.python",
     "supervised.source",
@@ -34,28 +34,25 @@ PATHS = {
 PATHS_OR_NAMES = {
     "model.source",
     "model.tokenizer",
-    "task.generator",
-    "tasks.generator",
+    *(f"{section}.generator" for section in TASKS),
     "roles.reward.source",
     "roles.teacher.source",
 }
 FUNCTIONS = {
     "environment.kind",
-    "task.generator",
-    "task.held_out_from",
-    "task.filter",
-    "task.grader",
-    "tasks.generator",
-    "tasks.held_out_from",
-    "tasks.filter",
-    "tasks.grader",
+    *(
+        f"{section}.{key}"
+        for section in TASKS
+        for key in ("generator", "held_out_from", "filter", "grader", "curriculum")
+    ),
     "reward.functions.function",
+    "tasks.reward.functions.function",
 }
 CALLED_PATHS = re.compile(
     r"(.*_)?(path|paths|source|sources|folder|folders|file|files|dir|at|from|tokenizer|generator)"
 )
 SAID_TO_BE_PATHS = re.compile(r"\b(folder|file|files|path|checkpoint or|URL)\b")
-NO_PATHS = {"task.fields", "tasks.fields", "model.config.family", "verifier.llm_judge.url"}
+NO_PATHS = {*(f"{section}.fields" for section in TASKS), "model.config.family", "verifier.llm_judge.url"}
 """Whose descriptions speak of files that they do not name."""
 
 

@@ -194,6 +194,22 @@ def test_empty_and_failed_runs_report(tmp_path: Path) -> None:
     assert "There is no recipe.toml." in page
 
 
+def test_accuracy_of_each_task_stands_below_that_of_all(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", RECIPE, "mixed")
+    line = {"accuracy": 0.25, "correct": 1, "total": 4, "ungradable": 0, "accuracy/sums": 0.5, "accuracy/code": 0.125}
+    run.log("eval", 0, line | {"stage": "before"})
+    run.log("eval", 9, line | {"stage": "during", "accuracy/late": 0.75})
+    run.log("eval", 9, line | {"stage": "after", "accuracy/late": 0.875})
+    parsed = parse(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    text = " ".join(" ".join(parsed.text).split())
+    for phrase in ("sums 50.0%", "code 12.5%", "late 87.5%", *(f"Held-out accuracy: {n}" for n in ("sums", "late"))):
+        assert phrase in text
+    assert parsed.tags.count("svg") == 7 + 3
+    columns = {each.header: list(each.cells) for each in summary_table(tmp_path / "run").columns}
+    assert columns["held-out"] == ["before", "  sums", "  code", "after", "  sums", "  code", "  late"]
+    assert columns["accuracy"] == ["25.0%", "50.0%", "12.5%", "25.0%", "50.0%", "12.5%", "87.5%"]
+
+
 def test_rows_of_a_killed_run_come_from_its_metrics(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", RECIPE, "killed")
     measure(run, "before", 6, 0)

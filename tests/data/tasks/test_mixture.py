@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from lockstep.data.corpus.blend import BOUND
-from lockstep.data.tasks.mixture import MixedTask, Mixture, problem_sets, shuffled
+from lockstep.data.tasks.mixture import MixedTask, Mixture, NamedTask, problem_sets, shuffled, trained_on
 from lockstep.data.tasks.task import TaskConfig, make_split
 
 
@@ -47,6 +47,12 @@ def test_problem_sets_are_those_of_each_task() -> None:
     sets = problem_sets(tasks, 3)
     assert [(each.name, each.weight, len(each.split.train)) for each in sets] == [("sums", 2, 5), ("days", 1, 4)]
     assert [each.split for each in sets] == [make_split(task, 3) for task in tasks]
+    assert sets == trained_on(sets)
+    beside = NamedTask(name="products", generator="basic_arithmetic", train=4, held_out=3)
+    *same, evaluated = problem_sets(tasks, 3, [beside])
+    assert tuple(same) == sets == trained_on([*same, evaluated])
+    assert (evaluated.name, evaluated.split.train) == ("products", ())
+    assert evaluated.split.held_out == make_split(beside, 3).held_out
     [alone] = problem_sets([TaskConfig(train=3, held_out=2)], 0)
     assert (alone.name, alone.weight) == ("", 1)
 

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from lockstep.rl.algorithms.rewards import RewardConfig, means, reward_of, rewarded, share_of_script
-from lockstep.rl.types import Judged, Prompt, Rollout
+from lockstep.rl.algorithms.rewards import RewardConfig, Rewards, means, reward_of, rewarded, share_of_script
+from lockstep.rl.types import Judged, Prompt, Reward, Rollout
 from lockstep.rl.verdict import Outcome, Verdict, of_credit
 
 PROMPT = Prompt(0, "1 + 1?", (1, 2), "2")
@@ -112,6 +112,22 @@ def test_functions_are_terms_by_their_names_and_weights() -> None:
     reward = reward_of(judged("2", 3, verdict), FUNCTIONS)
     assert reward.terms == {"correctness": 1.0, "brevity": 0.25, "style": -0.5}
     assert reward.total == pytest.approx(0.75)
+
+
+def test_a_task_may_have_a_reward_of_its_own() -> None:
+    rewards = Rewards(ALL, {"code": FUNCTIONS, "plain": RewardConfig(correctness=0.5)})
+    assert [rewards.of(task) for task in ("", "sums", "code")] == [ALL, ALL, FUNCTIONS]
+    assert rewards.user_functions == {"": {}, "code": FUNCTIONS.user_functions, "plain": {}}
+    assert Rewards().of("any") == RewardConfig()
+
+
+def test_means_are_of_the_completions_that_have_a_term() -> None:
+    given = [
+        Reward(3.0, {"correctness": 1.0, "brevity": 2.0}),
+        Reward(0.0, {"correctness": 0.0}),
+        Reward(None, {"correctness": 9.0, "style": 1.0}),
+    ]
+    assert means(given) == {"reward/correctness": 0.5, "reward/brevity": 2.0}
 
 
 def test_a_rollout_of_which_a_function_says_nothing_has_no_reward() -> None:

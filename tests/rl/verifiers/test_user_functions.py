@@ -1,5 +1,6 @@
 """Graders and reward functions of the user's own run in verifier processes, and fail for their own completion alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_reward_functions_add_terms_to_every_kind_of_verdict(mine: str) -> None:
         submission("text"),
     ]
     functions = {"brevity": f"{mine}:brevity", "same": f"{mine}:echo"}
-    with Judge(VerifierConfig(), reward_functions=functions, note=lambda sentence: None) as judge:
+    with Judge(VerifierConfig(), reward_functions={"": functions}, note=lambda sentence: None) as judge:
         found = judge.grade(given)
         assert judge.grade([]) == []
     assert [(v.outcome, v.credit) for v in found[:4]] == [
@@ -95,6 +96,18 @@ def test_reward_functions_add_terms_to_every_kind_of_verdict(mine: str) -> None:
         assert verdict.outcome is Outcome.incorrect  # what the answer is worth does not hang on a reward function
         assert verdict.terms == {"brevity": 0.25}
         assert f"reward function same failed with {said}" in verdict.reason
+
+
+def test_a_task_with_reward_functions_of_its_own_has_those_alone(mine: str) -> None:
+    by_task = {"": {"same": f"{mine}:echo"}, "code": {"same": f"{mine}:brevity"}, "plain": {}}
+    given = [replace(submission("2"), task=task) for task in ("", "code", "plain", "other")]
+    with Judge(VerifierConfig(), reward_functions=by_task, note=lambda sentence: None) as judge:
+        found = judge.grade(given)
+    assert [dict(verdict.terms) for verdict in found] == [{"same": 1.0}, {"same": 0.25}, {}, {"same": 1.0}]
+    with Judge(VerifierConfig(), reward_functions={"": {}, "plain": {}}) as judge:
+        assert [dict(verdict.terms) for verdict in judge.grade(given)] == [{}] * 4
+        assert len(judge._pools) == 1
+        assert judge._rewards is None, "no process waits for functions that nobody has"
 
 
 def test_a_function_that_cannot_be_loaded_is_named(mine: str) -> None:
