@@ -287,8 +287,8 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _has_the_judge_that_it_asks(self) -> "Recipe":
-        grades = any(each.grader == LLM_JUDGE for each in self.mixture)
-        asked = grades or LLM_JUDGE in self.reward.user_functions.values()
+        grades = any(each.grader == LLM_JUDGE for each in self.all_tasks)
+        asked = grades or any(LLM_JUDGE in terms.values() for terms in self.rewards.user_functions.values())
         if asked and not self.verifier.llm_judge:
             raise ValueError("llm_judge is asked for scores, and there is none: give verifier.llm_judge url and model")
         if self.verifier.llm_judge and not asked:

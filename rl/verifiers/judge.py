@@ -13,7 +13,7 @@ from lockstep.rl.verifiers.answer_pool import AnswerPool, Grader
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import PROGRAMS, VerifierConfig
 from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE
-from lockstep.rl.verifiers.llm_judge.grader import JudgedTerm, LLMJudge
+from lockstep.rl.verifiers.llm_judge.grader import JudgedTerms, LLMJudge
 from lockstep.rl.verifiers.math import grader
 from lockstep.rl.verifiers.user_functions import RewardFunctions, UserFunctions, UserGrader
 
@@ -108,9 +108,12 @@ class Judge:
 
     def _pools_of_terms(self) -> list[_Pool]:
         """What computes the reward functions: processes for those of the user's, and the LLM judge."""
-        own = {term: name for term, name in self._functions.items() if name != LLM_JUDGE}
-        pools: list[_Pool] = [self._answer_pool(RewardFunctions(own))] if own else []
-        return pools + [JudgedTerm(term, self._pool(LLM_JUDGE)) for term in self._functions if term not in own]
+        own, judged = dict[str, dict[str, str]](), dict[str, list[str]]()
+        for task, terms in self._functions.items():
+            own[task] = {term: name for term, name in terms.items() if name != LLM_JUDGE}
+            judged[task] = [term for term in terms if term not in own[task]]
+        pools: list[_Pool] = [self._answer_pool(RewardFunctions(own))] if any(own.values()) else []
+        return pools + ([JudgedTerms(judged, self._pool(LLM_JUDGE))] if any(judged.values()) else [])
 
     def _pool(self, name: str) -> _Pool:
         with self._starting:

@@ -5,7 +5,7 @@ All requests share one event loop in a thread of its own, however many threads w
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from threading import Thread
@@ -174,16 +174,25 @@ class Grader(Protocol):
         """One verdict for each pair, in order."""
 
 
-class JudgedTerm:
-    """A reward term whose value is the credit that a judge gives."""
+class JudgedTerms:
+    """Reward terms whose value is the credit that a judge gives."""
 
-    def __init__(self, name: str, judge: Grader) -> None:
-        self._name, self._judge = name, judge
+    def __init__(self, by_task: Mapping[str, Sequence[str]], judge: Grader) -> None:
+        """
+        Args:
+            by_task: names of the terms, by task; under an empty name those of all other tasks.
+        """
+        self._by_task, self._judge = by_task, judge
 
     def grade(self, pairs: Sequence[tuple[str, Submission]]) -> list[Verdict]:
-        """Verdicts with the term alone, or with the reason why it is missing; see `LLMJudge.grade`."""
-        return [self._as_term(verdict) for verdict in self._judge.grade(pairs)]
+        """Verdicts with the terms of each one's task, or with the reason why they are missing; see `LLMJudge.grade`."""
+        terms = [self._by_task.get(given.task, self._by_task.get("", ())) for _, given in pairs]
+        asked = [pair for pair, names in zip(pairs, terms, strict=True) if names]
+        verdicts = iter(self._judge.grade(asked))
+        return [_as_terms(next(verdicts), names) if names else Verdict(Outcome.correct) for names in terms]
 
-    def _as_term(self, verdict: Verdict) -> Verdict:
-        terms = {} if verdict.reward is None else {self._name: verdict.reward}
-        return Verdict(Outcome.correct if terms else Outcome.ungradable, verdict.reason, terms=terms)
+
+def _as_terms(verdict: Verdict, names: Sequence[str]) -> Verdict:
+    if verdict.reward is None:
+        return Verdict(Outcome.ungradable, verdict.reason)
+    return Verdict(Outcome.correct, verdict.reason, terms=dict.fromkeys(names, verdict.reward))

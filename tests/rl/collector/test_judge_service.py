@@ -87,7 +87,7 @@ def test_an_llm_judge_that_is_away_makes_completions_ungradable_and_ends_no_run(
     monkeypatch.setenv("KEY_OF_TEST", "sk-secret")
     with scripted(says("SCORE: 5")) as server:
         config = server.config(api_key_env="KEY_OF_TEST", patience_s=1.0)
-        group = VerifierGroup(VerifierConfig(llm_judge=config), reward_functions={"style": "llm_judge"})
+        group = VerifierGroup(VerifierConfig(llm_judge=config), reward_functions={"": {"style": "llm_judge"}})
         service = JudgeService(group, Supervisor(lambda: None, lambda: 0.0))
         graded = replace(rollout(0, "4"), prompt=replace(rollout(0, "4").prompt, grader="llm_judge"))
         try:

@@ -107,7 +107,7 @@ def test_a_task_with_reward_functions_of_its_own_has_those_alone(mine: str) -> N
     with Judge(VerifierConfig(), reward_functions={"": {}, "plain": {}}) as judge:
         assert [dict(verdict.terms) for verdict in judge.grade(given)] == [{}] * 4
         assert len(judge._pools) == 1
-        assert judge._rewards is None, "no process waits for functions that nobody has"
+        assert judge._terms is None, "no process waits for functions that nobody has"
 
 
 def test_a_function_that_cannot_be_loaded_is_named(mine: str) -> None:

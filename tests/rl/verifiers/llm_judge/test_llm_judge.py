@@ -82,7 +82,7 @@ def test_a_reward_term_is_added_to_verdicts_of_others() -> None:
     given = [replace(submission("4"), verdict=right), replace(submission("5"), verdict=wrong), submission("6")]
     with scripted(says("Nice.\nSCORE: 7"), says("Poor.\nSCORE: 2"), says("SCORE: 5"), refuses(400, "long")) as server:
         config = VerifierConfig(llm_judge=server.config(concurrent=1))
-        with Judge(config, silent, {"helpful": "llm_judge"}) as judge:
+        with Judge(config, silent, {"": {"helpful": "llm_judge"}}) as judge:
             found = judge.grade(given)
             asked = len(server.asked)
             lost = judge.grade([given[0], replace(given[1], text="7")])
@@ -98,6 +98,24 @@ def test_a_reward_term_is_added_to_verdicts_of_others() -> None:
     assert "answered 400 (long)" in lost[1].reason
 
 
+def test_a_task_alone_may_ask_for_a_score() -> None:
+    given = [replace(submission(text), task=task) for text, task in (("4", "essay"), ("5", "sums"), ("6", "other"))]
+    functions = {
+        "": {},
+        "essay": {"style": "llm_judge", "tone": "llm_judge"},
+        "other": {"length": f"{__name__}:length"},
+    }
+    with scripted(says("SCORE: 7")) as server:
+        with Judge(VerifierConfig(llm_judge=server.config()), silent, functions) as judge:
+            found = judge.grade([replace(each, verdict=Verdict(Outcome.correct)) for each in given])
+        assert len(server.asked) == 1
+    assert [dict(verdict.terms) for verdict in found] == [{"style": 0.7, "tone": 0.7}, {}, {"length": 1.0}]
+
+
+def length(completion: str) -> float:
+    return float(len(completion))
+
+
 def test_a_missing_score_leaves_no_reward_and_the_accuracy_as_it_is() -> None:
     config = RewardConfig(functions=(FunctionTerm(function="llm_judge", weight=0.5),))
     assert config.user_functions == {"llm_judge": "llm_judge"}
@@ -105,7 +123,7 @@ def test_a_missing_score_leaves_no_reward_and_the_accuracy_as_it_is() -> None:
     found = []
     with scripted(says("SCORE: 4"), refuses(400)) as server:
         for _ in range(2):
-            with Judge(VerifierConfig(llm_judge=server.config()), silent, config.user_functions) as judge:
+            with Judge(VerifierConfig(llm_judge=server.config()), silent, {"": config.user_functions}) as judge:
                 found += judge.grade([rollout.submission(Verdict(Outcome.correct))])
     graded, lost = (reward_of(Judged(rollout, verdict), config) for verdict in found)
     assert graded.terms == {"correctness": 1.0, "llm_judge": 0.2}
