@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lockstep.data.batch import Column
 from lockstep.data.packing import PlannedRow
 from lockstep.distributed.step_result import StepResult
-from lockstep.rl.column import Column
 from lockstep.rl.rollout.output_processor import OutputProcessor, RolloutRequest, Written
 from lockstep.rl.rollout.protocol import Output, Request, Statistics, TokenOutput
 from lockstep.rl.types import Completion, Submission

@@ -35,6 +35,7 @@ from lockstep.rl.algorithms.samples import teaches
 from lockstep.rl.algorithms.supervised import SupervisedConfig, split_conversations
 from lockstep.rl.collector.batch_scheduler import Batch, BatchScheduler
 from lockstep.rl.collector.collector import Collector
+from lockstep.rl.environments.chat_form import prompt_before_observation
 from lockstep.rl.environments.factory import told
 from lockstep.rl.learner import Learned, Learner, Models
 from lockstep.rl.prompts import PromptSource
@@ -87,8 +88,8 @@ class Controller:
         self._reward_model = models.reward
         self._tokenizer, self._seed, self._clock = tokenizer, seed, clock
         rules = told(environments.config) if environments else ""
-        observed = environments is not None and environments.speaks_first
-        self._prompts = PromptSource(problems, tokenizer, seed, rules, observed=observed)
+        render = prompt_before_observation if environments and environments.speaks_first else Tokenizer.render
+        self._prompts = PromptSource(problems, tokenizer, seed, rules, render=render)
 
     @property
     def version(self) -> int:

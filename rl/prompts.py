@@ -8,18 +8,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from lockstep.data.control_tokens import Marked
 from lockstep.data.tasks.mixture import Mixture, ProblemSet, curriculum_of, trained_on
 from lockstep.data.tasks.problem import Problem, entry_text
 from lockstep.data.tasks.task import TaskConfig
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.rl.environments.chat_form import ChatForm
 from lockstep.rl.types import Prompt
 
 _PLACE = re.compile(r"\{([a-z]+)\}")
 
 Mark = Callable[[str], str]
+Render = Callable[[Tokenizer, Sequence[dict[str, Any]]], Marked]
 
 
 def make_prompt(
@@ -30,7 +31,7 @@ def make_prompt(
     rules: str = "",
     name: str = "",
     *,
-    observed: bool = False,
+    render: Render = Tokenizer.render,
 ) -> Prompt:
     """The prompt of a problem, with its tokens, what ends its completions and what its verifier needs.
 
@@ -38,14 +39,13 @@ def make_prompt(
         name: of the task, where there are several.
         shots: solved problems to show before it, one more than `task.shots`: where it is one of them, the others serve.
         rules: of the environment, at the end of the system message.
-        observed: whether its environment speaks first, so that a chat ends before the assistant's turn begins.
+        render: a chat's messages as text, up to where the model begins, or an environment that speaks first.
 
     Raises:
         BadTemplate, RefusedChat: when there is no chat template, or it refuses the messages.
     """
     if task.chat:
-        messages = _messages(problem, task, shots, rules)
-        text = ChatForm(tokenizer, chat=True).prompt(messages) if observed else tokenizer.render(messages)
+        text = render(tokenizer, _messages(problem, task, shots, rules))
     else:
         text = _plain(problem, task, tokenizer, shots, rules)
     tokens = tuple(tokenizer.encode_marked(text, begin=not task.chat))
@@ -85,15 +85,15 @@ class PromptSource:
         seed: int,
         rules: str = "",
         *,
-        observed: bool = False,
+        render: Render = Tokenizer.render,
     ) -> None:
         """
         Args:
             problems: those that are evaluated alone come last.
             rules: of the environment, at the end of each system message.
-            observed: see `make_prompt`; demonstrations have no environment.
+            render: see `make_prompt`; demonstrations have no environment.
         """
-        self._problems, self._rules, self._observed = tuple(problems), rules, observed
+        self._problems, self._rules, self._render = tuple(problems), rules, render
         self._seed = seed
         self._tokenizers = [tokenizer.with_template_kwargs(each.config.chat_template_kwargs) for each in problems]
         trained = trained_on(problems)
@@ -132,14 +132,14 @@ class PromptSource:
         problems = self._problems[task]
         given = problems.config, self._tokenizers[task], problems.split.shots, self._rules
         problem, prompt = problems.split.train[index], self._train[task][index]
-        if self._observed:
+        if self._render is not Tokenizer.render:
             prompt = replace(prompt, tokens=make_prompt(problem, *given).tokens)
         return prompt, demonstration_tokens(problem, *given)
 
     def _made(self, task: int, side: str) -> list[Prompt]:
         problems, tokenizer = self._problems[task], self._tokenizers[task]
         given = problems.config, tokenizer, problems.split.shots, self._rules, problems.name
-        return [make_prompt(problem, *given, observed=self._observed) for problem in getattr(problems.split, side)]
+        return [make_prompt(problem, *given, render=self._render) for problem in getattr(problems.split, side)]
 
 
 def asked(problem: Problem, task: TaskConfig, mark: Mark = str) -> str:

@@ -10,9 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from lockstep.data.batch import Floats
+from lockstep.data.batch import Column, Floats
 from lockstep.data.tasks.code_tests import CodeTests
-from lockstep.rl.column import Column
 from lockstep.rl.verdict import Verdict
 
 COLUMNS: dict[str, type[np.generic]] = {

@@ -61,20 +61,13 @@ def evaluate_model(
     from lockstep.cluster.evaluation.evaluate import Evaluation, evaluate_checkpoint
     from lockstep.cluster.generation import sampling_of
     from lockstep.cluster.launch.preflight import check_llm_judge
+    from lockstep.data.tasks.user_function import LLM_JUDGE
     from lockstep.rl.sandbox.isolation import SandboxError
-    from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE
 
-    if not (named := task or file):
-        raise ValueError("what to answer is missing: give --task or --file")
-    if train and file:
-        raise ValueError("--train answers the training problems of a task, and --file names others: give one of them")
-    if train and not samples:
-        raise ValueError("--train measures pass rates, which are of samples: give --samples 8, for example")
+    _check_options(task, file, samples, train=train)
     with overriding():
-        recipe = _recipe(named, name, [*_problems(file, limit, train=train), *(overrides or [])])
-    ks = tuple(sorted(set(k or ({1, samples} if samples else ()))))
-    if any(each > samples for each in ks):
-        raise ValueError(f"pass@{ks[-1]} needs {ks[-1]} samples or more, and these are {samples}: raise --samples")
+        recipe = _recipe(task or str(file), name, [*_problems(file, limit, train=train), *(overrides or [])])
+    ks = _ks(k, samples)
     longest = max_new_tokens or recipe.evaluation.max_new_tokens
     stop = tuple(recipe.task.stop)
     sampling = sampling_of(temperature=temperature, top_p=top_p, max_new_tokens=longest, stop=stop)
@@ -93,6 +86,24 @@ def evaluate_model(
     for line in findings.lines:
         out.print(line, highlight=False)
     out.print(f"completions and verdicts: {folder}", highlight=False)
+
+
+def _check_options(task: str | None, file: str | None, samples: int, *, train: bool) -> None:
+    """Raise ValueError where options do not go together."""
+    if not task and not file:
+        raise ValueError("what to answer is missing: give --task or --file")
+    if train and file:
+        raise ValueError("--train answers the training problems of a task, and --file names others: give one of them")
+    if train and not samples:
+        raise ValueError("--train measures pass rates, which are of samples: give --samples 8, for example")
+
+
+def _ks(given: list[int] | None, samples: int) -> tuple[int, ...]:
+    """The values of k for pass@k. Raises ValueError where there are fewer samples."""
+    ks = tuple(sorted(set(given or ({1, samples} if samples else ()))))
+    if any(each > samples for each in ks):
+        raise ValueError(f"pass@{ks[-1]} needs {ks[-1]} samples or more, and these are {samples}: raise --samples")
+    return ks
 
 
 def _problems(file: str | None, limit: int | None, *, train: bool) -> list[str]:

@@ -12,6 +12,7 @@ from lockstep.cluster.evaluation.answer_folder import Answer, AnswerFolder
 from lockstep.data.row_reader import left_out
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import Split, TaskConfig, held_out_split, make_split
+from lockstep.data.tasks.user_function import LLM_JUDGE
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.prompts import make_prompt
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams
@@ -21,7 +22,7 @@ from lockstep.rl.rollout.protocol import Engine
 from lockstep.rl.types import Prompt, Rollout
 from lockstep.rl.verifiers.config import VerifierConfig
 from lockstep.rl.verifiers.judge import Judge, Note
-from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE, SCORING
+from lockstep.rl.verifiers.llm_judge.config import SCORING
 
 GREEDY, SAMPLED = "greedy", "sampled"
 TOGETHER = 16

@@ -13,6 +13,7 @@ from lockstep.cluster.recipe.model_source import SourceConfig
 from lockstep.cluster.recipe.roles import RolesConfig
 from lockstep.data.tasks.mixture import MixedTask, NamedTask
 from lockstep.data.tasks.task import TaskConfig
+from lockstep.data.tasks.user_function import LLM_JUDGE
 from lockstep.distributed.checkpoint.saver import CheckpointConfig
 from lockstep.distributed.checkpoint.storage import Folder, Storage, is_url, storage_of
 from lockstep.distributed.layout import Layout
@@ -24,7 +25,6 @@ from lockstep.rl.algorithms.supervised import SupervisedConfig
 from lockstep.rl.environments.config import EnvironmentConfig
 from lockstep.rl.rollout.config import INEXACT, RolloutConfig
 from lockstep.rl.verifiers.config import VerifierConfig
-from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE
 
 RATIO_KEYS = frozenset({"proximal", "correction", "gain", "ratio", "clip_low", "clip_high", "clip_dual"})
 """Keys of [rl] that say what importance ratios are to and how they are bounded."""

@@ -18,7 +18,7 @@ from lockstep.data.tasks.own_problems import filtered, own_problems
 from lockstep.data.tasks.presets import PRESETS
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.problem_formats import read_problems
-from lockstep.data.tasks.user_function import function_name
+from lockstep.data.tasks.user_function import LLM_JUDGE, function_name
 
 HELD_OUT_SHARE = 5
 """One problem in this many belongs to the held-out side."""
@@ -108,7 +108,7 @@ class TaskConfig(BaseModel):
                 f"task.grader='gym' scores what reasoning-gym made, and these problems come from "
                 f"{'a function' if own else 'files'}"
             )
-        if self.grader not in ("answer", "gym", "llm_judge") and function_name(self.grader) is None:
+        if self.grader not in ("answer", "gym", LLM_JUDGE) and function_name(self.grader) is None:
             raise ValueError(
                 f"task.grader={self.grader!r} is not known: use answer, gym, llm_judge, module:function or "
                 "file.py:function"

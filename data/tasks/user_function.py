@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+LLM_JUDGE = "llm_judge"
+"""What stands in the place of a function's name where an LLM judges."""
 _FILE = ".py"
 
 

@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lockstep.data.tasks.user_function import parse
+from lockstep.data.tasks.user_function import LLM_JUDGE, parse
 from lockstep.rl.algorithms.advantage import overlong
 from lockstep.rl.types import Judged, Reward, Rewarded
-from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE
 
 Script = Literal[
     "latin", "cyrillic", "greek", "arabic", "hebrew", "devanagari", "thai", "hangul", "japanese", "chinese"

@@ -129,3 +129,8 @@ def _as_user(messages: Sequence[Message]) -> Message:
 
 def _tagged(message: Message) -> str:
     return f"<tool_response>\n{message.content}\n</tool_response>" if message.role == "tool" else message.content
+
+
+def prompt_before_observation(tokenizer: Tokenizer, conversation: Sequence[dict[str, Any]]) -> Marked:
+    """A chat's prompt up to where an environment's first observation stands; see `ChatForm.prompt`."""
+    return ChatForm(tokenizer, chat=True).prompt(conversation)

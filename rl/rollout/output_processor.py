@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lockstep.rl.column import Column
+from lockstep.data.batch import Column
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import before_stop
 from lockstep.rl.rollout.protocol import Engine, FailedOutput, Request, TokenOutput

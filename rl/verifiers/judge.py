@@ -7,12 +7,12 @@ from dataclasses import replace
 from threading import RLock
 from typing import Any, Protocol, Self
 
+from lockstep.data.tasks.user_function import LLM_JUDGE
 from lockstep.rl.types import Submission
 from lockstep.rl.verdict import Verdict
 from lockstep.rl.verifiers.answer_pool import AnswerPool, Grader
 from lockstep.rl.verifiers.code_pool import CodePool
 from lockstep.rl.verifiers.config import PROGRAMS, VerifierConfig
-from lockstep.rl.verifiers.llm_judge.config import LLM_JUDGE
 from lockstep.rl.verifiers.llm_judge.grader import JudgedTerms, LLMJudge
 from lockstep.rl.verifiers.math import grader
 from lockstep.rl.verifiers.user_functions import RewardFunctions, UserFunctions, UserGrader

@@ -5,9 +5,6 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-LLM_JUDGE = "llm_judge"
-"""Its name in `task.grader`, and as the function of a reward term."""
-
 SCORING = ("model", "rubric", "low", "high", "structured", "temperature", "max_tokens", "body")
 """Keys that scores depend on."""
 

@@ -8,7 +8,7 @@ from lockstep.data.tasks.mixture import ProblemSet
 from lockstep.data.tasks.problem import Problem
 from lockstep.data.tasks.task import Split, TaskConfig
 from lockstep.data.tokenizer import Tokenizer
-from lockstep.rl.environments.chat_form import ChatForm
+from lockstep.rl.environments.chat_form import ChatForm, prompt_before_observation
 from lockstep.rl.environments.protocol import Message
 from lockstep.rl.prompts import PromptSource, make_prompt
 from tests.conftest import TEMPLATE
@@ -69,7 +69,7 @@ def test_prompts_end_before_the_observation_and_demonstrations_have_whole_ones(
     made, task = with_template(tokenizer, template), TaskConfig(instruction="Play.")
     problem = Problem(0, "A number?", "7")
     sets = [ProblemSet(task, Split((problem,), (problem,), ""))]
-    source = PromptSource(sets, made, 0, observed=True)
+    source = PromptSource(sets, made, 0, render=prompt_before_observation)
     whole = make_prompt(problem, task, made)
     [held_out] = source.held_out
     assert held_out.tokens == source.train(0, "rl").tokens

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.rl.column import Column
+from lockstep.data.batch import Column
 from lockstep.rl.types import Completion
 
 NUMBERS = {
