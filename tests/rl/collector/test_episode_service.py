@@ -87,6 +87,7 @@ def test_episodes_begin_again_once_where_their_process_is_gone(sent: signal.Sign
     supervisor = Supervisor(lambda: None, lambda: now[0])
     service = EpisodeService(environments, supervisor, lambda: now[0])
     for attempt in range(2):
+        until_whole(service, now)
         os.kill(pids(environments)[0], sent)
         requests = [asked(service, sample) for sample in range(3)]
         now[0] += environments.patience + 1  # a process that stands still is given up, and one that is killed has ended
@@ -95,15 +96,16 @@ def test_episodes_begin_again_once_where_their_process_is_gone(sent: signal.Sign
         if attempt == 0:
             again = [each.request for each in found if isinstance(each, Continued)]
             assert sorted(again, key=lambda request: request.number) == [replace(r, begun=None) for r in requests]
-        until_whole(service, now)
     for each in found:
         assert isinstance(each, Ended)
         assert each.verdict is not None
         assert each.verdict.outcome is Outcome.ungradable
         assert each.verdict.reason == "its environment's process died, or hung, twice"
-    assert supervisor.replaced == 2
     asked(service, 3)
+    assert (len(service.calls), service.has_work, supervisor.replaced) == (0, True, 1), "it waits for a process"
+    now[0] += WATCH_S
     [answer] = answers(service)
+    assert supervisor.replaced == 2
     assert isinstance(answer, Continued)
     assert answer.request.begun is not None, "and others go on in the new process"
 
@@ -122,27 +124,27 @@ def test_an_episode_whose_process_died_while_the_model_wrote_begins_again(start:
 
 
 def test_episodes_are_shared_out_and_stay_and_one_process_that_dies_takes_its_own_alone(start: Start) -> None:
-    environments, supervisor = start(workers=3), Supervisor(lambda: None, lambda: 0.0)
+    environments, supervisor = start(workers=2), Supervisor(lambda: None, lambda: 0.0)
     service = EpisodeService(environments, supervisor, lambda: 0.0)
-    for sample in range(6):
+    for sample in range(4):
         asked(service, sample)
     homes = [call.actor.name for call in service.calls]
-    assert homes == [f"environment {sample % 3}" for sample in range(6)], "each went to the process with the fewest"
+    assert homes == [f"environment {sample % 2}" for sample in range(4)], "each went to the process with the fewest"
     begun = {each.request.number: each.request for each in answers(service) if isinstance(each, Continued)}
     os.kill(pids(environments)[1], signal.SIGKILL)
-    environments.places = [Place({"num_cpus": 1000})] * 3
-    later = {number: service.answer(1, begun[number], completed(number, begun[number].begun)) for number in (4, 0, 5)}
+    environments.places = [Place({"num_cpus": 1000})] * 2
+    later = {number: service.answer(1, begun[number], completed(number, begun[number].begun)) for number in (3, 0, 2)}
     assert set(later.values()) == {None}
     found = {each.request.number: each.request for each in answers(service) if isinstance(each, Continued)}
-    assert found[4].begun is None, "its process died"
-    for other in (0, 5):
+    assert found[3].begun is None, "its process died"
+    for other in (0, 2):
         after, before = found[other].begun, begun[other].begun
         assert after is not None
         assert before is not None
         assert after.tokens[: len(before.tokens) + 1] == (*before.tokens, 8), "an episode of others goes on"
     at_once = service.answer(1, begun[1], completed(1, begun[1].begun))
     assert at_once == Continued(replace(begun[1], begun=None), 1), "nobody is asked for what is known to be lost"
-    asked(service, 4)
+    asked(service, 3)
     assert [call.actor.name for call in service.calls] == ["environment 0"], "a process without a place is left out"
     assert len(answers(service)) == 1
     assert (service.patience(), supervisor.replaced) == (WATCH_S, 0)
