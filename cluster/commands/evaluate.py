@@ -14,6 +14,7 @@ from lockstep.cluster.commands.console import err, out, progress, sentences
 from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, overriding
 
 if TYPE_CHECKING:
+    from lockstep.cluster.evaluation.evaluate import Evaluation, Findings
     from lockstep.cluster.evaluation.grading import Task
     from lockstep.cluster.recipe.schema import Recipe
 
@@ -57,12 +58,10 @@ def evaluate_model(
 
     Example: lockstep eval runs/quickstart --task recipes/quickstart.toml
     """
-    from lockstep.cluster.evaluation.answer_folder import OtherSettings
-    from lockstep.cluster.evaluation.evaluate import Evaluation, evaluate_checkpoint
+    from lockstep.cluster.evaluation.evaluate import Evaluation
     from lockstep.cluster.generation import sampling_of
     from lockstep.cluster.launch.preflight import check_llm_judge
     from lockstep.data.tasks.user_function import LLM_JUDGE
-    from lockstep.rl.sandbox.isolation import SandboxError
 
     _check_options(task, file, samples, train=train)
     with overriding():
@@ -76,16 +75,23 @@ def evaluate_model(
         err.print(check_llm_judge(verifier.llm_judge), highlight=False)
     work = Evaluation(checkpoint, recipe.task, recipe.seed, sampling, verifier, samples, ks, dtype, cache_gib, train)
     folder = output or _folder(checkpoint, *filter(None, (task, file, name, "train" if train else None)))
+    for line in _findings(work, folder).lines:
+        out.print(line, highlight=False)
+    out.print(f"completions and verdicts: {folder}", highlight=False)
+
+
+def _findings(work: "Evaluation", folder: Path) -> "Findings":
+    from lockstep.cluster.evaluation.answer_folder import OtherSettings
+    from lockstep.cluster.evaluation.evaluate import evaluate_checkpoint
+    from lockstep.rl.sandbox.isolation import SandboxError
+
     try:
         with progress("answering") as advance:
-            findings = evaluate_checkpoint(work, folder, advance, err.print)
+            return evaluate_checkpoint(work, folder, advance, err.print)
     except OtherSettings as error:
         raise ValueError(f"{error} with --output") from error
     except SandboxError as error:
         raise ValueError(str(error)) from error
-    for line in findings.lines:
-        out.print(line, highlight=False)
-    out.print(f"completions and verdicts: {folder}", highlight=False)
 
 
 def _check_options(task: str | None, file: str | None, samples: int, *, train: bool) -> None:
