@@ -29,7 +29,7 @@ import simulated
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import TrainerConfig
 from lockstep.rl.algorithms.config import FlowConfig, RLConfig
-from lockstep.rl.algorithms.rewards import CORRECTNESS
+from lockstep.rl.algorithms.rewards import Rewards
 from lockstep.rl.algorithms.samples import teaches
 from lockstep.rl.collector.batch_scheduler import BatchScheduler
 from lockstep.rl.collector.collector import Collector
@@ -78,7 +78,7 @@ class Policy(ModelGroup):
 def stack(rollouts: RolloutGroup, policy: ModelGroup, config: RLConfig) -> tuple[Collector, BatchScheduler, Learner]:
     """The parts of a driver, as `Controller` joins them."""
     collector = Collector(policy, rollouts, Verifiers(VerifierConfig()))
-    learner = Learner(policy, Models(), collector.gather, 0, CORRECTNESS)
+    learner = Learner(policy, Models(), collector.gather, 0, Rewards())
     prompts = [Prompt(n, simulated.WORD * 300, tuple(range(n, n + 300)), "4") for n in range(config.prompts_per_step)]
     stream = BatchScheduler(
         collector,

@@ -7,6 +7,7 @@ its language. A rollout whose verdict is ungradable has no reward, whatever its 
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -189,20 +190,19 @@ def reward_of(judged: Judged, config: RewardConfig) -> Reward:
     The total is None where it says nothing: it is no finite number, as of a reward model whose score overflowed, or a
     function of the user's failed.
     """
-    rollout, found = judged.rollout, judged.verdict.terms
-    length = len(rollout.tokens)
-    terms = {
-        name: weight * value
-        for name, weight, value in (
-            ("correctness" if judged.score is None else "score", config.correctness, judged.grade),
-            ("format", config.format.weight, _has_form(rollout.text, config.format.pattern)),
-            ("overlong", config.overlong.weight, overlong(length, config.overlong.maximum, config.overlong.cache)),
-            ("length", config.length.weight, float(config.length.low <= length <= config.length.high)),
-            ("language", config.language.weight, share_of_script(rollout.text, config.language.script)),
-            *((each.term, each.weight, found.get(each.term)) for each in config.functions),
-        )
-        if weight and value is not None
-    }
+    text, length, found = judged.rollout.text, len(judged.rollout.tokens), judged.verdict.terms
+    grade = "correctness" if judged.score is None else "score"
+    values = {grade: (config.correctness, judged.grade)} if config.correctness else {}
+    if config.format.weight:
+        values["format"] = config.format.weight, _has_form(text, config.format.pattern)
+    if config.overlong.weight:
+        values["overlong"] = config.overlong.weight, overlong(length, config.overlong.maximum, config.overlong.cache)
+    if config.length.weight:
+        values["length"] = config.length.weight, float(config.length.low <= length <= config.length.high)
+    if config.language.weight:
+        values["language"] = config.language.weight, share_of_script(text, config.language.script)
+    values |= {each.term: (each.weight, found.get(each.term)) for each in config.functions if each.weight}
+    terms = {name: weight * value for name, (weight, value) in values.items() if value is not None}
     total = sum(terms.values())
     said = judged.grade is not None and math.isfinite(total) and config.user_functions.keys() <= found.keys()
     return Reward(total if said else None, terms)
@@ -217,9 +217,10 @@ def means(rewards: Sequence[Reward]) -> dict[str, float]:
 
 def share_of_script(text: str, script: Script) -> float:
     """The share of text's letters that belong to a script, from 0 to 1; 1 where there are none."""
-    letters = [unicodedata.name(character, "") for character in text if character.isalpha()]
+    letters = {character: count for character, count in Counter(text).items() if character.isalpha()}
     names = _NAMES.get(script, (script.upper(),))
-    return sum(name.startswith(names) for name in letters) / len(letters) if letters else 1.0
+    own = sum(count for letter, count in letters.items() if unicodedata.name(letter, "").startswith(names))
+    return own / sum(letters.values()) if letters else 1.0
 
 
 def _has_form(text: str, pattern: str) -> float:
