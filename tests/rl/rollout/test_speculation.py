@@ -16,20 +16,8 @@ from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.protocol import Output, Request, TokenOutput
 from lockstep.rl.rollout.scheduling.prompt_lookup import PromptLookup
 from tests.model.exact_rollouts import WAYS, by_way
+from tests.rl.rollout.test_failures import MODEL as WINDOWS
 
-WINDOWS = ModelConfig(
-    layers=3,
-    width=44,
-    heads=4,
-    kv_heads=2,
-    head_dim=12,
-    intermediate=76,
-    vocabulary=48,
-    context=256,
-    window=20,
-    full_layers=(1,),
-    tied=False,
-)
 DECODED = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, head_dim=32, intermediate=96, vocabulary=48, context=256)
 """In bf16 one that the CPU decoder serves."""
 FEW = dict.fromkeys((5, 6), 20.0)
