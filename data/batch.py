@@ -122,7 +122,7 @@ class Column(Sequence[Number], Generic[Number]):
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Column):
             return np.array_equal(self.array, other.array)
-        return isinstance(other, tuple) and tuple(self) == other
+        return tuple(self) == other if isinstance(other, tuple) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(tuple(self))

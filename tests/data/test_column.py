@@ -38,6 +38,8 @@ def test_it_does_what_a_tuple_does(given: tuple[type, tuple[Any, ...], tuple[Any
     assert one + more == one + other  # type: ignore[operator]
     assert (bool(column), len(column), repr(column)) == (bool(one), len(one), repr(one))
     assert isinstance(column + other, Column)
+    assert column != list(one)
+    assert column == pytest.approx(list(one)), "whoever else knows how to compare is asked"
 
 
 @given(drawn())
