@@ -126,8 +126,11 @@ class ModelGroup:
     def _shares(self, samples: Sequence[Sample]) -> list[list[PlannedRow]]:
         """References to the rows of each rank, which assembles them; the ranks of one model share theirs on a host."""
         rules = row_rules(self.layout, self._config.row_tokens, self._model)
-        rows = [put(rows) for rows in plan_for_ranks(samples, rules)]
+        rows = [self._stored(rows) for rows in plan_for_ranks(samples, rules)]
         return [rows[self.layout.data_rank(rank)] for rank in range(len(self.workers))]
+
+    def _stored(self, rows: list[PlannedRow]) -> list[PlannedRow]:
+        return put(rows)
 
 
 class RolloutGroup:

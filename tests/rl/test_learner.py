@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lockstep.data.packing import PlannedRow
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.attention.packed import DocumentAttention
@@ -80,6 +81,9 @@ class LocalGroup(ModelGroup):
             return getattr(worker, method)(*args, **named)
 
         self.workers = [ActorHandle(worker.role, SimpleNamespace(call=SimpleNamespace(remote=call)))]
+
+    def _stored(self, rows: list[PlannedRow]) -> list[PlannedRow]:
+        return rows
 
     def call(self, method: Callable[..., Any], *args: Any, **named: Any) -> list[Any]:
         return ended([worker.call(method, *args, **named) for worker in self.workers])
