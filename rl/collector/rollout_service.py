@@ -9,11 +9,9 @@ for once more, and handed over with its error then.
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
-from typing import Any
 
-from lockstep.rl.collector.supervisor import FAILURES, Replacement, Supervisor
+from lockstep.rl.collector.supervisor import FAILURES, LostWorkers, Supervisor
 from lockstep.rl.remote import Call, WorkerDied, gather
 from lockstep.rl.rollout.output_processor import CompletionFailed, RolloutRequest, Written
 from lockstep.rl.types import Completion
@@ -82,7 +80,7 @@ class RolloutService:
     def __init__(self, rollouts: RolloutGroup, policy: ModelGroup, supervisor: Supervisor) -> None:
         self._rollouts, self._policy, self._supervisor = rollouts, policy, supervisor
         self._teams = [_Team() for _ in rollouts.teams]
-        self._lost: dict[int, Replacement] = {}
+        self._lost = LostWorkers("rollout", len(rollouts.teams), rollouts.replacing, supervisor)
         self._throughput = Throughput(supervisor.clock)
         self._failed: set[int] = set()
         self._failures = 0
@@ -99,23 +97,14 @@ class RolloutService:
 
     def metrics(self) -> dict[str, float]:
         """Version of the weights, teams that are there, and what `Throughput` says of them since the last time."""
-        rate, share = self._throughput.take(self.living)
+        teams = len(self._lost.living)
+        rate, share = self._throughput.take(teams)
         return {
             "weight_version": float(self.version),
-            "rollout_teams": float(self.living),
+            "rollout_teams": float(teams),
             "rollout_tokens_per_second": rate,
             "rollout_busy": share,
         }
-
-    @property
-    def living(self) -> int:
-        """How many teams there are, those that are being replaced left out."""
-        return len(self._teams) - len(self._lost)
-
-    @property
-    def starting(self) -> list[Call[Any]]:
-        """Calls of teams that will replace others."""
-        return [call for replacement in self._lost.values() for call in replacement.calls]
 
     @property
     def is_short(self) -> bool:
@@ -139,8 +128,7 @@ class RolloutService:
         Args:
             coming: requests that it will be given later, by its number.
         """
-        living = [number for number in range(len(self._teams)) if number not in self._lost]
-        numbers = living or range(len(self._teams))
+        numbers = self._lost.living or range(len(self._teams))
         return min(numbers, key=lambda number: len(self._teams[number].unwritten) + coming.get(number, 0))
 
     def advance(self) -> None:
@@ -207,10 +195,7 @@ class RolloutService:
         Raises:
             WorkerFailed: when a team died too often, or none is left and none finds a place.
         """
-        for replacement in self._lost.values():
-            replacement.proceed()
-            if not self.living:
-                replacement.check_place()
+        self._lost.proceed(restore=False)
 
     def revive(self) -> None:
         """Gives teams that replace others the policy's weights; it rests, and has those of the current version.
@@ -219,14 +204,13 @@ class RolloutService:
             WorkerFailed: as `replace`.
         """
         self.replace()
-        ready = [number for number, replacement in self._lost.items() if replacement.is_ready]
+        ready = self._lost.ready
         died = self._rollouts.fill(self._policy, ready) if ready else []
         for number in ready:
             if number in died:
-                self._lost[number].fail(self._death(number))
+                self._lost.fail(number, self._death(number))
             else:
-                del self._lost[number]
-                self._supervisor.replaced += 1
+                self._lost.restore(number)
 
     def drop(self) -> None:
         """Forgets all requests."""
@@ -244,8 +228,7 @@ class RolloutService:
 
     def _lose(self, number: int, death: WorkerDied) -> None:
         """Gives what a team that died had not handed in to others, or to the one that replaces it."""
-        begin = partial(self._rollouts.replacing, number)
-        self._lost[number] = Replacement(f"rollout {number}", death, begin, self._supervisor)
+        self._lost.add(number, death)
         team = self._teams[number]
         requests, team.unwritten, team.waiting = list(team.unwritten.values()), {}, []
         if requests:

@@ -150,7 +150,7 @@ class LostWorkers:
         self._role, self._count, self._replacing, self._supervisor = role, count, replacing, supervisor
         self._replacements: dict[int, Replacement] = {}
 
-    def __contains__(self, number: int) -> bool:
+    def __contains__(self, number: object) -> bool:
         return number in self._replacements
 
     def __len__(self) -> int:
@@ -170,16 +170,36 @@ class LostWorkers:
         worker, begin = f"{self._role} {number}", partial(self._replacing, number)
         self._replacements[number] = Replacement(worker, death, begin, self._supervisor)
 
-    def proceed(self) -> None:
+    def proceed(self, *, restore: bool = True) -> None:
         """Goes on replacing workers, as far as that takes no waiting.
+
+        Args:
+            restore: whether workers that are ready live from then on; otherwise `restore` has to be called for each.
 
         Raises:
             WorkerFailed: when one died too often, or none is left and none finds a place.
         """
         for number, replacement in list(self._replacements.items()):
             replacement.proceed()
-            if replacement.is_ready:
-                del self._replacements[number]
-                self._supervisor.replaced += 1
+            if replacement.is_ready and restore:
+                self.restore(number)
             elif not self.living:
                 replacement.check_place()
+
+    @property
+    def ready(self) -> list[int]:
+        """Numbers of the workers that have a place and all that does not come from the policy."""
+        return [number for number, replacement in self._replacements.items() if replacement.is_ready]
+
+    def restore(self, number: int) -> None:
+        """Counts a worker as living again."""
+        del self._replacements[number]
+        self._supervisor.replaced += 1
+
+    def fail(self, number: int, death: WorkerDied) -> None:
+        """Begins again with a replacement that died, too.
+
+        Raises:
+            WorkerFailed: when it died too often.
+        """
+        self._replacements[number].fail(death)

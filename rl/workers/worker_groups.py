@@ -1,6 +1,6 @@
 """Groups of Ray actors as the controller sees them: the ranks of a model, rollout teams, verifiers, environments."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -154,12 +154,12 @@ class RolloutGroup:
         found = gather([member.call(RolloutWorker.loaded) for member in members])
         _compare(members, found, digest_of(*settings), checkpoint)
 
-    def resume(self, policy: ModelGroup, version: int, absent: Collection[int] = ()) -> list[int]:
+    def resume(self, policy: ModelGroup, version: int, absent: Container[int] = ()) -> list[int]:
         """Gives teams the weights that the policy has, as this version; see `receive`."""
         self.version = version
         return self.fill(policy, [number for number in range(len(self.teams)) if number not in absent])
 
-    def receive(self, policy: ModelGroup, absent: Collection[int] = ()) -> list[int]:
+    def receive(self, policy: ModelGroup, absent: Container[int] = ()) -> list[int]:
         """Gives teams the policy's weights as the next version.
 
         Args:
