@@ -15,7 +15,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import Event, Thread
@@ -131,16 +131,28 @@ def measure_step(arguments: argparse.Namespace) -> None:
 @contextmanager
 def most_memory() -> Iterator[list[int]]:
     """The most memory of this process within a block, in bytes: what it has alone, and its part of what it shares."""
-    process, over, peak = psutil.Process(), Event(), [0]
+    process, peak = psutil.Process(), [0]
 
     def look() -> None:
-        while not over.wait(0.2):
-            peak[0] = max(peak[0], process.memory_full_info().pss)
+        peak[0] = max(peak[0], process.memory_full_info().pss)
 
-    thread = Thread(target=look)
+    with looking(look, 0.2):
+        yield peak
+
+
+@contextmanager
+def looking(look: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Calls a function again and again within a block, from a thread."""
+    over = Event()
+
+    def run() -> None:
+        while not over.wait(seconds):
+            look()
+
+    thread = Thread(target=run)
     thread.start()
     try:
-        yield peak
+        yield
     finally:
         over.set()
         thread.join()
@@ -183,22 +195,15 @@ def busy_share(kind: type[Any], seconds: float, config: RLConfig, steps: int) ->
 @contextmanager
 def worked(collector: Collector) -> Iterator[list[float]]:
     """Seconds in which engines had requests that they had not handed in, added up over engines."""
-    over, total, teams = Event(), [0.0], collector._rollouts._teams
+    total, last, teams = [0.0], [time.perf_counter()], collector._rollouts._teams
 
     def look() -> None:
-        last = time.perf_counter()
-        while not over.wait(0.002):
-            now = time.perf_counter()
-            total[0] += (now - last) * sum(bool(team.unwritten) for team in teams)
-            last = now
+        now = time.perf_counter()
+        total[0] += (now - last[0]) * sum(bool(team.unwritten) for team in teams)
+        last[0] = now
 
-    thread = Thread(target=look)
-    thread.start()
-    try:
+    with looking(look, 0.002):
         yield total
-    finally:
-        over.set()
-        thread.join()
 
 
 def measure_wait(arguments: argparse.Namespace) -> None:

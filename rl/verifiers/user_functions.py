@@ -6,11 +6,13 @@ The pool pickles them by name, and each of its processes imports the functions b
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from lockstep.data.tasks.user_function import accepting, load
 from lockstep.rl.types import Submission
 from lockstep.rl.verdict import Outcome, Verdict, of_credit
+
+Terms = TypeVar("Terms")
 
 OFFERED = ("completion", "answer", "prompt", "tokens", "finish_reason", "task")
 """Arguments that a function may ask for by name: the completion, the reference answer and the prompt as texts, the
@@ -62,6 +64,11 @@ class UserGrader(UserFunctions):
         return of_credit(float(found))
 
 
+def of_task(by_task: Mapping[str, Terms], task: str, none: Terms) -> Terms:
+    """What a task has of its own, or else what stands under an empty name, for all other tasks."""
+    return by_task.get(task, by_task.get("", none))
+
+
 class RewardFunctions(UserFunctions):
     """Computes the recipe's own reward functions: a verdict with `terms`, and a reason for those that are missing."""
 
@@ -79,7 +86,7 @@ class RewardFunctions(UserFunctions):
     def __call__(self, response: str, submission: Submission) -> Verdict:
         """The terms of a response, those of its task."""
         terms, reasons = dict[str, float](), list[str]()
-        names = self._by_task.get(submission.task, self._by_task.get("", {}))
+        names = of_task(self._by_task, submission.task, {})
         for term, name in names.items():
             try:
                 terms[term] = _number(self.functions[name](_arguments(response, submission)))

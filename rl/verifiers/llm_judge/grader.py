@@ -17,6 +17,7 @@ from lockstep.rl.verifiers.llm_judge.client import EndpointError, Message, Reply
 from lockstep.rl.verifiers.llm_judge.config import LLMJudgeConfig
 from lockstep.rl.verifiers.llm_judge.endpoint import BudgetSpent, Endpoint
 from lockstep.rl.verifiers.llm_judge.rubric import NoScore, Score, question, read_score, reminder
+from lockstep.rl.verifiers.user_functions import of_task
 
 KEPT = 1 << 16
 """Verdicts that are kept for questions that come again."""
@@ -186,7 +187,7 @@ class JudgedTerms:
 
     def grade(self, pairs: Sequence[tuple[str, Submission]]) -> list[Verdict]:
         """Verdicts with the terms of each one's task, or with the reason why they are missing; see `LLMJudge.grade`."""
-        terms = [self._by_task.get(given.task, self._by_task.get("", ())) for _, given in pairs]
+        terms = [of_task(self._by_task, given.task, ()) for _, given in pairs]
         asked = [pair for pair, names in zip(pairs, terms, strict=True) if names]
         verdicts = iter(self._judge.grade(asked))
         return [_as_terms(next(verdicts), names) if names else Verdict(Outcome.correct) for names in terms]

@@ -27,6 +27,17 @@ PROBLEMS = {
 LAYOUTS = ("{data=2}", "{tensor=2}", "{pipeline=2}", "{data=2,tensor=2,pipeline=2}")
 CASES = [pytest.param(recipe, layout, marks=pytest.mark.exhaustive) for recipe in PROBLEMS for layout in LAYOUTS]
 LOWER_CASE = 0.5
+SHORT = (
+    "rollout.length=3500",
+    "trainer.row_tokens=512",
+    "evaluation.max_new_tokens=4",
+    "verifier.deadline=60.0",
+    "rl.steps=2",
+    "rl.prompts_per_step=2",
+    "rl.group_size=6",
+    "rl.sampling.max_new_tokens=4",
+)
+"""Two steps on prompts of any length."""
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
@@ -54,15 +65,8 @@ def test_grpo_runs_on_real_problems(name: str, layout: str, tmp_path: Path, tiny
         f"run={tmp_path}/{{name}}",
         f"layout={layout}",
         "task.held_out=2",
-        "rollout.length=3500",
         f"roles.reference.place={'apart' if 'tensor' in layout else 'together'}",
-        "trainer.row_tokens=512",
-        "evaluation.max_new_tokens=4",
-        "verifier.deadline=60.0",
-        "rl.steps=2",
-        "rl.prompts_per_step=2",
-        "rl.group_size=6",
-        "rl.sampling.max_new_tokens=4",
+        *SHORT,
         f"reward.format.weight={LOWER_CASE}",
         "reward.format.pattern=(?s).*[a-z].*",
     )
@@ -125,14 +129,7 @@ def test_a_mixture_of_real_math_and_code_learns_from_a_users_reward(
         recipe,
         *(f"{key}={value}" for key, value in tiny(tiny_folder).items()),
         f"run={tmp_path}/{{name}}",
-        "rollout.length=3500",
-        "trainer.row_tokens=512",
-        "evaluation.max_new_tokens=4",
-        "verifier.deadline=60.0",
-        "rl.steps=2",
-        "rl.prompts_per_step=2",
-        "rl.group_size=6",
-        "rl.sampling.max_new_tokens=4",
+        *SHORT,
     )
     assert code == 0, output
     steps = metrics(tmp_path / "mixture", "rl")

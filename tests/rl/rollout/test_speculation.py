@@ -17,6 +17,7 @@ from lockstep.rl.rollout.protocol import Output, Request, TokenOutput
 from lockstep.rl.rollout.scheduling.prompt_lookup import PromptLookup
 from tests.model.exact_rollouts import WAYS, by_way
 from tests.rl.rollout.test_failures import MODEL as WINDOWS
+from tests.rl.rollout.test_failures import outputs
 
 DECODED = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, head_dim=32, intermediate=96, vocabulary=48, context=256)
 """In bf16 one that the CPU decoder serves."""
@@ -56,16 +57,9 @@ def workload(seed: int) -> list[Request]:
     return found
 
 
-def outputs(engine: RolloutEngine, requests: Sequence[Request]) -> dict[str | int, list[Output]]:
-    """All outputs of each request; two requests arrive in each pass."""
-    found: dict[str | int, list[Output]] = {request.key: [] for request in requests}
-    arriving = list(requests)
-    while arriving or engine.has_work:
-        for request in arriving[:2]:
-            engine.add(request)
-        del arriving[:2]
-        for output in engine.step():
-            found[output.key].append(output)
+def written(engine: RolloutEngine, requests: Sequence[Request]) -> dict[str | int, list[Output]]:
+    """All outputs of each request; no block is left in use."""
+    found = outputs(engine, requests)
     assert engine.statistics.blocks_used == 0
     return found
 
@@ -82,7 +76,7 @@ def test_in_exact_numerics_no_bit_changes(groups: Groups, compiled: bool) -> Non
         for speculate, blocks in ((1, None), (4, (9, 9)), (15, None)):
             requests = workload(speculate)
             engine = engine_of(model, speculate, blocks)
-            assert outputs(engine, requests) == outputs(engine_of(model, 0, blocks), requests)
+            assert written(engine, requests) == written(engine_of(model, 0, blocks), requests)
             assert engine.statistics.accepted_tokens > 20
             assert engine.statistics.preemptions > 0 or not blocks
 
@@ -90,7 +84,7 @@ def test_in_exact_numerics_no_bit_changes(groups: Groups, compiled: bool) -> Non
 def test_the_decoder_computes_tokens_on_trial_with_the_same_bits(groups: Groups) -> None:
     model, requests = model_of(groups, DECODED, torch.bfloat16, "exact"), workload(0)
     engine = engine_of(model, 7)
-    assert outputs(engine, requests) == outputs(engine_of(model, 0), requests)
+    assert written(engine, requests) == written(engine_of(model, 0), requests)
     assert engine.runner.decoder is not None
     assert engine.statistics.accepted_tokens > 20
 
@@ -101,7 +95,7 @@ def test_in_fast_numerics_the_same_tokens_are_drawn(groups: Groups, compiled: bo
     with by_way(compiled):
         model, requests = model_of(groups, WINDOWS, torch.float32, "fast"), workload(2)
         engine = engine_of(model, 5)
-        found, expected = outputs(engine, requests), outputs(engine_of(model, 0), requests)
+        found, expected = written(engine, requests), written(engine_of(model, 0), requests)
     assert engine.statistics.accepted_tokens > 20
     for key, each in expected.items():
         ours, theirs = ([token for token in given if isinstance(token, TokenOutput)] for given in (found[key], each))
@@ -140,8 +134,8 @@ def test_proposals_that_cannot_be_computed_cost_nothing(
         model = model_of(groups, WINDOWS, torch.float32, "exact")
         with torch.no_grad():
             model.embedding.weight[47] = torch.nan
-        expected = outputs(engine_of(model, 0), workload(1))
+        expected = written(engine_of(model, 0), workload(1))
         monkeypatch.setattr(PromptLookup, "propose", at_random)
         engine = engine_of(model, 2)
-        assert outputs(engine, workload(1)) == expected
+        assert written(engine, workload(1)) == expected
         assert engine.statistics.accepted_tokens > 0
