@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test vllm vllm-test lint bench parity chaos
+.PHONY: help quickstart test vllm vllm-test lint fuzz bench parity chaos
 
 help:
 	@echo "make quickstart [MODEL=folder or GGUF] [SEED=n] [ARGS='--set key=value']   train a small model from a reward"
@@ -14,6 +14,7 @@ help:
 	@echo "make vllm                          make .venv-vllm, in which vLLM is a rollout engine, and which 'make test' then tests"
 	@echo "make vllm-test                     test that engine alone"
 	@echo "make lint                          ruff, mypy, direction of imports"
+	@echo "make fuzz       [ARGS='-k name']   run the tests of properties with new random inputs: other ones each time"
 	@echo "make bench      [ARGS=…]           compare one GRPO step with TRL's"
 	@echo "make parity                        compare every kind of layout with one process (half an hour)"
 	@echo "make chaos                         kill saves at two hundred moments, workers and whole hosts"
@@ -35,6 +36,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m pytest --numprocesses 2 -m "hypothesis and not exhaustive" --hypothesis-profile fuzz $(ARGS)
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/grpo_vs_trl.py $(ARGS)

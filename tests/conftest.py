@@ -21,8 +21,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for each other on c
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; all that is started would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile("patient", deadline=None)  # a loaded machine is no bug
-settings.load_profile("patient")
+settings.register_profile("fuzz", deadline=None)  # a loaded machine is no bug
+settings.register_profile("same", deadline=None, derandomize=True)  # what a commit passes does not depend on luck
+settings.load_profile("same")
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -3,11 +3,11 @@
 import difflib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ValidationError
 
-from lockstep.cluster.recipe.keys import dotted_keys, is_mapping, section_type
+from lockstep.cluster.recipe.keys import dotted_keys, is_mapping, section_type, written_key
 
 
 class RecipeError(ValueError):
@@ -19,7 +19,7 @@ def validation_sentence(error: ValidationError, model: type[BaseModel]) -> str:
     errors = error.errors(include_url=False)
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     place = _place(first["loc"], model, is_key=first["type"] == "extra_forbidden")
-    key, names = _dotted(place), [part for part in place if isinstance(part, str)]
+    key, names = written_key(place), [part for part in place if isinstance(part, str)]
     if first["type"] == "extra_forbidden":
         return unknown_key(place, model)
     if first["type"] == "missing":
@@ -33,7 +33,7 @@ def validation_sentence(error: ValidationError, model: type[BaseModel]) -> str:
 def unknown_key(place: Sequence[str | int], model: type[BaseModel]) -> str:
     """A sentence on a key that nobody knows, with the one that was probably meant."""
     names = [part for part in place if isinstance(part, str)]
-    return f"{_dotted(place)} is not a key of this recipe{_nearest(names, model)}"
+    return f"{written_key(place)} is not a key of this recipe{_nearest(names, model)}"
 
 
 def _place(loc: Sequence[str | int], model: type[BaseModel], *, is_key: bool) -> list[str | int]:
@@ -50,11 +50,6 @@ def _place(loc: Sequence[str | int], model: type[BaseModel], *, is_key: bool) ->
         if field:
             section, within = section_type(field.annotation), is_mapping(field.annotation)
     return place
-
-
-def _dotted(place: Iterable[str | int]) -> str:
-    """A key as it is written: `pretrain.data.blend[1].path`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 
 
 def _nearest(place: Sequence[str], model: type[BaseModel]) -> str:

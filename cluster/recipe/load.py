@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from lockstep.cluster.recipe.errors import RecipeError, validation_sentence
-from lockstep.cluster.recipe.keys import annotation
+from lockstep.cluster.recipe.keys import annotation, written_key
 from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.cluster.recipe.reader import read_recipe, read_values
 from lockstep.cluster.recipe.schema import Recipe
@@ -63,9 +63,9 @@ def parse(values: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     values = copy.deepcopy(values)
     for override in overrides:
         _apply(values, override)
-    for key, value in _leaves(values):
+    for place, value in _leaves(values):
         if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"{key}={value} is not allowed: give a finite number")
+            raise RecipeError(f"{written_key(place)}={value} is not allowed: give a finite number")
     try:
         return Recipe.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
@@ -121,7 +121,7 @@ def _put(values: dict[str, Any], parts: Sequence[str], value: Any, override: str
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise BadOverride(f"{override!r}: {section} is a value, not a section")
+            raise BadOverride(f"{override!r}: {written_key([section])} is a value, not a section")
     values[last] = value
 
 
@@ -134,11 +134,9 @@ def _value(text: str, *, wants_text: bool) -> Any:
     return text if wants_text and not isinstance(value, str) else value
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            yield from _leaves({f"{key}[{number}]": each for number, each in enumerate(value)}, prefix)
-        else:
-            yield prefix + key, value
+def _leaves(value: Any, *place: str | int) -> Iterable[tuple[tuple[str | int, ...], Any]]:
+    if isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(inner, *place, key)
+    else:
+        yield place, value
