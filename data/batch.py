@@ -21,6 +21,7 @@ COLUMNS = ("weight", "advantage", "old_logp", "proximal_logp", "reference_logp",
 PREDICTED = ("targets", "samples", "numbers", *COLUMNS)
 
 Number = TypeVar("Number", bound=float)
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,13 @@ class Column(Sequence[Number], Generic[Number]):
     def __len__(self) -> int:
         return len(self.array)
 
+    def has_bits_of(self, other: "Column[Number]") -> bool:
+        """Whether the numbers of another column have the same bits, zeros' signs included."""
+        if self.array.dtype != other.array.dtype:
+            return False
+        bits = f"u{self.array.itemsize}"
+        return np.array_equal(self.array.view(bits), other.array.view(bits))
+
     @overload
     def __getitem__(self, place: int) -> Number: ...
     @overload
@@ -140,8 +148,8 @@ def _constant(number: np.generic, length: int) -> "Column[Any]":
     return Column(np.broadcast_to(number, length), number.dtype)
 
 
-def compact(column: Floats) -> Floats:
-    """A column that is one number in memory where all of its numbers are the same."""
+def compact(column: NDArray[Scalar]) -> NDArray[Scalar]:
+    """A column, [N], that is one number in memory where all of its numbers are the same."""
     return np.broadcast_to(column[0], len(column)) if is_constant(column) else column
 
 

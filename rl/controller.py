@@ -309,12 +309,13 @@ def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str
     completions = [s for group in learned.groups for s in group]
     rewards = [r for s in completions if (r := s.reward.total) is not None]
     lengths = [len(s.rollout.tokens) for s in completions]
-    logp = np.concatenate([own_logp(s.rollout) for s in completions])
+    drawn = sum(len(own_logp(s.rollout)) for s in completions)
+    logp = sum(float(own_logp(s.rollout).sum(dtype=np.float64)) for s in completions)
     return {
         "reward": float(np.mean(rewards)) if rewards else float("nan"),
         **means([s.reward for s in completions]),
         **_by_task(completions),
-        "entropy": -float(np.mean(logp, dtype=np.float64)) if len(logp) else float("nan"),
+        "entropy": -logp / drawn if drawn else float("nan"),
         "completion_tokens": float(np.mean(lengths)),
         **({"kl_beta": config.kl_beta} if config.kl_target else {}),
         "ungradable": float(sum(_is_ungradable(s) for s in completions)),

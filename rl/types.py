@@ -112,7 +112,11 @@ class Completion:
 
     def __post_init__(self) -> None:
         for name, dtype in COLUMNS.items():
-            object.__setattr__(self, name, Column(getattr(self, name), dtype))
+            given = getattr(self, name)
+            if not (isinstance(given, Column) and given.array.dtype == dtype):
+                object.__setattr__(self, name, Column(given, dtype))
+        if self.sampling_logp.has_bits_of(self.logp):  # one array, which is pickled once
+            object.__setattr__(self, "sampling_logp", self.logp)
 
     @property
     def judged(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lockstep.data.batch import Sample, compact
+from lockstep.data.batch import Floats, Sample, compact
 from lockstep.rl.algorithms.config import RLConfig
 from lockstep.rl.algorithms.methods import Aggregation
 
@@ -38,7 +38,7 @@ def weighted(
             divided by a constant number of tokens.
         lengths: tokens of every completion that the mean is over; those of the samples where it is not given.
     """
-    masks = [(s.weight != 0).astype(np.float32) for s in samples]
+    masks: list[Floats] = [compact((s.weight != 0).astype(np.float32)) for s in samples]
     counts = [float(mask.sum()) for mask in masks]
     over = counts if lengths is None else lengths
     match aggregation:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lockstep.data.batch import Floats, Sample, Tokens, sample
+from lockstep.data.batch import Floats, Sample, Tokens, compact, sample
 from lockstep.rl.algorithms.advantage import (
     Doubles,
     best,
@@ -206,17 +206,18 @@ def _pieces(kept: Sequence[Advantaged], config: RLConfig) -> Pieces:
 
 
 def _nothing(advantaged: Advantaged) -> tuple[Doubles, Doubles]:
-    return _alike(np.zeros(int(_written(advantaged).sum())))
+    return _alike(np.broadcast_to(0.0, int(_written(advantaged).sum())))
 
 
 def _alike(advantages: Doubles) -> tuple[Doubles, Doubles]:
-    return advantages, np.zeros_like(advantages)
+    """The advantages, which are one number in memory where all are the same, and returns of 0."""
+    return compact(advantages), np.broadcast_to(0.0, len(advantages))
 
 
 def _whole(advantaged: Advantaged) -> Doubles:
-    """The rollout's advantage at every token that the model wrote."""
+    """The rollout's advantage at every token that the model wrote, as one number in memory."""
     assert advantaged.advantage is not None
-    return np.full(int(_written(advantaged).sum()), advantaged.advantage)
+    return np.broadcast_to(advantaged.advantage, int(_written(advantaged).sum()))
 
 
 def _rewards(advantaged: Advantaged, config: RLConfig) -> Doubles:

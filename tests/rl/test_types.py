@@ -1,7 +1,9 @@
 """A completion of several turns keeps every token that the model wrote, and knows who wrote what."""
 
 import dataclasses
+import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,3 +107,12 @@ def test_calls_are_read_and_bad_ones_are_said() -> None:
     for bad in ("", "{", "[]", "3", '"name"', '{"name": 3}', '{"name": "f", "arguments": []}', "[" * 100_000):
         assert calls_of(f"<tool_call>{bad}</tool_call>")[0].problem
     assert calls_of("no call, and a </tool_call>") == []
+
+
+def test_log_probabilities_that_are_the_same_are_one_array() -> None:
+    logp = np.linspace(-1, 0, 100_000, dtype=np.float32)
+    made = Completion(0, range(len(logp)), logp, "", "stop", np.zeros(len(logp)), logp.copy())  # type: ignore[arg-type]
+    assert len(pickle.dumps(made, protocol=5)) == pytest.approx(8 * len(logp), abs=1000), "tokens and one of both"
+    assert pickle.loads(pickle.dumps(made)).sampling_logp == made.logp
+    apart = Completion(0, (1, 2), (0.0, -1.0), "", "stop", (0, 0), (-0.0, -1.0))
+    assert str(apart.sampling_logp) == "(-0.0, -1.0)", "signs of zeros are bits"

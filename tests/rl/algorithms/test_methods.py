@@ -1,6 +1,7 @@
 """Every method from judged groups to loss and gradient, against its paper's equation, one by one in float64."""
 
 import math
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from lockstep.rl.algorithms.config import PreferenceConfig, RLConfig
 from lockstep.rl.algorithms.methods import METHODS
+from lockstep.rl.algorithms.rewards import RewardConfig, reward_of
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.types import Estimated, Estimates
+from lockstep.rl.types import Estimated, Estimates, Judged, Prompt, Rollout
+from lockstep.rl.verdict import Outcome, Verdict
 from tests.rl.drawn import LIMIT, floats, groups_of, policy_of, samples_from, total
 
 Groups = list[list[Estimated]]
@@ -494,3 +497,21 @@ def test_preferences_have_objectives() -> None:
     chosen = PreferenceConfig(method="dpo", beta=0.3, smoothing=0.1)
     assert (chosen.objective.kind, chosen.objective.beta, chosen.objective.smoothing) == ("sigmoid", 0.3, 0.1)
     assert PreferenceConfig(method="reward_model").objective.beta == 1
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "gspo"])
+def test_advantages_of_whole_rollouts_take_no_memory_for_tokens(name: str) -> None:
+    length, count = 50_000, 20
+    prompt, logp = Prompt(0, "", (1,), ""), np.zeros(length, np.float32)
+    group = []
+    for number in range(count):
+        rollout = Rollout(number, range(length), logp, "", "stop", np.zeros(length), prompt=prompt)  # type: ignore[arg-type]
+        verdict = Verdict((Outcome.correct, Outcome.incorrect)[number % 2])
+        known = Estimates(logp, logp, logp)
+        group.append(Estimated(rollout, verdict, reward_of(Judged(rollout, verdict), RewardConfig()), known))
+    tracemalloc.start()
+    samples = samples_from([group], config(name))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(samples) == count
+    assert peak < length * count, "less than a byte a token"
