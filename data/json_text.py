@@ -1,8 +1,12 @@
-"""JSON parsing that returns the error as a value instead of raising it."""
+"""JSON parsing that returns the error as a value instead of raising it, and keys as sentences name them."""
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+BARE = re.compile(r"[A-Za-z0-9_-]+")  # toml.io/en/v1.0.0#keys
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,15 @@ def parsed_json(text: str) -> Any | Bad:
         return Bad(f"not valid JSON ({error.msg} at {where})" if text.strip() else "the line is empty")
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         return Bad(f"not readable JSON ({error})")
+
+
+def written_key(place: Iterable[str | int]) -> str:
+    """A key as TOML writes it: `pretrain.data.blend[1].path`, and in quotes what is no bare key, as a line break."""
+    written = (
+        f"[{part}]" if isinstance(part, int) else f".{part if BARE.fullmatch(part) else json.dumps(part)}"
+        for part in place
+    )
+    return "".join(written).removeprefix(".")
 
 
 def encodable(text: str) -> bool:

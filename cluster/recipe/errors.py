@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ValidationError
 
-from lockstep.cluster.recipe.keys import dotted_keys, is_mapping, section_type, written_key
+from lockstep.cluster.recipe.keys import dotted_keys, is_mapping, section_type
+from lockstep.data.json_text import written_key
 
 
 class RecipeError(ValueError):

@@ -1,13 +1,9 @@
 """The keys of a recipe's sections and the types of their values, found in the pydantic models."""
 
-import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
-
-BARE = re.compile(r"[A-Za-z0-9_-]+")  # toml.io/en/v1.0.0#keys
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -17,15 +13,6 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         inner = section_type(field.annotation)
         if inner is not None:
             yield from dotted_keys(inner, f"{prefix}{name}.")
-
-
-def written_key(place: Iterable[str | int]) -> str:
-    """A key as TOML writes it: `pretrain.data.blend[1].path`, and in quotes what is no bare key, as a line break."""
-    written = (
-        f"[{part}]" if isinstance(part, int) else f".{part if BARE.fullmatch(part) else json.dumps(part)}"
-        for part in place
-    )
-    return "".join(written).removeprefix(".")
 
 
 def annotation(place: Sequence[str], root: type[BaseModel]) -> Any:

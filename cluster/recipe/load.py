@@ -13,10 +13,11 @@ import tomli_w
 from pydantic import ValidationError
 
 from lockstep.cluster.recipe.errors import RecipeError, validation_sentence
-from lockstep.cluster.recipe.keys import annotation, written_key
+from lockstep.cluster.recipe.keys import annotation
 from lockstep.cluster.recipe.paths import with_absolute_paths
 from lockstep.cluster.recipe.reader import read_recipe, read_values
 from lockstep.cluster.recipe.schema import Recipe
+from lockstep.data.json_text import written_key
 from lockstep.distributed.layout import Layout
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lockstep.data.json_text import written_key
+
 SHOWN = 60
 """Number of characters of a wrong value that an error repeats."""
 
@@ -41,8 +43,8 @@ def invalid(error: ValidationError, names: dict[str, str] | None = None) -> Refu
         names: of fields that have other names in the client's body.
     """
     first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
-    param = ".".join((names or {}).get(part, part) for part in place) or None
+    named = names or {}
+    param = written_key(named.get(part, part) if isinstance(part, str) else part for part in first["loc"]) or None
     reason = str(first.get("ctx", {}).get("error", "")) or first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "json_invalid":
         return Refused(400, f"the body is not JSON: {reason}", code="invalid_json")

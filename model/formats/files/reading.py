@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lockstep.data.json_text import written_key
 from lockstep.model.formats.files.extents import BadFile
 
 _OF_ANOTHER_SHAPE = (
@@ -36,13 +37,14 @@ def reading(what: object, described: str = "is damaged, or not laid out as its f
     except ValidationError as error:
         raise BadFile(f"{what} {described}: {_first_fault(error)}") from error
     except _OF_ANOTHER_SHAPE as error:
-        raise BadFile(f"{what} {described} ({type(error).__name__}: {str(error)[:80]})") from error
+        said = " ".join(str(error).split())[:80]
+        raise BadFile(f"{what} {described} ({type(error).__name__}: {said})") from error
 
 
 def _first_fault(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     reason = str(first.get("ctx", {}).get("error", ""))
-    return reason or f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return reason or f"{written_key(first['loc'])}: {first['msg']}"
 
 
 def read_text(path: Path) -> str:

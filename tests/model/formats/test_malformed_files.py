@@ -19,6 +19,8 @@ from lockstep.cluster.conversion.convert import convert_checkpoint
 from lockstep.cluster.conversion.inspection import open_outline, plan_lines
 from lockstep.cluster.conversion.memory import Watch
 from lockstep.cluster.conversion.plan import Conversion
+from lockstep.model.formats.files.extents import BadFile
+from lockstep.model.formats.files.reading import reading
 from tests.model.formats.tiny_checkpoints import (
     write_deepspeed,
     write_gguf,
@@ -226,6 +228,18 @@ def check(kind: str, data: st.DataObject, sources: dict[str, Path]) -> None:
         new = {path.relative_to(source.parent).parts[0] for path in {*Path(room).rglob("*")} - before}
         assert new <= {"out", "out.partial"}
         assert not Path("/tmp/planted").exists()
+
+
+def test_a_line_break_breaks_no_sentence(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(sources["lockstep"], tmp_path / "source")
+    manifest = source / DAMAGES["manifest"][1]
+    values = json.loads(manifest.read_text())
+    values["model"]["a\nb"] = 1
+    manifest.write_text(json.dumps(values))
+    said = outcome(source, tmp_path / "out", None)
+    assert said.endswith('describes no model: "a\\nb": Extra inputs are not permitted')
+    with pytest.raises(BadFile, match=r"^x is damaged, .* \(RuntimeError: one two\)$"), reading("x"):
+        raise RuntimeError("one\n  two")
 
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
