@@ -43,23 +43,25 @@ class Finished:
 
 
 class Throughput:
-    """Tokens that teams wrote, and the seconds in which their engines computed."""
+    """Tokens that teams wrote, those on trial among them, and the seconds in which their engines computed."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock, self._since = clock, clock()
         self._tokens, self._seconds = defaultdict[int, int](int), defaultdict[int, float](float)
-        self._rate = 0.0
+        self._rate, self._proposed, self._accepted = 0.0, 0, 0
 
-    def note(self, team: int, tokens: int, seconds: float) -> None:
+    def note(self, team: int, written: Written) -> None:
         """Adds what a team wrote, and the seconds of its engine."""
-        self._tokens[team] += tokens
-        self._seconds[team] += seconds
+        self._tokens[team] += written.tokens
+        self._seconds[team] += written.seconds
+        self._proposed += written.proposed
+        self._accepted += written.accepted
 
-    def take(self, teams: int) -> tuple[float, float]:
+    def take(self, teams: int) -> dict[str, float]:
         """Tokens per second that teams write together, and the share of the time in which they did.
 
-        Both are of what has come since the last call. The rate is the sum of each team's over its own seconds; where
-        none wrote anything it is as before.
+        All are of what has come since the last call. The rate is the sum of each team's over its own seconds; where
+        none wrote anything it is as before. Where tokens were computed on trial, also the share of them that was drawn.
 
         Args:
             teams: how many there are.
@@ -68,10 +70,13 @@ class Throughput:
         self._rate = sum(rates) or self._rate
         now = self._clock()
         share = sum(self._seconds.values()) / max(now - self._since, 1e-9) / max(teams, 1)
-        self._since = now
+        found = {"rollout_tokens_per_second": self._rate, "rollout_busy": share}
+        if self._proposed:
+            found["rollout_accepted"] = self._accepted / self._proposed
+        self._since, self._proposed, self._accepted = now, 0, 0
         self._tokens.clear()
         self._seconds.clear()
-        return self._rate, share
+        return found
 
 
 class RolloutService:
@@ -98,12 +103,10 @@ class RolloutService:
     def metrics(self) -> dict[str, float]:
         """Version of the weights, teams that are there, and what `Throughput` says of them since the last time."""
         teams = len(self._lost.living)
-        rate, share = self._throughput.take(teams)
         return {
             "weight_version": float(self.version),
             "rollout_teams": float(teams),
-            "rollout_tokens_per_second": rate,
-            "rollout_busy": share,
+            **self._throughput.take(teams),
         }
 
     @property
@@ -161,7 +164,7 @@ class RolloutService:
             return []
         if not written:
             return []
-        self._throughput.note(number, written.tokens, written.seconds)
+        self._throughput.note(number, written)
         if written.completions:
             self._supervisor.count_result(f"rollout {number}")
         if any(not each.error for each in written.completions):

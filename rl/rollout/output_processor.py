@@ -49,6 +49,10 @@ class Written:
     """All that were drawn, of completions that go on, too."""
     seconds: float = 0.0
     """In which it computed."""
+    proposed: int = 0
+    """Tokens that it computed on trial; see `rollout.speculate`."""
+    accepted: int = 0
+    """Those of them that were drawn then."""
 
 
 class CompletionFailed(ValueError):

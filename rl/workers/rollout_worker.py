@@ -41,7 +41,7 @@ class EngineLoop:
         self._asked: list[tuple[Callable[[], Any], bool, Future[Any]]] = []
         self._came = self._done = self._passes = self._until = 0
         self._writes = False
-        self._written, self._drawn, self._seconds = list[Completion](), 0, 0.0
+        self._written, self._seconds, self._counted = list[Completion](), 0.0, (0, 0, 0)
         self._error: BaseException | None = None
         opened = Future[Engine]()
         Thread(target=self._run, args=(open_engine, opened), daemon=True, name="engine").start()
@@ -155,10 +155,16 @@ class EngineLoop:
         return bool(self._written or self._error or not self._writes or self._passes >= self._until)
 
     def _taken(self) -> Written:
-        drawn = self._engine.statistics.generated_tokens
-        found = Written(self._written, drawn - self._drawn, self._seconds)
-        self._written, self._drawn, self._seconds = [], drawn, 0.0
+        counted = self._counts()
+        drawn, proposed, accepted = (now - before for now, before in zip(counted, self._counted, strict=True))
+        found = Written(self._written, drawn, self._seconds, proposed, accepted)
+        self._written, self._seconds, self._counted = [], 0.0, counted
         return found
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Tokens that the engine has drawn, computed on trial, and drawn of those on trial."""
+        said = self._engine.statistics
+        return said.generated_tokens, said.proposed_tokens, said.accepted_tokens
 
     def _add(self, requests: Sequence[RolloutRequest]) -> None:
         for request in requests:

@@ -30,10 +30,11 @@ PROMPTS = [Prompt(i, "", tuple(range(1 + i, 4 + 3 * i)), "") for i in range(6)]
 REQUESTS = [RolloutRequest(p.index, p.tokens, SAMPLING, 5) for p in PROMPTS]
 
 
-def engine_of(groups: Groups, seed: int = 0) -> RolloutEngine:
+def engine_of(groups: Groups, seed: int = 0, speculate: int = 0) -> RolloutEngine:
     """In exact numerics, so that a completion's bits depend on nothing else."""
     model = transformer_of(build(MODEL, groups, torch.float32, RandomWeights(MODEL, seed, deviation=0.3), "exact"))
-    return RolloutEngine(model, EngineConfig(sequences=4, budget=24), decode=lambda tokens: " ".join(map(str, tokens)))
+    config = EngineConfig(sequences=4, budget=24, speculate=speculate)
+    return RolloutEngine(model, config, decode=lambda tokens: " ".join(map(str, tokens)))
 
 
 def expected(groups: Groups, seed: int = 0) -> dict[int, Completion]:
@@ -49,6 +50,20 @@ def fetched(loop: EngineLoop, count: int) -> dict[int, Completion]:
     return found
 
 
+def test_tokens_on_trial_are_counted_once(groups: Groups) -> None:
+    loop = EngineLoop(partial(engine_of, groups, speculate=4))
+    few = SAMPLING.model_copy(update={"logit_bias": {1: 50.0, 2: 50.0}})  # so that pairs occur again
+    loop.add([RolloutRequest(number, (1, 2, 3), few, 5) for number in range(2)])
+    found = []
+    while sum(len(each.completions) for each in found) < 2:
+        found.append(loop.written(3))
+    proposed, accepted = (sum(getattr(each, name) for each in found) for name in ("proposed", "accepted"))
+    said = loop.ask(lambda: loop.engine.statistics)
+    assert (proposed, accepted) == (said.proposed_tokens, said.accepted_tokens)
+    assert 0 <= accepted <= proposed
+    assert proposed > 4
+
+
 def test_it_goes_on_while_nobody_asks(groups: Groups) -> None:
     loop = EngineLoop(partial(engine_of, groups))
     loop.add(REQUESTS)
@@ -57,6 +72,7 @@ def test_it_goes_on_while_nobody_asks(groups: Groups) -> None:
     written = loop.written(1)
     assert {each.sample: each for each in written.completions} == expected(groups)
     assert written.tokens == 6 * 40
+    assert written.proposed == written.accepted == 0
     assert written.seconds > 0
     assert loop.written(1) == Written()
 
