@@ -291,7 +291,12 @@ class ZeroOptimizer:
             self._squares = self._whole.step(self._innermost())
         else:
             self._engine.step()
-        return float(global_norm(self._squares))
+        norm = float(global_norm(self._squares))
+        if self._groups.layout.offload and self._groups.layout.zero < 3 and not math.isfinite(norm):
+            # DeepSpeed 0.19 drops sums of offloaded gradients with an update only: the next step would add to these
+            sums = self._engine.optimizer.averaged_gradients
+            sums.update(dict.fromkeys(sums))
+        return norm
 
     def gradient_norms(self) -> dict[str, float]:
         """The norm of each part's gradient in the last step, before clipping."""
