@@ -16,6 +16,9 @@ from numpy.typing import DTypeLike, NDArray
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Tokens = NDArray[np.int32]
+Experts = NDArray[np.integer]
+"""[N, L, K]: the K experts that each of the first N tokens of a text went to in each of L layers, best first, in uint8
+where there are up to 256 experts and in int16 where there are more."""
 COLUMNS = ("weight", "advantage", "old_logp", "proximal_logp", "reference_logp", "value", "returns")
 """Names of the per-token columns; `Sample` documents each."""
 PREDICTED = ("targets", "samples", "numbers", *COLUMNS)
@@ -53,11 +56,14 @@ class Sample:
     """Samples with the same number are compared with each other by preference losses."""
     preference: float = 0.0
     """Of two samples of a group, the one with the higher preference is better."""
+    experts: Experts | None = None
+    """That the tokens of prompt and completion, from the first on, are to go to instead of those that a router chooses;
+    None, and for the tokens behind the last record, for those that it chooses."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         columns = {name: getattr(self, name) for name in COLUMNS}
         short = {name: column[0] if is_constant(column) else column for name, column in columns.items()}
-        rest = {"number": self.number, "group": self.group, "preference": self.preference}
+        rest = {name: getattr(self, name) for name in ("number", "group", "preference", "experts")}
         return _read, (self.prompt, self.completion, short | rest)
 
 
@@ -171,6 +177,7 @@ def sample(
     number: int = 0,
     group: int = 0,
     preference: float = 0.0,
+    experts: Experts | None = None,
 ) -> Sample:
     """Make a sample; a column may be given as one number, and `proximal_logp` defaults to `old_logp`.
 
@@ -189,7 +196,7 @@ def sample(
     }
     shaped.setdefault("proximal_logp", shaped["old_logp"])  # one array, which is pickled once
     tokens = np.asarray(prompt, np.int32), np.asarray(completion, np.int32)
-    return Sample(*tokens, **shaped, number=number, group=group, preference=preference)
+    return Sample(*tokens, **shaped, number=number, group=group, preference=preference, experts=experts)
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,8 @@ class TokenBatch:
     reference_logp: Floats
     value: Floats
     returns: Floats
+    experts: NDArray[np.int16] | None = None
+    """[T, L, K] that tokens are to go to; −1 for those that go where a router sends them. None: all do."""
 
 
 def part(batch: TokenBatch, places: Ints) -> TokenBatch:
@@ -256,6 +265,7 @@ def part(batch: TokenBatch, places: Ints) -> TokenBatch:
         tokens=batch.tokens[places],
         positions=batch.positions[places],
         predictors=local[held],
+        experts=None if batch.experts is None else batch.experts[places],
         **{c: getattr(batch, c)[held] for c in PREDICTED},
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lockstep.data.batch import COLUMNS, PREDICTED, Sample, TokenBatch, members_of, sample
+from lockstep.data.batch import COLUMNS, PREDICTED, Experts, Sample, TokenBatch, members_of, sample
 
 PAIRS_PER_TOKEN = 8192
 """Pairs of query and key that cost as much as the products of a token with weights, for `Document.cost`.
@@ -129,9 +129,37 @@ def row(chosen: Sequence[Document], length: int) -> TokenBatch:
         samples=np.repeat(np.arange(len(members)), [len(s.completion) for s in members]),
         numbers=_joined([s.number + np.arange(len(s.completion)) for s in members], np.int64),
         members=members_of(members),
+        experts=_experts(chosen, length),
         **{c: _joined([getattr(s, c) for s in members], np.float32) for c in COLUMNS},
     )
     return _without_silent(batch)
+
+
+def _experts(chosen: Sequence[Document], length: int) -> NDArray[np.int16] | None:
+    """Recorded experts of a row's tokens, [T, L, K], −1 for those without a record; None where there is no record.
+
+    A prompt is computed once: of its completions' records of it, the first that there is counts.
+    """
+    known = next((s.experts for d in chosen for s in d.samples if s.experts is not None), None)
+    if known is None:
+        return None
+    whole = np.full((length, *known.shape[1:]), -1, np.int16)
+    start = 0
+    for document in chosen:
+        prompt = len(document.samples[0].prompt)
+        _put(next((s.experts for s in document.samples if s.experts is not None), None), 0, whole[start:][:prompt])
+        start += prompt
+        for each, branch in zip(document.samples, document.branches, strict=True):
+            _put(each.experts, prompt, whole[start:][:branch])
+            start += branch
+    return whole
+
+
+def _put(experts: Experts | None, first: int, places: NDArray[np.int16]) -> None:
+    """Write the records of a text's tokens from `first` on to their places in a row, as far as there are some."""
+    if experts is not None:
+        found = experts[first : first + len(places)]
+        places[: len(found)] = found
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: type) -> NDArray[Any]:

@@ -22,6 +22,7 @@ from lockstep.model.layers.lora import add_adapters, without_adapters
 from lockstep.model.layers.moe import Sequences
 from lockstep.model.layers.norm import Norm
 from lockstep.model.layers.recompute import Recompute, Recomputed, recomputed
+from lockstep.model.layers.routing import Route
 from lockstep.model.layers.value_head import ValueHead
 from lockstep.model.ops.linear import PackedWeight, packed, tiles_of
 from lockstep.model.weights.sharding import padded_vocabulary
@@ -125,6 +126,7 @@ class Transformer(nn.Module):
         chunk: int = 0,
         finish: Callable[[Tensor], Tensor] | None = None,
         sequences: Sequences | None = None,
+        route: Route | None = None,
     ) -> Tensor:
         """Activations [T, 1, width] after the blocks of a stage; normed by the last stage, ready for `head_weight`.
 
@@ -133,9 +135,10 @@ class Transformer(nn.Module):
             chunk: which of this rank's virtual stages to run.
             finish: applied to the last stage's activations; inside, because ZeRO-3 gathers weights during a forward.
             sequences: documents of the row, for the routers' losses; None for no such losses.
+            route: decides which experts tokens go to; None for those that the routers choose.
         """
         with nullcontext() if self._adapted else without_adapters(self):
-            return self._computed(tokens_T, positions_T, attend, received, chunk, finish, sequences)
+            return self._computed(tokens_T, positions_T, attend, received, chunk, finish, sequences, route)
 
     def _computed(
         self,
@@ -146,6 +149,7 @@ class Transformer(nn.Module):
         chunk: int,
         finish: Callable[[Tensor], Tensor] | None,
         sequences: Sequences | None,
+        route: Route | None,
     ) -> Tensor:
         x = received
         if self.groups.is_first_stage and chunk == 0:
@@ -158,7 +162,7 @@ class Transformer(nn.Module):
         if again == "selective":
             attend = Recomputed(attend)
         for index in self.layers[chunk]:
-            arguments = self.blocks[str(index)], x, tables, attend, index, sequences
+            arguments = self.blocks[str(index)], x, tables, attend, index, sequences, route
             x = recomputed(*arguments) if again == "full" else arguments[0](*arguments[1:])
         if not (self.groups.is_last_stage and chunk == len(self.layers) - 1):
             return x

@@ -5,6 +5,7 @@ documents, and rollouts, which pass a KV cache.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from lockstep.model.layers.linear import ColumnLinear, RowLinear, sequence_group
 from lockstep.model.layers.mlp import MLP, GatedMLP
 from lockstep.model.layers.moe import MoE, Sequences
 from lockstep.model.layers.norm import QK_NORMS, Norm
+from lockstep.model.layers.routing import Route
 from lockstep.model.ops.fused import rotary
 from lockstep.model.rope import Rope
 
@@ -82,10 +84,20 @@ class Block(nn.Module):
         self.mlp_after = norm("after", "around")
 
     def forward(
-        self, x_T1D: Tensor, tables: Tables, attend: Attend, layer: int, sequences: Sequences | None = None
+        self,
+        x_T1D: Tensor,
+        tables: Tables,
+        attend: Attend,
+        layer: int,
+        sequences: Sequences | None = None,
+        route: Route | None = None,
     ) -> Tensor:
-        """[T, 1, width] → [T, 1, width]; `sequences` are for the router's losses."""
+        """[T, 1, width] → [T, 1, width]; `sequences` are for the router's losses, `route` for its choice."""
         x_T1D = x_T1D + self.attention_after(self.attention(self.attention_norm(x_T1D), tables, attend, layer))
         normed = self.mlp_norm(x_T1D)
-        out = self.mlp(normed, sequences) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        out = (
+            self.mlp(normed, sequences, None if route is None else partial(route, layer))
+            if isinstance(self.mlp, MoE)
+            else self.mlp(normed)
+        )
         return x_T1D + self.mlp_after(out)

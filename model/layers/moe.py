@@ -27,6 +27,8 @@ from lockstep.model.ops.fused import swiglu
 from lockstep.model.ops.linear import project
 
 Activation = Callable[[Tensor], Tensor]
+Choice = Callable[[Tensor], Tensor]
+"""A `Route` (see `routing`) of one layer."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,21 @@ class MoE(nn.Module):
             as_expert(self.down)
         self.shared = SharedExpert(moe, width, groups, config, numerics) if moe.shared_intermediate else None
 
-    def forward(self, x_T1D: Tensor, sequences: Sequences | None = None) -> Tensor:
+    def forward(self, x_T1D: Tensor, sequences: Sequences | None = None, route: Choice | None = None) -> Tensor:
         """Activations of the shape of x.
 
         Args:
             sequences: for the losses on the router, which only reach the gradient; None for none.
+            route: decides which experts tokens go to; None for those that the router chooses.
         """
         x_TD = self._gathered(x_T1D)[:, 0]
         logits_TE = self._routed(x_TD)
         is_fast = self._numerics == "fast"
         probability_TE = logits_TE.softmax(-1) if is_fast else reductions.softmax(logits_TE)
         probability_TK, chosen_TK = probability_TE.topk(self.moe.experts_per_token, dim=-1)
+        if route is not None:
+            chosen_TK = route(chosen_TK)
+            probability_TK = probability_TE.gather(-1, chosen_TK)
         if self.moe.normalize:
             total = probability_TK.sum(-1, keepdim=True) if is_fast else reductions.row_sum(probability_TK)[:, None]
             probability_TK = probability_TK / total

@@ -49,6 +49,7 @@ def scorer(groups: Groups, temperature: float, *, entropy: bool = False) -> Forw
             chunk=chunk,
             finish=scores,
             sequences=batch.sequences,
+            route=batch.route,
         )
 
     return forward

@@ -89,16 +89,32 @@ class Trainer:
         Args:
             z_coefficient: adds coefficient · Σ weight · (log Σ exp logits)² to the objective, which keeps logits from
                 drifting (de Brébisson & Vincent 2016; PaLM, Chowdhery et al. 2022, section 5).
-            reference: a reference model, whose log-probabilities replace those in the rows.
+            reference: a reference model, whose log-probabilities replace those in the rows; its tokens go where its
+                own routers send them.
+
+        Returns:
+            The result; where rows have recorded experts with `routing_differs`, the share of pairs of a token and a
+            layer whose recorded set of experts is not the one that the router chooses.
         """
-        batches, tokens = DeviceRows(self.stage, self.groups, rows), longest_document(rows)
+        differing = torch.zeros(2, dtype=torch.int64, device=next(self.transformer.parameters()).device)
+        batches, tokens = DeviceRows(self.stage, self.groups, rows, (), differing), longest_document(rows)
         if reference is not None:
-            scores = self.engine.evaluate(reference, batches, self._scorer(), tokens=tokens)
+            own = replace(batches, rows=[replace(row, experts=None) for row in rows])
+            scores = self.engine.evaluate(reference, own, self._scorer(), tokens=tokens)
             batches = replace(batches, reference_logp=[score[0] for score in scores])
         loss = _loss(objective, z_coefficient)
         wants_entropy = isinstance(objective, TokenLoss) and objective.entropy != 0
         forward = self._scorer(entropy=wants_entropy)
-        return self.engine.step(batches, forward, loss, tokens=tokens, learning_rate=learning_rate)
+        result = self.engine.step(batches, forward, loss, tokens=tokens, learning_rate=learning_rate)
+        return replace(result, values=result.values | self._routing(differing))
+
+    def _routing(self, differing: Tensor) -> dict[str, float]:
+        """The metric of a step's replayed routing, from what each rank counted; each tensor rank counts the same."""
+        if self.transformer.model.moe is None:
+            return {}
+        dist.all_reduce(differing)
+        differs, known = differing.tolist()
+        return {"routing_differs": differs / known} if known else {}
 
     def statistics(self, result: StepResult) -> dict[str, float]:
         """Metrics by part of the model: the gradient norm of a step, and the root mean square of the current weights.

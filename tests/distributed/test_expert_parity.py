@@ -1,6 +1,7 @@
 """Any layout, the same numbers, for models with experts: logits against transformers, training against one process."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from lockstep.cluster.conversion.convert import to_huggingface
+from lockstep.data.batch import Sample
 from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.layout import Layout, LayoutError, check_divides
 from lockstep.distributed.world.groups import Groups
@@ -27,10 +29,11 @@ from lockstep.distributed.world.rank_pool import RankPool, WorldFailed
 from lockstep.model.config import ModelConfig, UnknownModel
 from lockstep.model.formats.huggingface.families.registry import from_huggingface
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
+from lockstep.model.layers.recompute import Recompute
 from lockstep.model.loading import build, transformer_of
 from lockstep.model.objectives.token_loss import nll
 from lockstep.model.state_dict import pieces
-from lockstep.model.training.config import OptimizerConfig, row_rules
+from lockstep.model.training.config import OptimizerConfig, TrainerConfig, row_rules
 from lockstep.model.training.trainer import Trainer
 from lockstep.model.weights.initialization import RandomWeights
 from lockstep.model.weights.names import logical_tensors
@@ -71,6 +74,13 @@ LAYOUTS = [
     Layout(expert=2, context=2),
 ]
 
+
+REPLAYED = [
+    Layout(tensor=2, pipeline=2),
+    Layout(expert=2, tensor=2, sequence=True),
+    Layout(expert=2, context=2),
+    Layout(data=2, zero=3),
+]
 
 FEW = {
     "mixtral": [
@@ -162,6 +172,45 @@ def train(
     with trainer.engine.whole_weights():
         held = pieces(transformer_of(stage))
         return history, [(p.name, p.box, p.view(t).float().clone().numpy()) for t, p in held if p.owned]
+
+
+def with_records(batch: list[Sample], model: ModelConfig, seed: int) -> list[Sample]:
+    """Random experts of all tokens but the last; every fourth sample has none."""
+    assert model.moe
+    draw, found = np.random.default_rng(seed), []
+    for number, each in enumerate(batch):
+        size = len(each.prompt) + len(each.completion) - 1, model.layers, model.moe.experts
+        experts = draw.random(size).argsort(-1)[..., : model.moe.experts_per_token].astype(np.uint8)
+        found.append(replace(each, experts=experts if number % 4 else None))
+    return found
+
+
+def replayed(groups: Groups, folder: Path) -> Any:
+    """Losses, norms, gradient norms of parts and shares of differing routing, with recorded experts."""
+    source = HuggingFaceFolder(folder)
+    config = with_losses(source.config)
+    recompute: Recompute = "full" if groups.layout.context > 1 else "none"
+    stage = build(config, groups, torch.float32, source)
+    trainer = Trainer(stage, groups, ADAMW, config=TrainerConfig(recompute=recompute))
+    history = []
+    for step in range(2):
+        batch = with_records(global_batch(config.vocabulary, step), config, step)
+        rows = rows_for_ranks(batch, row_rules(groups.layout, 64, config))[groups.data_rank]
+        result = trainer.step(rows, nll, ADAMW.learning_rate)
+        parts = [result.grad_norms[name] for name in sorted(result.grad_norms)]
+        history.append([result.values["loss"], result.values["routing_differs"], result.grad_norm, *parts])
+    return history
+
+
+@pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
+def test_recorded_experts_train_to_the_same_numbers_in_any_layout(folder: Path, worlds: RankPool) -> None:
+    expected = worlds.run(Layout(), replayed, folder)[0]
+    own = worlds.run(Layout(), train, folder, 2, 64)[0][0]
+    assert abs(expected[0][0] - own[0][0]) > 1e-3, "it matters which experts tokens go to"
+    assert 0.5 < expected[0][1] < 1
+    for layout in REPLAYED:
+        for history in worlds.run(layout, replayed, folder):
+            np.testing.assert_allclose(history, expected, rtol=5e-5, err_msg=str(layout))
 
 
 @pytest.fixture(scope="module")
