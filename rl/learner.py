@@ -9,7 +9,7 @@ from lockstep.data.batch import Floats, Ints, Sample
 from lockstep.model.training.config import OptimizerConfig
 from lockstep.rl.algorithms.aggregation import updates_of
 from lockstep.rl.algorithms.config import RLConfig
-from lockstep.rl.algorithms.estimates import columns, of_answers, of_tokens
+from lockstep.rl.algorithms.estimates import columns, of_answers, of_tokens, with_experts, without_experts
 from lockstep.rl.algorithms.rewards import Rewards, rewarded
 from lockstep.rl.algorithms.samples import asked_for, samples_of, with_advantages
 from lockstep.rl.remote import Call, Gather
@@ -103,7 +103,7 @@ class Learner:
         ranks = len(calls)
         if self._models.critic:
             rate = self._models.critic_optimizer.rate(step, config.steps)
-            calls += self._models.critic.update(step, samples, config.critic_loss, rate)
+            calls += self._models.critic.update(step, without_experts(samples), config.critic_loss, rate)
         results = self._gather(calls)
         report = results[0].values | {"grad_norm": results[0].grad_norm}
         if self._models.critic:
@@ -135,7 +135,8 @@ class Learner:
         asked: dict[str, slice] = {}
         for name, model in self._asked(config):
             begun, beside = len(calls), name == "reference_logp" and model is self._policy
-            calls += model.score(samples, "reference" if beside else "model")
+            asking = with_experts(samples, rollouts) if name == "proximal_logp" else samples
+            calls += model.score(asking, "reference" if beside else "model")
             asked[name] = slice(begun, len(calls))
         results = self._gather(calls)
         lengths = [len(r.tokens) for r in rollouts]

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lockstep.data.batch import Column, Floats
+from lockstep.data.batch import Column, Experts, Floats
 from lockstep.data.tasks.code_tests import CodeTests
 from lockstep.rl.verdict import Verdict
 
@@ -104,6 +104,9 @@ class Completion:
     """Of each token: whether the model wrote it, and not its environment; empty where it wrote all."""
     supports: tuple[tuple[int, ...], ...] = ()
     """Of each token the tokens among which it was drawn, where sampling asks for `support`; empty for all."""
+    experts: Experts | None = field(default=None, compare=False)
+    """That the tokens of prompt and completion went to in each layer, those of environments too; the last token has no
+    record, since no pass computes it, nor has what is behind it. None where an engine records nothing."""
 
     final: str | None = None
     """Of an episode: the model's last turn, which is judged; None where all of the text is."""
@@ -275,7 +278,15 @@ def continued(before: Completion, after: Written, decode: Callable[[list[int]], 
         sampling_logp=before.sampling_logp + after.sampling_logp,
         written=before.written + (True,) * len(after.tokens),
         supports=supports,
+        experts=_experts(before, after),
     )
+
+
+def _experts(before: Completion, after: Completion) -> Experts | None:
+    """The records of both, which begin with the same token: the first of each token counts."""
+    if before.experts is None or after.experts is None:
+        return after.experts if before.experts is None else before.experts
+    return np.concatenate([before.experts, after.experts[len(before.experts) :]])
 
 
 def _supports(rollout: Completion) -> tuple[tuple[int, ...], ...]:

@@ -25,6 +25,7 @@ from lockstep.model.formats.huggingface.tensor_names import stored_names
 from lockstep.model.formats.registry import ModelContents, OpenModel, open_model
 from lockstep.model.training.config import PretrainConfig
 from lockstep.model.weights.lora import with_adapters
+from lockstep.rl.rollout.config import check_recordable
 from lockstep.rl.rollout.vllm.interpreter import check_interpreter
 from lockstep.rl.sandbox.distributions import LibraryError
 from lockstep.rl.sandbox.isolation import SandboxError
@@ -62,6 +63,8 @@ def check(recipe: Recipe) -> CheckedRun:
     if recipe.rollout.engine == "vllm":
         check_interpreter(Path(recipe.rollout.python))
         stored_names(config)
+    if recipe.rollout.replay_routing:
+        check_recordable(config)
     check_numerics(recipe.model.numerics, recipe.layout, config)
     scorers = {name: _open_scorer(role) for name, role in plan.models.items() if role.source}
     for name, role in plan.models.items():

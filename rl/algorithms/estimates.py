@@ -5,6 +5,7 @@ pairs of a number and a score, in whatever order its rows have.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +16,22 @@ from lockstep.rl.types import Rollout
 def of_tokens(rollouts: Sequence[Rollout]) -> list[Sample]:
     """Samples that ask for a score of every token of rollouts: its log-probability, or the critic's value before it."""
     return of_completions([(r.prompt.tokens, r.tokens) for r in rollouts])
+
+
+def with_experts(samples: list[Sample], rollouts: Sequence[Rollout]) -> list[Sample]:
+    """Samples `of_tokens` of rollouts, whose tokens go to the experts that they went to where those are recorded.
+
+    The policy is scored and trained so; other models send tokens where their own routers do.
+    """
+    if all(r.experts is None for r in rollouts):
+        return samples
+    written = (r for r in rollouts if r.tokens)
+    return [replace(s, experts=r.experts) for s, r in zip(samples, written, strict=True)]
+
+
+def without_experts(samples: list[Sample]) -> list[Sample]:
+    """Samples whose tokens go where routers send them."""
+    return [s if s.experts is None else replace(s, experts=None) for s in samples]
 
 
 def of_completions(texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Sample]:

@@ -278,4 +278,5 @@ def _sample(advantaged: Advantaged, prompt: Tokens, advantages: Doubles, goals: 
         reference_logp=0.0 if known.reference_logp is None else known.reference_logp,
         value=0.0 if known.value is None else known.value,
         returns=spread(goals),
+        experts=rollout.experts,
     )

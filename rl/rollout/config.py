@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lockstep.model.config import ModelConfig
 from lockstep.rl.weight_sync.config import WeightSyncConfig
 
 OnUpdate = Literal["finish", "pause", "restart"]
@@ -60,6 +61,9 @@ class RolloutConfig(WeightSyncConfig, EngineConfig):
     workers: int = Field(2, ge=1, description="engines, each with a copy of the model")
     tensor: int = Field(1, ge=1, description="processes that each worker's model is split over")
     length: int = Field(512, ge=2, description="tokens of the longest prompt and completion together")
+    replay_routing: bool = Field(
+        False, description="of a model with experts: the policy trains with those that the rollout's tokens went to"
+    )
 
     @model_validator(mode="after")
     def _has_what_the_engine_needs(self) -> "RolloutConfig":
@@ -77,7 +81,30 @@ class RolloutConfig(WeightSyncConfig, EngineConfig):
                 f"engine='vllm' draws by our sampler, which vLLM does not combine with speculation, and "
                 f"speculate={self.speculate}: set speculate=0, or engine='lockstep'"
             )
+        if self.engine == "vllm" and self.replay_routing:
+            raise ValueError(
+                "engine='vllm' does not say which experts tokens went to, and replay_routing=true: set "
+                "replay_routing=false, or engine='lockstep'"
+            )
         return self
+
+
+def check_recordable(model: ModelConfig) -> None:
+    """Check that an engine can record which experts the tokens of a model go to.
+
+    Raises:
+        ValueError: where there are none, or each layer gives the blocks behind its window back.
+    """
+    if model.moe is None:
+        raise ValueError(
+            "rollout.replay_routing=true is for a model with experts, and this one has none: set "
+            "rollout.replay_routing=false"
+        )
+    if all(model.window_of(layer) is not None for layer in range(model.layers)):
+        raise ValueError(
+            f"rollout.replay_routing=true needs a layer that sees all tokens, and all {model.layers} layers of this "
+            f"model see {model.window} tokens: set rollout.replay_routing=false"
+        )
 
 
 COLDEST, LARGEST = 1e-3, 1e9

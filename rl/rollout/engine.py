@@ -6,6 +6,7 @@ A sequence that ends makes room at once for one that waits.
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice, zip_longest
 from types import MappingProxyType
 
@@ -20,7 +21,7 @@ from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.attention.paged_kernel import BLOCK
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
-from lockstep.rl.rollout.config import EngineConfig
+from lockstep.rl.rollout.config import EngineConfig, check_recordable
 from lockstep.rl.rollout.model_runner import ModelRunner, block_counts
 from lockstep.rl.rollout.protocol import (
     Clause,
@@ -30,9 +31,11 @@ from lockstep.rl.rollout.protocol import (
     Request,
     Score,
     Statistics,
+    TokenOutput,
 )
 from lockstep.rl.rollout.requests import check_request, prepared
 from lockstep.rl.rollout.retry import one_by_one
+from lockstep.rl.rollout.routing_record import RoutingRecord, recorded
 from lockstep.rl.rollout.sampling.draws import Drawn, next_token
 from lockstep.rl.rollout.sampling.parallel_sampler import ParallelSampler
 from lockstep.rl.rollout.sampling.prompt_scorer import PromptScorer
@@ -61,6 +64,7 @@ class RolloutEngine:
         decode: Callable[[list[int]], str],
         special: Mapping[int, str] = MappingProxyType({}),
         blocks: Sequence[int] | None = None,
+        records_routing: bool = False,
     ) -> None:
         """
         Args:
@@ -68,11 +72,19 @@ class RolloutEngine:
             decode: tokens to text, for stop strings and `Rollout.text`.
             special: names of tokens that are no text; a stop string that is one ends completions at this token.
             blocks: of the KV cache, for each kind of layer (see `kv_cache.kinds`), instead of what `cache_gib` allows.
+            records_routing: whether completions come with the experts of all their tokens; see `TokenOutput.experts`.
+
+        Raises:
+            ValueError: when a model has no experts that could be recorded.
         """
+        if records_routing:
+            check_recordable(transformer.model)
         self.transformer, self.decode, self._special = transformer, decode, special
         self.length, self._on_update = min(config.length, transformer.model.context), config.on_update
         counts = blocks or block_counts(transformer, config)
-        self.runner, self._sampler = ModelRunner(transformer, counts), ParallelSampler(transformer)
+        self.runner = ModelRunner(transformer, counts, records=records_routing)
+        self._record = RoutingRecord(counts[0]) if records_routing else None
+        self._sampler = ParallelSampler(transformer)
         self._scorer = PromptScorer(self.runner, self._sampler)
         pools = [BlockPool(count) for count in counts]
         limits = {"sequences": config.sequences, "budget": config.budget, "speculate": config.speculate}
@@ -274,6 +286,8 @@ class RolloutEngine:
             return None, []
         computed = self.runner.run(plan)
         drawn = [] if computed.logits_BV is None else self._sampler(plan.rows, computed.logits_BV)
+        if self._record and computed.experts_TLK is not None:
+            self._record.computed(plan, computed.experts_TLK)
         return computed.hidden_TD, drawn
 
     def _outputs(self, plan: Plan, hidden_TD: Tensor | None, drawn: Sequence[Drawn | Exception]) -> list[Output]:
@@ -282,10 +296,18 @@ class RolloutEngine:
         if hidden_TD is not None:
             found += self._scorer(plan.chunks, hidden_TD, failures)
         found += self._extended(plan, drawn, failures)
-        for output in found:
-            if output.finish_reason:
-                self._scheduler.finish(self._sequences.pop(output.key))
-        return found + [self._failed(*failure) for failure in failures.items()]
+        if self._record:
+            self._record.follow(plan)
+        ended = [self._ended(output) if output.finish_reason else output for output in found]
+        return ended + [self._failed(*failure) for failure in failures.items()]
+
+    def _ended(self, output: Output) -> Output:
+        """Release a sequence with its last output, which gets what was recorded of the sequence."""
+        sequence = self._sequences.pop(output.key)
+        self._scheduler.finish(sequence)
+        if self._record and isinstance(output, TokenOutput):
+            return replace(output, experts=recorded(sequence))
+        return output
 
     def _extended(self, plan: Plan, drawn: Sequence[Drawn | Exception], failures: Failures) -> list[Output]:
         """Add drawn tokens to each sequence; one that fails with tokens on trial is computed again without them."""

@@ -29,13 +29,20 @@ def load_rollout_engine(
     dtype: str,
     groups: Groups | None = None,
     numerics: Numerics = "fast",
+    records_routing: bool = False,
 ) -> tuple[RolloutEngine, Tokenizer]:
     """Load a checkpoint of ours as a rollout engine, in a world of this process alone unless `groups` is given."""
     model, weights, tokenizer = read_language_model(checkpoint)
     stage = build(model, groups or alone(), DTYPES[dtype], weights, numerics)
     gc.freeze()  # weights and libraries, which are no garbage: looking through them takes as long as a forward pass
-    transformer = transformer_of(stage)
-    return RolloutEngine(transformer, config, decode=tokenizer.decode, special=tokenizer.special), tokenizer
+    engine = RolloutEngine(
+        transformer_of(stage),
+        config,
+        decode=tokenizer.decode,
+        special=tokenizer.special,
+        records_routing=records_routing,
+    )
+    return engine, tokenizer
 
 
 def open_rank(
@@ -43,7 +50,10 @@ def open_rank(
 ) -> Engine:
     """Load a checkpoint of ours as the rollout engine of one tensor rank; all ranks of a model call this together."""
     groups = join(Layout(tensor=config.tensor), rank=rank, meeting=meeting_at(*meeting))
-    return load_rollout_engine(checkpoint, config, dtype=dtype, groups=groups, numerics=numerics)[0]
+    records = config.replay_routing
+    return load_rollout_engine(
+        checkpoint, config, dtype=dtype, groups=groups, numerics=numerics, records_routing=records
+    )[0]
 
 
 def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Path:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.data.batch import Experts
 from lockstep.distributed.device import sent
 from lockstep.model import cpu_decoder
 from lockstep.model.attention.exact_kv_cache import exact_cache
 from lockstep.model.attention.kv_cache import KVCache, PagedAttention, Span, block_bytes, kinds
 from lockstep.model.layers.logprobs import local_logits
+from lockstep.model.layers.routing import Recorder, Route, expert_dtype
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.config import EngineConfig
 from lockstep.rl.rollout.scheduling.block_pool import pool_sizes
@@ -44,17 +46,21 @@ class PassOutput:
     """This tensor rank's, [B, V/tensor], of `Plan.rows`; None where no sequence draws."""
     hidden_TD: Tensor | None
     """Activations of all tokens, [T, width]; None of the decoder, whose sequences all draw."""
+    experts_TLK: Experts | None = None
+    """Experts that all tokens went to in each layer, best first, where they are recorded."""
 
 
 class ModelRunner:
     """A transformer with its KV cache, which the first pass allocates; tensor ranks run the same plans."""
 
-    def __init__(self, transformer: Transformer, blocks: Sequence[int]) -> None:
+    def __init__(self, transformer: Transformer, blocks: Sequence[int], *, records: bool = False) -> None:
         """
         Args:
             blocks: of the KV cache, for each kind of layer (see `kv_cache.kinds`).
+            records: whether passes return the experts that tokens went to; of a model with experts.
         """
         self.transformer, parameter = transformer, next(transformer.parameters())
+        self._records = records
         self.device = parameter.device
         self._new_cache = partial(
             exact_cache if transformer.numerics == "exact" else KVCache,
@@ -92,18 +98,25 @@ class ModelRunner:
         cache = self._cache = self._cache or self._new_cache()
         if self._may_decode and not plan.forks and _decodes(plan.chunks):
             return PassOutput(self._decoded(plan.chunks, cache), None)
-        hidden_TD = self._hidden(plan.chunks, cache)
+        recorder = Recorder() if self._records else None
+        hidden_TD = self._hidden(plan.chunks, cache, recorder)
         for fork in plan.forks:
             for kind, copied in enumerate(fork.copies):
                 if copied:
                     cache.copy(kind, *copied)
-        return PassOutput(self._logits(hidden_TD, _rows(plan)) if plan.drawing else None, hidden_TD)
+        logits = self._logits(hidden_TD, _rows(plan)) if plan.drawing else None
+        return PassOutput(logits, hidden_TD, self._experts(recorder) if recorder else None)
 
-    def _hidden(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
+    def _experts(self, recorder: Recorder) -> Experts:
+        assert self.transformer.model.moe
+        found: Experts = recorder.experts(expert_dtype(self.transformer.model.moe.experts)).numpy(force=True)
+        return found
+
+    def _hidden(self, chunks: Sequence[Chunk], cache: KVCache, route: Route | None) -> Tensor:
         """Activations [T, width] of all tokens of a pass."""
         attend = cache.attention(_spans(chunks))
         tokens_T, positions_T = (sent(x, self.device) for x in _tokens(chunks))
-        hidden: Tensor = self.transformer(tokens_T, positions_T, attend)
+        hidden: Tensor = self.transformer(tokens_T, positions_T, attend, route=route)
         return hidden[:, 0]
 
     def _decoded(self, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:

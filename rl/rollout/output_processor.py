@@ -112,6 +112,7 @@ class OutputProcessor:
             weight_versions=Column((t.weight_version for t in tokens), np.int32),
             sampling_logp=Column((t.sampling_logp for t in tokens), np.float32),
             supports=tuple(t.support for t in tokens) if any(t.support for t in tokens) else (),
+            experts=tokens[-1].experts if tokens else None,
             error=error,
         )
         if request.begun is None or error:

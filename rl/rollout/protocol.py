@@ -5,9 +5,10 @@ An engine draws completions by continuous batching: requests come at any time, a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from lockstep.data.batch import Experts
 from lockstep.rl.rollout.config import SamplingParams
 
 if TYPE_CHECKING:  # torch and megatron-core, which a driver has no use for
@@ -80,6 +81,8 @@ class TokenOutput:
     """The likeliest tokens and their log-probabilities under the policy, where the request asks for `logprobs`."""
     support: tuple[int, ...] = ()
     """Tokens among which it was drawn, in order, where the request asks for `support` and something was cut off."""
+    experts: Experts | None = field(default=None, compare=False)
+    """With the last token, from an engine that records them: see `Completion`."""
 
 
 @dataclass(frozen=True)

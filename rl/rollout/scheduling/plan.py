@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lockstep.data.batch import Experts
 from lockstep.rl.rollout.detokenizer import StopStrings
 from lockstep.rl.rollout.protocol import Request, Score
 from lockstep.rl.rollout.scheduling.prompt_lookup import PromptLookup
@@ -24,6 +25,10 @@ class SequenceState:
     scores: list[Score] | None = None
     """Of the prompt's tokens that have been computed; None where none are asked for, or all have been reported."""
     lookup: PromptLookup = field(default_factory=PromptLookup)
+    experts: list[Experts] = field(default_factory=list)
+    """Of its tokens from the prompt's first on, [N, L, K] in parts, where they are recorded; see `RoutingRecord`."""
+    recorded: int = 0
+    """Number of tokens whose experts these are."""
 
     @property
     def known(self) -> int:

@@ -51,6 +51,12 @@ def test_a_model_without_the_head_that_its_role_needs_is_refused(tmp_path: Path,
         check(recipe)
 
 
+def test_routing_replay_is_refused_for_a_model_without_experts(tmp_path: Path, tiny_folder: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, tiny_folder), ["rollout.replay_routing=true"])
+    with pytest.raises(ValueError, match="replay_routing=true is for a model with experts, and this one has none"):
+        check(recipe)
+
+
 def test_functions_of_the_users_are_loaded_and_their_arguments_compared(tmp_path: Path, tiny_folder: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text("def grade(completion, answer): ...\ndef strange(entry): ...\ndef keep(question): ...\n")
