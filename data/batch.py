@@ -248,7 +248,8 @@ class TokenBatch:
     value: Floats
     returns: Floats
     experts: NDArray[np.int16] | None = None
-    """[T, L, K] that tokens are to go to; −1 for those that go where a router sends them. None: all do."""
+    """[T, L, K] that tokens are to go to; −1 for those that go where a router sends them; None where all do,
+    in all rows of a global batch."""
 
 
 def part(batch: TokenBatch, places: Ints) -> TokenBatch:

@@ -98,8 +98,12 @@ def _first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return bins
 
 
-def row(chosen: Sequence[Document], length: int) -> TokenBatch:
-    """Concatenate documents into a row, padded to `length` tokens by a document without predictions."""
+def row(chosen: Sequence[Document], length: int, experts: tuple[int, ...] | None = None) -> TokenBatch:
+    """Concatenate documents into a row, padded to `length` tokens by a document without predictions.
+
+    Args:
+        experts: see `PlannedRow`.
+    """
     tokens, positions, shapes, predictors = [], [], [], []
     start = 0
     for document in chosen:
@@ -129,21 +133,18 @@ def row(chosen: Sequence[Document], length: int) -> TokenBatch:
         samples=np.repeat(np.arange(len(members)), [len(s.completion) for s in members]),
         numbers=_joined([s.number + np.arange(len(s.completion)) for s in members], np.int64),
         members=members_of(members),
-        experts=_experts(chosen, length),
+        experts=None if experts is None else _experts(chosen, (length, *experts)),
         **{c: _joined([getattr(s, c) for s in members], np.float32) for c in COLUMNS},
     )
     return _without_silent(batch)
 
 
-def _experts(chosen: Sequence[Document], length: int) -> NDArray[np.int16] | None:
-    """Recorded experts of a row's tokens, [T, L, K], −1 for those without a record; None where there is no record.
+def _experts(chosen: Sequence[Document], shape: tuple[int, ...]) -> NDArray[np.int16]:
+    """Recorded experts of a row's tokens, [T, L, K], −1 for those without a record.
 
     A prompt is computed once: of its completions' records of it, the first that there is counts.
     """
-    known = next((s.experts for d in chosen for s in d.samples if s.experts is not None), None)
-    if known is None:
-        return None
-    whole = np.full((length, *known.shape[1:]), -1, np.int16)
+    whole = np.full(shape, -1, np.int16)
     start = 0
     for document in chosen:
         prompt = len(document.samples[0].prompt)
@@ -179,10 +180,12 @@ class PlannedRow:
     documents: tuple[Document, ...]
     length: int
     """Tokens, padding included."""
+    experts: tuple[int, ...] | None = None
+    """[L, K] of the column `experts`, which all rows of a global batch have where one of its samples does."""
 
     def assembled(self) -> TokenBatch:
         """The row."""
-        return row(self.documents, self.length)
+        return row(self.documents, self.length, self.experts)
 
 
 def plan(chosen: Sequence[Document], *, budget: int, multiple: int = 32, equal: bool = False) -> list[PlannedRow]:
@@ -264,4 +267,5 @@ def plan_for_ranks(samples: Sequence[Sample], rules: RowRules) -> list[list[Plan
         wanted = rules.rows(max(most, len(rows)))
         length = rows[0].length if rules.equal else rules.multiple
         rows += [PlannedRow((silent,), length)] * (wanted - len(rows))
-    return packed
+    experts = next((s.experts.shape[1:] for s in samples if s.experts is not None), None)
+    return [[replace(each, experts=experts) for each in rows] for rows in packed] if experts else packed

@@ -96,7 +96,8 @@ class Trainer:
             The result; where rows have recorded experts with `routing_differs`, the share of pairs of a token and a
             layer whose recorded set of experts is not the one that the router chooses.
         """
-        differing = torch.zeros(2, dtype=torch.int64, device=next(self.transformer.parameters()).device)
+        device, replays = next(self.transformer.parameters()).device, rows[0].experts is not None
+        differing = torch.zeros(2, dtype=torch.int64, device=device) if replays else None
         batches, tokens = DeviceRows(self.stage, self.groups, rows, (), differing), longest_document(rows)
         if reference is not None:
             own = replace(batches, rows=[replace(row, experts=None) for row in rows])
@@ -106,15 +107,11 @@ class Trainer:
         wants_entropy = isinstance(objective, TokenLoss) and objective.entropy != 0
         forward = self._scorer(entropy=wants_entropy)
         result = self.engine.step(batches, forward, loss, tokens=tokens, learning_rate=learning_rate)
-        return replace(result, values=result.values | self._routing(differing))
-
-    def _routing(self, differing: Tensor) -> dict[str, float]:
-        """The metric of a step's replayed routing, from what each rank counted; each tensor rank counts the same."""
-        if self.transformer.model.moe is None:
-            return {}
-        dist.all_reduce(differing)
+        if differing is None:
+            return result
+        dist.all_reduce(differing)  # of all ranks; each tensor rank counts the same
         differs, known = differing.tolist()
-        return {"routing_differs": differs / known} if known else {}
+        return replace(result, values=result.values | {"routing_differs": differs / max(known, 1)})
 
     def statistics(self, result: StepResult) -> dict[str, float]:
         """Metrics by part of the model: the gradient norm of a step, and the root mean square of the current weights.

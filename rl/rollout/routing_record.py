@@ -5,6 +5,7 @@ keeps the first record of each of its tokens: that of the pass behind which the 
 of the pass that left it in the cache. What is computed again, after a preemption or under new weights, changes nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,8 @@ class RoutingRecord:
         """Write the experts of a pass's tokens to the blocks that they are in."""
         if self._experts is None:  # of which the system gives memory to what is written
             self._experts = np.empty((self._blocks, BLOCK, *experts_TLK.shape[1:]), experts_TLK.dtype)
-        places = [np.arange(c.start, c.start + c.length) for c in plan.chunks]
-        tables = [_blocks_of(c.sequence, c.start, c.start + c.length) for c in plan.chunks]
-        self._experts[np.concatenate(tables), np.concatenate(places) % BLOCK] = experts_TLK
+        places = [place for c in plan.chunks for place in _places(c.sequence, c.start, c.start + c.length)]
+        self._experts[_split(places)] = experts_TLK
         for source, copy in filter(None, (fork.copies[0] for fork in plan.forks)):
             self._experts[copy] = self._experts[source]
 
@@ -42,8 +42,7 @@ class RoutingRecord:
             start, stop = sequence.recorded, sequence.cached
             if start < stop:
                 assert self._experts is not None
-                blocks = _blocks_of(sequence, start, stop)
-                sequence.experts.append(self._experts[blocks, np.arange(start, stop) % BLOCK])
+                sequence.experts.append(self._experts[_split(_places(sequence, start, stop))])
                 sequence.recorded = stop
 
 
@@ -52,8 +51,13 @@ def recorded(sequence: SequenceState) -> Experts:
     return np.concatenate(sequence.experts)
 
 
-def _blocks_of(sequence: SequenceState, start: int, stop: int) -> NDArray[np.int64]:
-    """The block of each of the tokens start … stop−1."""
-    first = start // BLOCK
-    table = np.array(sequence.tables[0][first : (stop - 1) // BLOCK + 1])
-    return table[np.arange(start, stop) // BLOCK - first]
+def _places(sequence: SequenceState, start: int, stop: int) -> list[tuple[int, int]]:
+    """The block of each of the tokens start … stop−1, and its place in there."""
+    table = sequence.tables[0]
+    return [(table[place // BLOCK], place % BLOCK) for place in range(start, stop)]
+
+
+def _split(places: Sequence[tuple[int, int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Blocks, and places in them, as an index."""
+    blocks, inside = zip(*places, strict=True)
+    return blocks, inside

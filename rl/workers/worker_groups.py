@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -303,7 +304,7 @@ class EnvironmentGroup:
 
     def answer(self, number: int, rollout: Rollout, most: int) -> "Call[EnvironmentResponse]":
         """A call of this worker that steps a rollout's environment with its last turn."""
-        return self.workers[number].call(EnvironmentWorker.answer, rollout, most)
+        return self.workers[number].call(EnvironmentWorker.answer, replace(rollout, experts=None), most)
 
     def replacing(self, number: int) -> Iterator[Sequence[Call[Any]]]:
         """Starts a process in the place of one that died or hangs; yields calls to be gathered before it is asked."""

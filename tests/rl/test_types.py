@@ -116,3 +116,21 @@ def test_log_probabilities_that_are_the_same_are_one_array() -> None:
     assert pickle.loads(pickle.dumps(made)).sampling_logp == made.logp
     apart = Completion(0, (1, 2), (0.0, -1.0), "", "stop", (0, 0), (-0.0, -1.0))
     assert str(apart.sampling_logp) == "(-0.0, -1.0)", "signs of zeros are bits"
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3), st.booleans()), min_size=1, max_size=4))
+def test_the_first_record_of_each_token_counts(parts: list[tuple[int, int, bool]]) -> None:
+    """Each turn comes with records of all tokens before its last one, the prompt's and those of turns before included,
+    unless it has none."""
+    whole, expected = Completion(3, (), (), "", "stop", ()), np.zeros((0, 2, 1), np.uint8)
+    for number, (written, heard, recorded) in enumerate(parts):
+        length = 4 + len(whole.tokens) + written - 1
+        experts = np.full((length, 2, 1), number, np.uint8) if recorded else None
+        whole = continued(whole, dataclasses.replace(turn([7] * written, 0, False), experts=experts), str)
+        if experts is not None:
+            expected = np.concatenate([expected, experts[len(expected) :]])
+        whole = pickle.loads(pickle.dumps(answered(whole, [9] * heard)))
+    assert (whole.experts is None) == (not len(expected))
+    if whole.experts is not None:
+        assert whole.experts.dtype == np.uint8
+        np.testing.assert_array_equal(whole.experts, expected)
