@@ -16,6 +16,7 @@ LAYOUTS = {
     "tensor": ("layout.data=1", "layout.tensor=2", "rollout.tensor=2", "model.numerics=exact"),
     "pipeline": ("layout.data=1", "layout.pipeline=2"),
 }
+RECIPES = Path(__file__).parents[3] / "recipes"
 OWN = "def brevity(tokens, completion):\n    return 1 / (tokens + len(completion))\n"
 """A reward function of the user's."""
 
@@ -128,6 +129,29 @@ def test_nor_do_they_in_fifty_steps(dtype: str, tmp_path: Path, tiny_folder: Pat
     assert code == 0, output
     assert len(metrics(tmp_path / "tiny", "rl")) == 50
     check_exact(tmp_path / "tiny")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+def test_a_mixture_of_experts_replays_the_routing_of_its_rollouts(
+    numerics: str, tmp_path: Path, tiny_folder: Path, train: Train
+) -> None:
+    settings = (
+        f"run={tmp_path}/run",
+        f"model.tokenizer={tiny_folder}",
+        "model.config.vocabulary=301",
+        f"model.numerics={numerics}",
+        "layout.expert=2",
+        "rl.steps=2",
+    )
+    code, output = train(tmp_path / "log", RECIPES / "grpo-experts.toml", *settings)
+    assert code == 0, output
+    differs = [line["routing_differs"] for line in metrics(tmp_path / "run", "rl")]
+    if numerics == "exact":
+        check_exact(tmp_path / "run")
+        assert differs == [0, 0]
+    else:
+        assert all(0 < share < 0.2 for share in differs)
 
 
 def test_the_screen_shows_steps_workers_and_the_report(run: Run) -> None:
