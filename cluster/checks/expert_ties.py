@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lockstep.model.layers.moe import MoE, Sequences
+from lockstep.model.layers.moe import Choice, MoE, Sequences
 from lockstep.model.transformer import Transformer
 
 TIE = 1e-6
@@ -45,8 +45,8 @@ class RoutingWatch:
         self._found.clear()
         return found
 
-    def _watch(self, layer: int, moe: MoE, arguments: tuple[Tensor, Sequences]) -> None:
-        x_T1D, sequences = arguments
+    def _watch(self, layer: int, moe: MoE, arguments: tuple[Tensor, Sequences, Choice | None]) -> None:
+        x_T1D, sequences, _ = arguments
         chosen_TK, margin_T = moe.choices(x_T1D)
         counts_T = sequences.weight_D[sequences.document_T] != 0
         tokens_E = chosen_TK[counts_T].flatten().bincount(minlength=moe.moe.experts).numpy(force=True)

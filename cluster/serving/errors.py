@@ -1,10 +1,9 @@
 """Errors that clients receive, in the JSON format of OpenAI's API."""
 
+import json
 from typing import Any
 
 from pydantic import ValidationError
-
-from lockstep.data.json_text import written_key
 
 SHOWN = 60
 """Number of characters of a wrong value that an error repeats."""
@@ -43,8 +42,8 @@ def invalid(error: ValidationError, names: dict[str, str] | None = None) -> Refu
         names: of fields that have other names in the client's body.
     """
     first = error.errors(include_url=False)[0]
-    named = names or {}
-    param = written_key(named.get(part, part) if isinstance(part, str) else part for part in first["loc"]) or None
+    place = [str(part) if str(part).isprintable() else json.dumps(part) for part in first["loc"]]
+    param = ".".join((names or {}).get(part, part) for part in place) or None
     reason = str(first.get("ctx", {}).get("error", "")) or first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "json_invalid":
         return Refused(400, f"the body is not JSON: {reason}", code="invalid_json")
