@@ -71,8 +71,13 @@ def is_constant(array: NDArray[Any]) -> bool:
     """Whether an array, [N], has one number at least, and the bits of all are the same."""
     if not len(array) or array.strides == (0,):
         return bool(len(array))
-    bits = array.view(f"u{array.itemsize}")
+    bits = _bits(array)
     return bool(bits[0] == bits[-1] and (bits == bits[0]).all())
+
+
+def _bits(array: NDArray[Any]) -> NDArray[np.unsignedinteger]:
+    """The numbers of an array as integers of the same bits."""
+    return array.view(f"u{array.itemsize}")
 
 
 class Column(Sequence[Number], Generic[Number]):
@@ -110,10 +115,7 @@ class Column(Sequence[Number], Generic[Number]):
 
     def has_bits_of(self, other: "Column[Number]") -> bool:
         """Whether the numbers of another column have the same bits, zeros' signs included."""
-        if self.array.dtype != other.array.dtype:
-            return False
-        bits = f"u{self.array.itemsize}"
-        return np.array_equal(self.array.view(bits), other.array.view(bits))
+        return self.array.dtype == other.array.dtype and np.array_equal(_bits(self.array), _bits(other.array))
 
     @overload
     def __getitem__(self, place: int) -> Number: ...

@@ -309,13 +309,13 @@ def _summary(batch: Batch, learned: Learned, config: RLConfig, seconds: dict[str
     completions = [s for group in learned.groups for s in group]
     rewards = [r for s in completions if (r := s.reward.total) is not None]
     lengths = [len(s.rollout.tokens) for s in completions]
-    drawn = sum(len(own_logp(s.rollout)) for s in completions)
-    logp = sum(float(own_logp(s.rollout).sum(dtype=np.float64)) for s in completions)
+    logp = [own_logp(s.rollout) for s in completions]
+    drawn = sum(map(len, logp))
     return {
         "reward": float(np.mean(rewards)) if rewards else float("nan"),
         **means([s.reward for s in completions]),
         **_by_task(completions),
-        "entropy": -logp / drawn if drawn else float("nan"),
+        "entropy": -sum(float(each.sum(dtype=np.float64)) for each in logp) / drawn if drawn else float("nan"),
         "completion_tokens": float(np.mean(lengths)),
         **({"kl_beta": config.kl_beta} if config.kl_target else {}),
         "ungradable": float(sum(_is_ungradable(s) for s in completions)),
