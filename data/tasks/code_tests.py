@@ -1,6 +1,9 @@
 """The tests of a code problem: assertions, or cases of standard input and output. Standard library only."""
 
+import re
 from dataclasses import dataclass
+
+_NAME = re.compile(r"\w*")
 
 
 @dataclass(frozen=True)
@@ -24,3 +27,12 @@ class CodeTests:
     """What stands before the completion, as HumanEval's signature; a completion that defines the entry point itself
     replaces it."""
     cases: tuple[Case, ...] = ()
+
+
+def tested_name(entry_point: str) -> str:
+    """The name that a program has to define at its top for an entry point, as Solution for "Solution().twoSum".
+
+    Its pattern is compiled where this module is imported: in forked processes it would take 0.5 ms of each.
+    """
+    found = _NAME.match(entry_point)
+    return found[0] if found else ""

@@ -11,7 +11,6 @@ import io
 import json
 import operator
 import os
-import re
 import sys
 import threading
 import traceback
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from lockstep.data.tasks.code_tests import tested_name
 from lockstep.rl.sandbox import preamble
 from lockstep.rl.sandbox.wire import Channel, decode, encode
 
@@ -37,7 +37,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 def assembled(prefix: str, completion: str, entry_point: str) -> str:
     """The source to run: prefix and completion, or the completion alone if it is whole and the prefix cannot parse."""
-    name = re.split(r"\W", entry_point, maxsplit=1)[0]
+    name = tested_name(entry_point)
     if not name or name not in _defined(completion):
         return prefix + completion
     return f"{prefix}\n{completion}" if _defined(prefix) is not _UNREADABLE else completion

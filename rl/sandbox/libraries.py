@@ -38,6 +38,8 @@ def module_name(path: str) -> str:
 
 def mentioned(text: str, offered: Set[str]) -> list[str]:
     """Names of those libraries that a source seems to import, be it as it is or as text in JSON."""
+    if not any(name in text for name in offered):
+        return []
     found = set(re.findall(r"(?:\b|\\[nrt])(?:import|from)\s+([A-Za-z_]\w*)", text))
     return sorted(found & offered)
 

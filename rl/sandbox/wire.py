@@ -36,6 +36,8 @@ class ClosedError(EOFError):
     """The other side has closed the connection."""
 
 
+_WRITER = json.JSONEncoder(separators=(",", ":"))
+
 Encoder = Callable[[object], int | None]
 """Gives the number of an object that stays on this side; None refuses it."""
 
@@ -196,7 +198,7 @@ class Channel:
 
     def send(self, message: Any) -> None:
         """Sends a message. Raises ClosedError where nobody reads any more."""
-        payload = json.dumps(message, separators=(",", ":")).encode()
+        payload = _WRITER.encode(message).encode()
         try:
             self._connection.sendall(struct.pack(">I", len(payload)) + payload)
         except OSError as error:

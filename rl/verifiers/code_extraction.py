@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from lockstep.data.tasks.code_tests import CodeTests
+from lockstep.data.tasks.code_tests import CodeTests, tested_name
 
 _TAG = r"(?:think|thinking|thoughts?|reasoning)"
 _CLOSED = rf"(?:</{_TAG}>|\[/THINK\])"
@@ -95,7 +95,7 @@ def _chosen(blocks: list[_Block], tests: CodeTests) -> _Block:
 def _tested_names(tests: CodeTests) -> Iterable[str]:
     """What the program has to define: the entry point, or what the tests read and do not define themselves."""
     if tests.entry_point:
-        return [re.split(r"\W", tests.entry_point, maxsplit=1)[0]]
+        return [tested_name(tests.entry_point)]
     try:
         nodes = list(ast.walk(ast.parse(tests.program)))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

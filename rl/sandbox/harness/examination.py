@@ -13,7 +13,6 @@ import builtins
 import dis
 import json
 import os
-import re
 import sys
 import types
 import unittest
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from lockstep.data.tasks.code_tests import Case, CodeTests
+from lockstep.data.tasks.code_tests import Case, CodeTests, tested_name
 from lockstep.rl.sandbox import preamble
 from lockstep.rl.sandbox.harness import comparison, pytest_subset
 from lockstep.rl.sandbox.harness.proxy import ProgramFailed, Remote, Session, Unusable
@@ -72,7 +71,7 @@ class _Names:
     """What tests find under each name: their own, the data set's, the program's, and those of `preamble`."""
 
     def __init__(self, tests: CodeTests, code: types.CodeType, session: Session) -> None:
-        self._root = re.split(r"\W", tests.entry_point, maxsplit=1)[0]
+        self._root = tested_name(tests.entry_point)
         self.found = _names_of_prefix(tests)
         self.found |= {comparison.CLOSE: comparison.close, "__file__": _FILE}
         free = {name for name in _free_names(code) if name and name not in self.found and name not in vars(builtins)}
@@ -158,6 +157,8 @@ def _run_tests(code: types.CodeType, names: dict[str, Any], tests: CodeTests) ->
 
 def _run_unittest(names: dict[str, Any]) -> None:
     cases = [kind for kind in names.values() if isinstance(kind, type) and issubclass(kind, unittest.TestCase)]
+    if not cases:
+        return
     load = unittest.defaultTestLoader.loadTestsFromTestCase
     result = unittest.TestResult()
     unittest.TestSuite(load(kind) for kind in cases).run(result)
