@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("data", "distributed", "model", "rl", "cluster", "recipes", "tests")
-PAGES = [*ROOT.glob("*.*"), *ROOT.glob("docs/*"), *ROOT.glob("benchmarks/*")]
+PAGES = [*ROOT.glob("*.*"), *ROOT.glob("docs/*"), *ROOT.glob("benchmarks/**/*")]
 FILES = [*PAGES, *(path for folder in FOLDERS for path in ROOT.joinpath(folder).rglob("*"))]
 WRITTEN = {"/recipe.toml"}
 """By runs."""
