@@ -4,9 +4,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from result_table.rows import Counts
-
 from lockstep.cluster.evaluation.accuracy import wilson
+from result_table.rows import Counts
 
 CONFIDENCE = 0.95
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import xxhash
 from pydantic import BaseModel, ConfigDict
-from result_table.methods import ROOT
 
 import lockstep
 from lockstep.rl.cores import usable_cores
+from result_table.methods import ROOT
 
 SOURCES = (
-    *("data", "distributed", "model", "rl", "cluster", "recipes", "src", "pyproject.toml"),
+    *("data", "distributed", "model", "rl", "cluster", "recipes", "src"),
     "benchmarks/result_table/methods.py",
 )
 """What a run depends on; a commit that changes nothing of it makes no row old."""
@@ -43,7 +43,8 @@ class Machine(BaseModel):
     """That a run may use."""
 
     def __str__(self) -> str:
-        return f"{self.processor} ({', '.join(self.instructions) or 'plain'}), {self.cores} cores"
+        cores = "1 core" if self.cores == 1 else f"{self.cores} cores"
+        return f"{self.processor} ({', '.join(self.instructions) or 'plain'}), {cores}"
 
 
 def this_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> Machine:

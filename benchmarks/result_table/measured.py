@@ -12,11 +12,11 @@ from types import FrameType
 from typing import Any
 
 import xxhash
-from result_table.machine import versions
-from result_table.rows import Counts, Place, Row
 
 from lockstep.cluster.records.run_folder import STAGES, SUMMARY, RunFolder
 from lockstep.distributed.checkpoint.manager import Checkpoint
+from result_table.machine import versions
+from result_table.rows import Counts, Place, Row
 
 
 class RunFailed(RuntimeError):

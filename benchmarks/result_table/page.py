@@ -4,11 +4,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from lockstep.cluster.atomic_files import replace_file
 from result_table.intervals import interval
 from result_table.methods import METHODS, ROOT, SEEDS, TASKS, is_reproducible
 from result_table.rows import Counts, Row
-
-from lockstep.cluster.atomic_files import replace_file
 
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- table: python benchmarks/results.py table -->", "<!-- end of the table -->"
@@ -63,8 +62,9 @@ def _heading(rows: Sequence[Row]) -> str:
 def _accuracies(rows: Sequence[Row]) -> str:
     """A line for the beginning, for what the supervised steps made of it, and for each method."""
     lines = ["| method | seeds | accuracy | 95% interval | correct, by seed | seconds |", "| --- " * 6 + "|"]
-    begun = {row.seed: row.before for row in _by_seed(rows)}
-    shared = {row.seed: row.supervised for row in _by_seed(rows) if row.supervised}
+    first = [row for some in reversed(_methods(rows)) for row in some]  # of a seed the first method's stands
+    begun = {row.seed: row.before for row in first}
+    shared = {row.seed: row.supervised for row in first if row.supervised}
     for name, counts in (("base model", begun), ("supervised steps of all", shared)):
         if counts:
             lines.append(_line(name, counts, "–"))
@@ -75,10 +75,11 @@ def _accuracies(rows: Sequence[Row]) -> str:
 
 
 def _line(name: str, counts: dict[int, Counts], seconds: str) -> str:
-    mean, low, high = interval(list(counts.values()))
+    by_seed = [counts[seed] for seed in sorted(counts)]
+    mean, low, high = interval(by_seed)
     short = f" of {len(SEEDS)}" if len(counts) < len(SEEDS) else ""
     kind = ", Wilson" if len(counts) == 1 else ""
-    correct = ", ".join(f"{each.correct}/{each.graded}" for each in counts.values())
+    correct = ", ".join(f"{each.correct}/{each.graded}" for each in by_seed)
     cells = (name, f"{len(counts)}{short}", f"{mean:.1%}", f"{low:.1%} to {high:.1%}{kind}", correct, seconds)
     return f"| {' | '.join(cells)} |"
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from result_table.machine import Machine
-from result_table.methods import ROOT
 
 from lockstep.cluster.atomic_files import replace_file
+from result_table.machine import Machine
+from result_table.methods import ROOT
 
 ROWS = ROOT / "docs" / "results.jsonl"
 

@@ -15,15 +15,15 @@ import pytest
 import results
 from hypothesis import given
 from hypothesis import strategies as st
+
+from lockstep.cluster.recipe.load import load_recipe
+from lockstep.rl.cores import usable_cores
 from result_table.intervals import interval, student_share, student_t
 from result_table.machine import CORES, Machine, few_cores, this_machine
 from result_table.measured import weights_digest
 from result_table.methods import METHODS, RECIPE, ROOT, SEEDS, TASKS, settings_of
 from result_table.page import EMPTY, PAGE, page_with, tables
 from result_table.rows import ROWS, Counts, Row, append_row, read_rows
-
-from lockstep.cluster.recipe.load import load_recipe
-from lockstep.rl.cores import usable_cores
 from tests.cluster.cli_process import summary, until, write_recipe
 
 HERE = Machine(processor="Zen", instructions=("avx2", "fma"), cores=2)
@@ -111,7 +111,7 @@ def test_intervals_are_students_over_seeds_and_wilsons_of_one() -> None:
 def test_a_table_has_the_start_each_method_and_how_many_seeds_it_is_of() -> None:
     rows = [row(seed, 60 + seed) for seed in SEEDS]
     rows += [row(seed, 50, method="sft", supervised=None) for seed in (2, 0)]
-    rows += [row(method="grpo-asynchronous")]
+    rows += [row(method="grpo-asynchronous", before=Counts(correct=11, problems=100))]
     text = tables(rows)
     assert cells(text, "base model") == [["base model", "5", "10.0%", "10.0% to 10.0%", ", ".join(5 * ["10/100"]), "–"]]
     assert cells(text, "supervised steps of all")[0][1:3] == ["5", "40.0%"]
@@ -134,7 +134,7 @@ def test_no_mean_is_over_machines_commits_or_tasks() -> None:
     text = tables([row(correct=10 * n, **place) for n, place in enumerate(places)])
     assert [each[2] for each in cells(text, "grpo")[::2]] == ["0.0%", "30.0%", "10.0%", "20.0%"]
     assert text.count("### Zen (avx2, fma), 2 cores") == 2
-    assert text.count("### Zen (avx2, fma), 1 cores") == 1
+    assert text.count("### Zen (avx2, fma), 1 core\n") == 1
     assert "at commit dddddddddddd with changes that are not committed" in text
     assert tables([]) == EMPTY
 
