@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Semaphore
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.output_processor import RolloutRequest, Written, generate
-from lockstep.rl.rollout.protocol import PromptTooLong
+from lockstep.rl.rollout.protocol import Output, PromptTooLong
 from lockstep.rl.types import Completion, Prompt
 from lockstep.rl.weight_sync.shards import shards_of
 from lockstep.rl.workers.rollout_worker import EngineLoop
@@ -84,11 +86,30 @@ def test_requests_that_come_while_it_writes_change_no_other(groups: Groups) -> N
     assert fetched(loop, 6) == expected(groups)
 
 
+def paced(groups: Groups, allowed: Semaphore) -> RolloutEngine:
+    """An engine each pass of which has to be allowed: by itself it goes on while nobody asks."""
+    engine = engine_of(groups)
+    step = engine.step
+
+    def wait() -> list[Output]:
+        allowed.acquire()
+        return step()
+
+    engine.step = wait
+    return engine
+
+
 def test_a_call_returns_after_so_many_passes(groups: Groups) -> None:
-    loop = EngineLoop(partial(engine_of, groups))
+    allowed = Semaphore(0)
+    loop = EngineLoop(partial(paced, groups, allowed))
     loop.add(REQUESTS[:1])
-    drawn = [loop.written(4).tokens for _ in range(3)]
-    assert sum(drawn) < 40
+    with ThreadPoolExecutor(1) as calls:
+        for passes in (4, 8, 12):
+            call = calls.submit(loop.written, 4)
+            until(lambda wanted=passes: loop._until == wanted, 30)
+            allowed.release(4)
+            assert call.result(60).tokens == 4
+    allowed.release(100)
     assert fetched(loop, 1) == {0: expected(groups)[0]}
 
 
