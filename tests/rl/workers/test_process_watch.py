@@ -80,7 +80,7 @@ def test_a_stopped_worker_counts_as_dead_and_is_named(watched: tuple[VerifierGro
     with pytest.raises(WorkerDied, match=r"^verifier 0 died: its process \d+ was stopped by a signal for \d+ s"):
         ask()
     assert time.monotonic() - began > 1
-    assert process_state(pid) is None
+    until(lambda: process_state(pid) is None, 30)  # a kernel ends what is killed when it gets to it
     assert len(said) == 1
     assert said[0].startswith(f"verifier 0 counts as dead: its process {pid} was stopped by a signal for ")
     with pytest.raises(WorkerDied, match="verifier 1"):  # all are ended where one has died
