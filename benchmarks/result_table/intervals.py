@@ -16,7 +16,7 @@ def interval(counts: Sequence[Counts]) -> tuple[float, float, float]:
     Of two seeds and more it is mean ± t · s / √n with Student's t of n − 1 degrees of freedom, and speaks of other
     seeds, which draw other problems, too. Of one it is Wilson's score interval, and speaks of other problems alone.
     """
-    shares = [each.correct / each.graded for each in counts]
+    shares = [each.share for each in counts]
     mean = statistics.fmean(shares)
     if len(counts) == 1:
         return mean, *wilson(counts[0].correct, counts[0].graded)

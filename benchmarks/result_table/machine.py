@@ -12,6 +12,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict
 
 import lockstep
+from lockstep.model.ops.cpu.library import compiler_command, compiler_version
 from lockstep.rl.cores import usable_cores
 from result_table.methods import ROOT
 
@@ -78,12 +79,8 @@ def versions() -> dict[str, str]:
 
 def _compiler() -> str:
     """The C compiler that makes the kernels of rollouts and of exact numerics."""
-    command = [*(os.environ.get("CC") or "cc").split(), "--version"]
-    try:
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return said.partition("\n")[0]
+    said = compiler_version(compiler_command())
+    return "none" if said is None else said.decode(errors="replace").partition("\n")[0]
 
 
 def commit() -> str:

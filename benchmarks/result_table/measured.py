@@ -71,7 +71,7 @@ def read_row(run: Path, place: Place) -> Row:
     return Row(
         **dict(place),
         **dict(after),
-        accuracy=after.correct / after.graded,
+        accuracy=after.share,
         before=before,
         supervised=counts.get("supervised") if last != "supervised" else None,
         seconds=summary["seconds"],

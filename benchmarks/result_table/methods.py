@@ -65,5 +65,8 @@ def settings_of(task: str, method: str, seed: int) -> tuple[str, ...]:
 
 
 def is_reproducible(method: str) -> bool:
-    """Whether a run has the same bits again; asynchronous ones do not, as time decides which weights draw a token."""
-    return "rl.flow.mode=asynchronous" not in METHODS[method]
+    """Whether a run has the same bits again; asynchronous ones do not, as time decides which weights draw a token.
+
+    Rows may name a method that is listed no more, which had bits.
+    """
+    return "rl.flow.mode=asynchronous" not in METHODS.get(method, ())

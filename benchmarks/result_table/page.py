@@ -62,13 +62,14 @@ def _heading(rows: Sequence[Row]) -> str:
 def _accuracies(rows: Sequence[Row]) -> str:
     """A line for the beginning, for what the supervised steps made of it, and for each method."""
     lines = ["| method | seeds | accuracy | 95% interval | correct, by seed | seconds |", "| --- " * 6 + "|"]
-    first = [row for some in reversed(_methods(rows)) for row in some]  # of a seed the first method's stands
+    methods = _methods(rows)
+    first = [row for some in reversed(methods) for row in some]  # of a seed the first method's stands
     begun = {row.seed: row.before for row in first}
     shared = {row.seed: row.supervised for row in first if row.supervised}
     for name, counts in (("base model", begun), ("supervised steps of all", shared)):
         if counts:
             lines.append(_line(name, counts, "–"))
-    for some in _methods(rows):
+    for some in methods:
         seconds = f"{statistics.fmean(row.seconds for row in some):.0f}"
         lines.append(_line(some[0].method, {row.seed: row for row in some}, seconds))
     return "\n".join(lines)
@@ -90,24 +91,16 @@ def _digests(rows: Sequence[Row]) -> str:
     lines = [f"| weights | {' | '.join(f'seed {seed}' for seed in seeds)} |", "| --- " * (len(seeds) + 1) + "|"]
     for some in _methods(rows):
         found = {row.seed: f"`{row.digest[:SHOWN]}`" for row in some}
-        if not _has_bits(some[0].method):
+        if not is_reproducible(some[0].method):
             found = dict.fromkeys(found, "not reproducible")
         lines.append(f"| {some[0].method} | {' | '.join(found.get(seed, '–') for seed in seeds)} |")
     return "\n".join(lines)
 
 
-def _has_bits(method: str) -> bool:
-    return method not in METHODS or is_reproducible(method)
-
-
 def _methods(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of each method, by seed."""
-    groups = _grouped(_by_seed(rows), lambda row: row.method)
+    groups = _grouped(sorted(rows, key=lambda row: row.seed), lambda row: row.method)
     return sorted(groups, key=lambda some: _order(METHODS, some[0].method))
-
-
-def _by_seed(rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: row.seed)
 
 
 def _order(known: Iterable[str], name: str) -> tuple[int, str]:

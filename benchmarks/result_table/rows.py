@@ -29,6 +29,11 @@ class Counts(_Frozen):
         """Answers with a verdict, of which accuracy is the share that is correct."""
         return self.problems - self.ungradable
 
+    @property
+    def share(self) -> float:
+        """Of the answers with a verdict, how many are correct."""
+        return self.correct / self.graded
+
     @model_validator(mode="after")
     def _adds_up(self) -> Self:
         if not 0 < self.graded >= self.correct:
@@ -74,7 +79,7 @@ class Row(Counts, Place):
 
     @model_validator(mode="after")
     def _is_what_it_counts(self) -> Self:
-        if abs(self.accuracy - self.correct / self.graded) > 1e-6:
+        if abs(self.accuracy - self.share) > 1e-6:
             raise ValueError(f"accuracy {self.accuracy} is not {self.correct} of {self.graded}")
         return self
 

@@ -36,8 +36,6 @@ class ClosedError(EOFError):
     """The other side has closed the connection."""
 
 
-_WRITER = json.JSONEncoder(separators=(",", ":"))
-
 Encoder = Callable[[object], int | None]
 """Gives the number of an object that stays on this side; None refuses it."""
 
@@ -181,6 +179,10 @@ def _rebuilt_array(elements: str, shape: list[int], content: str) -> Any:
     if kind.kind not in _ARRAYS:
         raise TypeError(f"elements of type {elements[:20]!r}")
     return numpy.frombuffer(bytes.fromhex(content), kind).reshape(shape).copy()
+
+
+_WRITER = json.JSONEncoder(separators=(",", ":"))
+"""Made once: `json.dumps` makes one for each message where separators are given."""
 
 
 class Channel:

@@ -236,19 +236,27 @@ def test_a_machine_is_known_by_its_processor_its_instructions_and_the_cores_of_a
         assert this_machine(tmp_path / "none").cores == min(CORES, whole)
 
 
+TOOL = (sys.executable, str(ROOT / "benchmarks" / "results.py"))
+"""The script as a user starts it."""
+
+
+def row_of(folder: Path, model: Path, method: str) -> tuple[str, ...]:
+    """The words of a row of the tests' recipe, which goes to rows.jsonl and runs in a folder."""
+    places = {"--recipe": write_recipe(folder, model), "--rows": folder / "rows.jsonl", "--runs": folder / "runs"}
+    given = (word for name, place in places.items() for word in (name, str(place)))
+    return ("row", "--task", "sums", "--method", method, "--seed", "0", *given)
+
+
 def tool(log: Path, *words: str) -> tuple[int, str]:
-    """The script as a user starts it; its exit code and what it printed."""
+    """The script's exit code and what it printed."""
     with log.open("wb") as output:
-        command = [sys.executable, str(ROOT / "benchmarks" / "results.py"), *words]
-        code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run([*TOOL, *words], stdout=output, stderr=subprocess.STDOUT, check=False).returncode
     return code, log.read_text(errors="replace")
 
 
 @pytest.mark.exhaustive
 def test_a_row_is_what_its_run_says_and_other_weights_are_told(tmp_path: Path, tiny_folder: Path) -> None:
-    recipe, file, runs = write_recipe(tmp_path, tiny_folder), tmp_path / "rows.jsonl", tmp_path / "runs"
-    words = ("row", "--task", "sums", "--method", "grpo", "--seed", "0")
-    words += ("--recipe", str(recipe), "--rows", str(file), "--runs", str(runs))
+    file, runs, words = tmp_path / "rows.jsonl", tmp_path / "runs", row_of(tmp_path, tiny_folder, "grpo")
     code, output = tool(tmp_path / "first", *words, "--keep")
     assert code == 0, output
     (made,) = read_rows(file)
@@ -277,9 +285,7 @@ def test_a_row_is_what_its_run_says_and_other_weights_are_told(tmp_path: Path, t
 def test_every_method_makes_a_row_and_ends_with_the_same_weights_again(
     method: str, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    recipe, file = write_recipe(tmp_path, tiny_folder), tmp_path / "rows.jsonl"
-    words = ("row", "--task", "sums", "--method", method, "--seed", "0")
-    words += ("--recipe", str(recipe), "--rows", str(file), "--runs", str(tmp_path / "runs"))
+    file, words = tmp_path / "rows.jsonl", row_of(tmp_path, tiny_folder, method)
     code, output = tool(tmp_path / "first", *words)
     assert code == 0, output
     (made,) = read_rows(file)
@@ -294,10 +300,9 @@ def test_every_method_makes_a_row_and_ends_with_the_same_weights_again(
 
 @pytest.mark.exhaustive
 def test_an_interrupted_row_leaves_no_line_and_no_process(tmp_path: Path, tiny_folder: Path) -> None:
-    recipe, file, log = write_recipe(tmp_path, tiny_folder), tmp_path / "rows.jsonl", tmp_path / "log"
-    words = ("row", "--task", "sums", "--method", "rloo", "--seed", "0", "--recipe", str(recipe), "--rows", str(file))
+    file, log = tmp_path / "rows.jsonl", tmp_path / "log"
+    command = [*TOOL, *row_of(tmp_path, tiny_folder, "rloo")]
     with log.open("wb") as output:
-        command = [sys.executable, str(ROOT / "benchmarks" / "results.py"), *words, "--runs", str(tmp_path / "runs")]
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     until(lambda: b"measuring held-out accuracy" in log.read_bytes() or child.poll() is not None, 120)
     child.send_signal(signal.SIGTERM)

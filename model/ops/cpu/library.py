@@ -62,12 +62,12 @@ def library_of(dtype: torch.dtype) -> ctypes.CDLL | None:
     Compiled libraries are kept in the user's cache. Without a compiler the newest one of the same source is taken.
     """
     source = Path(__file__).with_name("kernels.c")
-    compiler = shlex.split(os.environ.get("CC") or "cc")
+    compiler = compiler_command()
     words = [*FLAGS, f"-DNUMBER={NUMBERS[dtype]}"]
     key = _digest(source.read_bytes(), *map(str.encode, words), _processor())
     try:
         folder = _cache_folder()
-        version = _version(compiler)
+        version = compiler_version(compiler)
         if version is None:
             return _newest(folder, key)
         path = folder / f"kernels-{key}-{_digest(version)}.so" if folder else None
@@ -110,7 +110,13 @@ def _newest(folder: Path | None, key: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(max(found, key=lambda path: path.stat().st_mtime)))
 
 
-def _version(compiler: list[str]) -> bytes | None:
+def compiler_command() -> list[str]:
+    """The words by which the C compiler is called: those of CC, or cc."""
+    return shlex.split(os.environ.get("CC") or "cc")
+
+
+def compiler_version(compiler: list[str]) -> bytes | None:
+    """What a C compiler says of its version; None where there is none."""
     try:
         return subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
     except (OSError, subprocess.CalledProcessError):
