@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from inspect import isawaitable
+from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import ray
@@ -21,9 +22,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lockstep.rl.cores import threads_for
 
+JEMALLOC = Path(ray.__file__).parent / "core" / "libjemalloc.so"
+"""The allocator that Ray's wheels for Linux bring along, for its own processes."""
+
 ENVIRONMENT = {
     # torch gives large tensors back to the kernel after each operation and faults them in again; a heap that is kept
-    # halves the time of everything that is bound by memory.
+    # halves the time of everything that is bound by memory. jemalloc keeps small blocks apart from large ones, which
+    # then find a place among those that were freed, and takes huge pages. What the driver preloads takes its place.
+    **({"LD_PRELOAD": os.environ.get("LD_PRELOAD") or str(JEMALLOC)} if JEMALLOC.is_file() else {}),
+    "MALLOC_CONF": "narenas:1,oversize_threshold:0,dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always",
+    # glibc's own, where there is no jemalloc
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_ARENA_MAX": "1",

@@ -1,5 +1,6 @@
 """Calls of workers: stubs name what is there, without loading it, and mypy refuses what a method does not take."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from lockstep.distributed.layout import Layout
 from lockstep.model.training.config import OptimizerConfig, TrainerConfig
-from lockstep.rl.remote import PASSED_ON, Processes, WorkerFailed, gather, start
+from lockstep.rl.remote import ENVIRONMENT, JEMALLOC, PASSED_ON, Processes, WorkerFailed, gather, start
 from lockstep.rl.workers import stubs
 from lockstep.rl.workers.worker_groups import ModelGroup
 from tests.rl.conftest import Actors
@@ -40,6 +41,24 @@ def ask(worker: ActorHandle[Adder]) -> None:
     worker.call(Adder.add, 1)  # wrong
     worker.call(Other.add, 1, 2)  # wrong
     words: list[str] = gather([worker.call(Adder.add, 1, 2)])  # wrong
+"""
+
+
+MEMORY = """
+import resource
+import psutil, torch
+from lockstep.distributed.device import give_back
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+for turn in range(20):
+    if turn == 10:  # the heap has grown by then
+        begun = faults()
+    torch.ones(8 << 20)  # 32 MiB
+again, held = faults() - begun, psutil.Process().memory_info().rss
+give_back(torch.device("cpu"))
+print(again, held - psutil.Process().memory_info().rss)
 """
 
 
@@ -88,6 +107,29 @@ class Environment:
     def token(self) -> tuple[str | None, str]:
         """What it had at its start, and what its process was started with."""
         return self._at_start, Path("/proc/self/environ").read_text()
+
+    def has_jemalloc(self) -> bool:
+        """Whether its process allocates by jemalloc."""
+        return hasattr(ctypes.CDLL(None), "mallctl")
+
+
+def test_workers_allocate_by_jemalloc(actors: Actors) -> None:
+    assert JEMALLOC.is_file(), "Ray's wheels for Linux have it"
+    (worker,) = start(Environment, Processes("environment", [0], threads=1))
+    try:
+        assert gather([worker.call(Environment.has_jemalloc)]) == [True]
+    finally:
+        worker.end()
+
+
+@pytest.mark.parametrize("preloaded", [True, False], ids=["jemalloc", "glibc"])
+def test_workers_use_freed_memory_again_and_give_it_back(preloaded: bool) -> None:
+    variables = {name: value for name, value in ENVIRONMENT.items() if preloaded or name != "LD_PRELOAD"}
+    program = [sys.executable, "-c", MEMORY]
+    said = subprocess.run(program, env=os.environ | variables, stdout=subprocess.PIPE, check=True, text=True).stdout
+    faults, given_back = map(int, said.split())
+    assert faults < (32 << 20) // 4096
+    assert given_back > 31 << 20
 
 
 def test_variables_of_the_driver_reach_workers_as_arguments(actors: Actors, monkeypatch: pytest.MonkeyPatch) -> None:
