@@ -56,6 +56,12 @@ class Layout(BaseModel):
         return rank // (self.tensor * self.context) % self.replicas
 
     @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage that runs: none where a process has no other to split the state of stages 1 and 2 with."""
+        holders = self.context * self.replicas
+        return 0 if holders == 1 and self.zero < 3 and not self.offload else self.zero
+
+    @property
     def row_multiple(self) -> int:
         """The number that a row's length must be a multiple of: every context rank has two equal parts of it."""
         parts = 2 * self.context if self.context > 1 else 1

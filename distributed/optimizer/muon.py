@@ -95,7 +95,7 @@ class Muon(Sharded):
         parameters = [t.view(share.shape) for t, share in zip(flat.split(sizes), shares, strict=True)]
         for share, parameter in zip(shares, parameters, strict=True):
             share.of(parameter).copy_(share.within(held))
-        if self._groups.layout.zero:
+        if self._groups.layout.zero_stage:
             expert = is_expert(shares[0].parameter)
             dist.all_reduce(flat, group=self._groups.expert_replicas if expert else self._groups.replicas)
         return parameters

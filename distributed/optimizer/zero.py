@@ -171,10 +171,10 @@ class ZeroOptimizer:
             optimizer.shares = self._shares
         self.state = ZeroState(module, self._innermost(), groups, self._shares)
         self._whole: DataParallel | None = None
-        if groups.layout.zero == 0:
+        if groups.layout.zero_stage == 0:
             owners = {tensor: share.parameter for tensor, (share,) in self._shares.items()}
             self._whole = DataParallel(owners, groups, clip_norm, self._norms, self._sums_in_fp32)
-        elif groups.layout.zero == 3:
+        elif groups.layout.zero_stage == 3:
             self._engine.optimizer._get_norm_groups = lambda: [self._gradient_norm()]
         else:
             self._engine.optimizer.scaled_global_norm = self._gradient_norm
@@ -194,16 +194,17 @@ class ZeroOptimizer:
     def _config(self) -> dict[str, Any]:
         layout = self._groups.layout
         zero: dict[str, Any] = {
-            "stage": layout.zero,
-            "overlap_comm": torch.cuda.is_available() and layout.zero >= 2,  # elsewhere it refuses our accumulation
+            "stage": layout.zero_stage,
+            # elsewhere it refuses our accumulation
+            "overlap_comm": torch.cuda.is_available() and layout.zero_stage >= 2,
             "reduce_bucket_size": BUCKET,
         }
-        if layout.zero == 3:
+        if layout.zero_stage == 3:
             zero["stage3_param_persistence_threshold"] = 0  # small weights are split, too: one way for all
         if layout.offload:
             zero["offload_optimizer"] = {"device": "cpu"}
         sums = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-        return (sums if self._sums_in_fp32 and layout.zero else {}) | {
+        return (sums if self._sums_in_fp32 and layout.zero_stage else {}) | {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._clip_norm,
@@ -220,10 +221,10 @@ class ZeroOptimizer:
     ) -> dict[Tensor, list[Share]]:
         """The shares in each tensor that DeepSpeed gives the optimizer in the place of parameters; see `Sharded`."""
         zero: Any = self._engine.optimizer
-        if self._groups.layout.zero == 0:
+        if self._groups.layout.zero_stage == 0:
             tensors = [t for group in optimizer.param_groups for t in group["params"]]
             return {t: [share_of(p, (0, p.numel()), 0, 0)] for t, p in zip(tensors, stepped, strict=True)}
-        if self._groups.layout.zero == 3:
+        if self._groups.layout.zero_stage == 3:
             return {
                 flat: shares_of_each(parameters, self._groups.replicas)
                 for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
@@ -245,14 +246,14 @@ class ZeroOptimizer:
         DeepSpeed's own forward pass would arrange for this; and without a forward pass between two backward passes,
         as at the end of a pipeline's schedule, it would take them for one.
         """
-        if self._groups.layout.zero:
+        if self._groups.layout.zero_stage:
             self._engine.optimizer.clear_backward_seen_flag()
             self._engine._backward_prologue()
 
     @contextmanager
     def whole_weights(self) -> Iterator[None]:
         """Within this block parameters are whole; ZeRO-3 otherwise keeps them partitioned over replicas."""
-        if self._groups.layout.zero < 3:
+        if self._groups.layout.zero_stage < 3:
             yield
             return
         with deepspeed.zero.GatheredParameters([*self._engine.module.parameters()]):
@@ -308,7 +309,7 @@ class ZeroOptimizer:
 
     def _weights(self) -> Iterator[LocalValues]:
         parameters = self._norms.parameters
-        if self._groups.layout.zero < 3:
+        if self._groups.layout.zero_stage < 3:
             yield from ((p, p.detach(), self._norms.copies(p)) for p in parameters)
             return
         for share in shares_of_each(parameters, self._groups.replicas):
@@ -326,7 +327,7 @@ class ZeroOptimizer:
                 assert tensor.grad is not None
                 yield from ((share.parameter, share.within(tensor.grad), 1) for share in shares)
                 continue
-            present = shares if self._groups.layout.zero == 3 else [share for share in shares if share.length]
+            present = shares if self._groups.layout.zero_stage == 3 else [share for share in shares if share.length]
             gradients = (g for g in averaged[index] if not getattr(g, "_zero_padding", False))
             for share, gradient in zip(present, gradients, strict=False):  # ZeRO may add padding
                 yield share.parameter, gradient.reshape(-1)[: share.length], 1

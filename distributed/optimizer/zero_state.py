@@ -63,7 +63,7 @@ class ZeroState:
 
     def _untrained(self, parameter: nn.Parameter) -> Share:
         """The share of a parameter that the optimizer is not given."""
-        if self._groups.layout.zero == 3:
+        if self._groups.layout.zero_stage == 3:
             return shares_of_each([parameter], self._groups.replicas)[0]
         return share_of(parameter, (0, parameter.numel()), 0, 0)
 

@@ -53,7 +53,7 @@ class Attention(nn.Module):
         qk, v = heads_THE.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         qk = self.qk_norm(qk)
         if self.rope is not None:
-            qk = rotary(qk, tables[self.rope], self._numerics)
+            qk = rotary(qk, tables[self.rope])
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         return self.out(self._call_attend(attend, layer, q, k, v, self.spec).flatten(1)[:, None])
 

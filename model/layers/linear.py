@@ -10,7 +10,7 @@ from lockstep.distributed.libraries import TransformerConfig, tensor_parallel
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import Numerics
 from lockstep.model.ops.exact.reductions import summed, summed_and_split
-from lockstep.model.ops.linear import PackedWeight, biased, packed, project, tiles_of
+from lockstep.model.ops.linear import PackedWeight, biased, has_transposes, packed, project, tiles_of
 
 
 class Adapting(Protocol):
@@ -32,6 +32,7 @@ class Packable:
 
     weight: nn.Parameter
     adapters: Adapting | None
+    tp_group: ProcessGroup
     _numerics: Numerics
     _packed: PackedWeight | None = None
 
@@ -51,8 +52,10 @@ class Packable:
 
     @property
     def _is_own(self) -> bool:
-        """Whether this class computes the product, and not megatron-core."""
-        return self._numerics == "exact" or (self._packed is not None and not torch.is_grad_enabled())
+        """Whether this class computes the product, and not megatron-core, whose way with tensor ranks has overlap."""
+        if self._numerics == "exact" or (self._packed is not None and not torch.is_grad_enabled()):
+            return True
+        return self.tp_group.size() == 1 and has_transposes(self.weight)
 
     def _product(self, x: Tensor) -> Tensor:
         if self._numerics == "exact" and self.adapters is not None and self.adapters.on:

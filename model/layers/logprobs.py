@@ -16,12 +16,14 @@ from lockstep.model.config import Numerics
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.ops.exact.matmul import LARGER
 from lockstep.model.ops.exact.reductions import gathered, in_order, log_sum_exp
-from lockstep.model.ops.linear import PackedWeight, project
+from lockstep.model.ops.linear import PackedWeight, has_transposes, project
 
 CHUNKS: dict[Numerics, int] = {"fast": 256, "exact": LARGER[0]}
 """Tokens whose logits come out of one product, or out of one pass over tiles."""
 BLOCK = 16
 """Tokens whose fp32 logits exist at one time: few, so that they stay in the processor's cache."""
+PART = 2048
+"""Of a vocabulary: columns of a chunk that are transposed at a time, so that they stay in the processor's cache."""
 _IMPOSSIBLE = -1e30
 """Stands for log 0 where it is multiplied by a probability of 0."""
 
@@ -91,14 +93,40 @@ class _TokenLogProb(torch.autograd.Function):
         columns = (hidden_KD, d_hidden, log_sum_K, targets_K - first, *gradients, *entropy_K)
         for i, (hidden, d_chunk, *of_tokens) in enumerate(zip(*(c.split(size) for c in columns), strict=True)):
             chunk = kept[i] if kept else local_logits(hidden, weight_VD, first, vocabulary, cap)
-            d_logits = torch.empty_like(chunk)
-            blocks = zip(*(c.split(BLOCK) for c in (d_logits, chunk, *of_tokens)), strict=True)
-            for d_block, *given in blocks:
-                d_block.copy_(_d_logits(*given, temperature=temperature, cap=cap))
+            d_logits = _d_chunk(chunk, *of_tokens, temperature=temperature, cap=cap)
             torch.mm(d_logits, weight_VD, out=d_chunk)
             if d_weight is not None:
-                d_weight.addmm_(d_logits.t(), hidden)
+                _add_products(d_weight, d_logits, hidden)
         return d_hidden, d_weight, None, None, None, None, None, None, None
+
+
+def _add_products(d_weight_VD: Tensor, d_logits_KV: Tensor, hidden_KD: Tensor) -> None:
+    """d_weight += d_logitsᵀ · hidden."""
+    if not has_transposes(d_weight_VD):
+        d_weight_VD.addmm_(d_logits_KV.t(), hidden_KD)
+        return
+    for part_VD, part_KV in zip(d_weight_VD.split(PART), d_logits_KV.split(PART, dim=1), strict=True):
+        part_VD.addmm_(kernels.transposed(part_KV), hidden_KD)
+
+
+def _d_chunk(
+    chunk: Tensor,
+    log_sum: Tensor,
+    local_targets: Tensor,
+    gradient: Tensor,
+    of_sum: Tensor,
+    *of_entropy: Tensor,
+    temperature: float,
+    cap: float | None,
+) -> Tensor:
+    """The gradient of a chunk of logits; see `_d_logits`."""
+    if cap is None and not of_entropy and kernels.usable(chunk.dtype, chunk.device):
+        return kernels.logits_gradient(chunk, local_targets, log_sum, gradient, of_sum - gradient, temperature)
+    d_logits = torch.empty_like(chunk)
+    columns = (d_logits, chunk, log_sum, local_targets, gradient, of_sum, *of_entropy)
+    for d_block, *given in zip(*(c.split(BLOCK) for c in columns), strict=True):
+        d_block.copy_(_d_logits(*given, temperature=temperature, cap=cap))
+    return d_logits
 
 
 def _scaled(chunk: Tensor, temperature: float) -> Tensor:
@@ -123,7 +151,7 @@ def reduced(
     inside = (local_targets >= 0) & (local_targets < chunk.shape[1])
     picked = chunk.gather(1, local_targets.clamp(0, chunk.shape[1] - 1)[:, None])[:, 0].float() / temperature
     at_target = torch.where(inside, picked, torch.zeros_like(picked))
-    if kernels.serves(chunk, numerics):
+    if kernels.usable(chunk.dtype, chunk.device):
         log_sum = kernels.log_sums(chunk, temperature)
     else:
         over_row = partial(torch.logsumexp, dim=1) if numerics == "fast" else log_sum_exp

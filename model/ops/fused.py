@@ -20,7 +20,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, numerics: Numerics) -> Tensor:
         ctx.eps = eps
-        if kernels.serves(x, numerics):
+        if kernels.usable(x.dtype, x.device):
             ctx.save_for_backward(x, weight, None)
             return kernels.rms_norm(x, weight, eps)
         wide, mean = x.float(), _row_mean if numerics == "fast" else reductions.row_mean
@@ -32,6 +32,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, weight, scale = ctx.saved_tensors
+        if kernels.usable(x.dtype, x.device):
+            return *kernels.rms_norm_gradient(x, weight, gradient, ctx.eps), None, None
         scale = torch.rsqrt(_row_mean(x.float().square()) + ctx.eps) if scale is None else scale
         normed = x.float() * scale
         dy = gradient.float()
@@ -54,7 +56,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, numerics: Numerics) -> Tensor:
         ctx.save_for_backward(gate_up)
-        if kernels.serves(gate_up, numerics):
+        if kernels.usable(gate_up.dtype, gate_up.device):
             return kernels.swiglu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return (F.silu(gate) if numerics == "fast" else reductions.silu(gate)).mul_(up)
@@ -63,6 +65,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         (gate_up,) = ctx.saved_tensors
+        if kernels.usable(gate_up.dtype, gate_up.device):
+            return kernels.swiglu_gradient(gate_up, gradient), None
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         d_gate, d_up = out.chunk(2, dim=-1)
@@ -84,17 +88,19 @@ def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, numerics: Numerics) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return kernels.rotary(x, (cos, sin)) if kernels.serves(x, numerics) else _rotated(x, cos, sin)
+        return _rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(gradients[0], cos, -sin), None, None, None
+        return _rotated(gradients[0], cos, -sin), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if kernels.usable(x.dtype, x.device):
+        return kernels.rotary(x, (cos, sin))
     half = x.shape[-1] // 2
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
@@ -102,6 +108,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def rotary(x: Tensor, table: tuple[Tensor, Tensor], numerics: Numerics = "fast") -> Tensor:
+def rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of heads [T, H, head_dim], from `Rope.table`; the first half of a head pairs with the second."""
-    return _Rotary.apply(x, *table, numerics)
+    return _Rotary.apply(x, *table)

@@ -1,6 +1,7 @@
 """Linear projections x · Wᵀ: plain, with a weight packed for CPU inference, or batch-invariant."""
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,41 @@ def project(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast
     """x · weightᵀ, batch-invariant in exact numerics; a packed weight has no gradient."""
     if isinstance(weight, PackedWeight):
         return weight(x)
-    return F.linear(x, weight) if numerics == "fast" else product(x, weight)
+    if numerics == "exact":
+        return product(x, weight)
+    return _Linear.apply(x, weight) if has_transposes(weight) else F.linear(x, weight)
+
+
+def has_transposes(weight: Tensor) -> bool:
+    """Whether gradients of a weight are products of transposed copies here: in bf16 on a CPU, with a C compiler."""
+    return weight.dtype == torch.bfloat16 and kernels.usable(weight.dtype, weight.device)
+
+
+class _Linear(torch.autograd.Function):
+    """`F.linear` with a gradient of the weight by `weight_gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_weight = weight_gradient(gradient.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight
+
+
+def weight_gradient(gradient_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """gradientᵀ · x, [O, I], where `has_transposes`.
+
+    oneDNN reads rows that are added up over three times as fast as columns, so the narrower side is transposed first.
+    """
+    if x_TI.shape[1] >= gradient_TO.shape[1]:
+        return kernels.transposed(gradient_TO) @ x_TI
+    return kernels.transposed(kernels.transposed(x_TI) @ gradient_TO)
 
 
 def biased(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,6 @@ from lockstep.distributed.checkpoint.tensors import digest, to_numpy
 from lockstep.distributed.device import give_back
 from lockstep.model.attention.kv_cache import kinds
 from lockstep.model.attention.paged_kernel import BLOCK
-from lockstep.model.ops.cpu import kernels
 from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.config import EngineConfig, check_recordable
 from lockstep.rl.rollout.model_runner import ModelRunner, block_counts
@@ -261,7 +260,7 @@ class RolloutEngine:
         if self._given_back:
             raise RuntimeError("the weights have been given back: update them first")
         try:
-            with torch.inference_mode(), kernels.fused():
+            with torch.inference_mode():
                 return self._stepped(self._scheduler.plan())
         except BaseException:
             self._scheduler.restart()

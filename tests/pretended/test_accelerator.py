@@ -1,7 +1,7 @@
 """On a pretended accelerator training, saving and rollouts mix no devices, wait no more than is listed, and agree.
 
-The numbers are those of the same work on the CPU, bit for bit, where that attends as an accelerator does: by torch's
-attention whatever a document's length, and by its plain products.
+The numbers are those of the same work on the CPU, bit for bit, where that computes as an accelerator does: without the
+loops of `kernels.c`, by torch's attention whatever a document's length, and by its plain products.
 """
 
 import os
@@ -66,9 +66,10 @@ class Training:
 
 
 @contextmanager
-def attention_of_an_accelerator() -> Iterator[None]:
-    """Within this block a CPU attends as an accelerator does."""
+def operations_of_an_accelerator() -> Iterator[None]:
+    """Within this block a CPU computes as an accelerator does: no loops of a CPU, and torch's attention."""
     with ExitStack() as stack:
+        stack.enter_context(patch.object(kernels, "usable", lambda *_: False))
         if not torch.cuda.is_available():
             stack.enter_context(patch.object(packed, "LONGEST_IN_FULL", 0))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -92,7 +93,7 @@ def digests(trainer: Trainer) -> list[str]:
 def trained(groups: Groups, name: str, dtype: str, steps: int = 3) -> Training:
     """From the second step on ZeRO-3 knows the order of modules, and fetches them ahead."""
     trainer = trainer_of(groups, name, dtype, ADAMW, RandomWeights(MODELS[name], seed=1))
-    with attention_of_an_accelerator():
+    with operations_of_an_accelerator():
         losses = [step(trainer, number) for number in range(1, steps)]
         with watched() as watch:
             losses.append(step(trainer, steps))
@@ -203,12 +204,12 @@ def test_steps_are_those_of_the_cpu(
 
 
 def straight_on(groups: Groups, folder: Path, name: str) -> Losses:
-    with attention_of_an_accelerator():
+    with operations_of_an_accelerator():
         return straight(groups, folder, name, "bfloat16", ADAMW)
 
 
 def resumed_on(groups: Groups, source: Path, target: Path, name: str) -> Losses:
-    with attention_of_an_accelerator():
+    with operations_of_an_accelerator():
         return resumed(groups, source, target, name, "bfloat16", ADAMW)
 
 
@@ -267,7 +268,7 @@ def served(groups: Groups) -> Served:
     requests = [Request(key, tuple(range(1, 2 + 9 * key)), draws[key % 2], seed=key, sample=0) for key in range(3)]
     waits: dict[str, Counter[str]] = {}
     parts: list[Any] = [None] * groups.layout.processes
-    with attention_of_an_accelerator(), patch.object(kernels, "usable", lambda *_: False):  # none is for accelerators
+    with operations_of_an_accelerator():
         step(trainer, 1)
         with watched() as watch, trainer.engine.whole_weights():
             shards = shards_of(trainer.transformer)

@@ -32,10 +32,34 @@ class NormJob(ctypes.Structure):
     _fields_ = _fields("taken rows width", "x weight out", "eps")
 
 
+class NormGradientJob(ctypes.Structure):
+    """`struct norm_gradient`: gradients of RMSNorm."""
+
+    _fields_ = _fields("taken rows width", "x weight gradient out of_weight", "eps")
+
+
 class GateJob(ctypes.Structure):
     """`struct gate`: SwiGLU over rows."""
 
     _fields_ = _fields("taken rows width", "x out")
+
+
+class GateGradientJob(ctypes.Structure):
+    """`struct gate_gradient`: gradients of SwiGLU."""
+
+    _fields_ = _fields("taken rows width", "x gradient out")
+
+
+class LogitsGradientJob(ctypes.Structure):
+    """`struct logits_gradient`: gradients of the logits of a softmax."""
+
+    _fields_ = _fields("taken rows size stride", "logits targets log_sums at_target spread out", "scale")
+
+
+class TransposedJob(ctypes.Structure):
+    """`struct transposed`: a matrix with rows and columns exchanged."""
+
+    _fields_ = _fields("taken rows columns stride", "x out")
 
 
 class DrawJob(ctypes.Structure):

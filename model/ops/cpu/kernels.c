@@ -463,6 +463,58 @@ void norm(struct norm *job)
     }
 }
 
+/* Gradients of `norm`. Those of the weight are added up over ROWS_OF_A_PART rows at a time, whatever threads there are. */
+enum { ROWS_OF_A_PART = 32 };
+
+struct norm_gradient {
+    int64_t taken, rows, width;
+    const NUMBER *x, *weight, *gradient;             /* [rows, width]; [width] */
+    NUMBER *out;                                     /* of x, [rows, width] */
+    float *of_weight;                                /* [rows / ROWS_OF_A_PART, rounded up, width] */
+    float eps;
+};
+
+static void norm_gradient_of(const struct norm_gradient *job, int64_t row, float *of_weight)
+{
+    int64_t width = job->width, e = 0;
+    const NUMBER *x = job->x + row * width, *d = job->gradient + row * width, *w = job->weight;
+    NUMBER *out = job->out + row * width;
+    lanes squares = {}, along = {};
+    float more_squares = 0, more_along = 0;
+    for (; e + LANES <= width; e += LANES) {
+        lanes part = load(x + e);
+        squares += part * part;
+        along += part * load(d + e) * load(w + e);
+    }
+    for (; e < width; e++) {
+        more_squares += wide(x[e]) * wide(x[e]);
+        more_along += wide(x[e]) * wide(d[e]) * wide(w[e]);
+    }
+    float scale = 1 / sqrtf((sum(squares) + more_squares) / width + job->eps);
+    float mean = (sum(along) + more_along) * scale / width;
+    for (e = 0; e + LANES <= width; e += LANES) {
+        lanes normed = load(x + e) * scale, gradient = load(d + e);
+        put(of_weight + e, get(of_weight + e) + gradient * normed);
+        store(out + e, (gradient * load(w + e) - normed * mean) * scale);
+    }
+    for (; e < width; e++) {
+        float normed = wide(x[e]) * scale;
+        of_weight[e] += wide(d[e]) * normed;
+        out[e] = narrow((wide(d[e]) * wide(w[e]) - normed * mean) * scale);
+    }
+}
+
+void norm_gradient(struct norm_gradient *job)
+{
+    int64_t part, width = job->width;
+    while ((part = next(&job->taken)) * ROWS_OF_A_PART < job->rows) {
+        float *of_weight = job->of_weight + part * width;
+        memset(of_weight, 0, width * sizeof(float));
+        for (int64_t row = part * ROWS_OF_A_PART; row < (part + 1) * ROWS_OF_A_PART && row < job->rows; row++)
+            norm_gradient_of(job, row, of_weight);
+    }
+}
+
 /* silu(gate) * up, where gate and up are the halves of rows; silu(gate) is rounded before it is multiplied. */
 struct gate {
     int64_t taken, rows, width;                      /* of a half */
@@ -487,6 +539,34 @@ void gate(struct gate *job)
         for (; e < width; e++) {
             float g = wide(x[e]);
             out[e] = narrow(wide(narrow(g / (1 + expf(-g)))) * wide(x[width + e]));
+        }
+    }
+}
+
+/* Gradients of `gate`. */
+struct gate_gradient {
+    int64_t taken, rows, width;                      /* of a half */
+    const NUMBER *x, *gradient;                      /* [rows, 2 width]; [rows, width] */
+    NUMBER *out;                                     /* [rows, 2 width] */
+};
+
+void gate_gradient(struct gate_gradient *job)
+{
+    int64_t row, width = job->width;
+    while ((row = next(&job->taken)) < job->rows) {
+        const NUMBER *x = job->x + row * 2 * width, *d = job->gradient + row * width;
+        NUMBER *out = job->out + row * 2 * width;
+        int64_t e = 0;
+        for (; e + LANES <= width; e += LANES) {
+            lanes g = load(x + e), small = exponential(pick(g < 0, g, -g)), gradient = load(d + e);
+            lanes share = pick(g < 0, small, all(1)) / (1 + small), silu = g * share;
+            store(out + e, gradient * load(x + width + e) * (share + silu * (1 - share)));
+            store(out + width + e, gradient * silu);
+        }
+        for (; e < width; e++) {
+            float g = wide(x[e]), share = 1 / (1 + expf(-g)), silu = g * share, gradient = wide(d[e]);
+            out[e] = narrow(gradient * wide(x[width + e]) * (share + silu * (1 - share)));
+            out[width + e] = narrow(gradient * silu);
         }
     }
 }
@@ -601,6 +681,13 @@ void draw(struct draw *job)
     }
 }
 
+/* e^(logit * scale - log_sum); 0 for a logit that is impossible, and no number where one of both is none. */
+static inline lanes probability(lanes logits, float scale, float log_sum)
+{
+    lanes x = logits * scale - log_sum, found = exponential(pick(x < 0, x, all(0)));
+    return pick(x == x, pick(x > all(-87.0f), found, all(0)), x);
+}
+
 /* The logarithm of the sum of e^(logit * scale) over each row. */
 struct log_sums {
     int64_t taken, rows, size, stride;               /* from row to row */
@@ -618,6 +705,84 @@ void log_sums(struct log_sums *job)
         double total = 0;
         for (int64_t s = 0; s < stretches && most > -INFINITY; s++) total += stretch(logits, size, s, job->scale, most);
         job->out[row] = most > -INFINITY ? most * job->scale + log(total) : most;
+    }
+}
+
+/* The gradient of each row's logits from those of its target's log-probability and of its log-sum: with p the softmax of
+   logits * scale, (at_target * [target] + spread * p) * scale. */
+struct logits_gradient {
+    int64_t taken, rows, size, stride;               /* from row to row */
+    const NUMBER *logits;
+    const int64_t *targets;                          /* outside of 0 … size−1 where another rank has it */
+    const float *log_sums, *at_target, *spread;
+    NUMBER *out;                                     /* [rows, size] */
+    float scale;
+};
+
+void logits_gradient(struct logits_gradient *job)
+{
+    int64_t row, size = job->size;
+    while ((row = next(&job->taken)) < job->rows) {
+        const NUMBER *logits = job->logits + row * job->stride;
+        NUMBER *out = job->out + row * size;
+        float log_sum = job->log_sums[row], factor = job->spread[row] * job->scale;
+        int64_t i = 0, target = job->targets[row];
+        for (; i + LANES <= size; i += LANES) store(out + i, probability(load(logits + i), job->scale, log_sum) * factor);
+        for (; i < size; i++) out[i] = narrow(probability(all(wide(logits[i])), job->scale, log_sum)[0] * factor);
+        if (target < 0 || target >= size) continue;
+        float of_target = probability(all(wide(logits[target])), job->scale, log_sum)[0] * factor;
+        out[target] = narrow(of_target + job->at_target[row] * job->scale);
+    }
+}
+
+/* A matrix with rows and columns exchanged. */
+struct transposed {
+    int64_t taken, rows, columns, stride;            /* from row to row of x */
+    const NUMBER *x;                                 /* [rows, columns] */
+    NUMBER *out;                                     /* [columns, rows] */
+};
+
+enum { WIDE = 64 / sizeof(NUMBER), BAND = 128 };
+
+typedef __typeof__(__builtin_choose_expr(sizeof(NUMBER) == 4, (uint32_t)0, (uint16_t)0)) bits_of;
+typedef bits_of row_of __attribute__((vector_size(64), aligned(sizeof(NUMBER)), may_alias));
+
+/* WIDE rows of WIDE columns, exchanged by halves, quarters and so on: so many times, pairs of rows swap what is not theirs. */
+static inline void turn_block(const NUMBER *x, int64_t stride, NUMBER *out, int64_t out_stride)
+{
+    row_of rows[WIDE];
+    for (int r = 0; r < WIDE; r++) rows[r] = *(const row_of *)(x + r * stride);
+#pragma GCC unroll 8
+    for (int step = WIDE / 2; step > 0; step /= 2) {
+        row_of low, high;
+        for (int i = 0; i < WIDE; i++) {
+            low[i] = i & step ? WIDE + i - step : i;
+            high[i] = i & step ? WIDE + i : i + step;
+        }
+#pragma GCC unroll 32
+        for (int r = 0; r < WIDE; r++)
+            if (!(r & step)) {
+                row_of first = rows[r], second = rows[r + step];
+                rows[r] = __builtin_shuffle(first, second, low);
+                rows[r + step] = __builtin_shuffle(first, second, high);
+            }
+    }
+    for (int r = 0; r < WIDE; r++) *(row_of *)(out + r * out_stride) = rows[r];
+}
+
+void transposed(struct transposed *job)
+{
+    int64_t band, bands = (job->columns + BAND - 1) / BAND, stride = job->stride, rows = job->rows;
+    while ((band = next(&job->taken)) < bands) {
+        int64_t first = band * BAND, last = first + BAND < job->columns ? first + BAND : job->columns, r = 0;
+        for (; r + WIDE <= rows; r += WIDE) {
+            int64_t c = first;
+            for (; c + WIDE <= last; c += WIDE) turn_block(job->x + r * stride + c, stride, job->out + c * rows + r, rows);
+            for (; c < last; c++)
+                for (int64_t i = r; i < r + WIDE; i++) job->out[c * rows + i] = job->x[i * stride + c];
+        }
+        for (; r < rows; r++)
+            for (int64_t c = first; c < last; c++) job->out[c * rows + r] = job->x[r * stride + c];
     }
 }
 

@@ -5,9 +5,7 @@ Their results are batch-invariant, which exact numerics need in training, too. W
 are used.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -15,32 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.model.config import Numerics
-from lockstep.model.ops.cpu.jobs import DrawJob, GateJob, LogSumsJob, NormJob, ProductJob, TurnJob
+from lockstep.model.ops.cpu.jobs import (
+    DrawJob,
+    GateGradientJob,
+    GateJob,
+    LogitsGradientJob,
+    LogSumsJob,
+    NormGradientJob,
+    NormJob,
+    ProductJob,
+    TransposedJob,
+    TurnJob,
+)
 from lockstep.model.ops.cpu.library import NUMBERS, library_of, loaded, run
 
 LINE, SIDE = 32, 16
 """Inputs and outputs of a tile of a weight."""
-
-_fused: ContextVar[bool] = ContextVar("fused", default=False)
-
-
-@contextmanager
-def fused() -> Iterator[None]:
-    """Within this block fast numerics on a CPU, too, use these loops for RMSNorm, SwiGLU and rotary embedding.
-
-    They round where torch's operations do, and sum in an order of their own.
-    """
-    token = _fused.set(True)
-    try:
-        yield
-    finally:
-        _fused.reset(token)
-
-
-def serves(x: Tensor, numerics: Numerics) -> bool:
-    """Whether an operation on x uses these loops: in exact numerics wherever they exist, else within `fused`."""
-    return (numerics == "exact" or _fused.get()) and usable(x.dtype, x.device)
+ROWS_OF_A_PART = 32
+"""Rows whose gradients of a norm's weight are added up before others."""
 
 
 def usable(dtype: torch.dtype, device: torch.device) -> bool:
@@ -62,6 +52,34 @@ def log_sums(logits_KV: Tensor, temperature: float) -> Tensor:
         scale=1 / temperature,
     )
     run("log_sums", job, logits_KV.dtype, size=logits_KV.numel())
+    return out
+
+
+def logits_gradient(
+    logits_KV: Tensor, targets_K: Tensor, log_sums_K: Tensor, at_target_K: Tensor, spread_K: Tensor, temperature: float
+) -> Tensor:
+    """Gradient of logits, [K, V], from those of log-probabilities of targets and of log-sums.
+
+    With p = softmax(logits / temperature) it is (at_target · 1[target] + spread · p) / temperature.
+
+    Args:
+        logits_KV: with contiguous rows.
+        targets_K: columns; those outside of the logits belong to other ranks.
+        log_sums_K: as of `log_sums`, over all ranks.
+        at_target_K, spread_K: in fp32.
+    """
+    out = torch.empty_like(logits_KV)
+    columns = [t.contiguous() for t in (targets_K, log_sums_K, at_target_K, spread_K)]
+    job = LogitsGradientJob(
+        rows=len(out),
+        size=logits_KV.shape[1],
+        stride=logits_KV.stride(0),
+        logits=logits_KV.data_ptr(),
+        out=out.data_ptr(),
+        scale=1 / temperature,
+    )
+    job.targets, job.log_sums, job.at_target, job.spread = (t.data_ptr() for t in columns)
+    run("logits_gradient", job, logits_KV.dtype, size=logits_KV.numel())
     return out
 
 
@@ -129,6 +147,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def rms_norm_gradient(x: Tensor, weight: Tensor, gradient: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of `rms_norm` by x and by the weight, in their dtype."""
+    x, gradient, width = x.contiguous(), gradient.contiguous(), x.shape[-1]
+    rows = x.numel() // width
+    out, of_weight = torch.empty_like(x), torch.empty(-(-rows // ROWS_OF_A_PART), width)
+    job = NormGradientJob(
+        rows=rows,
+        width=width,
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        gradient=gradient.data_ptr(),
+        out=out.data_ptr(),
+        of_weight=of_weight.data_ptr(),
+        eps=eps,
+    )
+    run("norm_gradient", job, x.dtype, size=x.numel())
+    return out, of_weight.sum(0).to(weight.dtype)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """See `fused.swiglu`; without a gradient."""
     gate_up = gate_up.contiguous()
@@ -136,6 +173,32 @@ def swiglu(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     job = GateJob(rows=gate_up.numel() // (2 * width), width=width, x=gate_up.data_ptr(), out=out.data_ptr())
     run("gate", job, gate_up.dtype, size=gate_up.numel())
+    return out
+
+
+def swiglu_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient of `swiglu`."""
+    gate_up, gradient, width = gate_up.contiguous(), gradient.contiguous(), gradient.shape[-1]
+    out = torch.empty_like(gate_up)
+    job = GateGradientJob(
+        rows=gate_up.numel() // (2 * width),
+        width=width,
+        x=gate_up.data_ptr(),
+        gradient=gradient.data_ptr(),
+        out=out.data_ptr(),
+    )
+    run("gate_gradient", job, gate_up.dtype, size=gate_up.numel())
+    return out
+
+
+def transposed(x_RC: Tensor) -> Tensor:
+    """A contiguous copy of xᵀ, [C, R]: torch's own takes several times as long where rows are long."""
+    rows, columns = x_RC.shape
+    out = x_RC.new_empty(columns, rows)
+    if x_RC.stride(1) != 1:
+        return out.copy_(x_RC.t())
+    job = TransposedJob(rows=rows, columns=columns, stride=x_RC.stride(0), x=x_RC.data_ptr(), out=out.data_ptr())
+    run("transposed", job, x_RC.dtype, size=x_RC.numel())
     return out
 
 

@@ -363,7 +363,7 @@ OURS = {
     ),
 }
 LAYOUTS: list[tuple[str, Layout, Literal["adamw", "muon"]]] = [
-    ("tied", Layout(tensor=2, pipeline=2), "adamw"),
+    ("tied", Layout(pipeline=2, data=2), "adamw"),
     ("untied", Layout(pipeline=2, data=2, zero=2), "muon"),
     ("moe", Layout(tensor=2, data=2), "adamw"),
     ("untied", Layout(tensor=2, data=2, zero=3), "adamw"),
@@ -377,11 +377,11 @@ Part = tuple[str, Box, np.ndarray]
 def kinds_by_us(name: str, layout: Layout, optimizer: str) -> tuple[str, ...]:
     """Which state a logical tensor has."""
     moments = ("momentum",) if optimizer == "muon" and is_projection(name) else KINDS[1:]
-    return ("master", *moments) if layout.zero else moments
+    return ("master", *moments) if layout.zero_stage else moments
 
 
 def trainer_of(groups: Groups, name: str, optimizer: Literal["adamw", "muon"], source: Source) -> Trainer:
-    dtype = torch.float32 if groups.layout.zero == 0 else torch.bfloat16
+    dtype = torch.float32 if groups.layout.zero_stage == 0 else torch.bfloat16
     return Trainer(build(OURS[name], groups, dtype, source), groups, OptimizerConfig(kind=optimizer))
 
 
@@ -413,7 +413,7 @@ def resumed_by_us(groups: Groups, name: str, optimizer: Literal["adamw", "muon"]
 
 
 def parts_of(trainer: Trainer, engine: Any, optimizer: str) -> Iterator[Part]:
-    zero = trainer.groups.layout.zero
+    zero = trainer.groups.layout.zero_stage
     if zero in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -10,8 +10,9 @@ from torch import Tensor
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.world.groups import Groups
 from lockstep.distributed.world.rank_pool import RankPool
-from lockstep.model.layers.logprobs import CHUNKS, local_logits, token_logprobs, token_scores
+from lockstep.model.layers.logprobs import CHUNKS, _d_chunk, local_logits, token_logprobs, token_scores
 from lockstep.model.weights.sharding import padded_vocabulary
+from tests.model.exact_rollouts import by_way
 
 WIDTH = 12
 SIZES = [(0, 31), (1, 31), (5, 2), (CHUNKS["fast"], 30), (CHUNKS["fast"] + 3, 31), (2 * CHUNKS["fast"] + 1, 7)]
@@ -197,3 +198,23 @@ def test_entropy_is_that_of_the_whole_vocabulary(temperature: float, cap: float 
 def test_entropy_in_bfloat16_stays_near(groups: Groups) -> None:
     found = [torch.from_numpy(t) for t in entropies(groups, 1.0, None, torch.bfloat16)]
     check([*found[:2], found[2][:31]], naive_entropies(1.0, None), 0.06)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_gradients_of_logits_are_those_without_a_compiler(dtype: torch.dtype, temperature: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = (torch.randn(9, 101, generator=draw) * 8).to(dtype)
+    logits[:, 90:] = float("-inf")
+    targets = torch.tensor([0, 15, 16, 89, 3, -4, 200, 7, 31])  # two are of other ranks
+    columns = [logits.float().div(temperature).logsumexp(1), targets, torch.randn(9, generator=draw)]
+    columns.append(torch.randn(9, generator=draw))
+    found = {}
+    for compiled in (True, False):
+        with by_way(compiled):
+            found[compiled] = _d_chunk(logits, *columns, temperature=temperature, cap=None)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]  # exponents up to 40 are rounded to 4e-6
+    assert torch.allclose(found[True], found[False], rtol=tolerance, atol=tolerance / 100)
+    assert (found[True][:, 90:] == 0).all()
+    logits[4, 50] = float("nan")
+    assert _d_chunk(logits, *columns, temperature=temperature, cap=None)[4].isnan().any(), "what is none stays none"

@@ -10,10 +10,11 @@ from torch import Tensor
 from lockstep.model.attention.spec import soft_capped
 from lockstep.model.ops.fused import gated, rms_norm, rotary, swiglu
 from lockstep.model.rope import Rope
+from tests.model.exact_rollouts import WAYS, by_way
 
 LOOSE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (3e-2, 3e-2)}
 DTYPES = pytest.mark.parametrize("dtype", LOOSE, ids=str)
-SHAPES = pytest.mark.parametrize("shape", [(1, 1, 8), (7, 1, 48), (5, 3, 16)], ids=str)
+SHAPES = pytest.mark.parametrize("shape", [(1, 1, 8), (7, 1, 48), (5, 3, 16), (70, 1, 54)], ids=str)
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -40,25 +41,29 @@ def check(ours: Callable[..., Tensor], naive: Callable[..., Tensor], inputs: Seq
         assert torch.equal(x, old), "an input was written to"
 
 
+@WAYS
 @DTYPES
 @SHAPES
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
-def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, eps: float) -> None:
+def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, eps: float, compiled: bool) -> None:
     def naive(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
     x, weight = normal(shape, dtype, 0), normal(shape[-1:], dtype, 1)
-    check(lambda x, w: rms_norm(x, w, eps), naive, [x, weight])
+    with by_way(compiled):
+        check(lambda x, w: rms_norm(x, w, eps), naive, [x, weight])
 
 
+@WAYS
 @DTYPES
 @SHAPES
-def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype, compiled: bool) -> None:
     def naive(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return gate * torch.sigmoid(gate) * up
 
-    check(swiglu, naive, [normal(shape, dtype, 2)])
+    with by_way(compiled):
+        check(swiglu, naive, [normal(shape, dtype, 2)])
 
 
 @DTYPES
@@ -77,9 +82,10 @@ def test_soft_capped() -> None:
     assert soft_capped(scores, None) is scores
 
 
+@WAYS
 @DTYPES
-@pytest.mark.parametrize(("heads", "width"), [(1, 2), (3, 8)])
-def test_rotary(heads: int, width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("heads", "width"), [(1, 2), (3, 8), (2, 64)])
+def test_rotary(heads: int, width: int, dtype: torch.dtype, compiled: bool) -> None:
     positions = torch.tensor([0, 1, 2, 0, 100, 7])
 
     def naive(x: Tensor) -> Tensor:
@@ -90,7 +96,8 @@ def test_rotary(heads: int, width: int, dtype: torch.dtype) -> None:
         return torch.cat((turned.real, turned.imag), dim=-1)
 
     table = Rope(theta=5000.0).table(positions, width, dtype)
-    check(lambda x: rotary(x, table), naive, [normal((6, heads, width), dtype, 3)])
+    with by_way(compiled):
+        check(lambda x: rotary(x, table), naive, [normal((6, heads, width), dtype, 3)])
 
 
 def test_rotary_of_a_part_of_a_larger_tensor() -> None:
@@ -116,3 +123,16 @@ def test_silu_agrees_with_torch_where_it_saturates() -> None:
     assert torch.equal(out.detach(), F.silu(gate))
     assert gate_up.grad is not None
     assert torch.equal(gate_up.grad[0, :5], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+
+
+@DTYPES
+def test_gradients_have_the_same_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
+    x, weight, slope = normal((700, 96), dtype, 1), normal((96,), dtype, 2), normal((700, 96), dtype, 3).detach()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        of_norm = torch.autograd.grad(rms_norm(x, weight, 1e-5), [x, weight], slope)
+        found.append([*of_norm, *torch.autograd.grad(swiglu(x), [x], slope[:, :48])])
+    torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
