@@ -5,7 +5,7 @@ that one block serves both.
 """
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -40,21 +40,17 @@ class DocumentAttention:
         Args:
             documents: for each the tokens of its prompt and of each of its branches; all add up to T.
         """
-        self._segments, self._device, self._numerics = _segments(documents), device, numerics
+        segments = _segments(documents)
+        self._kernel = FlashKernel(segments) if numerics == "fast" and device.type == "cpu" else None
+        self._padded = cache(partial(_PaddedSegments, segments, device, numerics))
+        if self._kernel is None:
+            self._padded()  # ahead of the pass: its tensors have to get to the device
 
     def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
         """See `Attend`."""
-        if self._numerics == "fast" and serves(q_THE, spec):
+        if self._kernel is not None and serves(q_THE, spec):
             return self._kernel(q_THE, k_TGE, v_TGE, spec)
-        return self._padded(q_THE, k_TGE, v_TGE, spec)
-
-    @cached_property
-    def _kernel(self) -> FlashKernel:
-        return FlashKernel(self._segments)
-
-    @cached_property
-    def _padded(self) -> "_PaddedSegments":
-        return _PaddedSegments(self._segments, self._device, self._numerics)
+        return self._padded()(q_THE, k_TGE, v_TGE, spec)
 
 
 class _PaddedSegments:

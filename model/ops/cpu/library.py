@@ -63,7 +63,7 @@ def library_of(dtype: torch.dtype) -> ctypes.CDLL | None:
 
     Compiled libraries are kept in the user's cache. Without a compiler the newest one of the same sources is taken.
     """
-sources = [Path(__file__).with_name(name) for name in SOURCES]
+    sources = [Path(__file__).with_name(name) for name in SOURCES]
     compiler = compiler_command()
     words = [*FLAGS, f"-DNUMBER={NUMBERS[dtype]}"]
     texts = [path.read_bytes() for path in (*sources, Path(__file__).with_name("lanes.h"))]

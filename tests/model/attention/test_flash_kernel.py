@@ -54,7 +54,7 @@ def check(documents: Documents, tensors: list[Tensor], spec: AttentionSpec, tole
         assert torch.allclose(found.double(), wanted, rtol=tolerance, atol=slack)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     some_documents,
     st.builds(AttentionSpec, scale=st.none() | st.just(0.7), window=st.none() | st.integers(1, 90)),
