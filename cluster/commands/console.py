@@ -5,14 +5,17 @@ Text is printed as it is: names of users may look like markup or emoji codes.
 
 import dis
 import inspect
+import json
+import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO, TextIO
 
 import typer
 from rich.console import Console
@@ -23,6 +26,7 @@ from typer.models import OptionInfo
 import lockstep
 from lockstep.cluster.exit_codes import FAILED, INFRASTRUCTURE, INTERRUPTED, REFUSED, Unreachable
 from lockstep.cluster.records.progress import duration
+from lockstep.data.json_text import encodable
 
 out = Console(soft_wrap=True, markup=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
@@ -101,6 +105,40 @@ def with_flags(sentence: str, flags: dict[str, str]) -> str:
 
 def _plain(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+@contextmanager
+def opened_input(name: str) -> Iterator[BinaryIO]:
+    """Open a file for reading, or stdin, whose name is `-`."""
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    with Path(name).open("rb") as file:
+        yield file
+
+
+@contextmanager
+def json_lines(path: Path | None) -> Iterator[Callable[[Any], None]]:
+    """Write JSON lines to a file, or to stdout without one; yields a function that writes a row, at once and whole.
+
+    Where nobody reads them any more, as behind `head`, the command ends without a word, with exit code 1.
+    """
+    if path is None:
+        yield lambda row: _write_line(sys.stdout, row)
+        return
+    with path.open("w", encoding="utf-8") as file:
+        yield lambda row: _write_line(file, row)
+
+
+def _write_line(file: TextIO, row: Any) -> None:
+    line = json.dumps(row, ensure_ascii=False)
+    try:
+        file.write(f"{line if encodable(line) else json.dumps(row)}\n")
+        file.flush()
+    except BrokenPipeError as error:
+        with open(os.devnull, "wb") as nowhere:  # for what is still buffered, so that closing the file does not fail
+            os.dup2(nowhere.fileno(), file.fileno())
+        raise typer.Exit(FAILED) from error
 
 
 LINE_S = 10.0

@@ -1,16 +1,15 @@
 """The commands `lockstep eval`, accuracy and pass@k of a model on held-out problems, and `lockstep grade`, verdicts."""
 
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lockstep.cluster.commands.console import err, out, progress, sentences
+from lockstep.cluster.commands.console import err, opened_input, out, progress, sentences
 from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, overriding
 
 if TYPE_CHECKING:
@@ -196,7 +195,7 @@ def grade_answers(
     processes = workers or os.cpu_count() or 1
     outcomes, bad, audited = Counter[str](), 0, list[Graded]()
     with ExitStack() as stack:
-        lines = stack.enter_context(_opened(answers))
+        lines = stack.enter_context(opened_input(answers))
         pool = stack.enter_context(pool_for(chosen, processes, deadline, err.print))
         finish = stack.enter_context(auditor(processes, deadline)) if audit else Graded
         rows = read_rows(lines, "stdin" if answers == "-" else answers, chosen)
@@ -222,12 +221,3 @@ def _grader(name: str, *, audit: bool) -> "Task":
             return name
         case _:
             raise ValueError(f"--task {name!r} is not supported: use math, code or gym")
-
-
-@contextmanager
-def _opened(name: str) -> Iterator[BinaryIO]:
-    if name == "-":
-        yield sys.stdin.buffer
-        return
-    with Path(name).open("rb") as file:
-        yield file

@@ -1,15 +1,14 @@
 """The commands `lockstep generate` and `lockstep serve`."""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lockstep.cluster.commands.console import err, sentences
+from lockstep.cluster.commands.console import err, json_lines, sentences
 from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, Speculate
 
 if TYPE_CHECKING:
@@ -174,19 +173,9 @@ def _stream(answerer: "Answerer", question: "Question") -> None:
 
 def _write(answerer: "Answerer", questions: "list[Question]", samples: int, output: Path | None) -> None:
     """Write completions as JSON lines."""
-    with _opened(output) as file:
+    with json_lines(output) as write:
         for row in answerer.rows(questions, samples):
-            print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
-
-
-@contextmanager
-def _opened(path: Path | None) -> Iterator[TextIO]:
-    """A file for lines, or stdout."""
-    if path is None:
-        yield sys.stdout
-        return
-    with path.open("w", encoding="utf-8") as file:
-        yield file
+            write(row)
 
 
 def _show(piece: str) -> None:

@@ -1,6 +1,7 @@
 """What the package says of its arguments, a command says of its flags."""
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -12,7 +13,7 @@ import typer
 from rich.table import Table
 from typer.testing import CliRunner
 
-from lockstep.cluster.commands.console import flags_of, out, sentences, with_flags
+from lockstep.cluster.commands.console import flags_of, json_lines, out, sentences, with_flags
 from lockstep.cluster.commands.options import Overrides, overriding
 from lockstep.cluster.recipe.errors import RecipeError
 from lockstep.cluster.recipe.load import parse
@@ -112,3 +113,25 @@ def test_names_that_look_like_markup_are_printed_as_they_are() -> None:
         out.print(name)
         out.print(table)
     assert printed.get().count(name) == 5
+
+
+def test_rows_are_whole_lines_also_where_a_text_is_no_unicode(tmp_path: Path) -> None:
+    rows = [{"id": "naïve 🦊"}, {"id": "\ud83d alone"}, {"id": "a\nb"}]
+    with json_lines(tmp_path / "rows.jsonl") as write:
+        for row in rows:
+            write(row)
+            written = (tmp_path / "rows.jsonl").read_text()
+            assert written.endswith("}\n")
+    assert [json.loads(line) for line in written.splitlines()] == rows
+    assert "naïve 🦊" in written
+
+
+def test_rows_that_nobody_reads_end_a_command_without_a_word() -> None:
+    read, write_end = os.pipe()
+    with json_lines(Path(f"/proc/self/fd/{write_end}")) as write:
+        write({"index": 0})
+        os.close(read)
+        with pytest.raises(typer.Exit) as ended:
+            write({"index": 1})
+    assert ended.value.exit_code == 1
+    os.close(write_end)
