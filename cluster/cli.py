@@ -46,6 +46,7 @@ for name, command in {
     "serve": inference.serve,
     "eval": evaluate.evaluate_model,
     "grade": evaluate.grade_answers,
+    "score": checks.score,
     "convert": checkpoints.convert,
     "verify": checkpoints.verify,
     "inspect": checkpoints.inspect,

@@ -75,9 +75,17 @@ class Tokenizer:
         return 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
+    def bos(self) -> int | None:
+        """The id of the begin-of-text token, or None; whether texts begin with it is what `begin` says."""
+        return self._id_of("bos_token")
+
+    @property
     def eos(self) -> int | None:
         """The id of the end-of-text token, or None."""
-        name = self._names.get("eos_token")
+        return self._id_of("eos_token")
+
+    def _id_of(self, role: str) -> int | None:
+        name = self._names.get(role)
         return None if name is None else self._fast.token_to_id(name)
 
     @cached_property

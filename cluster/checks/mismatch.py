@@ -23,6 +23,7 @@ from lockstep.distributed.pipeline import Stage
 from lockstep.distributed.world.groups import Groups
 from lockstep.distributed.world.rank_pool import RankPool
 from lockstep.model.config import ModelConfig, Numerics, check_layout
+from lockstep.model.formats.registry import open_model
 from lockstep.model.loading import DTYPES, build, transformer_of
 from lockstep.model.objectives.mismatch import differing_bits
 from lockstep.model.training.forward import score
@@ -141,7 +142,7 @@ def measure_mismatch(name: str, work: Work) -> Mismatch:
     """
     layout = Layout(tensor=work.tensor)
     with tempfile.TemporaryDirectory() as folder, RankPool(TIMEOUT_S) as worlds:
-        checkpoint = as_lockstep(name, Path(folder))
+        checkpoint = as_lockstep(open_model(name), Path(folder))
         source = Checkpoint(checkpoint)
         check_layout(layout, ModelConfig(**source.manifest["model"]))
         prompts = _prompts(work, Tokenizer(source.files))

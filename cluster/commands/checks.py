@@ -1,17 +1,20 @@
-"""The commands `lockstep parity` and `lockstep mismatch`."""
+"""The commands `lockstep parity`, `lockstep mismatch` and `lockstep score`: what a trainer computes, as numbers."""
 
 import json
 import os
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lockstep.cluster.commands.console import err, out, sentences
-from lockstep.cluster.commands.options import Overrides, RecipeName, check_choice, overriding
+from lockstep.cluster.commands.console import err, json_lines, opened_input, out, sentences
+from lockstep.cluster.commands.options import Dtype, Overrides, RecipeName, check_choice, overriding
 
 if TYPE_CHECKING:
+    from lockstep.cluster.scoring.score import Rolling
+    from lockstep.cluster.scoring.texts import Text
     from lockstep.model.config import Numerics
 
 
@@ -77,3 +80,61 @@ def mismatch(
         out.print(table(found, work))
     if numerics == "exact" and found.differing_bits:
         raise typer.Exit(1)
+
+
+@sentences
+def score(
+    file: Annotated[
+        str, typer.Argument(help="JSON lines with text, prompt and completion, or messages; a .txt; - for stdin.")
+    ],
+    model: Annotated[str, typer.Option(help="A checkpoint, a run, a Hugging Face folder or a .gguf file.")],
+    output: Annotated[Path | None, typer.Option("--out", help="Write JSON lines here and not to stdout.")] = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Each token with its log-probability.")] = False,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Score longer texts in rolling windows of so many tokens.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that a window scores; half of the window otherwise.")
+    ] = None,
+    layout: Annotated[str, typer.Option(help='As "tensor=2,pipeline=2"; one process otherwise.')] = "",
+    numerics: Annotated[str, typer.Option(help="fast or exact.")] = "fast",
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Print log-probabilities, perplexity and bits a byte of given texts, as JSON lines; a summary goes to stderr.
+
+    Example: lockstep score texts.jsonl --model runs/quickstart
+    """
+    check_choice("--numerics", numerics, ("fast", "exact"))
+    check_choice("--dtype", dtype, ("bfloat16", "float32"))
+    texts, rolling = _texts(file), _rolling(window, stride)
+
+    from lockstep.cluster.recipe.load import parse_layout
+    from lockstep.cluster.scoring.likelihood import Scoring
+    from lockstep.cluster.scoring.score import Totals, planned
+
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that are started
+    chosen: Numerics = "exact" if numerics == "exact" else "fast"
+    totals = Totals()
+    with (
+        planned(model, texts, Scoring(parse_layout(layout), dtype, chosen), rolling) as work,
+        json_lines(output) as write,
+        closing(work.rows(totals, per_token=per_token)) as rows,
+    ):
+        for row in rows:
+            write(row)
+    err.print(totals.table())
+
+
+def _texts(file: str) -> "list[Text]":
+    from lockstep.cluster.scoring.texts import read_document, read_texts
+
+    with opened_input(file) as content:
+        return [read_document(content.read(), Path(file).name)] if file.endswith(".txt") else read_texts(content)
+
+
+def _rolling(window: int | None, stride: int | None) -> "Rolling | None":
+    from lockstep.cluster.scoring.score import Rolling
+
+    if window is None and stride is not None:
+        raise ValueError("--stride is of rolling windows: give --window, too")
+    return None if window is None else Rolling(window, stride or max(1, window // 2))

@@ -30,9 +30,18 @@ def read_language_model(checkpoint: Path | Storage) -> tuple[ModelConfig, Source
     """
     source = manager.Checkpoint(checkpoint)
     model = ModelConfig(**source.manifest["model"])
-    if model.head == "value":
-        raise UnknownModel(f"{checkpoint} has a value head and writes no text: give a language model's checkpoint")
+    check_language_model(model, checkpoint)
     return *merged(model, source), Tokenizer(source.files)
+
+
+def check_language_model(model: ModelConfig, name: object) -> None:
+    """Raise unless a model writes text.
+
+    Raises:
+        UnknownModel: names the checkpoint.
+    """
+    if model.head == "value":
+        raise UnknownModel(f"{name} has a value head and writes no text: give a language model's checkpoint")
 
 
 def tensors(source: Source, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:

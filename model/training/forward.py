@@ -1,6 +1,6 @@
 """The forward pass that scores tokens: log-probabilities of targets, or the values of a value head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,10 +16,19 @@ from lockstep.model.training.device_batch import DeviceBatch, DeviceRows, longes
 from lockstep.model.transformer import Transformer
 
 
-def scorer(groups: Groups, temperature: float, *, entropy: bool = False) -> Forward:
+def scorer(
+    groups: Groups,
+    temperature: float,
+    *,
+    entropy: bool = False,
+    scores_of: Callable[..., tuple[Tensor, ...]] = token_scores,
+) -> Forward:
     """Make the forward function of a transformer's stages; the last returns `token_scores` of a row, [2, K] or [3, K].
 
     With a value head it returns the values at the predictors, [1, K].
+
+    Args:
+        scores_of: what is computed instead of `token_scores`, from the same arguments.
     """
 
     def forward(module: nn.Module, batch: DeviceBatch, received: Tensor | None, chunk: int) -> Tensor:
@@ -28,7 +37,7 @@ def scorer(groups: Groups, temperature: float, *, entropy: bool = False) -> Forw
         def scores(hidden_T1D: Tensor) -> Tensor:
             if isinstance(head := getattr(module, "head", None), ValueHead):
                 return head(hidden_T1D[batch.predictors_K, 0])[None]
-            found = token_scores(
+            found = scores_of(
                 hidden_T1D[batch.predictors_K, 0],
                 module.head_weight,
                 batch.targets_K,
@@ -62,10 +71,10 @@ def score(stage: Stage, groups: Groups, rows: Sequence[TokenBatch], temperature:
     """
     batches, tokens = DeviceRows(stage, groups, rows), longest_document(rows)
     found = run_forward(stage, batches, scorer(groups, temperature), tokens=tokens)
-    return [_whole(row, scores[0], groups) for row, scores in zip(rows, found, strict=False)]
+    return [whole_row(row, scores[0], groups) for row, scores in zip(rows, found, strict=False)]
 
 
-def _whole(row: TokenBatch, logp: Tensor, groups: Groups) -> Tensor:
+def whole_row(row: TokenBatch, logp: Tensor, groups: Groups) -> Tensor:
     """The scores of the whole row, gathered from all context ranks."""
     if groups.layout.context == 1:
         return logp

@@ -61,9 +61,8 @@ def to_lockstep(name: str, destination: Path, *, dtype: str | None = None) -> Pa
     return _written(open_model(name), destination, dtype)
 
 
-def as_lockstep(name: str, folder: Path) -> Path | Storage:
-    """A checkpoint of ours: the one of this name, or what another format holds, converted into a folder."""
-    opened = open_model(name)
+def as_lockstep(opened: OpenModel, folder: Path) -> Path | Storage:
+    """A checkpoint of ours: the one that was opened, or what another format holds, converted into a folder."""
     source = opened.source
     return source.place if isinstance(source, Checkpoint) else _written(opened, folder)
 
@@ -84,7 +83,7 @@ def open_engine(name: str, dtype: str, config: EngineConfig) -> Iterator[tuple[R
         raise ValueError(f"dtype={dtype!r} is not supported: use bfloat16 or float32")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            ours = as_lockstep(name, Path(folder))
+            ours = as_lockstep(open_model(name), Path(folder))
             opened = load_rollout_engine(ours, config, dtype=dtype)
         yield opened
     finally:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from lockstep import __version__
 from tests.cluster.cli_process import Command, lockstep, refused, write_recipe
 
-COMMANDS = ("train", "generate", "serve", "eval", "grade", "convert", "verify", "inspect", "report", "submit")
+COMMANDS = ("train", "generate", "serve", "eval", "grade", "score", "convert", "verify", "inspect", "report", "submit")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
