@@ -13,8 +13,8 @@ from lockstep.cluster.commands.console import err, json_lines, opened_input, out
 from lockstep.cluster.commands.options import Dtype, Overrides, RecipeName, check_choice, overriding
 
 if TYPE_CHECKING:
-    from lockstep.cluster.scoring.score import Rolling
-    from lockstep.cluster.scoring.texts import Text
+    from lockstep.cluster.evaluation.scoring.score import Rolling
+    from lockstep.cluster.evaluation.scoring.texts import Text
     from lockstep.model.config import Numerics
 
 
@@ -108,9 +108,9 @@ def score(
     check_choice("--dtype", dtype, ("bfloat16", "float32"))
     texts, rolling = _texts(file), _rolling(window, stride)
 
+    from lockstep.cluster.evaluation.scoring.likelihood import Scoring
+    from lockstep.cluster.evaluation.scoring.score import Totals, planned
     from lockstep.cluster.recipe.load import parse_layout
-    from lockstep.cluster.scoring.likelihood import Scoring
-    from lockstep.cluster.scoring.score import Totals, planned
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that are started
     chosen: Numerics = "exact" if numerics == "exact" else "fast"
@@ -126,14 +126,14 @@ def score(
 
 
 def _texts(file: str) -> "list[Text]":
-    from lockstep.cluster.scoring.texts import read_document, read_texts
+    from lockstep.cluster.evaluation.scoring.texts import read_document, read_texts
 
     with opened_input(file) as content:
         return [read_document(content.read(), Path(file).name)] if file.endswith(".txt") else read_texts(content)
 
 
 def _rolling(window: int | None, stride: int | None) -> "Rolling | None":
-    from lockstep.cluster.scoring.score import Rolling
+    from lockstep.cluster.evaluation.scoring.score import Rolling
 
     if window is None and stride is not None:
         raise ValueError("--stride is of rolling windows: give --window, too")

@@ -1,1 +1,1 @@
-"""Evaluates a model on held-out problems: completions, verdicts, pass@k and confidence intervals."""
+"""Evaluates a model: completions of held-out problems, verdicts, pass@k, intervals; log-likelihoods of given texts."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cluster.scoring.texts import BadText, parts_of, read_document, read_texts, utf8_bytes
+from lockstep.cluster.evaluation.scoring.texts import BadText, parts_of, read_document, read_texts, utf8_bytes
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.model.formats.huggingface.reader import HuggingFaceFolder
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lockstep.cluster.scoring.likelihood import Likelihood, Scoring, likelihoods, score_pairs
+from lockstep.cluster.evaluation.scoring.likelihood import Likelihood, Scoring, likelihoods, score_pairs
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.world.groups import Groups

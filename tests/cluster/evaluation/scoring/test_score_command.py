@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from lockstep.cluster.cli import app
-from lockstep.cluster.scoring.windows import rolling_windows
+from lockstep.cluster.evaluation.scoring.windows import rolling_windows
 from lockstep.data.tokenizer import Tokenizer
 from tests.cluster.cli_process import Command, refused
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from lockstep.cluster.scoring.likelihood import Likelihood, Pair, Scoring, likelihoods
-from lockstep.cluster.scoring.texts import BadText, Part, Text, parts_of, utf8_bytes
-from lockstep.cluster.scoring.windows import rolling_windows
+from lockstep.cluster.evaluation.scoring.likelihood import Likelihood, Pair, Scoring, likelihoods
+from lockstep.cluster.evaluation.scoring.texts import BadText, Part, Text, parts_of, utf8_bytes
+from lockstep.cluster.evaluation.scoring.windows import rolling_windows
 from lockstep.data.batch import Floats
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.checkpoint.storage import Storage

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.cluster.scoring.windows import Window, rolling_windows
+from lockstep.cluster.evaluation.scoring.windows import Window, rolling_windows
 
 
 @given(st.data())
