@@ -27,7 +27,9 @@ from lockstep.data.tasks.user_function import module_search
 SPEC = "job.json"
 """The file in a job's working directory that says what it is to do."""
 PATIENCE_S = 60.0
-"""Seconds in which a head may close connections before it takes a job."""
+"""Seconds in which a head may close connections, or have no agent, before it takes a job."""
+NO_AGENT = "No available agent"
+"""What Ray's head says as long as none of its agents has registered."""
 
 
 def send(jobs: Jobs, spec: JobSpec, say: Callable[[str], object]) -> str:
@@ -64,7 +66,10 @@ def send(jobs: Jobs, spec: JobSpec, say: Callable[[str], object]) -> str:
 
 
 def _submit(jobs: Jobs, id: str, spec: JobSpec, environment: dict[str, Any]) -> None:
-    """Submit a job under an id, again where the connection closes before the head has said whether it took it."""
+    """Submit a job under an id, again where the connection closes before the head has said whether it took it.
+
+    A head that has just started has no agent yet, which takes the jobs; it waits for 10 s by itself.
+    """
     end = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -83,12 +88,13 @@ def _submit(jobs: Jobs, id: str, spec: JobSpec, environment: dict[str, Any]) -> 
                     f"the Ray head at {jobs.address} closed the connection while it took the job ({error}): see its "
                     "dashboard's log, or what stands between it and this machine"
                 ) from error
-            time.sleep(1)
         except RuntimeError as error:
-            raise NoHead(
-                f"the Ray head at {jobs.address} took no job ({error}): where another Ray on its machine has the port "
-                "of its agent, start it with another --dashboard-agent-listen-port"
-            ) from error
+            if NO_AGENT not in str(error) or time.monotonic() > end:
+                raise NoHead(
+                    f"the Ray head at {jobs.address} took no job ({error}): where another Ray on its machine has the "
+                    "port of its agent, start it with another --dashboard-agent-listen-port"
+                ) from error
+        time.sleep(1)
 
 
 def _is_there(jobs: Jobs, id: str) -> bool:

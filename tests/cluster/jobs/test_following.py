@@ -131,6 +131,28 @@ def test_a_job_is_sent_once_through_a_connection_that_closes(wire: Wire, monkeyp
     jobs.client.stop_job(id)
 
 
+def test_a_head_whose_agent_is_not_there_yet_takes_the_job_later(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, ask = Jobs(wire.address), requests.Session.request
+    too_early = requests.Response()
+    too_early.status_code = 500
+    too_early._content = b"No available agent to submit job, please try again later."
+    replies = [too_early]
+
+    def answer_later(session: requests.Session, method: str, url: str, **given: Any) -> requests.Response:
+        return replies.pop() if method == "POST" and replies else ask(session, method, url, **given)
+
+    monkeypatch.setattr(requests.Session, "request", answer_later)
+    spec = JobSpec(parse({"pretrain": {"steps": 1}, "layout": {"data": 3}, "run": "/nowhere/run"}), "sent-early")
+    id = send(jobs, spec, print)
+    assert not replies
+    assert [job.submission_id for job in jobs.all() if name_of(job) == "sent-early"] == [id]
+    jobs.client.stop_job(id)
+    monkeypatch.setattr(submission, "PATIENCE_S", -1.0)
+    replies.append(too_early)
+    with pytest.raises(NoHead, match=r"took no job \(.*No available agent"):
+        send(jobs, spec, print)
+
+
 def test_a_head_that_takes_no_job_is_one_sentence(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submission, "PATIENCE_S", 1.0)
     jobs = Jobs(wire.address)
