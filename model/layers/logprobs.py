@@ -16,7 +16,7 @@ from lockstep.model.config import Numerics
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.ops.exact.matmul import LARGER
 from lockstep.model.ops.exact.reductions import gathered, in_order, log_sum_exp
-from lockstep.model.ops.linear import PackedWeight, has_transposes, project
+from lockstep.model.ops.linear import PackedWeight, has_transposes, passing_transpose, project
 
 CHUNKS: dict[Numerics, int] = {"fast": 256, "exact": LARGER[0]}
 """Tokens whose logits come out of one product, or out of one pass over tiles."""
@@ -106,7 +106,7 @@ def _add_products(d_weight_VD: Tensor, d_logits_KV: Tensor, hidden_KD: Tensor) -
         d_weight_VD.addmm_(d_logits_KV.t(), hidden_KD)
         return
     for part_VD, part_KV in zip(d_weight_VD.split(PART), d_logits_KV.split(PART, dim=1), strict=True):
-        part_VD.addmm_(kernels.transposed(part_KV), hidden_KD)
+        part_VD.addmm_(passing_transpose(part_KV), hidden_KD)
 
 
 def _d_chunk(

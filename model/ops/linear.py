@@ -1,5 +1,6 @@
 """Linear projections x · Wᵀ: plain, with a weight packed for CPU inference, or batch-invariant."""
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -94,8 +95,31 @@ def weight_gradient(gradient_TO: Tensor, x_TI: Tensor) -> Tensor:
     oneDNN reads rows that are added up over three times as fast as columns, so the narrower side is transposed first.
     """
     if x_TI.shape[1] >= gradient_TO.shape[1]:
-        return kernels.transposed(gradient_TO) @ x_TI
-    return kernels.transposed(kernels.transposed(x_TI) @ gradient_TO)
+        return passing_transpose(gradient_TO) @ x_TI
+    turned_IT, product_IO = passing_transpose(x_TI), _passing.matrix("product", x_TI.shape[1], gradient_TO.shape[1])
+    return kernels.transposed(torch.mm(turned_IT, gradient_TO, out=product_IO))
+
+
+def passing_transpose(x_RC: Tensor) -> Tensor:
+    """xᵀ, [C, R], in bf16, until this thread asks for another."""
+    return kernels.transposed(x_RC, _passing.matrix("transpose", x_RC.shape[1], x_RC.shape[0]))
+
+
+class _Passing(threading.local):
+    """Memory of a thread for matrices that nobody keeps: among gradients, which stay, they would leave holes."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def matrix(self, use: str, rows: int, columns: int) -> Tensor:
+        """[rows, columns] in bf16, of any values; each use has one at a time."""
+        held = self._held.get(use)
+        if held is None or len(held) < rows * columns:
+            held = self._held[use] = torch.empty(rows * columns, dtype=torch.bfloat16)
+        return held[: rows * columns].view(rows, columns)
+
+
+_passing = _Passing()
 
 
 def biased(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -191,10 +191,10 @@ def swiglu_gradient(gate_up: Tensor, gradient: Tensor) -> Tensor:
     return out
 
 
-def transposed(x_RC: Tensor) -> Tensor:
+def transposed(x_RC: Tensor, out_CR: Tensor | None = None) -> Tensor:
     """A contiguous copy of xᵀ, [C, R]: torch's own takes several times as long where rows are long."""
     rows, columns = x_RC.shape
-    out = x_RC.new_empty(columns, rows)
+    out = x_RC.new_empty(columns, rows) if out_CR is None else out_CR
     if x_RC.stride(1) != 1:
         return out.copy_(x_RC.t())
     job = TransposedJob(rows=rows, columns=columns, stride=x_RC.stride(0), x=x_RC.data_ptr(), out=out.data_ptr())
