@@ -5,9 +5,7 @@ KV cache and by a whole forward pass. `rollout_peers.py` compares batches and si
 """
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -16,11 +14,11 @@ import torch
 
 from lockstep.model.attention.packed import DocumentAttention
 from lockstep.model.formats.registry import QUICKSTART_MODEL
-from lockstep.rl.remote import ENVIRONMENT
 from lockstep.rl.rollout.config import EngineConfig
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import load_rollout_engine, to_lockstep
 from rollout_engines.bound import seconds, start
+from rollout_engines.environments import restart_as_worker
 from rollout_engines.lockstep_engine import requests, run
 from rollout_engines.work import SEQUENCES, Completion, prompt
 
@@ -32,8 +30,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["context", "group"], action="append")
     parser.add_argument("--rounds", type=int, default=3, help="medians are printed")
     args = parser.parse_args()
-    if not ENVIRONMENT.items() <= os.environ.items():  # the allocator reads its settings when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
+    restart_as_worker()
     with tempfile.TemporaryDirectory() as folder:
         model = to_lockstep(QUICKSTART_MODEL, Path(folder) / "model")
         engine, _ = load_rollout_engine(model, EngineConfig(cache_gib=2.0), dtype="bfloat16")

