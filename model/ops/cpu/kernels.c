@@ -16,11 +16,20 @@
 #include <unistd.h>
 #endif
 
-enum { LANES = 16, BLOCK = 16, TILE = 64, PART = 512, LINE = 32, SIDE = 16, PAIR = 4 / sizeof(NUMBER) };
+/* Numbers of a vector: as many as a register of this processor has, because gcc keeps wider ones in memory. */
+#if defined(__AVX512F__)
+enum { LANES = 16 };
+#elif defined(__AVX__)
+enum { LANES = 8 };
+#else
+enum { LANES = 4 };
+#endif
 
-typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
+enum { BLOCK = 16, TILE = 64, PART = 512, LINE = 32, SIDE = 16, PAIR = 4 / sizeof(NUMBER) };
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef NUMBER numbers __attribute__((vector_size(LANES * sizeof(NUMBER)), aligned(sizeof(NUMBER)), may_alias));
 
 static const int is_float = sizeof(NUMBER) == 4;
@@ -151,15 +160,17 @@ static inline void both(const NUMBER *rows, int64_t columns, int64_t column, lan
 static inline __attribute__((always_inline)) void
 score(int n, const float *q, int64_t width, const NUMBER *held, float (*scores)[TILE])
 {
-    lanes even[4] = {}, odd[4] = {}, first, second;
-    for (int64_t e = 0; e < width; e += 2) {
-        both(held + e * BLOCK, BLOCK, 0, &first, &second);
-        for (int r = 0; r < n; r++) {
-            even[r] += q[r * width + e] * first;
-            odd[r] += q[r * width + e + 1] * second;
+    for (int64_t key = 0; key < BLOCK; key += LANES) {
+        lanes even[4] = {}, odd[4] = {}, first, second;
+        for (int64_t e = 0; e < width; e += 2) {
+            both(held + e * BLOCK, BLOCK, key, &first, &second);
+            for (int r = 0; r < n; r++) {
+                even[r] += q[r * width + e] * first;
+                odd[r] += q[r * width + e + 1] * second;
+            }
         }
+        for (int r = 0; r < n; r++) put(scores[r] + key, even[r] + odd[r]);
     }
-    for (int r = 0; r < n; r++) put(scores[r], even[r] + odd[r]);
 }
 
 /* Adds to the sums of n heads the values of a block, as much of each as its weight says. */
@@ -742,10 +753,10 @@ struct transposed {
     NUMBER *out;                                     /* [columns, rows] */
 };
 
-enum { WIDE = 64 / sizeof(NUMBER), BAND = 128 };
+enum { WIDE = 4 * LANES / sizeof(NUMBER), BAND = 128 };
 
 typedef __typeof__(__builtin_choose_expr(sizeof(NUMBER) == 4, (uint32_t)0, (uint16_t)0)) bits_of;
-typedef bits_of row_of __attribute__((vector_size(64), aligned(sizeof(NUMBER)), may_alias));
+typedef bits_of row_of __attribute__((vector_size(4 * LANES), aligned(sizeof(NUMBER)), may_alias));
 
 /* WIDE rows of WIDE columns, exchanged by halves, quarters and so on: so many times, pairs of rows swap what is not theirs. */
 static inline void turn_block(const NUMBER *x, int64_t stride, NUMBER *out, int64_t out_stride)
@@ -796,7 +807,7 @@ struct product {
     NUMBER *out;                                     /* [rows, outputs]; may be what is added */
 };
 
-/* 16 outputs of a row, or as many as there are. */
+/* LANES outputs of a row, or as many as there are. */
 static void finish(const struct product *job, lanes sums, int64_t row, int64_t first)
 {
     int64_t at = row * job->outputs + first, count = job->outputs - first;
@@ -830,10 +841,10 @@ static const NUMBER *line_of(const struct product *job, int64_t first, NUMBER *r
     return room;
 }
 
-/* sums + weights · x for two inputs, whose weights follow one another. */
+/* sums + weights · x for two inputs, whose weights for 16 outputs follow one another. */
 static inline lanes with_two(lanes sums, const NUMBER *weights, const NUMBER *x)
 {
-    if (is_float) return sums + load(weights) * wide(x[0]) + load(weights + LANES) * wide(x[1]);
+    if (is_float) return sums + load(weights) * wide(x[0]) + load(weights + SIDE) * wide(x[1]);
     uint32_t pair = *(const word *)x;
 #ifdef __AVX512BF16__
     return (lanes)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_loadu_si512(weights), (__m512bh)_mm512_set1_epi32(pair));
@@ -843,7 +854,14 @@ static inline lanes with_two(lanes sums, const NUMBER *weights, const NUMBER *x)
 #endif
 }
 
-enum { MOST = 8, DEPTH = 256, STRIDE = 8 };
+/* Rows whose sums fit into the registers, and fewer that are left. */
+#ifdef __AVX512F__
+enum { MOST = 8, FEW = 4 };
+#else
+enum { MOST = 3, FEW = 2 };
+#endif
+
+enum { DEPTH = 256, STRIDE = 8, VECTORS = LINE / LANES };
 
 /* Starts to bring the weights of 32 outputs, for some inputs, into the cache. */
 static inline void fetch_weights(const NUMBER *line, int64_t inputs)
@@ -860,34 +878,40 @@ static inline __attribute__((always_inline)) void
 multiply_rows(int n, const struct product *job, const NUMBER *line, int64_t first, int64_t row, const NUMBER *ahead)
 {
     int64_t inputs = job->inputs;
-    const NUMBER *x = job->x + row * inputs, *other = line + SIDE * inputs;
-    lanes left[MOST], right[MOST];
-    for (int r = 0; r < n; r++) left[r] = right[r] = (lanes){};
+    const NUMBER *x = job->x + row * inputs;
+    lanes sums[MOST][VECTORS];
+    for (int r = 0; r < n; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = (lanes){};
     for (int64_t begin = 0; begin < inputs; begin += DEPTH) {
         int64_t end = begin + DEPTH < inputs ? begin + DEPTH : inputs;
-        lanes l[MOST], m[MOST];
-        for (int r = 0; r < n; r++) l[r] = m[r] = (lanes){};
+        lanes part[MOST][VECTORS];
+        for (int r = 0; r < n; r++)
+            for (int v = 0; v < VECTORS; v++) part[r][v] = (lanes){};
         for (int64_t i = begin; i < end; i += STRIDE) {
             if (ahead) fetch_weights(ahead + i * SIDE, inputs);
             for (int64_t j = i; j < i + STRIDE; j += 2)
-                for (int r = 0; r < n; r++) {
-                    l[r] = with_two(l[r], line + j * SIDE, x + r * inputs + j);
-                    m[r] = with_two(m[r], other + j * SIDE, x + r * inputs + j);
-                }
+#pragma GCC unroll 8
+                for (int r = 0; r < n; r++)
+#pragma GCC unroll 8
+                    for (int v = 0; v < VECTORS; v++) {
+                        int64_t output = v * LANES;
+                        const NUMBER *at = line + output / SIDE * SIDE * inputs + j * SIDE + output % SIDE * PAIR;
+                        part[r][v] = with_two(part[r][v], at, x + r * inputs + j);
+                    }
         }
-        for (int r = 0; r < n; r++) left[r] += l[r], right[r] += m[r];
+        for (int r = 0; r < n; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += part[r][v];
     }
-    for (int r = 0; r < n; r++) {
-        finish(job, left[r], row + r, first);
-        finish(job, right[r], row + r, first + SIDE);
-    }
+    for (int r = 0; r < n; r++)
+        for (int v = 0; v < VECTORS; v++) finish(job, sums[r][v], row + r, first + v * LANES);
 }
 
 static void multiply(const struct product *job, const NUMBER *line, int64_t first, const NUMBER *ahead)
 {
     int64_t row = 0, rows = job->rows;
-    for (; row + 8 <= rows; row += 8) multiply_rows(8, job, line, first, row, row + 16 <= rows ? NULL : ahead);
-    for (; row + 4 <= rows; row += 4) multiply_rows(4, job, line, first, row, NULL);
+    for (; row + MOST <= rows; row += MOST)
+        multiply_rows(MOST, job, line, first, row, row + 2 * MOST <= rows ? NULL : ahead);
+    for (; row + FEW <= rows; row += FEW) multiply_rows(FEW, job, line, first, row, NULL);
     for (; row < rows; row++) multiply_rows(1, job, line, first, row, NULL);
 }
 
