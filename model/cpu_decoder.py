@@ -27,13 +27,12 @@ def serves(transformer: Transformer) -> bool:
     """Whether `CpuDecoder` supports a model on this machine.
 
     It supports RMSNorm before each layer, SwiGLU, one kind of rotary embedding and widths that are multiples of a line,
-    in bf16 on one rank, where there is a C compiler. Its bits are those of the modules in exact numerics.
+    on one rank, where there is a C compiler. Its bits are those of the modules in exact numerics.
     """
     model, layout = transformer.model, transformer.groups.layout
     widths = model.width, model.heads * model.head_dim, model.kv_heads * model.head_dim, model.intermediate
     return (
         layout.processes == 1
-        and transformer.head_weight.dtype == torch.bfloat16
         and kernels.usable(transformer.head_weight.dtype, transformer.head_weight.device)
         and (model.norm, model.norm_at, model.activation) == ("rms", "before", "silu")
         and (model.head, model.gated) == ("vocabulary", True)

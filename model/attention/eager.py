@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lockstep.model.attention.spec import PLAIN, AttentionSpec, soft_capped
+from lockstep.model.ops.upcast import multiply
 
 Span = tuple[slice, slice]
 """A range of rows (queries), and the range of columns (keys) that any of them sees."""
@@ -60,7 +61,7 @@ class _Attention(torch.autograd.Function):
             weights.put(span, scores.softmax(-1))
         ctx.save_for_backward(q, k, v, weights.whole)
         ctx.settings = spec, spans
-        return torch.bmm(weights.whole.flatten(1, 2), v).view(q_NHLE.shape)
+        return multiply(torch.bmm, weights.whole.flatten(1, 2), v).view(q_NHLE.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,9 +77,9 @@ class _Attention(torch.autograd.Function):
                 d_part.mul_(1 - capped.square_())
             d_scores.put(span, d_part.mul_(_scale(spec, q)))
         rows = d_scores.whole.flatten(1, 2)
-        d_q = torch.bmm(rows, k).view(gradients[0].shape)
-        d_k = torch.bmm(rows.transpose(1, 2), q.flatten(1, 2))
-        d_v = torch.bmm(weights.flatten(1, 2).transpose(1, 2), d_mixed.flatten(1, 2))
+        d_q = multiply(torch.bmm, rows, k).view(gradients[0].shape)
+        d_k = multiply(torch.bmm, rows.transpose(1, 2), q.flatten(1, 2))
+        d_v = multiply(torch.bmm, weights.flatten(1, 2).transpose(1, 2), d_mixed.flatten(1, 2))
         kv_heads = len(k) // len(d_q)
         return d_q, d_k.unflatten(0, (-1, kv_heads)), d_v.unflatten(0, (-1, kv_heads)), None, None, None
 

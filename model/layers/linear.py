@@ -11,6 +11,7 @@ from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import Numerics
 from lockstep.model.ops.exact.reductions import summed, summed_and_split
 from lockstep.model.ops.linear import PackedWeight, biased, has_transposes, packed, project, tiles_of
+from lockstep.model.ops.upcast import needs_upcast
 
 
 class Adapting(Protocol):
@@ -55,7 +56,7 @@ class Packable:
         """Whether this class computes the product, and not megatron-core, whose way with tensor ranks has overlap."""
         if self._numerics == "exact" or (self._packed is not None and not torch.is_grad_enabled()):
             return True
-        return self.tp_group.size() == 1 and has_transposes(self.weight)
+        return needs_upcast(self.weight) or (self.tp_group.size() == 1 and has_transposes(self.weight))
 
     def _product(self, x: Tensor) -> Tensor:
         if self._numerics == "exact" and self.adapters is not None and self.adapters.on:

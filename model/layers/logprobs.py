@@ -17,6 +17,7 @@ from lockstep.model.ops.cpu import kernels
 from lockstep.model.ops.exact.matmul import LARGER
 from lockstep.model.ops.exact.reductions import gathered, in_order, log_sum_exp
 from lockstep.model.ops.linear import PackedWeight, has_transposes, passing_transpose, project
+from lockstep.model.ops.upcast import multiply, needs_upcast
 
 CHUNKS: dict[Numerics, int] = {"fast": 256, "exact": LARGER[0]}
 """Tokens whose logits come out of one product, or out of one pass over tiles."""
@@ -89,21 +90,23 @@ class _TokenLogProb(torch.autograd.Function):
         first, vocabulary, temperature, cap, size = ctx.settings
         d_hidden, d_weight = torch.zeros_like(hidden_KD), None
         if ctx.needs_input_grad[1]:
-            d_weight = torch.zeros_like(weight_VD)
+            d_weight = torch.zeros_like(weight_VD, dtype=torch.float32 if needs_upcast(weight_VD) else None)
         columns = (hidden_KD, d_hidden, log_sum_K, targets_K - first, *gradients, *entropy_K)
         for i, (hidden, d_chunk, *of_tokens) in enumerate(zip(*(c.split(size) for c in columns), strict=True)):
             chunk = kept[i] if kept else local_logits(hidden, weight_VD, first, vocabulary, cap)
             d_logits = _d_chunk(chunk, *of_tokens, temperature=temperature, cap=cap)
-            torch.mm(d_logits, weight_VD, out=d_chunk)
+            d_chunk.copy_(multiply(torch.mm, d_logits, weight_VD))
             if d_weight is not None:
                 _add_products(d_weight, d_logits, hidden)
+        d_weight = None if d_weight is None else d_weight.to(weight_VD.dtype)
         return d_hidden, d_weight, None, None, None, None, None, None, None
 
 
 def _add_products(d_weight_VD: Tensor, d_logits_KV: Tensor, hidden_KD: Tensor) -> None:
-    """d_weight += d_logitsᵀ · hidden."""
+    """d_weight += d_logitsᵀ · hidden, in the dtype of d_weight."""
     if not has_transposes(d_weight_VD):
-        d_weight_VD.addmm_(d_logits_KV.t(), hidden_KD)
+        dtype = d_weight_VD.dtype
+        d_weight_VD.addmm_(d_logits_KV.to(dtype).t(), hidden_KD.to(dtype))
         return
     for part_VD, part_KV in zip(d_weight_VD.split(PART), d_logits_KV.split(PART, dim=1), strict=True):
         part_VD.addmm_(passing_transpose(part_KV), hidden_KD)

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lockstep.distributed.libraries import tensor_parallel
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.config import LoraConfig, ModelConfig
 from lockstep.model.layers.linear import ColumnLinear, RowLinear, mark, reduced, sequence_group, summed_over
+from lockstep.model.ops.linear import project
 from lockstep.model.weights.lora import merge
 from lockstep.model.weights.names import logical_tensors
 from lockstep.model.weights.sharding import parameter_pieces
@@ -45,12 +45,12 @@ class ColumnAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T / ranks if sequence, 1, inputs] → [T, 1, outputs / ranks]."""
-        inner = F.linear(x, summed_over(self.a, self._parts))
+        inner = project(x, summed_over(self.a, self._parts))
         if self._parts is None:
             inner = tensor_parallel.copy_to_tensor_model_parallel_region(inner, self._group)
         else:
             inner = tensor_parallel.gather_from_sequence_parallel_region(inner, group=self._group)
-        return F.linear(inner, self.b) * self.scale
+        return project(inner, self.b) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """See `Adapter`."""
@@ -66,8 +66,8 @@ class RowAdapter(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, 1, inputs / ranks] → [T / ranks if sequence, 1, outputs]."""
-        inner = reduced(F.linear(x, self.a), self._group, self._parts is not None, "fast")
-        return F.linear(inner, summed_over(self.b, self._parts)) * self.scale
+        inner = reduced(project(x, self.a), self._group, self._parts is not None, "fast")
+        return project(inner, summed_over(self.b, self._parts)) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """See `Adapter`."""

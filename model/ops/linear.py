@@ -1,7 +1,6 @@
 """Linear projections x · Wᵀ: plain, with a weight packed for CPU inference, or batch-invariant."""
 
 import threading
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,21 +10,24 @@ from torch import Tensor
 from lockstep.model.config import Numerics
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.ops.exact.matmul import product
+from lockstep.model.ops.upcast import has_bf16_kernels, multiply, needs_upcast
 
 
 class PackedWeight:
     """A copy of a CPU weight in the memory layout that products read fastest; few rows then take half the time.
 
-    Fast numerics use oneDNN's layout, exact ones that of `kernels.product`. Later changes of the weight are not seen.
+    Fast products of bf16 use oneDNN's layout where oneDNN has kernels for them, all others that of `kernels.product`.
+    Later changes of the weight are not seen.
     """
 
-    def __init__(self, weight: Tensor, numerics: Numerics) -> None:
+    def __init__(self, weight: Tensor, tiled: bool) -> None:
         """
         Args:
             weight: [outputs, inputs].
+            tiled: whether for `kernels.product`, and not for oneDNN.
         """
-        self._outputs, self.tiles = weight.shape[0], kernels.in_tiles(weight) if numerics == "exact" else None
-        self._blocks = None if self.tiles is not None else torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._outputs, self.tiles = weight.shape[0], kernels.in_tiles(weight) if tiled else None
+        self._blocks = None if tiled else torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x · weightᵀ."""
@@ -40,22 +42,19 @@ def tiles_of(weight: Tensor, packed: PackedWeight | None) -> Tensor:
 
 
 def packed(weight: Tensor, numerics: Numerics = "fast") -> PackedWeight | None:
-    """Pack a weight for CPU inference, or None where this machine or torch cannot; in fast numerics bf16 only.
+    """Pack a weight for CPU inference, or None where this machine or torch cannot.
 
-    oneDNN's blocked kernels add up fp32 products in one chain, which doubles their rounding error over a deep model.
+    oneDNN's blocked kernels serve bf16 alone: they add up fp32 products in one chain, which doubles their rounding
+    error over a deep model, and `kernels.product` is faster.
     """
-    if numerics == "exact":
-        usable = kernels.usable(weight.dtype, weight.device)
-    else:
-        usable = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _reorders()
-    return PackedWeight(weight.detach(), numerics) if usable else None
+    by_onednn = numerics == "fast" and weight.dtype == torch.bfloat16 and _reorders()
+    usable = weight.device.type == "cpu" if by_onednn else kernels.usable(weight.dtype, weight.device)
+    return PackedWeight(weight.detach(), tiled=not by_onednn) if usable else None
 
 
-@cache
 def _reorders() -> bool:
-    """Whether this torch hands out oneDNN's packed products, and the processor has those of bf16."""
-    named = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    return named and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether oneDNN has kernels for bf16 here, and torch hands out its packed products."""
+    return has_bf16_kernels() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def project(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast") -> Tensor:
@@ -64,36 +63,38 @@ def project(x: Tensor, weight: Tensor | PackedWeight, numerics: Numerics = "fast
         return weight(x)
     if numerics == "exact":
         return product(x, weight)
-    return _Linear.apply(x, weight) if has_transposes(weight) else F.linear(x, weight)
+    return _Linear.apply(x, weight) if needs_upcast(weight) or has_transposes(weight) else F.linear(x, weight)
 
 
 def has_transposes(weight: Tensor) -> bool:
-    """Whether gradients of a weight are products of transposed copies here: in bf16 on a CPU, with a C compiler."""
-    return weight.dtype == torch.bfloat16 and kernels.usable(weight.dtype, weight.device)
+    """Whether gradients of a weight are products of transposed copies: by bf16 kernels of a CPU, with a C compiler."""
+    return weight.dtype == torch.bfloat16 and not needs_upcast(weight) and kernels.usable(weight.dtype, weight.device)
 
 
 class _Linear(torch.autograd.Function):
-    """`F.linear` with a gradient of the weight by `weight_gradient`."""
+    """`F.linear` with a gradient of the weight by `weight_gradient`, and with products that `multiply` chooses."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
+        return multiply(F.linear, x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (gradient,) = gradients
         x, weight = ctx.saved_tensors
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_x = multiply(torch.matmul, gradient, weight) if ctx.needs_input_grad[0] else None
         of_weight = weight_gradient(gradient.flatten(0, -2), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
         return of_x, of_weight
 
 
 def weight_gradient(gradient_TO: Tensor, x_TI: Tensor) -> Tensor:
-    """gradientᵀ · x, [O, I], where `has_transposes`.
+    """gradientᵀ · x, [O, I].
 
     oneDNN reads rows that are added up over three times as fast as columns, so the narrower side is transposed first.
     """
+    if not has_transposes(gradient_TO):
+        return multiply(torch.mm, gradient_TO.t(), x_TI)
     if x_TI.shape[1] >= gradient_TO.shape[1]:
         return passing_transpose(gradient_TO) @ x_TI
     turned_IT, product_IO = passing_transpose(x_TI), _passing.matrix("product", x_TI.shape[1], gradient_TO.shape[1])

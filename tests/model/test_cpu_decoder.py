@@ -36,11 +36,15 @@ def multiplied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(kernels, "tiled", lambda *_: request.param)
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
 def transformer(groups: Groups, model: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Transformer:
     return transformer_of(build(model, groups, dtype, RandomWeights(model, 0, deviation=0.08))).eval()
 
 
 @pytest.mark.usefixtures("multiplied")
+@DTYPES
 @pytest.mark.parametrize("count", [1, 5, 16, 17, 33, ROWS])
 @pytest.mark.parametrize(
     "model",
@@ -51,9 +55,9 @@ def transformer(groups: Groups, model: ModelConfig, dtype: torch.dtype = torch.b
     ],
     ids=["grouped", "biases", "windows"],
 )
-def test_a_pass_equals_that_of_the_modules(groups: Groups, model: ModelConfig, count: int) -> None:
-    """Over random caches; both are compared with fp32, from which rounding moves them alike."""
-    network, precise = transformer(groups, model), transformer(groups, model, torch.float32)
+def test_a_pass_equals_that_of_the_modules(groups: Groups, model: ModelConfig, count: int, dtype: torch.dtype) -> None:
+    """Over random caches; both are compared with fp64, from which rounding moves them alike."""
+    network, precise = transformer(groups, model, dtype), transformer(groups, model, torch.float64)
     assert serves(network)
     torch.manual_seed(0)
     kinds = 1 if model.window is None else 2
@@ -61,12 +65,12 @@ def test_a_pass_equals_that_of_the_modules(groups: Groups, model: ModelConfig, c
     tables = [[4 * i + n for n in range(start // BLOCK + 1)] for i, start in enumerate(starts.tolist())]
     spans = [Span([table] * kinds, start, 1) for table, start in zip(tables, starts.tolist(), strict=True)]
     tokens = torch.randint(0, model.vocabulary, (count,))
-    caches = [cache_of(model, dtype, 4 * count) for dtype in (torch.bfloat16, torch.bfloat16, torch.float32)]
+    caches = [cache_of(model, each, 4 * count) for each in (dtype, dtype, torch.float64)]
     filled(caches, model, tables)
-    found = CpuDecoder(network, caches[0])(tokens, starts, PagedAttention(caches[0], spans)).float()
+    found = CpuDecoder(network, caches[0])(tokens, starts, PagedAttention(caches[0], spans)).double()
     with torch.inference_mode():
         plain, exact = (
-            local_logits(each(tokens, starts, PagedAttention(cache, spans))[:, 0], each.head_weight, 0, 301).float()
+            local_logits(each(tokens, starts, PagedAttention(cache, spans))[:, 0], each.head_weight, 0, 301).double()
             for each, cache in ((network, caches[1]), (precise, caches[2]))
         )
     assert (found - exact).square().mean() < 1.2 * (plain - exact).square().mean() + 1e-9
@@ -92,34 +96,37 @@ def filled(caches: list[KVCache], model: ModelConfig, tables: list[list[int]]) -
 
 
 def test_models_of_other_kinds_are_left_to_the_modules(groups: Groups) -> None:
-    """So are other dtypes."""
     others = ({"norm": "layer"}, {"norm_at": "around"}, {"qk_norm": "head"}, {"logit_cap": 9.0}, {"width": 48})
     for change in others:
         assert not serves(transformer(groups, LLAMA.model_copy(update=change))), change
-    assert not serves(transformer(groups, LLAMA, torch.float32))
+    assert not serves(transformer(groups, LLAMA, torch.float64))
 
 
+@DTYPES
 @pytest.mark.parametrize("tiled", TILED)
 @given(st.integers(1, 70), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans(), st.integers(0, 1 << 30))
-def test_a_product(tiled: bool, rows: int, lines: int, outs: int, has_bias: bool, adds: bool, seed: int) -> None:
+def test_a_product(
+    dtype: torch.dtype, tiled: bool, rows: int, lines: int, outs: int, has_bias: bool, adds: bool, seed: int
+) -> None:
     torch.manual_seed(seed)
     inputs, outputs = 32 * lines, 32 * outs - seed % 32
-    weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
+    weight, x = torch.randn(outputs, inputs).to(dtype), torch.randn(rows, inputs).to(dtype)
     packed = kernels.in_tiles(weight)
     width = packed.shape[0] * kernels.SIDE
-    bias, add = torch.randn(width).bfloat16(), torch.randn(rows, width).bfloat16()
-    out = torch.empty(rows, width, dtype=torch.bfloat16)
+    bias, add = torch.randn(width).to(dtype), torch.randn(rows, width).to(dtype)
+    out = torch.empty(rows, width, dtype=dtype)
     job = kernels.product_job(x, packed, out, bias if has_bias else None, add if adds else None)
-    job.tiled = tiled
-    library.run("product", job, torch.bfloat16, size=1 << 20)
+    job.tiled = tiled and dtype == torch.bfloat16
+    library.run("product", job, dtype, size=1 << 20)
     expected = x.double() @ weight.double().T
     for used, more in ((has_bias, bias), (adds, add)):
         if used:
-            expected = expected.bfloat16().double() + more.double()[..., :outputs]
-    torch.testing.assert_close(out[:, :outputs].double(), expected, rtol=0.01, atol=0.07)
+            expected = expected.to(dtype).double() + more.double()[..., :outputs]
+    rtol, atol = (0.01, 0.07) if dtype == torch.bfloat16 else (1e-5, 1e-4)
+    torch.testing.assert_close(out[:, :outputs].double(), expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@DTYPES
 @pytest.mark.parametrize("size", [1, 255, 4099])
 def test_log_sums(dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(0)
@@ -156,10 +163,13 @@ def test_an_engine_decodes_with_it_and_with_new_weights(groups: Groups, prompts:
 
 
 @pytest.mark.usefixtures("multiplied")
+@DTYPES
 @pytest.mark.parametrize("change", [{}, {"tied": False, "biases": ("qkv", "out", "mlp")}, {"window": 20}], ids=str)
-def test_in_exact_numerics_its_bits_are_the_trainers(groups: Groups, change: dict[str, Any]) -> None:
+def test_in_exact_numerics_its_bits_are_the_trainers(
+    groups: Groups, change: dict[str, Any], dtype: torch.dtype
+) -> None:
     model = LLAMA.model_copy(update=change)
-    stage = build(model, groups, torch.bfloat16, RandomWeights(model, 0, deviation=0.08), "exact")
+    stage = build(model, groups, dtype, RandomWeights(model, 0, deviation=0.08), "exact")
     engine = RolloutEngine(transformer_of(stage), EngineConfig(length=150), decode=lambda tokens: "")
     asked = [Prompt(i, "", tuple(range(3, 9 + 30 * i)), "") for i in range(4)]
     torch.set_num_threads(2)

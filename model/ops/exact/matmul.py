@@ -17,6 +17,7 @@ from torch import Tensor
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.ops.exact import triton_kernels
 from lockstep.model.ops.exact.reductions import row_sum
+from lockstep.model.ops.upcast import multiply
 
 TILE = 32
 """Rows of a product; fewer wait for the weight to be read, more are lost where one row is wanted."""
@@ -59,8 +60,8 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, weight.shape[0])
-        d_x = gradient @ weight
-        return d_x.view(x.shape), gradient.t() @ x.reshape(-1, weight.shape[1])
+        d_x = multiply(torch.mm, gradient, weight)
+        return d_x.view(x.shape), multiply(torch.mm, gradient.t(), x.reshape(-1, weight.shape[1]))
 
 
 def _in_tiles(rows: Tensor, weight: Tensor) -> Tensor:

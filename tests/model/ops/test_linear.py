@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.ops.linear import has_transposes, project, weight_gradient
 from tests.model.exact_rollouts import WAYS, by_way
+from tests.model.processors import KERNELS, processor
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -30,16 +31,17 @@ def test_a_transposed_copy_is_the_transpose(
 
 
 @WAYS
+@KERNELS
 @pytest.mark.parametrize(("inputs", "outputs"), [(48, 200), (200, 48), (7, 7)])
-def test_a_projection_has_the_gradients_of_torch(inputs: int, outputs: int, compiled: bool) -> None:
+def test_a_projection_has_the_gradients_of_torch(inputs: int, outputs: int, compiled: bool, bf16_kernels: bool) -> None:
     draw = torch.Generator().manual_seed(0)
     x, weight, slope = (
         torch.randn(shape, generator=draw, dtype=torch.float64).bfloat16()
         for shape in ((5, 3, inputs), (outputs, inputs), (5, 3, outputs))
     )
     given_ = [x.requires_grad_(), weight.requires_grad_()]
-    with by_way(compiled):
-        assert has_transposes(weight) == compiled
+    with by_way(compiled), processor(bf16_kernels):
+        assert has_transposes(weight) == (compiled and bf16_kernels)
         ours = project(x, weight)
         found = torch.autograd.grad(ours, given_, slope)
     theirs = F.linear(*(t.double() for t in given_))
@@ -53,9 +55,12 @@ def test_a_projection_has_the_gradients_of_torch(inputs: int, outputs: int, comp
     assert weight.grad is None
 
 
-def test_the_gradient_of_a_weight_is_a_product_of_either_side_transposed() -> None:
+@KERNELS
+def test_the_gradient_of_a_weight_is_a_product_of_either_side_transposed(bf16_kernels: bool) -> None:
     draw = torch.Generator().manual_seed(1)
     for tokens, outputs, inputs in ((37, 300, 64), (256, 64, 300), (90, 96, 96)):
         gradient, x = (torch.randn(tokens, n, generator=draw).bfloat16() for n in (outputs, inputs))
-        found, expected = weight_gradient(gradient, x), gradient.float().t() @ x.float()
+        with processor(bf16_kernels):
+            found = weight_gradient(gradient, x)
+        expected = gradient.float().t() @ x.float()
         assert torch.allclose(found.float(), expected, rtol=1e-2, atol=1e-2)
