@@ -32,6 +32,7 @@ from lockstep.model.attention import packed
 from lockstep.model.loading import build, transformer_of
 from lockstep.model.objectives.objective import LossInputs, Report
 from lockstep.model.objectives.token_loss import nll
+from lockstep.model.ops import upcast
 from lockstep.model.ops.cpu import kernels
 from lockstep.model.training import device_batch
 from lockstep.model.training import trainer as trainer_module
@@ -67,11 +68,12 @@ class Training:
 
 @contextmanager
 def operations_of_an_accelerator() -> Iterator[None]:
-    """Within this block a CPU computes as an accelerator does: no loops of a CPU, and torch's attention."""
+    """Within this block a CPU computes as an accelerator does: no loops of a CPU, torch's products and attention."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(kernels, "usable", lambda *_: False))
         if not torch.cuda.is_available():
             stack.enter_context(patch.object(packed, "LONGEST_IN_FULL", 0))
+            stack.enter_context(patch.object(upcast, "has_bf16_kernels", lambda: True))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 

@@ -101,7 +101,7 @@ def test_a_head_that_stays_away_is_one_sentence(wire: Wire, monkeypatch: pytest.
     jobs = Jobs(wire.address)
     job = jobs.client.submit_job(entrypoint="echo begun; sleep 60")
     began = time.monotonic()
-    with pytest.raises(NoHead, match=rf"has not answered for \d s .* `lockstep attach {job} --address http://127"):
+    with pytest.raises(NoHead, match=rf"has not answered for \d+ s .* `lockstep attach {job} --address http://127"):
         follow(jobs, job, lambda text: wire.cut() if "begun" in text else None)
     assert time.monotonic() - began < 60
     wire.leads = True
