@@ -15,7 +15,7 @@ from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import TextStream
 from lockstep.rl.rollout.output_processor import CompletionFailed, generate
-from lockstep.rl.rollout.protocol import Engine, FailedOutput, Request, TokenOutput
+from lockstep.rl.rollout.protocol import Engine, FailedOutput, OnOverflow, Request, TokenOutput
 from lockstep.rl.types import Prompt, Rollout
 
 Message = dict[str, str]
@@ -43,6 +43,8 @@ class Answerer:
     tokenizer: Tokenizer
     sampling: SamplingParams
     seed: int = 0
+    on_overflow: OnOverflow = "error"
+    """What becomes of a prompt and completion that are longer than the context."""
 
     def tokens(self, question: Question) -> tuple[int, ...]:
         """Tokenize a question, through the chat template where it has messages.
@@ -65,7 +67,7 @@ class Answerer:
         """Generate one completion; yields pieces of text. One that is not read to its end is cancelled."""
         sampling = sampling or self.sampling
         text = TextStream(self.tokenizer.decode, sampling.stop)
-        self.engine.add(Request("answer", tokens, sampling, self.seed, sample))
+        self.engine.add(Request("answer", tokens, sampling, self.seed, sample, on_overflow=self.on_overflow))
         try:
             while self.engine.has_work:
                 for output in self.engine.step():
@@ -82,7 +84,9 @@ class Answerer:
         found: dict[int, list[Rollout]] = {prompt.index: [] for prompt in prompts}
         following = iter(questions)
         sampling = self.sampling_of(next((q for q in questions if q.messages), Question({})))
-        for rollout in generate(self.engine, prompts, sampling, samples=samples, seed=self.seed):
+        for rollout in generate(
+            self.engine, prompts, sampling, samples=samples, seed=self.seed, on_overflow=self.on_overflow
+        ):
             found[rollout.prompt.index].append(rollout)
             while found and len(next(iter(found.values()))) == samples:
                 rollouts = found.pop(next(iter(found)))
@@ -214,15 +218,22 @@ def talk(answerer: Answerer, read: Callable[[], str], write: Write, note: Write,
         history = [*asked, {"role": "assistant", "content": answer}]
 
 
-def _turn(answerer: Answerer, messages: Sequence[Message], write: Write) -> str:
-    question = Question({}, messages=tuple(messages))
-    tokens = answerer.tokens(question)
+def _room(answerer: Answerer, tokens: tuple[int, ...]) -> int:
+    """Tokens that an answer may have behind a talk; raises ValueError where there is no room for one."""
     room = answerer.engine.longest - len(tokens)
     if room < 1:
         raise ValueError(
             f"this talk has {len(tokens)} tokens, and {answerer.engine.longest} are allowed: end it and begin another"
         )
-    limit = min(room, answerer.sampling.max_new_tokens)
+    return room
+
+
+def _turn(answerer: Answerer, messages: Sequence[Message], write: Write) -> str:
+    question = Question({}, messages=tuple(messages))
+    tokens = answerer.tokens(question)
+    limit = answerer.sampling.max_new_tokens
+    if answerer.on_overflow == "error":
+        limit = min(limit, _room(answerer, tokens))
     sampling = answerer.sampling_of(question).model_copy(update={"max_new_tokens": limit})
     said = []
     with interruptible() as stop:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 TALK_TOKENS = 1024
 """Of an answer in a talk, unless it is said."""
+
+OnOverflow = Annotated[
+    Literal["error", "truncate", "roll"],
+    typer.Option(help="What is too long for the context is refused, loses the prompt's begin, or rolls as a window."),
+]
 
 
 @sentences
@@ -44,6 +49,7 @@ def generate(
     min_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens before the model may end.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     stop_token: Annotated[list[int] | None, typer.Option(help="End at this token; may be repeated.")] = None,
+    on_overflow: OnOverflow = "error",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     dtype: Dtype = "bfloat16",
     cache_gib: CacheGib = 1.0,
@@ -55,8 +61,7 @@ def generate(
     """
     from lockstep.cluster.generation import ANSWER_TOKENS, sampling_of
 
-    if chat and (raw or output or samples > 1):
-        raise ValueError("--chat talks at this terminal: leave out --raw, --output and --samples")
+    _check_chat(chat, raw or output or samples > 1)
     sampling = sampling_of(
         temperature=temperature,
         top_k=top_k,
@@ -73,7 +78,7 @@ def generate(
     )
     questions = _questions(prompt, input_file, chat=chat, raw=raw, system=system)
     limits = {"sequences": 1 if chat else 64, "cache_gib": cache_gib, "speculate": speculate}
-    with _answerer(checkpoint, dtype, limits, sampling, seed) as answerer:
+    with _answerer(checkpoint, dtype, limits, sampling, seed, on_overflow) as answerer:
         if chat:
             _chat(answerer, system)
         elif prompt is not None and samples == 1 and output is None:
@@ -120,6 +125,11 @@ def serve(
             serve(engine, tokenizer, listener, settings, lambda line: err.print(line, highlight=False))
 
 
+def _check_chat(chat: bool, other: object) -> None:
+    if chat and other:
+        raise ValueError("--chat talks at this terminal: leave out --raw, --output and --samples")
+
+
 def _biases(pairs: Iterable[str]) -> dict[int, float]:
     try:
         return {int(token): float(bias) for token, bias in (pair.split("=") for pair in pairs)}
@@ -145,7 +155,12 @@ def _questions(
 
 @contextmanager
 def _answerer(
-    checkpoint: str, dtype: str, limits: dict[str, Any], sampling: "SamplingParams", seed: int
+    checkpoint: str,
+    dtype: str,
+    limits: dict[str, Any],
+    sampling: "SamplingParams",
+    seed: int,
+    on_overflow: OnOverflow,
 ) -> "Iterator[Answerer]":
     """A checkpoint's engine, with how to sample from it."""
     from lockstep.cluster.generation import Answerer
@@ -153,7 +168,7 @@ def _answerer(
     from lockstep.rl.rollout.loading import open_engine
 
     with open_engine(checkpoint, dtype, EngineConfig(**limits)) as (engine, tokenizer):
-        yield Answerer(engine, tokenizer, sampling, seed)
+        yield Answerer(engine, tokenizer, sampling, seed, on_overflow)
 
 
 def _chat(answerer: "Answerer", system: str | None) -> None:

@@ -32,7 +32,7 @@ from lockstep.rl.rollout.protocol import (
     Statistics,
     TokenOutput,
 )
-from lockstep.rl.rollout.requests import check_request, prepared
+from lockstep.rl.rollout.requests import check_request, fitted, prepared
 from lockstep.rl.rollout.retry import one_by_one
 from lockstep.rl.rollout.routing_record import RoutingRecord, recorded
 from lockstep.rl.rollout.sampling.draws import Drawn, next_token
@@ -212,15 +212,25 @@ class RolloutEngine:
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never run; raises what `Engine.check` names."""
+        self._fitted(request)
+
+    def _fitted(self, request: Request) -> Request:
+        """The request as it runs; raises what `Engine.check` names."""
+        rolls = request.on_overflow == "roll"
+        if rolls and self._record:
+            raise ValueError("a window that rolls goes to experts anew at each token: record none, or do not roll")
+        request = fitted(request, self.length)
         model, prompt = self.transformer.model, len(request.tokens)
         ends = self._sampler.ends(request.sampling)
         check_request(request, length=self.length, vocabulary=model.vocabulary, ends=ends)
-        lacking = self._scheduler.lacking(prompt + max(0, request.new - 1))
+        needed = prompt + max(0, request.new - 1)
+        lacking = self._scheduler.lacking(min(needed, self.length) if rolls else needed)
         if lacking:
             raise PromptTooLong(
                 f"a prompt of {prompt} tokens and {request.new} new ones need {lacking[0]} blocks of {BLOCK} tokens, "
                 f"and the cache has {lacking[1]}: raise cache_gib, or ask for fewer tokens"
             )
+        return request
 
     def add(self, request: Request) -> None:
         """Queue a request, which runs as soon as there is room.
@@ -229,7 +239,7 @@ class RolloutEngine:
             PromptTooLong: when prompt and completion do not fit into the context or the cache.
             ValueError: when the prompt is empty, a token is not in the vocabulary, or the key is in use.
         """
-        self.check(request)
+        request = self._fitted(request)
         request, stops = prepared(request, self._sequences, self._special, self.decode)
         scores: list[Score] | None = None if request.prompt_logprobs is None else []
         self._sequences[request.key] = sequence = SequenceState(request, stops=stops, scores=scores)
@@ -337,6 +347,8 @@ class RolloutEngine:
                 break
         if proposed:
             self._scheduler.settle(sequence, len(proposed))
+        if sequence.known > self.length and not found[-1].finish_reason:
+            self._scheduler.roll(sequence)
 
     def _failed(self, sequence: SequenceState, error: Exception) -> FailedOutput:
         """End a sequence that cannot go on; what it leaves in the cache is overwritten, lest it spread."""

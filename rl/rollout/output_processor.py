@@ -8,7 +8,7 @@ import numpy as np
 from lockstep.data.batch import Column
 from lockstep.rl.rollout.config import SamplingParams
 from lockstep.rl.rollout.detokenizer import before_stop
-from lockstep.rl.rollout.protocol import Engine, FailedOutput, Request, TokenOutput
+from lockstep.rl.rollout.protocol import Engine, FailedOutput, OnOverflow, Request, TokenOutput
 from lockstep.rl.types import Completion, Prompt, Rollout, continued
 
 
@@ -24,12 +24,16 @@ class RolloutRequest:
     seed: int
     begun: Completion | None = None
     """The completion so far, with the turns of its environment; the model goes on behind it."""
+    on_overflow: OnOverflow = "error"
+    """What becomes of it where prompt and completion are too long."""
 
     @property
     def request(self) -> Request:
         """The request to an engine, in which the completion so far belongs to the tokens."""
         if self.begun is None:
-            return Request(self.number, self.tokens, self.sampling, self.seed, self.number)
+            return Request(
+                self.number, self.tokens, self.sampling, self.seed, self.number, on_overflow=self.on_overflow
+            )
         before, limits = len(self.begun.tokens), self.sampling
         left = {
             "max_new_tokens": limits.max_new_tokens - before,
@@ -121,7 +125,13 @@ class OutputProcessor:
 
 
 def generate(
-    engine: Engine, prompts: Sequence[Prompt], sampling: SamplingParams, *, samples: int, seed: int
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    *,
+    samples: int,
+    seed: int,
+    on_overflow: OnOverflow = "error",
 ) -> Iterator[Rollout]:
     """Generate `samples` completions of each prompt, each yielded as soon as it ends; the engine must be idle.
 
@@ -134,7 +144,8 @@ def generate(
     """
     assert not engine.has_work
     numbered = [(prompt.index * samples + s, prompt) for prompt in prompts for s in range(samples)]
-    requests, prompt_of = [RolloutRequest(n, p.tokens, sampling, seed) for n, p in numbered], dict(numbered)
+    prompt_of = dict(numbered)
+    requests = [RolloutRequest(n, p.tokens, sampling, seed, on_overflow=on_overflow) for n, p in numbered]
     for each in requests:
         engine.check(each.request)
     processor = OutputProcessor(engine)

@@ -15,6 +15,13 @@ if TYPE_CHECKING:  # torch and megatron-core, which a driver has no use for
     from lockstep.rl.weight_sync.protocol import Shard
 
 
+OnOverflow = Literal["error", "truncate", "roll"]
+"""What becomes of a request whose prompt and completion are longer than the engine allows: it is refused (`error`); its
+prompt loses its first tokens, until both fit (`truncate`); or each token is drawn from what the model says behind the
+last Δ tokens alone, where Δ is the length allowed (`roll`: x_{t+1} ~ p(· | x_{t−Δ+1..t}), equation 10 of
+arXiv:2602.00426). A window that rolls is computed again for each token, because its first position is always 0."""
+
+
 class PromptTooLong(ValueError):
     """A prompt that leaves no room for a completion."""
 
@@ -57,6 +64,8 @@ class Request:
     """Report the prompt's log-probabilities, with this many of the likeliest tokens at each place; None: do not."""
     draws: bool = True
     """Whether tokens are drawn; a request that draws none ends when its prompt has been computed."""
+    on_overflow: OnOverflow = "error"
+    """What becomes of it where prompt and completion are too long."""
 
     @property
     def new(self) -> int:

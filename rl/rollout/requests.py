@@ -22,7 +22,7 @@ def check_request(request: Request, *, length: int, vocabulary: int, ends: Colle
     new, prompt = request.new, len(request.tokens)
     if not prompt:
         raise ValueError("a prompt without tokens has no next token: give at least one, for example the text's begin")
-    if prompt + new > length:
+    if request.on_overflow != "roll" and prompt + new > length:
         raise PromptTooLong(
             f"a prompt of {prompt} tokens and {new} new ones need a context of {prompt + new}, "
             f"and rollouts have {length}"
@@ -33,6 +33,33 @@ def check_request(request: Request, *, length: int, vocabulary: int, ends: Colle
         raise ValueError(f"there is no token {strange}: the vocabulary has 0 … {vocabulary - 1}")
     if request.sampling.min_new_tokens and len({*ends}) == vocabulary:
         raise ValueError(f"all {vocabulary} tokens end a completion, which then has no first one: name fewer")
+
+
+def fitted(request: Request, length: int) -> Request:
+    """The request with what its `on_overflow` leaves of a prompt that is too long, its last tokens.
+
+    Args:
+        length: tokens that prompt and completion together may have, or those of a window that rolls.
+
+    Raises:
+        PromptTooLong: where a completion leaves no room for a token of a prompt that may be cut.
+        ValueError: for a prompt that would lose tokens whose log-probabilities are asked for.
+    """
+    prompt, new = len(request.tokens), request.new
+    if request.on_overflow == "error" or prompt + new <= length:
+        return request
+    kept = length - new if request.on_overflow == "truncate" else length
+    if kept < 1:
+        raise PromptTooLong(
+            f"{new} new tokens leave no room for a prompt in a context of {length}: ask for fewer than {length}, or "
+            "use on_overflow=roll"
+        )
+    if prompt > kept and request.prompt_logprobs is not None:
+        raise ValueError(
+            f"a prompt of {prompt} tokens whose log-probabilities are asked for cannot lose its first "
+            f"{prompt - kept}: give a shorter one"
+        )
+    return replace(request, tokens=request.tokens[-kept:])
 
 
 def prepared(

@@ -15,8 +15,10 @@ class SequenceState:
     request: Request
     tokens: list[int] = field(default_factory=list)
     """Of the completion."""
+    passed: int = 0
+    """Tokens that its window has left behind (see `OnOverflow`): no pass computes them any more."""
     cached: int = 0
-    """Tokens, from the prompt's first on, whose keys and values are in the cache."""
+    """Tokens, from the window's first on, whose keys and values are in the cache."""
     tables: list[list[int]] = field(default_factory=list)
     """For each kind of layer the block of each BLOCK tokens; −1 where it has been given back."""
     names: list[bytes] = field(default_factory=list)
@@ -32,12 +34,13 @@ class SequenceState:
 
     @property
     def known(self) -> int:
-        """Number of tokens of prompt and completion."""
-        return len(self.request.tokens) + len(self.tokens)
+        """Number of tokens of prompt and completion that are in its window."""
+        return len(self.request.tokens) + len(self.tokens) - self.passed
 
     def part(self, start: int, stop: int) -> tuple[int, ...]:
-        """Tokens start … stop−1 of prompt and completion."""
+        """Tokens start … stop−1 of the window; without one that rolls, of prompt and completion."""
         prompt = self.request.tokens
+        start, stop = start + self.passed, stop + self.passed
         if stop <= len(prompt):
             return prompt[start:stop]
         return (*prompt[start:], *self.tokens[max(0, start - len(prompt)) : stop - len(prompt)])

@@ -119,6 +119,14 @@ class Scheduler:
         self._remove(sequence)
         return alone
 
+    def roll(self, sequence: SequenceState) -> None:
+        """Leave a running sequence's first token behind; all behind it is computed again, at the positions before."""
+        sequence.passed += 1
+        sequence.names = []
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+
     def redo(self, sequence: SequenceState) -> list[list[int]]:
         """Have a running sequence wait, to be computed again without tokens on trial; returns what `discard` does."""
         alone = self.discard(sequence)
@@ -234,7 +242,7 @@ class Scheduler:
             sequence, share = chunk.sequence, -(-room // (len(plan.chunks) - i))
             left = sequence.request.new - len(sequence.tokens) - 1  # one more is drawn behind those on trial
             most = min(self._speculate, share, left, self._spare(sequence))
-            if chunk.decodes and most > 0:
+            if chunk.decodes and most > 0 and sequence.request.on_overflow != "roll":
                 new = sequence.part(sequence.lookup.read, sequence.known)
                 proposed = sequence.lookup.propose(new, most)
                 self._take_up_to(sequence, sequence.cached + len(proposed))

@@ -119,6 +119,11 @@ class VllmEngine:
 
     def check(self, request: Request) -> None:
         """Refuse a request that can never run; raises what `Engine.check` names."""
+        if request.on_overflow != "error":
+            raise ValueError(
+                f"on_overflow={request.on_overflow} is of engine='lockstep', and this one has engine='vllm': use "
+                "on_overflow=error"
+            )
         model, ends = self._model.model, self._model.board.ends(request.sampling)
         # vLLM draws a token even where only the prompt is scored.
         length = self.longest if request.draws else self.longest - 1

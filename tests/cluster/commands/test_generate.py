@@ -52,6 +52,14 @@ def test_a_file_is_answered_in_its_order(tiny_folder: Path, tmp_path: Path) -> N
     assert alone.stdout == rows[0]["completions"][0]["text"] + "\n"
 
 
+def test_what_is_longer_than_the_context_is_refused_cut_or_rolls(tiny_folder: Path) -> None:
+    long = ["generate", str(tiny_folder), "12 + 34 =", "--raw", *OPTIONS, "--max-new-tokens", "260"]
+    assert "need a context of" in refused(*long)
+    assert "leave no room for a prompt in a context of 256" in refused(*long, "--on-overflow", "truncate")
+    rolled = lockstep(*long, "--on-overflow", "roll", "--logit-bias", "2=-100")
+    assert rolled.exit_code == 0, rolled.output
+
+
 def test_stdin_gives_samples_of_each_prompt(tiny_folder: Path) -> None:
     many = ["generate", str(tiny_folder), "--input", "-", "--samples", "3", "--raw", *OPTIONS]
     result = CliRunner().invoke(app, many, input="12 + 34 =\n1 + 1 =\n")
