@@ -45,6 +45,7 @@ for name, command in {
     "generate": inference.generate,
     "serve": inference.serve,
     "eval": evaluate.evaluate_model,
+    "study": evaluate.run_study,
     "grade": evaluate.grade_answers,
     "score": checks.score,
     "convert": checkpoints.convert,

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("data", "distributed", "model", "rl", "cluster", "recipes", "tests")
 PAGES = [*ROOT.glob("*.*"), *ROOT.glob("docs/*"), *ROOT.glob("benchmarks/**/*")]
 FILES = [*PAGES, *(path for folder in FOLDERS for path in ROOT.joinpath(folder).rglob("*"))]
-WRITTEN = {"/recipe.toml"}
-"""By runs."""
+WRITTEN = {"/recipe.toml", "/table.md"}
+"""By runs and studies."""
 KNOWN = {f"/{path.relative_to(ROOT)}" for path in FILES} | WRITTEN
 
 

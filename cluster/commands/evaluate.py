@@ -1,6 +1,7 @@
-"""The commands `lockstep eval`, accuracy and pass@k of a model on held-out problems, and `lockstep grade`, verdicts."""
+"""The commands `lockstep eval` (accuracy and pass@k on held-out problems), `lockstep study`, and `lockstep grade`."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,6 +16,8 @@ from lockstep.cluster.commands.options import CacheGib, Checkpoint, Dtype, overr
 if TYPE_CHECKING:
     from lockstep.cluster.evaluation.evaluate import Evaluation, Findings
     from lockstep.cluster.evaluation.grading import Task
+    from lockstep.cluster.evaluation.studies.runner import Row
+    from lockstep.cluster.evaluation.studies.study import Study, Workload
     from lockstep.cluster.recipe.schema import Recipe
 
 KNOWN_TOKENS = 512
@@ -163,6 +166,80 @@ def _one_task(recipe: "Recipe", file: str, name: str | None) -> dict[str, Any]:
 def _folder(checkpoint: str, *names: str) -> Path:
     parts = [Path(checkpoint).resolve().name, *(Path(name).name.split(".")[0] for name in names)]
     return Path("runs") / "eval" / "-".join(parts)
+
+
+@sentences
+def run_study(
+    name: Annotated[str, typer.Argument(help="Of the study: see --list.")] = "",
+    checkpoints: Annotated[list[str] | None, typer.Argument(help="Models to measure, side by side.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Name all studies.")] = False,
+    given: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting, as in --set temperature=0.5,1; may be repeated.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="Of a study on problems: see lockstep eval.")] = "quickstart",
+    file: Annotated[str | None, typer.Option(help="Problems of a file in the place of a task's.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="The folder to leave; runs/study/NAME otherwise.")
+    ] = None,
+    dtype: Dtype = "bfloat16",
+    cache_gib: CacheGib = 1.0,
+) -> None:
+    """Measure models, with 95% intervals over seeds: JSON lines, a table and plots. Interrupted, it goes on.
+
+    Example: lockstep study generation runs/quickstart --set temperature=0.3,1.0
+    """
+    from lockstep.cluster.evaluation.studies import registry, runner
+
+    if listed:
+        for each in registry.study_names():
+            out.print(f"{each:<12}{registry.summary_of(each)}", highlight=False)
+        return
+    study = registry.study_of(name)
+    if not checkpoints:
+        raise ValueError(f"a study measures models: give one or more checkpoints, as in lockstep study {name} runs/a")
+    settings = registry.settings_of(study, _pairs(given or ()))
+    workload = _workload(task, file) if study.needs_problems else None
+    work = runner.Work(name, study, settings, tuple(checkpoints), dtype, cache_gib, workload)
+    folder = folder or Path("runs") / "study" / name
+    with progress("measuring") as advance:
+        measured = runner.run_study(work, folder, advance)
+    rows = runner.table_rows(study, measured)
+    table = runner.markdown(study, rows)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    _draw(study, rows, folder)
+    out.print(table, highlight=False)
+    out.print(f"measurements, table and plots: {folder}", highlight=False)
+
+
+def _pairs(given: Sequence[str]) -> dict[str, str]:
+    """Settings as they were given; raises ValueError for one that is no pair."""
+    for each in given:
+        if "=" not in each:
+            raise ValueError(f"--set {each} sets nothing: give key=value, as in --set seeds=5")
+    return dict(each.split("=", 1) for each in given)
+
+
+def _workload(task: str, file: str | None) -> "Workload":
+    from lockstep.cluster.evaluation.studies.study import Workload
+
+    recipe = _recipe(file or task, None, _problems(file, None, train=False))
+    return Workload(recipe.task, recipe.seed, recipe.verifier)
+
+
+def _draw(study: "Study", rows: "Sequence[Row]", folder: Path) -> None:
+    """Write a plot of each measure over the study's axis, with a line for each checkpoint."""
+    from lockstep.cluster.records.svg import Point, interval_chart, standalone
+
+    for measure, unit in study.units.items():
+        lines: dict[str, list[Point]] = {}
+        for row in rows:
+            if row.measure == measure and row.place is not None:
+                point = Point(row.place, row.interval.mean, row.interval.low, row.interval.high)
+                lines.setdefault(row.checkpoint, []).append(point)
+        if lines:
+            svg = interval_chart(measure, lines, study.axis, f"{measure}, {unit}" if unit else measure)
+            name = re.sub(r"[^\w-]+", "-", measure)
+            (folder / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
 
 
 @sentences

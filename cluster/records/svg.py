@@ -7,7 +7,7 @@ as JSON in `data-hover` (positions and sentences), for a script that shows the n
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -127,6 +127,39 @@ def point_chart(title: str, points: Sequence[Point], x_label: str, y_label: str,
     drawn = [_axes(frame, x_label, y_label), *(_mark(frame, mark) for mark in marks)]
     drawn += [_path(frame, line, "line s0"), *(_whisker(frame, p) for p in kept)]
     return _svg(title, "".join(drawn), _point_hover(frame, kept, x_label))
+
+
+def interval_chart(title: str, series: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
+    """Draw measurements with their intervals, a line for each name; a point without an interval stands alone.
+
+    Args:
+        title: Read by screen readers, not drawn.
+        series: For each name of the legend its points, in the order of their x.
+    """
+    kept = {name: [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)] for name, points in series.items()}
+    every = [point for points in kept.values() for point in points]
+    frame = _frame([p.x for p in every], [y for p in every for y in (p.y, p.low, p.high)], zero=False)
+    if frame is None:
+        return _empty(title, x_label, y_label)
+    lines = [Series(name, [p.x for p in points], [_clamp(p.y) for p in points]) for name, points in kept.items()]
+    drawn = [_axes(frame, x_label, y_label), _legend(lines, 1)]
+    drawn += [_path(frame, line, f"line s{index}") for index, line in enumerate(lines)]
+    drawn += [_whisker(frame, p) for p in every if math.isfinite(p.low) and math.isfinite(p.high)]
+    return _svg(title, "".join(drawn), _line_hover(frame, lines, x_label))
+
+
+STYLE = (
+    "svg{background:#fff;font-family:sans-serif}text{fill:#5d6870;font-size:11px}path{fill:none;stroke-width:1.8}"
+    ".grid{stroke:#eceeee}.axis{stroke:#5d6870}.whisker{stroke:#5d6870;stroke-width:1}.dot{fill:#5d6870}"
+    ".s0{stroke:#1f77b4}.s1{stroke:#d9730d}.s2{stroke:#2a8f5c}.s3{stroke:#8a5cc2}.s4{stroke:#b8365c}"
+)
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own, with colours that a page's style sheet gives it otherwise."""
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+        ">", f"><style>{STYLE}</style>", 1
+    )
 
 
 def _clamp(value: float) -> float:
