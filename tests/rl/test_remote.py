@@ -122,6 +122,26 @@ def test_workers_allocate_by_jemalloc(actors: Actors) -> None:
         worker.end()
 
 
+SMALL_BLOCKS = """
+import torch
+
+def held():
+    return int(open("/proc/self/statm").read().split()[1]) << 12
+
+large = torch.ones(1 << 26)  # 256 MiB
+before = held()
+del large
+blocks = [torch.ones(3 << 17) for _ in range(100)]  # 1.5 MiB, less than a 64th of it
+print(held() - before)
+"""
+
+
+def test_small_blocks_are_cut_from_large_ones_that_were_freed() -> None:
+    program = [sys.executable, "-c", SMALL_BLOCKS]
+    said = subprocess.run(program, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, check=True, text=True).stdout
+    assert int(said) < 16 << 20
+
+
 @pytest.mark.parametrize("preloaded", [True, False], ids=["jemalloc", "glibc"])
 def test_workers_use_freed_memory_again_and_give_it_back(preloaded: bool) -> None:
     variables = {name: value for name, value in ENVIRONMENT.items() if preloaded or name != "LD_PRELOAD"}
