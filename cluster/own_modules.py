@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-CODE = (".py", ".pyi", ".so", ".c", ".h", ".j2", ".sh", ".toml", ".typed")
+CODE = (".py", ".pyi", ".so", ".c", ".j2", ".sh", ".toml", ".typed")
 """How names of files end that belong to a module; data beside them, or a `.env`, do not."""
 
 

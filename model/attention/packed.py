@@ -5,7 +5,8 @@ that one block serves both.
 """
 
 from collections.abc import Sequence
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor
 from lockstep.distributed.device import sent
 from lockstep.model.attention.eager import Span, attend_in_full
 from lockstep.model.attention.exact import attend_exactly, with_gradient
-from lockstep.model.attention.flash_kernel import FlashKernel, Segment, serves
 from lockstep.model.attention.spec import PLAIN, AttentionSpec
 from lockstep.model.config import Numerics
 
@@ -31,8 +31,8 @@ class DocumentAttention:
     """`Attend` for a packed row: causal attention within each document, none across documents.
 
     A document is a prompt and branches that continue it: a branch sees the prompt and itself, so the samples of a
-    group share the work on their prompt. Prompts and branches are segments. On a CPU a kernel takes them as they lie;
-    elsewhere, and for what the kernel does not serve, see `_PaddedSegments`.
+    group share the work on their prompt. Prompts and branches are segments; segments of similar size are gathered
+    into one padded batch of queries, each with the keys of its prompt before its own.
     """
 
     def __init__(self, documents: Sequence[Sequence[int]], device: torch.device, numerics: Numerics = "fast") -> None:
@@ -40,52 +40,32 @@ class DocumentAttention:
         Args:
             documents: for each the tokens of its prompt and of each of its branches; all add up to T.
         """
-        segments = _segments(documents)
-        self._kernel = FlashKernel(segments) if numerics == "fast" and device.type == "cpu" else None
-        self._padded = cache(partial(_PaddedSegments, segments, device, numerics))
-        if self._kernel is None:
-            self._padded()  # ahead of the pass: its tensors have to get to the device
-
-    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
-        """See `Attend`."""
-        if self._kernel is not None and serves(q_THE, spec):
-            return self._kernel(q_THE, k_TGE, v_TGE, spec)
-        return self._padded()(q_THE, k_TGE, v_TGE, spec)
-
-
-class _PaddedSegments:
-    """Attention of segments that are gathered, those of similar size into one padded batch of queries.
-
-    Each has the keys of its prompt before its own.
-    """
-
-    def __init__(self, segments: Sequence[Segment], device: torch.device, numerics: Numerics) -> None:
         self._exact = numerics == "exact"
-        by_size: dict[tuple[int, int], list[Segment]] = {}
-        for segment in segments:
+        by_size: dict[tuple[int, int], list[_Segment]] = {}
+        for segment in _segments(documents):
             by_size.setdefault((_bucket(segment.length), _bucket(segment.seen)), []).append(segment)
-        self.batches = [_SegmentBatch(members, device) for members in by_size.values()]
-        in_batches = [s for b in self.batches for s in b.segments]
-        rows = _offsets([b.queries for b in self.batches for _ in b.segments])
-        keys = _offsets([b.keys for b in self.batches for _ in b.segments])
-        own_rows = _joined([o + torch.arange(s.length) for s, o in zip(in_batches, rows, strict=True)])
-        own_keys = _joined([o + s.seen + torch.arange(s.length) for s, o in zip(in_batches, keys, strict=True)])
-        order = _joined([s.start + torch.arange(s.length) for s in in_batches]).argsort()
-        lent = [(o, s) for s, o in zip(in_batches, keys, strict=True) if s.seen]
+        self._batches = [_SegmentBatch(members, device) for members in by_size.values()]
+        segments = [s for b in self._batches for s in b.segments]
+        rows = _offsets([b.queries for b in self._batches for _ in b.segments])
+        keys = _offsets([b.keys for b in self._batches for _ in b.segments])
+        own_rows = _joined([o + torch.arange(s.length) for s, o in zip(segments, rows, strict=True)])
+        own_keys = _joined([o + s.seen + torch.arange(s.length) for s, o in zip(segments, keys, strict=True)])
+        order = _joined([s.start + torch.arange(s.length) for s in segments]).argsort()
+        lent = [(o, s) for s, o in zip(segments, keys, strict=True) if s.seen]
         shared = (
             _joined([o + torch.arange(s.seen) for o, s in lent]),
             _joined([s.prompt + torch.arange(s.seen) for _, s in lent]),
         )
         nothing = _joined([]), _joined([])
-        self._rows = _Gather(_joined([b.row_tokens for b in self.batches]), own_rows[order], nothing, device)
-        self._keys = _Gather(_joined([b.key_tokens for b in self.batches]), own_keys[order], shared, device)
+        self._rows = _Gather(_joined([b.row_tokens for b in self._batches]), own_rows[order], nothing, device)
+        self._keys = _Gather(_joined([b.key_tokens for b in self._batches]), own_keys[order], shared, device)
 
-    def __call__(self, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec) -> Tensor:
-        """Attention [T, H, E]."""
-        rows = [len(b.row_tokens) for b in self.batches]
-        keys = [len(b.key_tokens) for b in self.batches]
+    def __call__(self, layer: int, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, spec: AttentionSpec = PLAIN) -> Tensor:
+        """See `Attend`."""
+        rows = [len(b.row_tokens) for b in self._batches]
+        keys = [len(b.key_tokens) for b in self._batches]
         parts = zip(
-            self.batches,
+            self._batches,
             self._rows.spread(q_THE).split(rows),
             *(self._keys.spread(x).split(keys) for x in (k_TGE, v_TGE)),
             strict=True,
@@ -153,16 +133,26 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.long), *parts])
 
 
-def _segments(documents: Sequence[Sequence[int]]) -> list[Segment]:
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens start … start+length of a row, which also see the `seen` tokens from `prompt` on."""
+
+    start: int
+    length: int
+    prompt: int
+    seen: int
+
+
+def _segments(documents: Sequence[Sequence[int]]) -> list[_Segment]:
     found, start = [], 0
     for prompt, *branches in documents:
         if len(branches) == 1:  # one branch: the document is simply causal
             prompt, branches = prompt + branches[0], []
         document, start = start, start + prompt
-        found.append(Segment(document, prompt, document, 0))
+        found.append(_Segment(document, prompt, document, 0))
         for branch in branches:
             if branch:
-                found.append(Segment(start, branch, document, prompt))
+                found.append(_Segment(start, branch, document, prompt))
             start += branch
     return found
 
@@ -179,7 +169,7 @@ class _SegmentBatch:
     A row of keys holds the seen tokens and the segment's own, so that its column is a key's position in the document.
     """
 
-    def __init__(self, segments: list[Segment], device: torch.device) -> None:
+    def __init__(self, segments: list[_Segment], device: torch.device) -> None:
         self.segments = segments
         self.queries = max(s.length for s in segments)
         self.keys = max(s.seen + s.length for s in segments)

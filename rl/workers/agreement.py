@@ -18,7 +18,7 @@ import xxhash
 
 import lockstep
 
-_SOURCES = (".py", ".c", ".h", ".j2")
+_SOURCES = (".py", ".c", ".j2")
 
 
 class RanksDiffer(ValueError):

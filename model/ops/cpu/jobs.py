@@ -1,4 +1,4 @@
-"""ctypes structs of the arguments of `kernels.c` and `flash_attention.c`, and lists of kernel calls that run as one."""
+"""ctypes structs of the arguments of `kernels.c`, and lists of kernel calls that run as one."""
 
 import ctypes
 from typing import Any
@@ -23,16 +23,6 @@ class AttentionJob(ctypes.Structure):
         "q k v keys values blocks offsets tokens sequences firsts lasts tables part_rows part_starts row_parts partial "
         "out",
         "scale cap",
-    )
-
-
-class FlashJob(ctypes.Structure):
-    """`struct flash`: attention within packed documents, and its gradient."""
-
-    _fields_ = _fields(
-        "packed kept taken blocks stripes heads groups width q_stride k_stride v_stride window tiled",
-        "q k v table parts keys values columns out rest log_sums gradient of_q of_k of_v sums turns",
-        "scale",
     )
 
 

@@ -1,4 +1,4 @@
-"""Compiles the C kernels for this processor, loads them, and runs their functions in torch's OpenMP threads."""
+"""Compiles `kernels.c` for this processor, loads it, and runs its functions in torch's OpenMP threads."""
 
 import ctypes
 import hashlib
@@ -15,8 +15,6 @@ import torch
 
 log = logging.getLogger(__name__)
 NUMBERS = {torch.bfloat16: "uint16_t", torch.float32: "float"}
-SOURCES = ("kernels.c", "flash_attention.c")
-"""They are one library; `lanes.h` is what they have in common."""
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-ffp-contract=fast", "-shared", "-fPIC")
 ALONE = 1 << 14
 """Numbers that one thread works through before another one would have begun."""
@@ -59,15 +57,14 @@ def _openmp() -> ctypes.CDLL | None:
 
 @cache
 def library_of(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """Load `SOURCES`, compiled for a dtype now or earlier; None, said in a warning, where that is impossible.
+    """Load `kernels.c`, compiled for a dtype now or earlier; None, said in a warning, where that is impossible.
 
-    Compiled libraries are kept in the user's cache. Without a compiler the newest one of the same sources is taken.
+    Compiled libraries are kept in the user's cache. Without a compiler the newest one of the same source is taken.
     """
-    sources = [Path(__file__).with_name(name) for name in SOURCES]
+    source = Path(__file__).with_name("kernels.c")
     compiler = compiler_command()
     words = [*FLAGS, f"-DNUMBER={NUMBERS[dtype]}"]
-    texts = [path.read_bytes() for path in (*sources, Path(__file__).with_name("lanes.h"))]
-    key = _digest(*texts, *map(str.encode, words), _processor())
+    key = _digest(source.read_bytes(), *map(str.encode, words), _processor())
     try:
         folder = _cache_folder()
         version = compiler_version(compiler)
@@ -77,7 +74,7 @@ def library_of(dtype: torch.dtype) -> ctypes.CDLL | None:
         if path is not None and _is_private(path):
             return ctypes.CDLL(str(path))
         kept = path if os.access(folder or "", os.W_OK) else None
-        return _compiled([*compiler, *words, *map(str, sources)], kept)
+        return _compiled([*compiler, *words, str(source)], kept)
     except (OSError, subprocess.CalledProcessError) as error:
         said = error.stderr.decode(errors="replace").strip() if isinstance(error, subprocess.CalledProcessError) else ""
         log.warning(
@@ -102,7 +99,7 @@ def _compiled(command: list[str], path: Path | None) -> ctypes.CDLL:
 
 
 def _newest(folder: Path | None, key: str) -> ctypes.CDLL:
-    """The library that was compiled last of the sources and processor.
+    """The library that was compiled last of a source and processor.
 
     Raises:
         FileNotFoundError: there is none.

@@ -25,7 +25,7 @@ def test_the_package_is_code_and_what_code_reads(tmp_path: Path) -> None:
     found = files(tmp_path)
     wanted = ("cluster/cli.py", "py.typed", "recipes/quickstart.toml", "model/ops/cpu/kernels.c")
     assert found >= {f"lockstep/{name}" for name in wanted}
-    assert {Path(name).suffix for name in found} == {".py", ".typed", ".toml", ".c", ".h", ".j2", ".sh"}
+    assert {Path(name).suffix for name in found} == {".py", ".typed", ".toml", ".c", ".j2", ".sh"}
     assert not [name for name in found if "__pycache__" in name]
     check_size(tmp_path)
 

@@ -198,9 +198,8 @@ def test_masks_are_made_where_no_kernel_does_without() -> None:
     q, k, v = (torch.randn(tokens, heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
     for documents, masks in [([[tokens]], 0), ([[tokens - 3, 2, 1]], 1)]:
         attention = DocumentAttention(documents, CPU)
-        assert not any(batch._biases for batch in attention._padded().batches)
+        assert not any(batch._biases for batch in attention._batches)
         for layer in range(2):
             attention(layer, q, k, v)
-        batches = attention._padded().batches
-        assert sum(len(batch._biases) for batch in batches if batch.queries > packed.LONGEST_IN_FULL) == 0
-        assert sum(len(batch._biases) for batch in batches) == masks
+        assert sum(len(batch._biases) for batch in attention._batches if batch.queries > packed.LONGEST_IN_FULL) == 0
+        assert sum(len(batch._biases) for batch in attention._batches) == masks
