@@ -15,8 +15,6 @@ from pydantic import ValidationError
 
 from lockstep.cluster.evaluation.scoring.likelihood import ROW_TOKENS, Pair, Scoring, likelihoods
 from lockstep.cluster.evaluation.scoring.windows import rolling_windows
-from lockstep.cluster.generation import sampling_of
-from lockstep.cluster.recipe.errors import validation_sentence
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.world.groups import leave
@@ -75,7 +73,7 @@ class LockstepModel(TemplateLM):
         try:
             self._scoring = Scoring(Layout(**layout), dtype, numerics, row_tokens)
         except ValidationError as error:
-            raise ValueError(f"model_args: {validation_sentence(error, Layout)}") from error
+            raise ValueError(f"model_args: {_sentence(error)}") from error
         opened = open_model(path)
         check_language_model(opened.config, path)
         check_layout(self._scoring.layout, opened.config)
@@ -187,9 +185,16 @@ def _sampling(gen_kwargs: Mapping[str, Any]) -> SamplingParams:
     """Sampling parameters of a task's generation_kwargs; those that the engine does not know are refused."""
     given: dict[str, Any] = dict(normalize_gen_kwargs(dict(gen_kwargs), ANSWER_TOKENS))
     stop = tuple(filter(None, given.pop("until")))
-    if given.pop("do_sample"):
-        given.setdefault("temperature", 1.0)
-    return sampling_of(max_new_tokens=given.pop("max_gen_toks"), stop=stop, **given)
+    given.setdefault("temperature", 1.0 if given.pop("do_sample") else 0.0)
+    try:
+        return SamplingParams(max_new_tokens=given.pop("max_gen_toks"), stop=stop, **given)
+    except ValidationError as error:
+        raise ValueError(f"generation_kwargs: {_sentence(error)}") from error
+
+
+def _sentence(error: ValidationError) -> str:
+    """Each key that is wrong, with what is wrong about it."""
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
 
 
 def main() -> None:
