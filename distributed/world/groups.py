@@ -15,6 +15,7 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 from lockstep.distributed.device import take_device
 from lockstep.distributed.layout import Layout, LayoutError
 from lockstep.distributed.libraries import parallel_state
+from lockstep.distributed.world.gloo import own_devices, share_device
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def join(layout: Layout, *, rank: int, meeting: Store, timeout_s: float = 600.0)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(layout.processes))
     take_device(rank)
     if not dist.is_initialized():
+        share_device()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo",
             store=meeting,
@@ -124,6 +126,7 @@ def leave() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+        own_devices()
     gc.collect()
 
 
