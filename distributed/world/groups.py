@@ -127,6 +127,8 @@ def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         own_devices()
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # who finds them would wait for others
+            os.environ.pop(name, None)
     gc.collect()
 
 

@@ -1,5 +1,6 @@
 """Worlds that follow each other in the same processes leave nothing behind."""
 
+import os
 import threading
 
 import psutil
@@ -11,7 +12,7 @@ from lockstep.data.batch import sample
 from lockstep.data.packing import rows_for_ranks
 from lockstep.distributed.layout import Layout
 from lockstep.distributed.step_result import StepResult
-from lockstep.distributed.world.groups import Groups
+from lockstep.distributed.world.groups import Groups, alone, leave
 from lockstep.distributed.world.rank_pool import MOST_THREADS, RankPool
 from lockstep.model.config import ModelConfig, MoEConfig
 from lockstep.model.loading import build
@@ -60,6 +61,13 @@ def what_deepspeed_left(groups: Groups) -> tuple[str, list[str]]:
 def test_deepspeed_forgets_a_world_that_was_left(worlds: RankPool, layout: Layout) -> None:
     for _ in range(2):
         assert worlds.run(layout, what_deepspeed_left) == [("linear", [])] * 2
+
+
+def test_a_process_alone_names_no_world_to_others_once_it_left() -> None:
+    before = dict(os.environ)
+    alone()
+    leave()
+    assert dict(os.environ) == before
 
 
 def process_with_threads(groups: Groups, count: int) -> int:
