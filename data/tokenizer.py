@@ -95,6 +95,11 @@ class Tokenizer:
         return {number: token.content for number, token in added.items() if token.special}
 
     @cached_property
+    def tokenizer_json(self) -> str:
+        """The content of tokenizer.json, with the special tokens that other files name."""
+        return self._fast.to_str()
+
+    @cached_property
     def digest(self) -> str:
         """A digest of the vocabulary, 32 hex digits: equal for tokenizers that give every id the same token."""
         names = sorted((number, name) for name, number in self._fast.get_vocab(with_added_tokens=True).items())

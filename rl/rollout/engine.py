@@ -242,7 +242,9 @@ class RolloutEngine:
         request = self._fitted(request)
         request, stops = prepared(request, self._sequences, self._special, self.decode)
         scores: list[Score] | None = None if request.prompt_logprobs is None else []
-        self._sequences[request.key] = sequence = SequenceState(request, stops=stops, scores=scores)
+        grammar = request.grammar.begin() if request.grammar else None
+        sequence = SequenceState(request, stops=stops, scores=scores, grammar=grammar)
+        self._sequences[request.key] = sequence
         self._scheduler.waiting.append(sequence)
         self._prompt_tokens += len(request.tokens)
 

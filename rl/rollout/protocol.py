@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from lockstep.data.batch import Experts
 from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.grammar import Grammar
 
 if TYPE_CHECKING:  # torch and megatron-core, which a driver has no use for
     from lockstep.rl.weight_sync.protocol import Shard
@@ -66,6 +67,8 @@ class Request:
     """Whether tokens are drawn; a request that draws none ends when its prompt has been computed."""
     on_overflow: OnOverflow = "error"
     """What becomes of it where prompt and completion are too long."""
+    grammar: Grammar | None = None
+    """What its new tokens are written in; it may end only where the grammar may, and ends where that cannot go on."""
 
     @property
     def new(self) -> int:
@@ -82,7 +85,7 @@ class TokenOutput:
     logp: float
     """Under the policy: with the temperature, over the whole vocabulary (at temperature 0 the policy at 1), in nats."""
     sampling_logp: float
-    """Under the distribution that it was drawn from, penalties and truncation included; 0 where it had no choice."""
+    """Under the distribution that it was drawn from, truncation, penalties and grammar included; 0 without a choice."""
     weight_version: int
     finish_reason: str | None = None
     """With the last token: `stop` where the model or a stop string ended it, `length` where the limit did."""

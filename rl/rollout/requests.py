@@ -17,7 +17,8 @@ def check_request(request: Request, *, length: int, vocabulary: int, ends: Colle
 
     Raises:
         PromptTooLong: when prompt and completion are longer.
-        ValueError: when the prompt is empty, a token is not in the vocabulary, or none may be drawn first.
+        ValueError: when the prompt is empty, a token is not in the vocabulary, none may be drawn first, or a
+            grammar comes with a length.
     """
     new, prompt = request.new, len(request.tokens)
     if not prompt:
@@ -27,6 +28,8 @@ def check_request(request: Request, *, length: int, vocabulary: int, ends: Colle
             f"a prompt of {prompt} tokens and {new} new ones need a context of {prompt + new}, "
             f"and rollouts have {length}"
         )
+    if request.grammar is not None and (request.sampling.min_new_tokens or request.sampling.exact_lengths):
+        raise ValueError("a grammar says where its completion may end: leave min_new_tokens and exact_lengths out")
     named = (*request.tokens, *request.sampling.stop_tokens, *request.sampling.logit_bias)
     strange = next((t for t in named if not 0 <= t < vocabulary), None)
     if strange is not None:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lockstep.model.config import ModelConfig
 from lockstep.rl.rollout.config import SamplingParams
-from lockstep.rl.rollout.protocol import Request, TokenOutput
+from lockstep.rl.rollout.protocol import TokenOutput
 from lockstep.rl.rollout.requests import finish_reason
 from lockstep.rl.rollout.sampling.sampler import Draw, Row, likeliest, uniforms
-from lockstep.rl.rollout.scheduling.plan import SequenceState
+from lockstep.rl.rollout.scheduling.plan import Place, SequenceState
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class EndTokens:
     """Tokens that end a completion: the model's own end tokens, and those of the request."""
 
     def __init__(self, model: ModelConfig) -> None:
+        self.vocabulary = model.vocabulary
         self._own = tuple(token for token in model.eos_tokens if 0 <= token < model.vocabulary)
 
     def __call__(self, sampling: SamplingParams) -> tuple[int, ...]:
@@ -36,19 +37,21 @@ class EndTokens:
         return (*self._own, *sampling.stop_tokens)
 
 
-def rows_of(drawing: Sequence[tuple[Request, Sequence[int]]], ends: EndTokens) -> list[Row]:
-    """A row of the sampler for each request and the tokens that it has drawn so far."""
-    requests = [request for request, _ in drawing]
-    places = [request.begun + len(tokens) for request, tokens in drawing]
-    numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], places)
-    return [_row(*each, number, ends) for each, number in zip(drawing, numbers.tolist(), strict=True)]
+def rows_of(places: Sequence[Place], ends: EndTokens) -> list[Row]:
+    """A row of the sampler for each place."""
+    requests = [place.request for place in places]
+    positions = [place.request.begun + len(place.tokens) for place in places]
+    numbers = uniforms([r.seed for r in requests], [r.sample for r in requests], positions)
+    return [_row(place, number, ends) for place, number in zip(places, numbers.tolist(), strict=True)]
 
 
-def _row(request: Request, tokens: Sequence[int], number: float, ends: EndTokens) -> Row:
+def _row(place: Place, number: float, ends: EndTokens) -> Row:
+    request, tokens, grammar = place.request, place.tokens, place.grammar
     early = len(tokens) < request.sampling.min_new_tokens
     forbidden = ends(request.sampling) if early and not request.sampling.exact_lengths else ()
     begun = request.tokens[len(request.tokens) - request.begun :]
-    return Row(request.sampling, number, request.tokens, [*begun, *tokens] if begun else tokens, forbidden)
+    allowed = None if grammar is None else grammar.allowed(ends(request.sampling), ends.vocabulary)
+    return Row(request.sampling, number, request.tokens, [*begun, *tokens] if begun else tokens, forbidden, allowed)
 
 
 def reported(
@@ -88,4 +91,6 @@ def next_token(
     sequence.tokens.append(drawn.token)
     said = drawn.token, drawn.logp, drawn.sampling_logp, weight_version
     reason = finish_reason(sequence.request, sequence.tokens, sequence.stops, ends)
+    if sequence.grammar is not None and drawn.token not in ends and sequence.grammar.take(drawn.token):
+        reason = "stop"
     return TokenOutput(sequence.request.key, *said, reason, drawn.top, drawn.support)

@@ -13,6 +13,7 @@ from lockstep.model.transformer import Transformer
 from lockstep.rl.rollout.protocol import Request, Score
 from lockstep.rl.rollout.sampling.draws import Drawn, EndTokens, reported, rows_of
 from lockstep.rl.rollout.sampling.sampler import Row, draw_isolated, likeliest
+from lockstep.rl.rollout.scheduling.plan import Place
 
 
 class ParallelSampler:
@@ -22,14 +23,14 @@ class ParallelSampler:
         self._transformer, self._group = transformer, transformer.groups.tensor
         self.ends = EndTokens(transformer.model)
 
-    def __call__(self, drawing: Sequence[tuple[Request, Sequence[int]]], local_BV: Tensor) -> list[Drawn | Exception]:
-        """Draw a token for each request behind the tokens that it has, from one row each of logits [B, V/tensor].
+    def __call__(self, places: Sequence[Place], local_BV: Tensor) -> list[Drawn | Exception]:
+        """Draw a token for each place, from one row each of logits [B, V/tensor].
 
         Returns:
             What was drawn, or an error where nothing can be.
         """
         whole_BV = self._whole(local_BV)
-        rows = rows_of(drawing, self.ends)
+        rows = rows_of(places, self.ends)
         drawn, failed = draw_isolated(whole_BV, rows)
         drawn = replace(drawn, tokens=self._agreed(drawn.tokens))
         policy = self._policy(local_BV, drawn.tokens, [row.policy_temperature for row in rows])

@@ -36,6 +36,8 @@ class Row:
     completion: Sequence[int] = ()
     forbidden: Sequence[int] = ()
     """Tokens that may not be drawn, because they would end the completion too early."""
+    allowed: np.ndarray | None = None
+    """Whether each token may be drawn, bool [V], where the completion is written in a grammar."""
 
     @property
     def policy_temperature(self) -> float:
@@ -51,10 +53,10 @@ class Row:
 
     @property
     def alters(self) -> bool:
-        """Whether penalties, bias or forbidden tokens change the logits before the temperature does."""
+        """Whether penalties, bias, forbidden tokens or a grammar change the logits before the temperature does."""
         asked = self.sampling
         penalties = asked.frequency_penalty or asked.presence_penalty or asked.repetition_penalty != 1
-        return bool(penalties or asked.logit_bias or self.forbidden)
+        return bool(penalties or asked.logit_bias or self.forbidden) or self.allowed is not None
 
 
 _NO_NUMBERS = "the model's logits are not numbers"
@@ -200,7 +202,7 @@ def _over_temperature(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def _altered(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Penalties on tokens seen (Keskar et al. 2019, section 4.1) and written, bias, and forbidden tokens."""
+    """Penalties on tokens seen (Keskar et al. 2019, section 4.1) and written, bias, forbidden tokens, and a grammar."""
     for line, row in zip(logits, rows, strict=True):
         if not row.alters:
             continue
@@ -216,6 +218,8 @@ def _altered(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         if asked.logit_bias:
             line[list(asked.logit_bias)] += torch.tensor(list(asked.logit_bias.values()), device=line.device)
         line[list(row.forbidden)] = float("-inf")
+        if row.allowed is not None:
+            line.masked_fill_(torch.from_numpy(~row.allowed).to(line.device), float("-inf"))
     return logits
 
 

@@ -1,9 +1,11 @@
 """The work of one forward pass: chunks of sequences, and sequences that share what a chunk computes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lockstep.data.batch import Experts
 from lockstep.rl.rollout.detokenizer import StopStrings
+from lockstep.rl.rollout.grammar import GrammarState
 from lockstep.rl.rollout.protocol import Request, Score
 from lockstep.rl.rollout.scheduling.prompt_lookup import PromptLookup
 
@@ -24,6 +26,7 @@ class SequenceState:
     names: list[bytes] = field(default_factory=list)
     """Hashes of the text's full blocks (see `block_pool.chained`), as far as they have been needed."""
     stops: StopStrings | None = None
+    grammar: GrammarState | None = None
     scores: list[Score] | None = None
     """Of the prompt's tokens that have been computed; None where none are asked for, or all have been reported."""
     lookup: PromptLookup = field(default_factory=PromptLookup)
@@ -84,6 +87,17 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A place of a completion whose token is drawn."""
+
+    request: Request
+    tokens: Sequence[int]
+    """Of the completion, before it."""
+    grammar: GrammarState | None = None
+    """Behind these tokens."""
+
+
+@dataclass(frozen=True)
 class Fork:
     """A sequence that shares the prompt of another in the same pass, and draws its first token from the same logits."""
 
@@ -110,10 +124,10 @@ class Plan:
         return of_chunks + [(fork.sequence, ()) for fork in self.forks]
 
     @property
-    def rows(self) -> list[tuple[Request, list[int]]]:
-        """For each token that is drawn the request, and the tokens of its completion before it."""
+    def rows(self) -> list[Place]:
+        """The places of all tokens that are drawn."""
         return [
-            (sequence.request, [*sequence.tokens, *proposed[:n]] if n else sequence.tokens)
+            Place(sequence.request, [*sequence.tokens, *proposed[:n]] if n else sequence.tokens, sequence.grammar)
             for sequence, proposed in self.drawing
             for n in range(len(proposed) + 1)
         ]

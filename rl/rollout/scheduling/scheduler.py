@@ -242,7 +242,7 @@ class Scheduler:
             sequence, share = chunk.sequence, -(-room // (len(plan.chunks) - i))
             left = sequence.request.new - len(sequence.tokens) - 1  # one more is drawn behind those on trial
             most = min(self._speculate, share, left, self._spare(sequence))
-            if chunk.decodes and most > 0 and sequence.request.on_overflow != "roll":
+            if chunk.decodes and most > 0 and _may_try(sequence):
                 new = sequence.part(sequence.lookup.read, sequence.known)
                 proposed = sequence.lookup.propose(new, most)
                 self._take_up_to(sequence, sequence.cached + len(proposed))
@@ -302,3 +302,8 @@ class Scheduler:
         names = sequence.names
         for i in range(len(names), blocks):
             names.append(chained(names[-1] if names else ROOT, sequence.part(i * BLOCK, (i + 1) * BLOCK)))
+
+
+def _may_try(sequence: SequenceState) -> bool:
+    """Whether a sequence may have tokens on trial: a window has not rolled behind them, and a grammar not read them."""
+    return sequence.request.on_overflow != "roll" and sequence.grammar is None

@@ -124,6 +124,8 @@ class VllmEngine:
                 f"on_overflow={request.on_overflow} is of engine='lockstep', and this one has engine='vllm': use "
                 "on_overflow=error"
             )
+        if request.grammar is not None:
+            raise ValueError("grammars are of engine='lockstep', and this one has engine='vllm': leave grammar out")
         model, ends = self._model.model, self._model.board.ends(request.sampling)
         # vLLM draws a token even where only the prompt is scored.
         length = self.longest if request.draws else self.longest - 1

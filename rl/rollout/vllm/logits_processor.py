@@ -16,6 +16,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from lockstep.rl.rollout.protocol import Request
 from lockstep.rl.rollout.sampling.draws import Drawn, EndTokens, reported, rows_of
 from lockstep.rl.rollout.sampling.sampler import Row, draw_isolated
+from lockstep.rl.rollout.scheduling.plan import Place
 
 NUMBER = "lockstep"
 """Key of `SamplingParams.extra_args` that holds a request's number on the board."""
@@ -49,7 +50,7 @@ class Board:
             return
         numbers = [number_of[row] for row in rows]
         drawing = [self.sequences[number] for number in numbers]
-        asked = rows_of([(sequence.request, sequence.tokens) for sequence in drawing], self.ends)
+        asked = rows_of([Place(sequence.request, sequence.tokens) for sequence in drawing], self.ends)
         picked = logits_BV if len(rows) == len(logits_BV) else logits_BV[rows]
         draw, failed = draw_isolated(picked, asked)
         reports = reported(asked, draw, failed, picked, _policy(picked, draw.tokens, asked))
