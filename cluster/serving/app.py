@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 from aiohttp import web
@@ -21,8 +21,11 @@ from lockstep.cluster.serving.local_requests import check_local
 from lockstep.cluster.serving.metrics import Metrics
 from lockstep.cluster.serving.protocol import Body, ChatBody, CompletionBody
 from lockstep.cluster.serving.responses import ChatReply, Choice, CompletionReply, Piece, Reply, Usage, merged
+from lockstep.cluster.serving.structured.call_stream import CallStream
+from lockstep.cluster.serving.structured.tools import ToolUse
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.detokenizer import Decode, TextStream
+from lockstep.rl.rollout.grammar import GrammarCompiler
 from lockstep.rl.rollout.output_processor import CompletionFailed
 from lockstep.rl.rollout.protocol import PromptTooLong, TokenOutput
 
@@ -65,6 +68,14 @@ class Server:
             ]
         )
         return app
+
+    def compiler(self) -> GrammarCompiler:
+        """Compiles grammars over the tokenizer's tokens; made when it is first asked for."""
+        return self._compiler
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer.tokenizer_json)
 
     def check_model(self, name: str) -> None:
         """Check that a model is the one that is served.
@@ -121,7 +132,7 @@ class Answers:
         """Handle `POST /v1/chat/completions`."""
         body = await self._body(request, ChatBody)
         reply = ChatReply(self.server.name, self.named, bool(body.logprobs))
-        return await self._answer(request, body, reply, await asyncio.to_thread(self._maker.chat, body))
+        return await self._answer(request, body, reply, await asyncio.to_thread(self._maker.chat, body), body.tool_use)
 
     @property
     def named(self) -> Decode:
@@ -131,7 +142,7 @@ class Answers:
     @property
     def _maker(self) -> RequestMaker:
         service = self.server.service
-        return RequestMaker(self.server.tokenizer, service.longest, service.places)
+        return RequestMaker(self.server.tokenizer, service.longest, service.places, self.server.compiler)
 
     async def _body(self, request: web.Request, kind: type[AnyBody]) -> AnyBody:
         if request.content_type != "application/json":
@@ -144,13 +155,15 @@ class Answers:
         self.server.check_model(body.model)
         return body
 
-    async def _answer(self, request: web.Request, body: Body, reply: Reply, job: EngineRequests) -> web.StreamResponse:
+    async def _answer(
+        self, request: web.Request, body: Body, reply: Reply, job: EngineRequests, tools: ToolUse | None = None
+    ) -> web.StreamResponse:
         began = time.monotonic()
         requests = job.requests(reply.id)
         async with self.server.service.completions(requests) as outputs:
             first = await anext(outputs)
             self.metrics.first_token_seconds.observe(time.monotonic() - began)
-            answer = Answer(job, [r.key for r in requests], self.server.tokenizer, self.named)
+            answer = Answer(job, [r.key for r in requests], self.server.tokenizer, self.named, tools)
             pieces = answer.pieces(first, outputs)
             if body.stream:
                 return await _streamed(request, reply, answer, pieces, with_usage=body.usage_in_stream)
@@ -163,10 +176,17 @@ class Answers:
 class Answer:
     """Turns the outputs of one HTTP request into pieces of its choices, as they come."""
 
-    def __init__(self, job: EngineRequests, keys: Sequence[str | int], tokenizer: Tokenizer, named: Decode) -> None:
+    def __init__(
+        self,
+        job: EngineRequests,
+        keys: Sequence[str | int],
+        tokenizer: Tokenizer,
+        named: Decode,
+        tools: ToolUse | None,
+    ) -> None:
         befores = [echo for echo in job.echoes for _ in range(job.samples)] or [""] * len(keys)
         self._choices = {
-            key: Choice(i, TextStream(tokenizer.decode, job.sampling.stop), named, before)
+            key: Choice(i, TextStream(tokenizer.decode, job.sampling.stop), named, before, CallStream.of(tools))
             for i, (key, before) in enumerate(zip(keys, befores, strict=True))
         }
         self._prompt_tokens = sum(map(len, job.prompts))

@@ -1,15 +1,17 @@
 """Turns request bodies into requests of the engine: prompts as tokens, with sampling parameters and a seed."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from lockstep.cluster.serving.errors import Refused
 from lockstep.cluster.serving.protocol import Body, ChatBody, CompletionBody
+from lockstep.cluster.serving.structured.tools import check_shows_results
 from lockstep.data.chat_template import BadTemplate, RefusedChat
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.rl.rollout.config import SamplingParams
+from lockstep.rl.rollout.grammar import BadGrammar, Grammar, GrammarCompiler
 from lockstep.rl.rollout.protocol import Request
 
 COMPLETION_TOKENS = 16
@@ -30,15 +32,14 @@ class EngineRequests:
     """Whether tokens are drawn: a limit of 0 asks for none."""
     prompt_logprobs: int | None = None
     """Of the likeliest tokens at each place of a prompt that is to be scored."""
+    grammar: Grammar | None = None
+    """What completions are written in."""
 
     def requests(self, id: str) -> list[Request]:
         """Requests for the engine; those of one prompt are adjacent, so that the prompt is computed once."""
         prompts = [tuple(prompt) for prompt in self.prompts for _ in range(self.samples)]
-        scores, draws = self.prompt_logprobs, self.draws
-        return [
-            Request(f"{id}/{i}", prompt, self.sampling, self.seed, i, prompt_logprobs=scores, draws=draws)
-            for i, prompt in enumerate(prompts)
-        ]
+        common = partial(Request, prompt_logprobs=self.prompt_logprobs, draws=self.draws, grammar=self.grammar)
+        return [common(f"{id}/{i}", prompt, self.sampling, self.seed, i) for i, prompt in enumerate(prompts)]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class RequestMaker:
     """The most tokens that a prompt and its completion together may have."""
     places: int
     """Number of completions that may run and wait."""
+    compiler: Callable[[], GrammarCompiler]
+    """Makes a compiler of grammars over the tokenizer's tokens, once."""
 
     def completion(self, body: CompletionBody) -> EngineRequests:
         """Convert a body of `/v1/completions`.
@@ -76,8 +79,14 @@ class RequestMaker:
             Refused: names the field that is wrong.
         """
         self._check_number(body, 1)
+        messages = [message.plain(f"messages.{i}") for i, message in enumerate(body.messages)]
+        use = body.tool_use
         try:
-            prompt = self.tokenizer.encode_chat([message.plain for message in body.messages])
+            if use:
+                use.check(self.tokenizer)
+            if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+                check_shows_results(self.tokenizer)
+            prompt = self.tokenizer.encode_chat(messages, tools=use.of_template if use else None)
         except (BadTemplate, RefusedChat) as error:
             raise Refused(400, str(error), param="messages") from error
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -103,4 +112,16 @@ class RequestMaker:
 
     def _job(self, body: Body, prompts: Sequence[Sequence[int]], limit: int, logprobs: int) -> EngineRequests:
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        return EngineRequests(prompts, body.sampling(max(1, limit), logprobs), body.samples, seed, draws=limit > 0)
+        sampling, grammar = body.sampling(max(1, limit), logprobs), self._grammar(body)
+        return EngineRequests(prompts, sampling, body.samples, seed, draws=limit > 0, grammar=grammar)
+
+    def _grammar(self, body: Body) -> Grammar | None:
+        lark, place = body.lark
+        if lark is None:
+            return None
+        if body.min_tokens:
+            raise Refused(400, f"min_tokens and {place} cannot both be: leave one out", param="min_tokens")
+        try:
+            return self.compiler()(lark)
+        except BadGrammar as error:
+            raise Refused(400, f"{place} cannot be kept to: {error}", param=place) from error

@@ -5,16 +5,18 @@ are fields that nobody knows: an answer that silently leaves out what was asked 
 """
 
 import difflib
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
+from lockstep.cluster.serving.chat_messages import Message
 from lockstep.cluster.serving.errors import Refused, invalid, unsupported
+from lockstep.cluster.serving.structured.response_format import ResponseFormat
+from lockstep.cluster.serving.structured.tools import ToolBody, ToolUse, choice
 from lockstep.rl.rollout.config import LONGEST, SamplingParams
 
 IGNORED = {
     "metadata",
-    "parallel_tool_calls",
     "prediction",
     "prompt_cache_key",
     "prompt_cache_retention",
@@ -32,10 +34,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -45,6 +44,9 @@ STOPS, STOP_LENGTH = 16, 512
 """The most stop strings of a request, and the most characters of each."""
 
 STOP_TOKENS = 128
+"""The most of a request."""
+
+TOOLS = 128
 """The most of a request."""
 
 SHOWN_NAME = 80
@@ -105,6 +107,7 @@ class Body(BaseModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    response_format: ResponseFormat | None = None
 
     @classmethod
     def read(cls, raw: bytes) -> Self:
@@ -120,6 +123,16 @@ class Body(BaseModel):
         for name, value in (body.model_extra or {}).items():
             body._check_extra(name, value)
         return body
+
+    @property
+    def lark(self) -> tuple[str | None, str]:
+        """The grammar that completions have to be written in, or None, and the field that asks for it.
+
+        Raises:
+            Refused: names the field that is wrong.
+        """
+        asked = self.response_format
+        return (None, "") if asked is None else (asked.lark, asked.place)
 
     @property
     def samples(self) -> int:
@@ -183,35 +196,6 @@ class CompletionBody(Body):
         return found
 
 
-def _parts(given: Any) -> Any:
-    """The parts of a message's content; a plain text is one part."""
-    return [{"type": "text", "text": given}] if isinstance(given, str) else given
-
-
-class Part(BaseModel):
-    """One text part of a message's content."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], FailFast(), BeforeValidator(_parts)]
-
-    @property
-    def plain(self) -> dict[str, str]:
-        """Role and content as chat templates take them; the role `developer` becomes `system`."""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": "".join(part.text for part in self.content)}
-
-
 class ChatBody(Body):
     """The body of `POST /v1/chat/completions`."""
 
@@ -219,14 +203,32 @@ class ChatBody(Body):
     max_completion_tokens: int | None = Field(None, ge=0, le=LONGEST)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[ToolBody] | None, Field(max_length=TOOLS), FailFast()] = None
+    tool_choice: Annotated[Any, BeforeValidator(lambda given: None if given is None else choice(given))] = None
+    parallel_tool_calls: bool | None = None
 
     @classmethod
     def read(cls, raw: bytes) -> Self:
         body = super().read(raw)
         if body.top_logprobs is not None and not body.logprobs:
             raise Refused(400, "top_logprobs needs logprobs=true", param="top_logprobs")
-        for i, message in enumerate(body.messages):
-            for name in ("tool_calls", "function_call", "audio"):
-                if (message.model_extra or {}).get(name):
-                    raise unsupported(f"messages.{i}.{name}")
+        if not body.tools and body.tool_choice not in (None, "none", "auto"):
+            raise Refused(400, "tool_choice needs tools", param="tool_choice")
+        if body.tools and body.tool_choice != "none" and body.response_format and body.response_format.lark:
+            raise Refused(400, "response_format and tools cannot both be: leave one out", param="response_format")
         return body
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What may be done with tools, where there are some."""
+        return (
+            ToolUse(self.tools, self.tool_choice or "auto", self.parallel_tool_calls is not False)
+            if self.tools
+            else None
+        )
+
+    @property
+    def lark(self) -> tuple[str | None, str]:
+        """As of every body; calls that have to be made have a grammar, too."""
+        forced = self.tool_use.lark() if self.tool_use else None
+        return (forced, "tools") if forced else super().lark

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lockstep.cluster.serving.structured.call_stream import CallStream, WrittenCall
 from lockstep.rl.rollout.detokenizer import Decode, TextStream
 from lockstep.rl.rollout.protocol import PromptOutput, Score, TokenOutput
 
@@ -44,6 +45,8 @@ class Piece:
     places: tuple[Place, ...]
     is_first: bool
     finish_reason: str | None
+    calls: tuple[WrittenCall, ...] = ()
+    """Tool calls that have become whole."""
 
 
 def merged(pieces: Sequence[Piece]) -> Piece:
@@ -54,18 +57,23 @@ def merged(pieces: Sequence[Piece]) -> Piece:
         tuple(place for piece in pieces for place in piece.places),
         True,
         pieces[-1].finish_reason,
+        tuple(call for piece in pieces for call in piece.calls),
     )
 
 
 class Choice:
     """One choice of a response, which grows with its tokens."""
 
-    def __init__(self, index: int, text: TextStream, named: Decode, before: str = "") -> None:
+    def __init__(
+        self, index: int, text: TextStream, named: Decode, before: str = "", calls: CallStream | None = None
+    ) -> None:
         """
         Args:
             named: decodes special tokens to their names.
             before: text that the choice begins with, for `echo`.
+            calls: tells tool calls from text, where the choice may have some.
         """
+        self._calls = calls
         self._index, self._text, self._named, self._before = index, text, named, before
         self._shift = len(before)
         self._places: list[Place] = []
@@ -83,9 +91,12 @@ class Choice:
         return self._piece(self._before + new, output.finish_reason)
 
     def _piece(self, text: str, finish_reason: str | None) -> Piece | None:
-        if not text and not finish_reason:
+        calls: tuple[WrittenCall, ...] = ()
+        if self._calls:
+            text, calls, finish_reason = self._calls.add(text, finish_reason)
+        if not text and not calls and not finish_reason:
             return None
-        piece = Piece(self._index, text, tuple(self._places), self._is_first, finish_reason)
+        piece = Piece(self._index, text, tuple(self._places), self._is_first, finish_reason, calls)
         self._before, self._places, self._is_first = "", [], False
         return piece
 
@@ -203,7 +214,10 @@ class ChatReply(Reply):
         return "chat.completion.chunk" if streamed else "chat.completion"
 
     def _choice(self, piece: Piece, *, streamed: bool) -> Json:
-        message = {"content": piece.text}
+        message: Json = {"content": piece.text}
+        if piece.calls:
+            message["content"] = piece.text or None
+            message["tool_calls"] = [({"index": c.index} if streamed else {}) | c.json for c in piece.calls]
         if piece.is_first:
             message = {"role": "assistant", **message}
         content = [self._logprob(place.token) for place in piece.places]

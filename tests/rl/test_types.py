@@ -102,7 +102,7 @@ def test_templates_that_know_no_tools_hear_them_from_the_user(tokenizer: Tokeniz
 def test_calls_are_read_and_bad_ones_are_said() -> None:
     good = '<tool_call>\n{"name": "f", "arguments": {"x": "1"}}\n</tool_call>'
     first, second, cut = calls_of(f'I add.{good} and {good} then <tool_call>{{"name": "g"}}')
-    assert dataclasses.astuple(first) == dataclasses.astuple(second) == ("f", {"x": "1"}, "")
+    assert dataclasses.astuple(first) == dataclasses.astuple(second) == ("f", {"x": "1"}, "", good)
     assert (cut.name, cut.arguments, cut.problem) == ("g", {}, "")
     for bad in ("", "{", "[]", "3", '"name"', '{"name": 3}', '{"name": "f", "arguments": []}', "[" * 100_000):
         assert calls_of(f"<tool_call>{bad}</tool_call>")[0].problem

@@ -177,7 +177,7 @@ def test_options_reach_the_engine(client: OpenAI, tokenizer: Tokenizer) -> None:
     assert create(temperature=1.5, seed=1, extra_body={"min_p": 1.0}).text == create(temperature=0).text
     assert create(echo=True, temperature=0).text == PROMPT + create(temperature=0).text
     assert create(prompt=tokenizer.encode(PROMPT), temperature=0).text == create(temperature=0).text
-    assert create(user="me", extra_body={"store": False, "tools": [], "response_format": {"type": "text"}}).text
+    assert create(user="me", extra_body={"store": False, "response_format": {"type": "text"}}).text
 
 
 def test_models_and_health(server: Running, client: OpenAI) -> None:
@@ -257,8 +257,9 @@ WRONG: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"logit_bias": {"999999": 1}}, 400, None, "there is no token 999999"),
     ({"presence_penalty": 3}, 400, "presence_penalty", "less than or equal to 2"),
     ({"temprature": 1}, 400, "temprature", "the nearest is temperature"),
-    ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
+    ({"tools": [{"type": "function"}]}, 400, "tools", "no field"),
+    ({"response_format": {"type": "json"}}, 400, "response_format.type", "'json_object'"),
+    ({"response_format": {"type": "json_object"}, "min_tokens": 3}, 400, "min_tokens", "leave one out"),
     ({"best_of": 2}, 400, "best_of", "not supported"),
 ]
 TURN = {"role": "user", "content": "a"}
@@ -267,12 +268,16 @@ WRONG_CHATS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": "hello"}, "messages", "array"),
     ({"messages": [{"role": "wizard", "content": "a"}]}, "messages.0.role", "'user'"),
     ({"messages": [{"role": "user"}]}, "messages.0.content", "missing"),
-    ({"messages": [TURN, {"role": "user", "content": None}]}, "messages.1.content", "array"),
+    ({"messages": [TURN, {"role": "user", "content": None}]}, "messages.1.content", "missing"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),
-    ({"messages": [TURN | {"tool_calls": [{}]}]}, "messages.0.tool_calls", "not supported"),
+    ({"messages": [TURN | {"tool_calls": [{}]}]}, "messages.0.tool_calls.0.id", "missing"),
     ({"messages": [{"role": "user", "content": "a b" * 300}]}, "messages", "may have 256"),
     ({"messages": [TURN], "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
-    ({"messages": [TURN], "response_format": {"type": "json_schema"}}, "response_format", "not supported"),
+    ({"messages": [TURN], "response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+    ({"messages": [TURN], "tool_choice": "required"}, "tool_choice", "needs tools"),
+    ({"messages": [TURN], "tool_choice": "always"}, "tool_choice", '"required"'),
+    ({"messages": [TURN], "tools": [{"type": "function"}]}, "tools.0.function", "missing"),
+    ({"messages": [TURN], "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "does not show tools"),
 ]
 
 
