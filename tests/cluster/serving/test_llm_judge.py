@@ -65,7 +65,7 @@ def test_what_the_server_answers_is_read_or_said(long_server: Running, monkeypat
         ("wrong", {}, r"answered 401 .*: set KEY to a key that may ask for it"),
         (KEY, {"model": "huge"}, r"answered 404 .*huge.*model is a name that it serves"),
         (KEY, {"url": "http://127.0.0.1:9/v1"}, "cannot be reached"),
-        (KEY, {"structured": True}, r"answered 400 .*response_format.*structured"),
+        (KEY, {"structured": True, "body": {"min_tokens": 1}}, r"answered 400 .*response_format.*structured"),
     ],
 )
 def test_a_trial_says_what_is_to_be_changed(

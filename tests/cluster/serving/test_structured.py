@@ -5,16 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from openai import BadRequestError, OpenAI
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.world.groups import Groups
-from lockstep.model.config import ModelConfig
-from lockstep.model.loading import build, transformer_of
-from lockstep.model.weights.initialization import RandomWeights
-from lockstep.rl.rollout.engine import RolloutEngine
-from tests.cluster.servers import MODEL, Running, serving
+from tests.cluster.servers import MODEL, Running, serving, serving_tools
 from tests.data.template_shapes import SHAPES
 
 SCHEMA = {
@@ -36,21 +31,8 @@ NAMED: Any = {"type": "function", "function": {"name": "weather"}}
 
 @pytest.fixture(scope="module")
 def server(tokenizer: Tokenizer, groups: Groups) -> Iterator[Running]:
-    """A random model with room for the template of tools."""
-    with_tools = Tokenizer(tokenizer.files | {"chat_template.jinja": SHAPES["qwen 2.5 with tools"]})
-    model = ModelConfig(
-        layers=2,
-        width=48,
-        heads=4,
-        kv_heads=2,
-        head_dim=16,
-        intermediate=64,
-        vocabulary=tokenizer.numbers,
-        context=4096,
-        eos_tokens=(2,),
-    )
-    made = transformer_of(build(model, groups, torch.float32, RandomWeights(model, 0, deviation=0.3))).eval()
-    with serving(RolloutEngine(made, decode=tokenizer.decode, special=tokenizer.special), with_tools) as running:
+    """It ends with the module."""
+    with serving_tools(tokenizer, groups) as running:
         yield running
 
 

@@ -12,6 +12,7 @@ DOCS = Path(__file__).parents[4] / "docs"
 SMALL = {
     "generation": overrides("samples=2", "problems=1", "max_new_tokens=2", "temperature=1", "seeds=3"),
     "step": [],
+    "sycophancy": overrides("problems=2", "max_new_tokens=2"),
     "cache": overrides("context=8,16", "steps=1"),
     "--list": [],
 }
