@@ -15,6 +15,7 @@ from lockstep.distributed.checkpoint.tensors import Piece, Source
 from lockstep.distributed.device import peak_memory
 from lockstep.distributed.optimizer.parameter_marks import replicate
 from lockstep.distributed.optimizer.snapshot import Snapshot
+from lockstep.distributed.optimizer.weight_penalty import WeightPenalty
 from lockstep.distributed.optimizer.zero import ZeroOptimizer
 from lockstep.distributed.pipeline import Forward, Loss, Stage, run_forward, run_forward_backward
 from lockstep.distributed.step_result import StepResult
@@ -65,11 +66,38 @@ class Engine:
         """Forward, backward and one optimizer update over all micro-batches of this data rank.
 
         `loss` returns this micro-batch's part of a sum over the global batch; so micro-batch size, packing and the
-        number of data ranks never change the gradient.
+        number of data ranks never change the gradient. That of `penalty` is added once; where it is not 0, the result
+        has it as `retain_penalty`, and as a part of `loss`.
 
         Raises:
             MissingGradient: when a trainable parameter received no gradient.
         """
+        reports = self._backward(batches, forward, loss, tokens=tokens)
+        self.before_changes()
+        norm = self._zero.step(learning_rate)
+        values = self._reduced(reports) | {"memory_gb": self._most_memory() / 1e9}
+        if self.penalty.stiffness:
+            values |= {"retain_penalty": self.penalty.value, "loss": values["loss"] + self.penalty.value}
+        return StepResult(values, norm, self._zero.gradient_norms())
+
+    @property
+    def penalty(self) -> WeightPenalty:
+        """The penalty on distances from old weights; none before it is given a stiffness."""
+        return self._zero.penalty
+
+    def keep_weights(self) -> None:
+        """Take the weights as they are for the old ones of the penalty."""
+        self._zero.keep_weights()
+
+    def square(self, batches: Sequence[Any], forward: Forward, loss: Loss, *, tokens: int, scale: float) -> None:
+        """Add scale · g² of a global batch's gradient to the penalty's Fisher information; changes no weight."""
+        self._backward(batches, forward, loss, tokens=tokens)
+        self._zero.square_gradients(scale)
+
+    def _backward(
+        self, batches: Sequence[Any], forward: Forward, loss: Loss, *, tokens: int
+    ) -> list[dict[str, Tensor]]:
+        """Add up gradients over all micro-batches of this data rank; returns what `loss` reports of each."""
         holders = dist.get_world_size(self.groups.replicas)
 
         def share(result: Tensor, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -82,10 +110,7 @@ class Engine:
         missing = sorted(self._trained.keys() - self._reached)
         if missing:
             raise MissingGradient(f"{missing[0]} received no gradient on rank {self.groups.rank}")
-        self.before_changes()
-        norm = self._zero.step(learning_rate)
-        values = self._reduced(reports) | {"memory_gb": self._most_memory() / 1e9}
-        return StepResult(values, norm, self._zero.gradient_norms())
+        return reports
 
     def _has_reached(self, name: str, gradient: Tensor | None) -> None:
         """Gradient hook of a parameter; autograd also calls it, with None, where no gradient arrived."""

@@ -179,6 +179,8 @@ def job_of(recipe: Recipe, start: ModelContents, steps: int, folder: Path) -> Jo
     pretrain, model = recipe.pretrain, start.config
     if pretrain is None:
         raise RecipeError("lockstep parity trains on text: give a recipe with a [pretrain] section")
+    if pretrain.retain:
+        raise RecipeError("lockstep parity compares plain training: give a recipe without [pretrain.retain]")
     return Job(
         model=model,
         start=write_checkpoint(start.source, model, {}, folder / "start"),

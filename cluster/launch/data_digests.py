@@ -39,10 +39,15 @@ def _sources(text: str) -> list[Path]:
 
 def _data(recipe: Recipe) -> Iterator[tuple[str, list[Path]]]:
     if recipe.pretrain:
-        parts = recipe.pretrain.data.blend if recipe.pretrain.data else ()
-        for number, part in enumerate(parts):
-            store = prefix(Path(part.path))
-            yield f"pretrain.data.blend[{number}].path", [beside(store, ".idx"), beside(store, ".bin")]
+        data, retain = recipe.pretrain.data, recipe.pretrain.retain
+        blends = {
+            "pretrain.data.blend": data.blend if data else (),
+            "pretrain.retain.old": retain.old if retain else (),
+        }
+        for key, parts in blends.items():
+            for number, part in enumerate(parts):
+                store = prefix(Path(part.path))
+                yield f"{key}[{number}].path", [beside(store, ".idx"), beside(store, ".bin")]
         return
     for number, evaluated in enumerate(recipe.evaluation.tasks):
         yield f"evaluation.tasks[{number}].held_out_from", _rows(evaluated.held_out_from or evaluated.generator)

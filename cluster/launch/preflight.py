@@ -136,7 +136,8 @@ def _check_text(config: PretrainConfig, seed: int, start: ModelContents) -> None
             f"{start.config.context} tokens: shorten it, or give a model with a longer context"
         )
     tokenizer = Tokenizer(start.files).digest if start.files else None
-    PretrainingData(config.data, seed=seed, vocabulary=start.config.vocabulary, tokenizer=tokenizer)
+    for data in filter(None, (config.training_data, config.old_data)):
+        PretrainingData(data, seed=seed, vocabulary=start.config.vocabulary, tokenizer=tokenizer)
 
 
 def check_rows(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from lockstep.cluster.recipe.paths import input_paths, missing
 from lockstep.cluster.recipe.schema import Recipe
 from lockstep.rl.remote import on_node
 
-READ_BY_WORKERS = "pretrain.data."
+READ_BY_WORKERS = ("pretrain.data.", "pretrain.retain.old[")
 """How keys begin of paths that the trainer's processes read themselves, wherever they are."""
 
 

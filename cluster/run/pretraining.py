@@ -80,7 +80,7 @@ def _train(
     """Train, measure, save, with ranks that have their weights."""
     recipe, config = plan.recipe, plan.recipe.pretrain
     assert config is not None
-    data = config.data or random_text(
+    data = config.training_data or random_text(
         recipe.folder / "random",
         vocabulary=model.vocabulary,
         context=model.context,

@@ -44,8 +44,9 @@ class Piece:
         return part.view([b - a for a, b in self.box])
 
 
-STATES = ("master", "exp_avg", "exp_avg_sq", "momentum")
-"""Kinds of an optimizer's state: fp32 weights where the model's are not, Adam's moments, Muon's averaged gradients."""
+STATES = ("master", "exp_avg", "exp_avg_sq", "momentum", "old", "fisher")
+"""Kinds of an optimizer's state: fp32 weights where the model's are not, Adam's moments, Muon's averaged gradients, and
+what a penalty on the weights keeps: old weights, and how much each of them mattered (`WeightPenalty`)."""
 
 
 READERS = 16

@@ -5,13 +5,13 @@ no norm of fp32 gradients, and leaves experts out of that of bf16 ones.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.distributed.optimizer.grad_norm import LocalValues, PartNorms, global_norm
+from lockstep.distributed.optimizer.grad_norm import global_norm
 from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.world.groups import Groups, before_leaving
 
@@ -27,7 +27,6 @@ class DataParallel:
         owners: Mapping[Tensor, nn.Parameter],
         groups: Groups,
         clip_norm: float,
-        norms: PartNorms,
         sums_in_fp32: bool,
     ) -> None:
         """
@@ -36,24 +35,27 @@ class DataParallel:
             clip_norm: bound of the global norm; 0 for none.
             sums_in_fp32: add gradients of bf16 parameters up in fp32, and not in their own dtype as autograd does.
         """
-        self._owners, self._groups, self._norms, self.clip_norm = owners, groups, norms, clip_norm
+        self._owners, self._groups, self.clip_norm = owners, groups, clip_norm
         self._sums: dict[nn.Parameter, Tensor] = {}
         for parameter in owners.values() if sums_in_fp32 else ():
             before_leaving(parameter.register_post_accumulate_grad_hook(self._add).remove)
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
+    def step(self, optimizer: torch.optim.Optimizer, squares_of: Callable[[], Tensor]) -> Tensor:
         """Average gradients over the replicas, clip, update, and drop them; without an update where one is no number.
 
+        Args:
+            squares_of: what `PartNorms.squares` says of `gradients`; it may change them first.
+
         Returns:
-            See `PartNorms.squares`, of the gradients before clipping.
+            The same, of the gradients before clipping.
         """
         for parameter in self._owners.values():
             if parameter.grad is not None:
                 self._sums[parameter], parameter.grad = parameter.grad, None
         self._average((p for p in self._sums if not is_expert(p)), self._groups.replicas)
         self._average((p for p in self._sums if is_expert(p)), self._groups.expert_replicas)
-        squares = self._norms.squares(self._values())
+        squares = squares_of()
         norm = float(global_norm(squares))
         if math.isfinite(norm):
             self._update(optimizer, norm)
@@ -80,8 +82,9 @@ class DataParallel:
             means = flat.mul_(1 / replicas).split([p.numel() for p in bucket])
             self._sums |= {p: mean.view_as(p) for p, mean in zip(bucket, means, strict=True)}
 
-    def _values(self) -> Iterator[LocalValues]:
-        yield from ((p, gradient, self._norms.copies(p)) for p, gradient in self._sums.items())
+    def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The tensors that the optimizer steps, and their averaged gradients."""
+        return ((tensor, self._sums[p]) for tensor, p in self._owners.items() if p in self._sums)
 
     def _update(self, optimizer: torch.optim.Optimizer, norm: float) -> None:
         """Step with clipped gradients; bf16 weights are their masters, rounded."""

@@ -33,6 +33,7 @@ from lockstep.distributed.optimizer.data_parallel import BUCKET, DataParallel
 from lockstep.distributed.optimizer.grad_norm import LocalValues, PartNorms, global_norm
 from lockstep.distributed.optimizer.parameter_marks import EXPERTS, is_expert
 from lockstep.distributed.optimizer.partition import Sharded, Share, share_of, shares_of_all, shares_of_each, stored
+from lockstep.distributed.optimizer.weight_penalty import ReducedGradient, WeightPenalty
 from lockstep.distributed.optimizer.zero_state import ZeroState
 from lockstep.distributed.world.groups import Groups, before_leaving
 
@@ -169,11 +170,13 @@ class ZeroOptimizer:
         self._shares = self._partition(stepped, optimizer)
         if isinstance(optimizer, Sharded):
             optimizer.shares = self._shares
-        self.state = ZeroState(module, self._innermost(), groups, self._shares)
+        self.penalty = WeightPenalty(self._norms)
+        self._squared: float | None = None
+        self.state = ZeroState(module, self._innermost(), groups, self._shares, self.penalty)
         self._whole: DataParallel | None = None
         if groups.layout.zero_stage == 0:
             owners = {tensor: share.parameter for tensor, (share,) in self._shares.items()}
-            self._whole = DataParallel(owners, groups, clip_norm, self._norms, self._sums_in_fp32)
+            self._whole = DataParallel(owners, groups, clip_norm, self._sums_in_fp32)
         elif groups.layout.zero_stage == 3:
             self._engine.optimizer._get_norm_groups = lambda: [self._gradient_norm()]
         else:
@@ -289,7 +292,7 @@ class ZeroOptimizer:
             group["lr"] = learning_rate
         self._squares.fill_(math.inf)  # remains where DeepSpeed finds that gradients overflowed, and does not step
         if self._whole is not None:
-            self._squares = self._whole.step(self._innermost())
+            self._squares = self._whole.step(self._innermost(), self._squares_of_gradients)
         else:
             self._engine.step()
         norm = float(global_norm(self._squares))
@@ -298,6 +301,18 @@ class ZeroOptimizer:
             sums = self._engine.optimizer.averaged_gradients
             sums.update(dict.fromkeys(sums))
         return norm
+
+    def square_gradients(self, scale: float) -> None:
+        """Reduce the gradients and add scale times their squares to the Fisher information; no weight changes."""
+        self._squared = scale
+        try:
+            self.step(0.0)
+        finally:
+            self._squared = None
+
+    def keep_weights(self) -> None:
+        """Take the weights as they are for the old ones of the penalty."""
+        self.penalty.keep(self._shares)
 
     def gradient_norms(self) -> dict[str, float]:
         """The norm of each part's gradient in the last step, before clipping."""
@@ -317,17 +332,34 @@ class ZeroOptimizer:
 
     def _gradient_norm(self) -> Tensor:
         """The global norm of the reduced gradients; keeps the sums of squares of the parts."""
-        self._squares = self._norms.squares(self._gradients())
+        self._squares = self._squares_of_gradients()
         return global_norm(self._squares)
 
-    def _gradients(self) -> Iterator[LocalValues]:
+    def _squares_of_gradients(self) -> Tensor:
+        """What `PartNorms.squares` says of the reduced gradients, to which this adds that of the penalty.
+
+        It says ∞ where they are only to be squared: then there is no update.
+        """
+        if self._squared is not None:
+            self.penalty.add_squares(self._gradients(), self._squared)
+            return torch.full_like(self._squares, math.inf)
+        self.penalty.add_to(self._gradients())
+        values = ((share.parameter, gradient, holders) for _, share, gradient, holders in self._gradients())
+        return self._norms.squares(values)
+
+    def _gradients(self) -> Iterator[ReducedGradient]:
+        if self._whole is not None:
+            for tensor, gradient in self._whole.gradients():
+                (share,) = self._shares[tensor]
+                yield tensor, share, gradient, self._norms.copies(share.parameter)
+            return
         averaged: Any = self._engine.optimizer.averaged_gradients
         for index, (tensor, shares) in enumerate(self._shares.items()):
             if self._groups.layout.offload:
                 assert tensor.grad is not None
-                yield from ((share.parameter, share.within(tensor.grad), 1) for share in shares)
+                yield from ((tensor, share, share.within(tensor.grad), 1) for share in shares)
                 continue
             present = shares if self._groups.layout.zero_stage == 3 else [share for share in shares if share.length]
             gradients = (g for g in averaged[index] if not getattr(g, "_zero_padding", False))
             for share, gradient in zip(present, gradients, strict=False):  # ZeRO may add padding
-                yield share.parameter, gradient.reshape(-1)[: share.length], 1
+                yield tensor, share, gradient.view(-1)[: share.length], 1

@@ -10,6 +10,7 @@ from lockstep.distributed.checkpoint.reshard import WEIGHTS, FlatShard, fill
 from lockstep.distributed.checkpoint.tensors import STATES, Piece, Source, concurrently, state_name
 from lockstep.distributed.optimizer.parameter_marks import is_expert
 from lockstep.distributed.optimizer.partition import Share, share_of, shares_of_each, stored
+from lockstep.distributed.optimizer.weight_penalty import FISHER, OLD, WeightPenalty
 from lockstep.distributed.world.groups import Groups
 
 _STATE = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
@@ -29,13 +30,16 @@ class ZeroState:
         optimizer: torch.optim.Optimizer,
         groups: Groups,
         shares: Mapping[Tensor, Sequence[Share]],
+        penalty: WeightPenalty,
     ) -> None:
         """
         Args:
             optimizer: the one that DeepSpeed wraps.
             shares: see `Sharded`.
+            penalty: whose old weights and Fisher information are state, too.
         """
         self._module, self._optimizer, self._groups, self._shares = module, optimizer, groups, shares
+        self._penalty = penalty
         self._has_masters = next(module.parameters()).dtype == torch.bfloat16
 
     @property
@@ -44,8 +48,9 @@ class ZeroState:
         return max((int(state.get("step", 0)) for state in self._optimizer.state.values()), default=0)
 
     def reset(self) -> None:
-        """Drop the optimizer's moments, for a new phase of training."""
+        """Drop the optimizer's moments and what the penalty keeps, for a new phase of training."""
         self._optimizer.state.clear()
+        self._penalty.forget()
 
     def flat_shards(self) -> Iterator[FlatShard]:
         """This rank's elements of every parameter, with the optimizer state of those that are trained."""
@@ -58,6 +63,7 @@ class ZeroState:
                     values["master"] = share.within(tensor.detach())
                 state = self._optimizer.state.get(tensor, {})
                 values |= {kind: share.within(state[key]) for kind, key in _STATE.items() if key in state}
+                values |= {kind: share.within(kept[tensor]) for kind, kept in self._penalty.kept.items()}
             replicas = self._groups.expert_replicas if is_expert(parameter) else self._groups.replicas
             yield FlatShard(parameter, share.shape, share.cuts, replicas, values)
 
@@ -101,7 +107,9 @@ class ZeroState:
         state = self._optimizer.state[tensor] if kinds else {}
         for kind in kinds:
             into = tensor.detach()
-            if kind in _STATE:
+            if kind in (OLD, FISHER):
+                into = self._penalty.kept.setdefault(kind, {})[tensor] = torch.zeros_like(into, dtype=torch.float32)
+            elif kind in _STATE:
                 into = state[_STATE[kind]] = torch.zeros_like(tensor)
             for share in shares:
                 yield share.within(into), share.start, share.shape, pieces[share.parameter], source, kind

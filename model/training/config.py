@@ -1,10 +1,12 @@
 """The configuration of training: optimizer, trainer and pretraining, and how batches are packed for a layout."""
 
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lockstep.data.corpus.loader import PretrainingConfig
+from lockstep.data.corpus.loader import BlendPart, PretrainingConfig
 from lockstep.data.corpus.sample_schedule import SampleSchedule
 from lockstep.data.packing import RowRules
 from lockstep.distributed.layout import Layout
@@ -65,6 +67,50 @@ class TrainerConfig(BaseModel):
     trainable: TrainableConfig = TrainableConfig()
 
 
+class RetainConfig(BaseModel):
+    """Continual learning: what keeps a model from forgetting what it learned before; none of it by default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    l2: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="λ of λ/2 · Σ (weight − old weight)², added to the loss"
+    )
+    ewc: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="λ of elastic weight consolidation: as l2, each weight by its Fisher information on old data",
+    )
+    fisher_samples: int = Field(64, ge=1, description="samples of old data that the Fisher information of ewc is over")
+    replay: float = Field(0.0, ge=0, lt=1, description="share of each batch that is old data")
+
+    @property
+    def anchors(self) -> bool:
+        """Whether weights are held near old ones."""
+        return bool(self.l2 or self.ewc)
+
+    def check_old(self, *, has_old: bool) -> None:
+        """Raise ValueError where old data is needed and not there, or there and not needed."""
+        needed = given(self, "ewc", "replay")
+        if needed and not has_old:
+            raise ValueError(f"{needed[0]} needs old data, and old is empty: name some")
+        if has_old and not needed:
+            raise ValueError("old is read by ewc and replay, and there is neither: give one of them, or leave it out")
+        if given(self, "fisher_samples") and not self.ewc:
+            raise ValueError(f"fisher_samples={self.fisher_samples} is of ewc, and ewc=0: give it, too")
+
+
+class PretrainRetainConfig(RetainConfig):
+    """Continual pretraining: what keeps a model from forgetting older corpora."""
+
+    old: tuple[BlendPart, ...] = Field((), description="indexed datasets of what was learned before, and weights")
+
+    @model_validator(mode="after")
+    def _has_old_data_where_needed(self) -> "PretrainRetainConfig":
+        self.check_old(has_old=bool(self.old))
+        return self
+
+
 class PretrainConfig(BaseModel):
     """Pretraining on text."""
 
@@ -83,11 +129,40 @@ class PretrainConfig(BaseModel):
     give_up_after: int = Field(3, ge=1, description="steps in a row without a finite gradient that end the run")
     spikes: SpikeConfig | None = Field(None, description="go back when the loss spikes; never when it is not there")
     data: PretrainingConfig | None = Field(None, description="what to read; random documents when it is not there")
+    retain: PretrainRetainConfig | None = None
+
+    @model_validator(mode="after")
+    def _has_new_data_beside_old(self) -> "PretrainConfig":
+        if self.retain and self.retain.old and not self.data:
+            raise ValueError("retain.old is kept beside new text, and there is no data: give both, or leave it out")
+        return self
 
     @property
     def schedule(self) -> SampleSchedule:
         """The samples that each step reads, as long as the run does not rewind."""
         return SampleSchedule(self.samples_per_step)
+
+    @property
+    def training_data(self) -> PretrainingConfig | None:
+        """`data`, in which the share `retain.replay` of the samples is of the old blend."""
+        if not self.data or not self.retain or not self.retain.replay:
+            return self.data
+        replay = Fraction(str(self.retain.replay))
+        parts = [*_scaled(self.data.blend, 1 - replay), *_scaled(self.retain.old, replay)]
+        return self.data.model_copy(update={"blend": tuple(parts)})
+
+    @property
+    def old_data(self) -> PretrainingConfig | None:
+        """The old blend alone, cut into samples as `data` is; None where there is none."""
+        old = self.retain.old if self.retain else ()
+        return self.data.model_copy(update={"blend": old}) if self.data and old else None
+
+
+def _scaled(parts: Iterable[BlendPart], share: Fraction) -> Iterator[BlendPart]:
+    """The parts with weights that add up to a share."""
+    weights = {part: Fraction(str(part.weight)) for part in parts}
+    total = sum(weights.values())
+    return (part.model_copy(update={"weight": float(weight / total * share)}) for part, weight in weights.items())
 
 
 def row_rules(layout: Layout, budget: int, model: ModelConfig | None = None) -> RowRules:

@@ -14,7 +14,7 @@ from lockstep.data.packing import RowRules
 from lockstep.distributed.optimizer.snapshot import Snapshot
 from lockstep.distributed.step_result import StepResult
 from lockstep.model.objectives.token_loss import nll
-from lockstep.model.training.config import PretrainConfig
+from lockstep.model.training.config import PretrainConfig, RetainConfig
 from lockstep.model.training.trainer import Trainer
 
 
@@ -29,18 +29,31 @@ class Pretraining:
         rules: RowRules,
         done: int = 0,
         samples: SampleSchedule | None = None,
+        old: PretrainingData | None = None,
     ) -> None:
         """
         Args:
             done: the number of steps that the trainer has taken.
+            old: what was learned before, for the Fisher information of `config.retain`.
             samples: the samples that each step reads, if the run was rewound before.
         """
         self._trainer, self._config, self._data, self._rules = trainer, config, data, rules
         self._rank = trainer.groups.data_rank
         self._samples = samples or config.schedule
+        if config.retain and config.retain.anchors:
+            if not done:
+                self._remember(config.retain, old)
+            trainer.hold(config.retain)
         self._ahead = self._read_from(done + 1)
         self._snapshot: Snapshot | None = None
         self._held_out = data.held_out_rows(rules, self._rank)
+
+    def _remember(self, retain: RetainConfig, old: PretrainingData | None) -> None:
+        """Take the weights for old ones, with their Fisher information over the first samples of old data."""
+        samples = [range(n, n + 1) for n in range(retain.fisher_samples if old and retain.ewc else 0)]
+        counts = [old.predictions(each) for each in samples] if old else []
+        rows = (old.rows(each, self._rules, self._rank) for each in samples) if old else ()
+        self._trainer.remember(zip(rows, counts, strict=True), sum(counts))
 
     def _read_from(self, step: int) -> Prefetch[list[TokenBatch]]:
         return Prefetch(self._rows, range(step, self._config.steps + 1))

@@ -1,7 +1,7 @@
 """The trainer of one rank: a transformer and its optimizer, which take steps on packed rows and score them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,14 +14,15 @@ from lockstep.distributed.checkpoint.reshard import WEIGHTS, whole_chunks
 from lockstep.distributed.checkpoint.tensors import Source
 from lockstep.distributed.device import local_device
 from lockstep.distributed.engine import Engine
+from lockstep.distributed.optimizer.weight_penalty import Stiffness
 from lockstep.distributed.pipeline import Forward, Loss, Stage
 from lockstep.distributed.step_result import StepResult
 from lockstep.distributed.world.groups import Groups
 from lockstep.model.loading import transformer_of
 from lockstep.model.objectives.objective import Objective
-from lockstep.model.objectives.token_loss import TokenLoss
+from lockstep.model.objectives.token_loss import TokenLoss, nll
 from lockstep.model.state_dict import parts, pieces, pieces_by_parameter
-from lockstep.model.training.config import OptimizerConfig, TrainerConfig
+from lockstep.model.training.config import OptimizerConfig, RetainConfig, TrainerConfig
 from lockstep.model.training.device_batch import DeviceBatch, DeviceRows, longest_document
 from lockstep.model.training.forward import score, scorer
 from lockstep.model.training.optimizer import configure, optimizer_of
@@ -112,6 +113,30 @@ class Trainer:
         dist.all_reduce(differing)  # of all ranks; each tensor rank counts the same
         differs, known = differing.tolist()
         return replace(result, values=result.values | {"routing_differs": differs / max(known, 1)})
+
+    def remember(self, batches: Iterable[tuple[Sequence[TokenBatch], int]], tokens: int) -> None:
+        """Take the weights as they are for old ones, and estimate their Fisher information for EWC.
+
+        F = (1 / tokens) Σ (∂ log p(sample) / ∂θ)² over samples of old data: the diagonal of the empirical Fisher
+        information, per token, so that old data weighs as much as new data where λ is 1 (Kirkpatrick et al. 2017).
+
+        Args:
+            batches: this data rank's rows of each global batch, which is one sample with weights that add up to 1, and
+                the number of tokens that are predicted in it.
+            tokens: of all samples.
+        """
+        self.engine.keep_weights()
+        for rows, count in batches:
+            found, longest = DeviceRows(self.stage, self.groups, rows), longest_document(rows)
+            self.engine.square(found, self._scorer(), _loss(nll), tokens=longest, scale=count**2 / tokens)
+
+    def hold(self, config: RetainConfig) -> None:
+        """Hold the weights near those that `remember`, or a checkpoint, has: add the penalty in all steps from now on.
+
+        Raises:
+            MissingOldWeights: when there are none.
+        """
+        self.engine.penalty.pull(Stiffness(config.l2, config.ewc))
 
     def statistics(self, result: StepResult) -> dict[str, float]:
         """Metrics by part of the model: the gradient norm of a step, and the root mean square of the current weights.

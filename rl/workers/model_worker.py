@@ -180,9 +180,14 @@ class ModelWorker(RankWorker):
             samples: which samples each step reads.
         """
         tokenizer = Tokenizer(self.tokenizer_files).digest if self.tokenizer_files else None
-        text = PretrainingData(data, seed=seed, vocabulary=self.model.vocabulary, tokenizer=tokenizer)
-        rules = row_rules(self.layout, self.config.row_tokens, self.model)
-        self._pretraining = Pretraining(self.trainer, config, text, rules, done, samples)
+
+        def opened(data: PretrainingConfig) -> PretrainingData:
+            return PretrainingData(data, seed=seed, vocabulary=self.model.vocabulary, tokenizer=tokenizer)
+
+        rules, old = row_rules(self.layout, self.config.row_tokens, self.model), config.old_data
+        self._pretraining = Pretraining(
+            self.trainer, config, opened(data), rules, done, samples, opened(old) if old else None
+        )
 
     def pretrain(self, step: int) -> StepResult:
         """One gradient step on pretraining data; steps come in order."""

@@ -30,6 +30,7 @@ PATHS = {
     "rollout.python",
     "supervised.source",
     "pretrain.data.blend.path",
+    "pretrain.retain.old.path",
 }
 PATHS_OR_NAMES = {
     "model.source",
