@@ -68,6 +68,7 @@ def test_what_is_out_of_the_bounds_is_refused() -> None:
     within = (
         "model.config",
         "pretrain.data",
+        "pretrain.retain.old",
         "tasks.",
         "evaluation.tasks.",
     )  # required, and elements of lists, which an override sets whole
