@@ -119,7 +119,8 @@ def test_nothing_is_forced_and_what_is_no_call_is_text(client: OpenAI) -> None:
 
 
 def test_calls_and_results_go_back_into_the_template(client: OpenAI) -> None:
-    answer = client.chat.completions.create(model=MODEL, messages=ASKED, tools=TOOLS, tool_choice=NAMED).choices[0]
+    one: Any = dict(model=MODEL, tools=TOOLS, tool_choice=NAMED, parallel_tool_calls=False, seed=1)
+    answer = client.chat.completions.create(messages=ASKED, **one).choices[0]
     [call] = answer.message.tool_calls or ()
     told = [*ASKED, answer.message, {"role": "tool", "tool_call_id": call.id, "content": "Rain."}]
     given: Any = dict(model=MODEL, tools=TOOLS, seed=1, max_tokens=4)
