@@ -92,5 +92,6 @@ class WeightPenalty:
         """Add scale · g² to the Fisher information."""
         fisher = self.kept.setdefault(FISHER, {})
         for tensor, share, gradient, _ in gradients:
-            room = fisher.setdefault(tensor, torch.zeros_like(tensor, dtype=torch.float32).detach())
-            share.within(room).add_(gradient.reshape(-1).float().square(), alpha=scale)
+            if tensor not in fisher:  # a tensor may have the shares of a whole model
+                fisher[tensor] = torch.zeros_like(tensor.detach(), dtype=torch.float32)
+            share.within(fisher[tensor]).add_(gradient.reshape(-1).float().square(), alpha=scale)
