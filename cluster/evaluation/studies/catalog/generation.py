@@ -16,13 +16,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lockstep.cluster.evaluation.accuracy import estimate_accuracy, tally
+from lockstep.cluster.evaluation.studies.answers import accuracy_of, answers
 from lockstep.cluster.evaluation.studies.diversity import distinct, self_bleu
 from lockstep.cluster.evaluation.studies.study import Study, StudySettings, Subject, Values
 from lockstep.data.tasks.task import held_out_split
 from lockstep.rl.prompts import make_prompt
-from lockstep.rl.rollout.config import COLDEST, LARGEST, SamplingParams
-from lockstep.rl.rollout.output_processor import generate
+from lockstep.rl.rollout.config import COLDEST, LARGEST
 from lockstep.rl.types import Prompt, Rollout
 
 
@@ -41,15 +40,15 @@ def measure(subject: Subject, settings: GenerationSettings, temperature: float, 
     """Sample completions of the task's problems at a temperature, and measure them."""
     assert subject.judge is not None
     prompts = _prompts(subject, settings.problems)
-    sampling = SamplingParams(
+    found = answers(
+        subject.engine,
+        prompts,
         temperature=temperature,
         max_new_tokens=settings.max_new_tokens,
-        stop=prompts[0].stop,  # those of the task, and so of all its prompts
-        stop_tokens=prompts[0].stop_tokens,
+        samples=settings.samples,
+        seed=seed,
     )
-    found = list(generate(subject.engine, prompts, sampling, samples=settings.samples, seed=seed))
-    outcomes = [verdict.outcome for verdict in subject.judge.grade([rollout.submission() for rollout in found])]
-    accuracy = estimate_accuracy([tally([outcome]) for outcome in outcomes])
+    accuracy = accuracy_of(subject.judge, found)
     return measures(found) | {"accuracy": accuracy.value, "ungradable": len(found) - accuracy.problems}
 
 
