@@ -69,12 +69,9 @@ class Server:
         )
         return app
 
+    @cached_property
     def compiler(self) -> GrammarCompiler:
         """Compiles grammars over the tokenizer's tokens; made when it is first asked for."""
-        return self._compiler
-
-    @cached_property
-    def _compiler(self) -> GrammarCompiler:
         return GrammarCompiler(self.tokenizer.tokenizer_json)
 
     def check_model(self, name: str) -> None:
@@ -142,7 +139,7 @@ class Answers:
     @property
     def _maker(self) -> RequestMaker:
         service = self.server.service
-        return RequestMaker(self.server.tokenizer, service.longest, service.places, self.server.compiler)
+        return RequestMaker(self.server.tokenizer, service.longest, service.places, lambda: self.server.compiler)
 
     async def _body(self, request: web.Request, kind: type[AnyBody]) -> AnyBody:
         if request.content_type != "application/json":

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from aiohttp import web
 from openai import OpenAI
 
@@ -18,11 +17,9 @@ from lockstep.cluster.serving.app import Server
 from lockstep.cluster.serving.async_engine import AsyncEngine
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.world.groups import Groups
-from lockstep.model.config import ModelConfig
-from lockstep.model.loading import build, transformer_of
-from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.engine import RolloutEngine
 from tests.data.template_shapes import SHAPES
+from tests.model.random_transformer import random_transformer
 
 MODEL = "tiny"
 
@@ -81,18 +78,7 @@ def serving(
 def serving_tools(tokenizer: Tokenizer, groups: Groups) -> Iterator[Running]:
     """A server of a random model with room for a chat template of tools."""
     with_tools = Tokenizer(tokenizer.files | {"chat_template.jinja": SHAPES["qwen 2.5 with tools"]})
-    model = ModelConfig(
-        layers=2,
-        width=48,
-        heads=4,
-        kv_heads=2,
-        head_dim=16,
-        intermediate=64,
-        vocabulary=tokenizer.numbers,
-        context=4096,
-        eos_tokens=(2,),
-    )
-    made = transformer_of(build(model, groups, torch.float32, RandomWeights(model, 0, deviation=0.3))).eval()
+    made = random_transformer(groups, vocabulary=tokenizer.numbers, context=4096)
     with serving(RolloutEngine(made, decode=tokenizer.decode, special=tokenizer.special), with_tools) as running:
         yield running
 

@@ -10,16 +10,14 @@ import torch
 
 from lockstep.data.tokenizer import Tokenizer
 from lockstep.distributed.world.groups import Groups
-from lockstep.model.config import ModelConfig
-from lockstep.model.loading import build, transformer_of
 from lockstep.model.transformer import Transformer
-from lockstep.model.weights.initialization import RandomWeights
 from lockstep.rl.rollout.config import EngineConfig, SamplingParams
 from lockstep.rl.rollout.engine import RolloutEngine
 from lockstep.rl.rollout.grammar import BadGrammar, Grammar, GrammarCompiler
 from lockstep.rl.rollout.protocol import Request, TokenOutput
 from lockstep.rl.rollout.sampling.sampler import Row, draw
 from tests.data.tokenizers import KINDS, files_of
+from tests.model.random_transformer import random_transformer
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -43,18 +41,7 @@ def grammar(tokenizer: Tokenizer) -> Grammar:
 @pytest.fixture(scope="module")
 def exact(tokenizer: Tokenizer, groups: Groups) -> Transformer:
     """In exact numerics, so that a token's bits depend on its own sequence alone."""
-    model = ModelConfig(
-        layers=2,
-        width=48,
-        heads=4,
-        kv_heads=2,
-        head_dim=16,
-        intermediate=64,
-        vocabulary=tokenizer.numbers + 3,
-        context=512,
-        eos_tokens=(2,),
-    )
-    return transformer_of(build(model, groups, torch.float32, RandomWeights(model, 0, deviation=0.3), "exact")).eval()
+    return random_transformer(groups, vocabulary=tokenizer.numbers + 3, context=512, numerics="exact")
 
 
 def written(engine: RolloutEngine, requests: list[Request]) -> dict[str | int, list[TokenOutput]]:
